@@ -1,0 +1,271 @@
+// Forward and recompute-backward of softmax(q kT * scale) v over frames; one task is one pixel and head.
+//
+// A tile's frames are gathered once into scratch that stays in the cache; the probabilities live only there.
+#include "temporal_attention.h"
+
+#include <new>
+
+#include "parallel.h"
+#include "simd.h"
+
+namespace mm::MM_ISA {
+namespace {
+
+constexpr float kLog2E = 1.44269504088896f, kLn2 = 0.69314718055994f;
+
+// A register tile is kTileRows x (at most kTileVectors) accumulators, the loaded vectors and one broadcast.
+constexpr int kTileRows = 4;
+constexpr int kTileVectors = kRegisters == 32 ? 5 : 3;
+// Rows whose scores stay in the first-level cache from the product to the softmax to the next product.
+constexpr int kRowBlock = 12;
+
+// No template of the standard library is used here: the linker could take its AVX-512 copy for every build.
+MM_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+MM_INLINE int round_up(int64_t x, int step) { return static_cast<int>((x + step - 1) / step * step); }
+
+// out(row, vector, c) for c = a b, a (kTileRows, depth) of any strides, b (depth, NV * kLanes) row-major.
+template <int NV, class Out>
+MM_INLINE void multiply_tile(const float* a, int64_t a_row, int64_t a_depth, const float* b, int64_t ldb, int depth,
+                             Out out) {
+  Vec c[kTileRows][NV] = {};
+#pragma GCC unroll 2
+  for (int k = 0; k < depth; k++) {
+    Vec row[NV];
+#pragma GCC unroll 8
+    for (int j = 0; j < NV; j++) row[j] = load(b + k * ldb + j * kLanes);
+#pragma GCC unroll 8
+    for (int i = 0; i < kTileRows; i++) {
+      Vec factor = splat(a[i * a_row + k * a_depth]);
+#pragma GCC unroll 8
+      for (int j = 0; j < NV; j++) c[i][j] += factor * row[j];
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kTileRows; i++)
+#pragma GCC unroll 8
+    for (int j = 0; j < NV; j++) out(i, j, c[i][j]);
+}
+
+// The same over `vectors` columns of vectors, split evenly so that no narrow rest is left.
+template <class Out>
+MM_INLINE void multiply(const float* a, int64_t a_row, int64_t a_depth, const float* b, int64_t ldb, int depth,
+                        int vectors, Out out) {
+  int blocks = (vectors + kTileVectors - 1) / kTileVectors;
+  for (int block = 0; block < blocks; block++) {
+    int begin = vectors * block / blocks, width = vectors * (block + 1) / blocks - begin;
+    const float* columns = b + begin * kLanes;
+    auto shifted = [&](int i, int j, Vec x) { out(i, begin + j, x); };
+    switch (width) {
+      case 1: multiply_tile<1>(a, a_row, a_depth, columns, ldb, depth, shifted); break;
+      case 2: multiply_tile<2>(a, a_row, a_depth, columns, ldb, depth, shifted); break;
+      case 3: multiply_tile<3>(a, a_row, a_depth, columns, ldb, depth, shifted); break;
+      case 4: multiply_tile<4>(a, a_row, a_depth, columns, ldb, depth, shifted); break;
+      case 5: multiply_tile<5>(a, a_row, a_depth, columns, ldb, depth, shifted); break;
+    }
+  }
+}
+
+// Scratch of one thread: F is rounded up to whole tiles of rows and to whole vectors of columns.
+struct Scratch {
+  int F, D, columns;
+  float *memory, *next;
+
+  Scratch(const TemporalAttention& op, int frame_tiles, int score_tiles)
+      : F(static_cast<int>(op.F)), D(static_cast<int>(op.D)), columns(round_up(op.F, kLanes)) {
+    int64_t count = int64_t(columns) * (frame_tiles * D + score_tiles * columns);
+    memory = next = static_cast<float*>(::operator new(count * sizeof(float), std::align_val_t{64}));
+    std::memset(memory, 0, count * sizeof(float));  // the padding stays zero
+  }
+  Scratch(const Scratch&) = delete;
+  ~Scratch() { ::operator delete(memory, std::align_val_t{64}); }
+
+  float* take(int width) {
+    float* tile = next;
+    next += int64_t(columns) * width;
+    return tile;
+  }
+};
+
+// A suffix says a tile's layout: fd frames by head dim, df its transpose, ff queries by keys.
+struct ForwardScratch : Scratch {
+  float *q_fd = take(D), *k_df = take(D), *v_fd = take(D), *p_ff = take(columns);
+  explicit ForwardScratch(const TemporalAttention& op) : Scratch(op, 3, 1) {}
+};
+struct BackwardScratch : Scratch {
+  float *q_fd = take(D), *k_fd = take(D), *k_df = take(D), *v_df = take(D), *g_fd = take(D);
+  float *p_ff = take(columns), *ds_ff = take(columns);
+  explicit BackwardScratch(const TemporalAttention& op) : Scratch(op, 5, 2) {}
+};
+
+template <class T>
+struct Frames {
+  T* data;
+  int64_t stride;
+
+  Frames(const Strided& x, const TemporalAttention& op, int64_t task)
+      : data(static_cast<T*>(x.data) + task / (op.P * op.N) * x.b + task / op.N % op.P * x.p + task % op.N * x.n),
+        stride(x.f) {}
+  T* operator[](int64_t f) const { return data + f * stride; }
+
+  // The next tile's rows are far apart: no hardware prefetcher finds them.
+  void prefetch(int begin, int end, int D) const {
+    for (int f = begin; f < end; f++)
+      for (int byte = 0; byte < D * int(sizeof(T)); byte += 64)
+        __builtin_prefetch(reinterpret_cast<const char*>((*this)[f]) + byte, 0, 2);
+  }
+};
+
+template <class T>
+MM_INLINE void gather(const Frames<T>& x, const Scratch& s, float factor, float* to) {
+  for (int f = 0; f < s.F; f++)
+    for (int d = 0; d < s.D; d += kLanes) store(to + f * s.D + d, load(x[f] + d) * factor);
+}
+
+// to_t (D, columns); a copy in rows as well where `to` is given.
+template <class T>
+MM_INLINE void gather_transposed(const Frames<T>& x, const Scratch& s, float* to_t, float* to) {
+  for (int f = 0; f < s.F; f += kLanes)
+    for (int d = 0; d < s.D; d += kLanes) {
+      Vec block[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; i++) {
+        block[i] = f + i < s.F ? load(x[f + i] + d) : Vec{};
+        if (to && f + i < s.F) store(to + (f + i) * s.D + d, block[i]);
+      }
+      transpose(block);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; i++) store(to_t + (d + i) * s.columns + f, block[i]);
+    }
+}
+
+// p holds base-2 logits of one row and becomes exp2(p - max); returns 1 / sum. Columns past F become 0.
+MM_INLINE float softmax_row(float* p, const Scratch& s) {
+  constexpr float kInfinity = __builtin_inff();
+  for (int j = s.F; j < s.columns; j++) p[j] = -kInfinity;
+  Vec largest = load(p);
+  for (int j = kLanes; j < s.columns; j += kLanes) largest = maximum(largest, load(p + j));
+  Vec shift = splat(max_lanes(largest)), sum = {};
+  for (int j = 0; j < s.columns; j += kLanes) {
+    Vec e = exp2_nonpositive(load(p + j) - shift);
+    store(p + j, e);
+    sum += e;
+  }
+  return 1.0f / sum_lanes(sum);
+}
+
+template <class T>
+void forward_tile(float scale, ForwardScratch& s, const Frames<T> (&in)[3], const Frames<T> (&ahead)[3],
+                  const Frames<T>& o) {
+  gather(in[0], s, scale * kLog2E, s.q_fd);
+  gather_transposed(in[1], s, s.k_df, nullptr);
+  gather(in[2], s, 1.0f, s.v_fd);
+  const int F = s.F, D = s.D, ld = s.columns;
+  for (int begin = 0; begin < F; begin += kRowBlock) {
+    int end = smaller(begin + kRowBlock, F);
+    for (const auto& x : ahead) x.prefetch(begin, end, D);
+    for (int i = begin; i < end; i += kTileRows)
+      multiply(s.q_fd + i * D, D, 1, s.k_df, ld, D, ld / kLanes,
+               [&](int r, int j, Vec x) { store(s.p_ff + (i + r) * ld + j * kLanes, x); });
+    float inverse[kRowBlock] = {};
+    for (int i = begin; i < end; i++) inverse[i - begin] = softmax_row(s.p_ff + i * ld, s);
+    for (int i = begin; i < end; i += kTileRows)
+      multiply(s.p_ff + i * ld, ld, 1, s.v_fd, D, F, D / kLanes, [&](int r, int j, Vec x) {
+        if (i + r < F) store(o[i + r] + j * kLanes, x * inverse[i + r - begin]);
+      });
+  }
+}
+
+// p becomes the probabilities of one row, ds (in: dp) the gradient of its logits p (dp - sum(p dp)).
+MM_INLINE void softmax_backward_row(float* p, float* ds, const Scratch& s) {
+  Vec inverse = splat(softmax_row(p, s)), dot = {};
+  for (int j = 0; j < s.columns; j += kLanes) {
+    Vec probability = load(p + j) * inverse;
+    store(p + j, probability);
+    dot += probability * load(ds + j);
+  }
+  Vec delta = splat(sum_lanes(dot));
+  for (int j = 0; j < s.columns; j += kLanes) store(ds + j, load(p + j) * (load(ds + j) - delta));
+}
+
+template <class T>
+void backward_tile(float scale, BackwardScratch& s, const Frames<T> (&in)[4], const Frames<T> (&ahead)[4],
+                   const Frames<T> (&out)[3]) {
+  gather(in[0], s, scale * kLog2E, s.q_fd);
+  gather_transposed(in[1], s, s.k_df, s.k_fd);
+  gather_transposed(in[2], s, s.v_df, nullptr);
+  gather(in[3], s, 1.0f, s.g_fd);
+  const int F = s.F, D = s.D, ld = s.columns;
+  for (int begin = 0; begin < F; begin += kRowBlock) {
+    int end = smaller(begin + kRowBlock, F);
+    for (const auto& x : ahead) x.prefetch(begin, end, D);
+    for (int i = begin; i < end; i += kTileRows) {
+      multiply(s.q_fd + i * D, D, 1, s.k_df, ld, D, ld / kLanes,
+               [&](int r, int j, Vec x) { store(s.p_ff + (i + r) * ld + j * kLanes, x); });
+      multiply(s.g_fd + i * D, D, 1, s.v_df, ld, D, ld / kLanes,
+               [&](int r, int j, Vec x) { store(s.ds_ff + (i + r) * ld + j * kLanes, x); });
+    }
+    for (int i = begin; i < end; i++) softmax_backward_row(s.p_ff + i * ld, s.ds_ff + i * ld, s);
+    for (int i = begin; i < end; i += kTileRows)
+      multiply(s.ds_ff + i * ld, ld, 1, s.k_fd, D, F, D / kLanes, [&](int r, int j, Vec x) {
+        if (i + r < F) store(out[0][i + r] + j * kLanes, x * scale);
+      });
+  }
+  for (int i = 0; i < F; i += kTileRows) {
+    multiply(s.ds_ff + i, 1, ld, s.q_fd, D, F, D / kLanes, [&](int r, int j, Vec x) {
+      if (i + r < F) store(out[1][i + r] + j * kLanes, x * kLn2);  // q_fd carries scale * log2(e)
+    });
+    multiply(s.p_ff + i, 1, ld, s.g_fd, D, F, D / kLanes, [&](int r, int j, Vec x) {
+      if (i + r < F) store(out[2][i + r] + j * kLanes, x);
+    });
+  }
+}
+
+template <class T>
+void run_forward(const TemporalAttention& op, Strided q, Strided k, Strided v, Strided o) {
+  int64_t tasks = op.B * op.P * op.N;
+  parallel_tasks(
+      tasks, op.num_threads, [&] { return ForwardScratch(op); },
+      [&](ForwardScratch& scratch, int64_t task) {
+        int64_t next = smaller(task + 1, tasks - 1);
+        forward_tile<T>(op.scale, scratch, {{q, op, task}, {k, op, task}, {v, op, task}},
+                        {{q, op, next}, {k, op, next}, {v, op, next}}, {o, op, task});
+      });
+}
+
+template <class T>
+void run_backward(const TemporalAttention& op, Strided q, Strided k, Strided v, Strided grad_o, Strided dq, Strided dk,
+                  Strided dv) {
+  int64_t tasks = op.B * op.P * op.N;
+  parallel_tasks(
+      tasks, op.num_threads, [&] { return BackwardScratch(op); },
+      [&](BackwardScratch& scratch, int64_t task) {
+        int64_t next = smaller(task + 1, tasks - 1);
+        backward_tile<T>(op.scale, scratch, {{q, op, task}, {k, op, task}, {v, op, task}, {grad_o, op, task}},
+                         {{q, op, next}, {k, op, next}, {v, op, next}, {grad_o, op, next}},
+                         {{dq, op, task}, {dk, op, task}, {dv, op, task}});
+      });
+}
+
+// Calls function(T{}) with the storage type of `dtype`.
+template <class Function>
+void with_type(DataType dtype, Function function) {
+  switch (dtype) {
+    case DataType::kFloat32: return function(float{});
+    case DataType::kBFloat16: return function(BFloat16{});
+    case DataType::kFloat16: return function(Float16{});
+  }
+}
+
+}  // namespace
+
+extern const TemporalAttentionKernels kTemporalAttention = {
+    [](const TemporalAttention& op, Strided q, Strided k, Strided v, Strided o) {
+      with_type(op.dtype, [&](auto type) { run_forward<decltype(type)>(op, q, k, v, o); });
+    },
+    [](const TemporalAttention& op, Strided q, Strided k, Strided v, Strided grad_o, Strided dq, Strided dk,
+       Strided dv) {
+      with_type(op.dtype, [&](auto type) { run_backward<decltype(type)>(op, q, k, v, grad_o, dq, dk, dv); });
+    },
+};
+
+}  // namespace mm::MM_ISA
