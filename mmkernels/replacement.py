@@ -1,0 +1,144 @@
+"""Swap the blocks of one diffusers Stable Video Diffusion UNet in place, say how each runs, and swap them back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from diffusers.models.attention import BasicTransformerBlock, TemporalBasicTransformerBlock
+from diffusers.models.resnet import SpatioTemporalResBlock
+from diffusers.models.transformers.transformer_temporal import TransformerSpatioTemporalModel
+from torch import nn
+
+from mmkernels.blocks.drop_in import CheckpointedBlock, DropIn
+from mmkernels.blocks.exactness import why_not_resnet, why_not_transformer
+from mmkernels.blocks.resnet import FusedResBlock
+from mmkernels.blocks.transformer import FusedTransformer
+from mmkernels.ops.temporal_attention import why_unsupported
+
+PLANS = ("fused", "checkpoint")
+_KINDS = (SpatioTemporalResBlock, TransformerSpatioTemporalModel)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One block: its dotted name, its class in diffusers, how it runs (fused, checkpoint or torch) and why so."""
+
+    name: str
+    kind: str
+    how: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """How every spatio-temporal block of a UNet runs; str() is a table."""
+
+    rows: tuple[Row, ...]
+
+    def __str__(self) -> str:
+        cells = [("block", "kind", "how", "why"), *((row.name, row.kind, row.how, row.why) for row in self.rows)]
+        widths = [max(len(row[i]) for row in cells) for i in range(3)]
+        lines = ["  ".join([*(row[i].ljust(widths[i]) for i in range(3)), row[3]]).rstrip() for row in cells]
+        return "\n".join(lines)
+
+
+def replace(unet: nn.Module, plan: str = "fused") -> Callable[[], None]:
+    """Swap the blocks of `unet` in place by a plan and return undo(), which puts the very same objects back.
+
+    "fused": every block that is exactly the known one runs on fused operations and segments; any other stays as it is,
+    and `report` says why. "checkpoint": every SpatioTemporalResBlock and TransformerSpatioTemporalModel runs whole
+    under torch.utils.checkpoint. Parameters, buffers and state_dict are shared and unchanged both ways. A second
+    undo() does nothing. A deep copy of a replaced UNet is replaced as well, and this undo() does not reach it.
+
+    Raises ValueError for an unknown plan, a UNet without such blocks, and one that is replaced already.
+    """
+    if plan not in PLANS:
+        raise ValueError(f"plan is {plan!r}, wanted one of {', '.join(PLANS)}")
+    blocks = list(_blocks(unet))
+    if not blocks:
+        raise ValueError(
+            f"{type(unet).__name__} holds no SpatioTemporalResBlock or TransformerSpatioTemporalModel; give it a "
+            "UNetSpatioTemporalConditionModel, and unwrap it first if it is wrapped"
+        )
+    if any(isinstance(block, DropIn) for _, _, _, block in blocks):
+        raise ValueError("the UNet is replaced already; call the undo() of the first replace() before a second one")
+    swaps = []
+    for _, parent, child_name, block in blocks:
+        if plan == "checkpoint":
+            swaps.append((parent, child_name, CheckpointedBlock(block)))
+        elif _why_not(block, parent) is None:
+            kind = FusedResBlock if isinstance(block, SpatioTemporalResBlock) else FusedTransformer
+            swaps.append((parent, child_name, kind.from_module(block)))
+    for parent, child_name, drop_in in swaps:
+        parent._modules[child_name] = drop_in
+    return _undo_of(swaps)
+
+
+def _undo_of(swaps: list[tuple[nn.Module, str, DropIn]]) -> Callable[[], None]:
+    def undo() -> None:
+        for parent, child_name, drop_in in swaps:
+            if parent._modules.get(child_name) is not drop_in:
+                raise RuntimeError(f"{child_name} of a {type(parent).__name__} was changed after replace(); undo that")
+        for parent, child_name, drop_in in swaps:
+            drop_in.original.training = drop_in.training
+            parent._modules[child_name] = drop_in.original
+        swaps.clear()
+
+    return undo
+
+
+def report(unet: nn.Module) -> Report:
+    """Which block of `unet` runs how, and why it is not fused where it is not."""
+    rows = []
+    for name, parent, _, block in _blocks(unet):
+        original = block.original if isinstance(block, DropIn) else block
+        how = block.how if isinstance(block, DropIn) else "torch"
+        if how == "fused":
+            why = _why_plain_attention(original) if isinstance(original, TransformerSpatioTemporalModel) else ""
+        elif how == "checkpoint":
+            why = 'replaced with plan="checkpoint"'
+        else:
+            why = _why_not(original, parent) or "not replaced"
+        rows.append(Row(name, type(original).__name__, how, why))
+    return Report(tuple(rows))
+
+
+def dead_parameters(unet: nn.Module) -> set[str]:
+    """Names of the parameters whose gradient is exactly zero while the context is one token, as SVD's is.
+
+    The softmax over one key is 1, so attn2's to_q and to_k and the norm2 before them change nothing. Leave them out of
+    the optimizer: plain torch gives them gradients of rounding size, which Adam turns into real updates.
+    """
+    dead = set()
+    for name, module in unet.named_modules():
+        if isinstance(module, (BasicTransformerBlock, TemporalBasicTransformerBlock)) and module.attn2 is not None:
+            if not module.attn2.is_cross_attention:
+                continue
+            for part in ("norm2", "attn2.to_q", "attn2.to_k"):
+                prefix = f"{name}.{part}" if name else part
+                dead |= {f"{prefix}.{key}" for key, _ in module.get_submodule(part).named_parameters()}
+    return dead
+
+
+def _blocks(unet: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
+    """Full name, parent, name in the parent, and block, of every spatio-temporal block or its drop-in."""
+    for parent_name, parent in list(unet.named_modules()):
+        for child_name, child in list(parent.named_children()):
+            if isinstance(child, (*_KINDS, DropIn)):
+                yield f"{parent_name}.{child_name}".lstrip("."), parent, child_name, child
+
+
+def _why_not(block: nn.Module, parent: nn.Module) -> str | None:
+    if getattr(parent, "gradient_checkpointing", False):
+        return "diffusers' gradient checkpointing is on; call disable_gradient_checkpointing() first"
+    return why_not_resnet(block) if isinstance(block, SpatioTemporalResBlock) else why_not_transformer(block)
+
+
+def _why_plain_attention(block: TransformerSpatioTemporalModel) -> str:
+    weight = block.proj_in.weight
+    shape = (1, 1, 1, block.num_attention_heads, block.attention_head_dim)
+    row = torch.empty(shape, dtype=weight.dtype, device=weight.device)
+    reason = why_unsupported(row, row, row)
+    return "" if reason is None else f"temporal attention in plain torch: {reason}"
