@@ -1,0 +1,183 @@
+"""Measure providers of one computation against each other: is it right, how long does it take, what does it hold.
+
+Nothing is timed that is wrong: a provider first passes a gate against float64, with the error of plain torch in
+the same dtype as the budget. Times are taken in rounds, each provider once a round and in a rotating order, so
+that whatever else the machine does falls on all of them; ratios are taken within a round.
+
+Peak memory is what the allocator handed out, above what was alive before the call: outputs, gradients, saved
+tensors and temporaries inside operators. On a CPU every torch allocation and release is counted (profiler events);
+scratch that a native kernel takes for itself, a few hundred KB a thread, and that of oneDNN and MKL is not in it.
+On a GPU it is max_memory_allocated.
+"""
+
+import gc
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+Outputs = Mapping[str, torch.Tensor]
+Step = Callable[[], Outputs]
+
+LOW_QUANTILE, HIGH_QUANTILE = 0.2, 0.8
+ERROR_RATIO, ERROR_FLOOR = 2.0, 1e-6  # budget: this times the error of plain torch, plus this
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provider:
+    """One way to do the computation.
+
+    step: runs it once and returns outputs and gradients by name, the same names for every provider.
+    includes: in words, what the time covers.
+    """
+
+    name: str
+    step: Step
+    includes: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """Median and the 0.2 and 0.8 quantiles of a figure over the rounds."""
+
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """What one provider took. speedup: the baseline's time over this one's, within each round."""
+
+    provider: Provider
+    time_ms: Spread
+    peak_bytes: int
+    speedup: Spread
+    peak_ratio: float
+
+
+@dataclass(kw_only=True)
+class Results:
+    """Measurements by provider name, in the order given, and why a provider was refused."""
+
+    baseline: str
+    measured: dict[str, Measurement] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Median, 0.2 and 0.8 quantiles, linear between samples."""
+    if not values:
+        raise ValueError("spread wants at least one value, got none; run at least one round")
+    low, median, high = np.quantile(np.asarray(values, dtype=np.float64), (LOW_QUANTILE, 0.5, HIGH_QUANTILE))
+    return Spread(median=float(median), low=float(low), high=float(high))
+
+
+def why_wrong(actual: Outputs, plain: Outputs, exact: Outputs) -> str | None:
+    """Why `actual` fails the gate, or None.
+
+    For each name the largest error against `exact` (float64), as a share of the largest value there, may be at
+    most twice that of `plain` (torch in the same dtype) + 1e-6.
+    """
+    if actual.keys() != exact.keys():
+        return f"gives {sorted(actual)}, wanted {sorted(exact)}"
+    for name, wanted in exact.items():
+        got = actual[name]
+        if got.shape != wanted.shape:
+            return f"{name} has shape {tuple(got.shape)}, wanted {tuple(wanted.shape)}"
+        scale = wanted.abs().max().item() or 1.0
+        error = (got.double() - wanted).abs().max().item() / scale
+        budget = ERROR_RATIO * (plain[name].double() - wanted).abs().max().item() / scale + ERROR_FLOOR
+        if not error <= budget:  # also catches an error that is not a number
+            return f"{name} is off by {error:.2e} of its scale, the budget is {budget:.2e}"
+    return None
+
+
+def measure(
+    providers: Sequence[Provider],
+    plain: Outputs,
+    exact: Outputs,
+    *,
+    baseline: str,
+    device: torch.device,
+    num_rounds: int,
+    num_warm_ups: int = 1,
+) -> Results:
+    """Gate, warm up, count and time `providers`, interleaved; those that fail the gate are refused, not timed."""
+    results = Results(baseline=baseline)
+    accepted = []
+    for provider in providers:
+        reason = why_wrong(provider.step(), plain, exact)
+        if reason is None:
+            accepted.append(provider)
+        else:
+            results.refused[provider.name] = reason
+    names = [provider.name for provider in accepted]
+    if baseline not in names:
+        raise ValueError(f"baseline {baseline!r} is not among the accepted {names}: {results.refused}")
+    peak_bytes = {}
+    for provider in accepted:
+        for _ in range(num_warm_ups):
+            provider.step()
+        peak_bytes[provider.name] = allocator_peak_bytes(provider.step, device)
+    times_ms: dict[str, list[float]] = {name: [] for name in names}
+    for index in range(num_rounds):
+        turn = index % len(accepted)
+        for provider in accepted[turn:] + accepted[:turn]:
+            times_ms[provider.name].append(time_once_ms(provider.step, device))
+    for provider in accepted:
+        name = provider.name
+        pairs = zip(times_ms[baseline], times_ms[name], strict=True)
+        results.measured[name] = Measurement(
+            provider=provider,
+            time_ms=spread(times_ms[name]),
+            peak_bytes=peak_bytes[name],
+            speedup=spread([reference / own for reference, own in pairs]),
+            peak_ratio=peak_bytes[name] / max(peak_bytes[baseline], 1),
+        )
+    return results
+
+
+def time_once_ms(step: Callable[[], object], device: torch.device) -> float:
+    """Milliseconds of one call: CUDA events on a GPU, the wall clock on a CPU. Results are released after it."""
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        start.record()
+        step()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+    start_s = time.perf_counter()
+    result = step()
+    elapsed_ms = (time.perf_counter() - start_s) * 1e3
+    del result
+    return elapsed_ms
+
+
+def allocator_peak_bytes(step: Callable[[], object], device: torch.device) -> int:
+    """Most bytes allocated at once during one call, above what was alive before it."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before_bytes = torch.cuda.memory_allocated(device)
+        step()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before_bytes
+    # The profiler reports each allocation of torch's CPU allocator as +bytes and its release as -bytes, in order;
+    # a release of something allocated before it started is reported as 0.
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        step()
+    profiler = profile.profiler
+    if profiler is None or profiler.kineto_results is None:
+        raise RuntimeError("the torch profiler recorded nothing; is another profiler running in this process?")
+    live_bytes = peak_bytes = 0
+    for event in profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live_bytes += event.nbytes()
+            peak_bytes = max(peak_bytes, live_bytes)
+    return peak_bytes

@@ -1,0 +1,147 @@
+"""Peak bytes, saved bytes and FLOPs of any training step, from fake tensors, with no GPU.
+
+A dispatch mode sees every operator below autograd. It follows the storages that operators allocate until the
+last reference dies, each storage once however many tensors view it, and counts a storage as the CUDA caching
+allocator does: rounded up to a multiple of 512 bytes. FLOPs are those of `torch.utils.flop_counter` (a multiply
+and an add are two), with the formulas that custom operators register there.
+
+Modelled, not measured: temporaries inside an operator (cuDNN workspaces), the allocator's 2 and 20 MiB segments
+and fragmentation are not in it. PyTorch's own MemTracker tests allow 10% on the peak for the same reasons.
+"""
+
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils import flop_counter
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+ALLOCATION_GRAIN_BYTES = 512  # CUDACachingAllocator's kMinBlockSize
+
+
+def allocated_bytes(num_bytes: int) -> int:
+    """Bytes the CUDA caching allocator hands out for a request of `num_bytes`; an empty one takes nothing."""
+    return -(-num_bytes // ALLOCATION_GRAIN_BYTES) * ALLOCATION_GRAIN_BYTES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """What one step costs, modelled.
+
+    peak_bytes: most bytes alive at once, `resident_bytes` included.
+    resident_bytes: bytes alive before the step: weights, optimizer states, the batch; whatever was passed.
+    saved_bytes: bytes that the step holds when its first backward begins, beyond `resident_bytes`: activations
+        saved for backward, and the loss; 0 where no backward ran.
+    end_bytes: bytes alive after the step, `resident_bytes` included; gradients that stay are among them.
+    flops: floating point operations of the matrix products, convolutions and attention, backward included.
+    """
+
+    peak_bytes: int
+    resident_bytes: int
+    saved_bytes: int
+    end_bytes: int
+    flops: int
+
+    def __str__(self) -> str:
+        gib = 2**30
+        return (
+            f"modelled: peak {self.peak_bytes / gib:.2f} GiB"
+            f" (resident before the step {self.resident_bytes / gib:.2f}, saved for backward"
+            f" {self.saved_bytes / gib:.2f}, left after it {self.end_bytes / gib:.2f}),"
+            f" {self.flops / 1e12:.4g} TFLOP"
+        )
+
+
+def trace(step: Callable[[], object], resident: Iterable[torch.Tensor] = ()) -> Trace:
+    """Run `step` once and return what it costs.
+
+    step: forward, backward, optimizer: anything. Under FakeTensorMode nothing is computed, and fake CPU tensors
+        stand for the device's (fake CUDA tensors cannot run backward without a driver). Real tensors work too.
+    resident: tensors alive before the step that count into the peak: parameters, optimizer states, the batch.
+        Tensors that the step uses and that are not named here count nothing.
+    """
+    follower = _StorageFollower(resident)
+    resident_bytes = follower.live_bytes
+    with follower:
+        result = step()
+    end_bytes = follower.live_bytes
+    del result  # alive until end_bytes is read: what a step returns is still allocated after it
+    return Trace(
+        peak_bytes=follower.peak_bytes,
+        resident_bytes=resident_bytes,
+        saved_bytes=max(0, follower.bytes_at_backward - resident_bytes),
+        end_bytes=end_bytes,
+        flops=follower.flops,
+    )
+
+
+class _StorageFollower(TorchDispatchMode):
+    """Counts the bytes of live storages and the FLOPs of the operators dispatched under it."""
+
+    def __init__(self, resident: Iterable[torch.Tensor]) -> None:
+        super().__init__()
+        self.live_bytes = 0
+        self.peak_bytes = 0
+        self.bytes_at_backward = 0
+        self.flops = 0
+        self._has_begun_backward = False
+        # Keyed by the address of the storage; the weak reference's callback removes the key before it is reused.
+        self._seen: dict[int, weakref.ref] = {}
+        self._formulas = dict(flop_counter.flop_registry) | _missing_formulas()
+        for tensor in resident:
+            self._see(tensor, is_counted=True)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if not self._has_begun_backward and torch._C._current_graph_task_id() != -1:
+            self._has_begun_backward = True
+            self.bytes_at_backward = self.live_bytes
+        # A view of a tensor made outside must not pass for an allocation of the step.
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, torch.Tensor):
+                self._see(leaf, is_counted=False)
+        out = func(*args, **kwargs)
+        formula = self._formulas.get(func._overloadpacket)
+        if formula is not None:
+            self.flops += formula(*args, **kwargs, out_val=out)
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self._see(leaf, is_counted=True)
+        return out
+
+    def _see(self, tensor: torch.Tensor, is_counted: bool) -> None:
+        if tensor.layout != torch.strided:
+            raise ValueError(f"trace follows strided tensors, got layout {tensor.layout}; make the tensor dense")
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._seen:
+            return
+        num_bytes = allocated_bytes(storage.nbytes()) if is_counted else 0
+        self._seen[key] = weakref.ref(storage, lambda _, key=key, freed=num_bytes: self._forget(key, freed))
+        self.live_bytes += num_bytes
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+
+    def _forget(self, key: int, num_bytes: int) -> None:
+        del self._seen[key]
+        self.live_bytes -= num_bytes
+
+
+def _missing_formulas() -> dict[Any, Callable[..., int]]:
+    """FLOP formulas of operators that torch dispatches on a CPU and has none for."""
+    aten = torch.ops.aten
+
+    def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> int:
+        return flop_counter.sdpa_flop_count(query.shape, key.shape, value.shape)
+
+    def attention_backward(
+        grad_out: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
+    ) -> int:
+        return flop_counter.sdpa_backward_flop_count(grad_out.shape, query.shape, key.shape, value.shape)
+
+    return {
+        aten._scaled_dot_product_flash_attention_for_cpu: attention,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
+    }

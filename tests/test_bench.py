@@ -1,0 +1,138 @@
+"""The bench refuses what is wrong, its statistics and its allocation count are exact, its rows are complete."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import environment, harness, report
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+ROW_KEYS = {
+    "bench", "provider", "mode", "metric", "median", "low", "high", "kind", "shape", "dtype", "threads", "device",
+    "versions", "commit", "command", "ratio", "allocator",
+}  # fmt: skip
+
+
+def _doubled(x: torch.Tensor, factor: float = 2.0) -> harness.Provider:
+    return harness.Provider(name=f"times {factor}", step=lambda: {"y": x * factor}, includes="one product")
+
+
+def _measure(providers: list[harness.Provider], x: torch.Tensor, baseline: str = "times 2.0") -> harness.Results:
+    plain, exact = {"y": x * 2}, {"y": x.double() * 2}
+    return harness.measure(providers, plain, exact, baseline=baseline, device=CPU, num_rounds=3)
+
+
+def test_spread_is_the_median_and_the_low_and_high_quantiles():
+    assert harness.spread([5.0, 1.0, 4.0, 2.0, 3.0, 100.0]) == harness.Spread(median=3.5, low=2.0, high=5.0)
+    with pytest.raises(ValueError, match="at least one"):
+        harness.spread([])
+
+
+def test_a_wrong_provider_is_refused_and_not_timed():
+    x = torch.randn(64)
+    results = _measure([_doubled(x), _doubled(x, 2.001)], x)
+    assert list(results.measured) == ["times 2.0"]
+    assert "y is off by 5.00e-04" in results.refused["times 2.001"]
+
+
+def test_the_gate_refuses_not_a_number_a_wrong_shape_and_a_missing_name():
+    exact = {"y": torch.ones(3, dtype=torch.float64)}
+    plain = {"y": torch.ones(3)}
+    assert harness.why_wrong(plain, plain, exact) is None
+    assert "off by nan" in str(harness.why_wrong({"y": torch.tensor([1.0, float("nan"), 1.0])}, plain, exact))
+    assert "shape (1,)" in str(harness.why_wrong({"y": torch.ones(1)}, plain, exact))
+    assert "wanted ['y']" in str(harness.why_wrong({"z": torch.ones(3)}, plain, exact))
+
+
+def test_the_budget_is_twice_the_error_of_plain_torch():
+    exact = {"y": torch.ones(1, dtype=torch.float64)}
+    plain = {"y": torch.tensor([1.001])}
+    assert harness.why_wrong({"y": torch.tensor([0.9981])}, plain, exact) is None
+    assert harness.why_wrong({"y": torch.tensor([0.9979])}, plain, exact) is not None
+
+
+def test_a_refused_baseline_is_an_error():
+    x = torch.randn(8)
+    with pytest.raises(ValueError, match="baseline 'times 3"):
+        _measure([_doubled(x), _doubled(x, 3.0)], x, baseline="times 3.0")
+
+
+def test_ratios_are_taken_within_a_round(monkeypatch):
+    x = torch.randn(8)
+    fast, slow = _doubled(x), harness.Provider(name="slow", step=_doubled(x).step, includes="")
+    # Rounds rotate: fast slow, slow fast, fast slow. The second round is ten times slower for both.
+    ticks = iter([10.0, 40.0, 400.0, 100.0, 10.0, 20.0])
+    monkeypatch.setattr(harness, "time_once_ms", lambda step, device: next(ticks))
+    results = _measure([fast, slow], x)
+    assert results.measured["slow"].speedup.median == 0.25
+    assert results.measured["slow"].time_ms.median == 40.0
+    assert results.measured["times 2.0"].speedup == harness.Spread(median=1.0, low=1.0, high=1.0)
+
+
+def test_the_peak_of_a_known_program_is_exact():
+    a = torch.ones(1000, 1000)  # 4 MB
+
+    def step() -> torch.Tensor:
+        b = a + 1  # 4 MB alive
+        c = b * 2  # 8
+        del b  # 4
+        return torch.cat([c, c])  # 12
+
+    assert harness.allocator_peak_bytes(step, CPU) == 12_000_000
+
+
+def test_the_peak_sees_temporaries_inside_an_operator_and_not_what_was_there():
+    held = [torch.ones(1000, 1000)]
+    q = torch.ones(1, 4, 256, 64)
+
+    def attention() -> torch.Tensor:
+        held.clear()  # released during the call, allocated before it
+        return torch.nn.functional.scaled_dot_product_attention(q, q, q)
+
+    peak_bytes = harness.allocator_peak_bytes(attention, CPU)
+    assert q.nbytes < peak_bytes < 8 * q.nbytes  # the output, and the kernel's own tiles
+
+
+def test_rows_have_every_key_and_survive_json(tmp_path):
+    x = torch.randn(8)
+    setting = report.Setting.of(CPU, torch.float32)
+    results = _measure([_doubled(x)], x)
+    rows = report.rows_of(results, bench="test", mode="forward", shape={"frames": 72}, setting=setting)
+    report.write_json(rows, tmp_path / "rows.json")
+    loaded = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["metric"] for row in loaded] == ["time_ms", "peak_bytes"]
+    for row in loaded:
+        assert row.keys() >= ROW_KEYS
+        assert row["low"] <= row["median"] <= row["high"]
+        assert (row["kind"], row["ratio"], row["dtype"]) == ("measured", 1.0, "float32")
+        assert row["versions"]["torch"] == torch.__version__
+    assert x.nbytes <= loaded[1]["median"] <= x.nbytes + 64  # and the factor, which torch makes a tensor of
+
+
+def test_a_row_is_measured_or_modelled():
+    setting = report.Setting.of(CPU, torch.float32)
+    with pytest.raises(ValueError, match="measured or modelled, got 'guessed'"):
+        report.Row(
+            bench="", provider="", mode="", metric="", median=0, low=0, high=0, kind="guessed", shape={},
+            **{name: getattr(setting, name) for name in setting.__dataclass_fields__},
+        )  # fmt: skip
+
+
+def test_the_picture_is_drawn(tmp_path):
+    bars = {"torch": harness.Spread(median=2.0, low=1.0, high=3.0), "fused": harness.Spread(median=1, low=1, high=1)}
+    panel = report.Panel(title="time", unit="ms", values=bars, baseline="torch")
+    report.draw([panel, panel, panel], title="measured", path=tmp_path / "bars.png")
+    assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_bench_starts_itself_again_with_the_allocator_tuned():
+    code = "from bench import environment; environment.tune_allocator(); print(environment.allocator())"
+    clean = {name: value for name, value in os.environ.items() if name not in environment.TUNED_ALLOCATOR}
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=clean, capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == str(environment.TUNED_ALLOCATOR)
