@@ -1,0 +1,1 @@
+"""The MimicMotion trainer: footage in, a pose-driven video model out."""

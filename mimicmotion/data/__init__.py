@@ -1,0 +1,1 @@
+"""Footage to training clips: videos, poses, curation, cached latents and the dataset."""

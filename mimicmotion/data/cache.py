@@ -1,0 +1,170 @@
+"""What is kept on disk: atomic files, keys of content, tensors of clips and the manifest of a prepared folder.
+
+A prepared folder holds manifest.json, keypoints/<key>.safetensors (one a video) and clips/<key>.safetensors (one a
+clip). A key is a digest of everything its file follows from, so a changed input never meets a stale file.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load_file as load_numpy
+from safetensors.torch import load_file, save
+
+MANIFEST_VERSION = 1
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` to write to; on a clean exit it is synced and renamed to path.
+
+    Readers see the old file or the whole new one, also after a power cut; on an exception path is left as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb+") as written:
+            os.fsync(written.fileno())
+        # mkstemp makes files for their owner only; give this one the rights any new file has.
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        temporary.replace(path)
+        _sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    with path.open("rb") as opened:
+        digest = hashlib.sha256()
+        while block := opened.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def content_key(inputs: Mapping[str, Any]) -> str:
+    """20 hexadecimal digits that name what follows from inputs (values must be JSON)."""
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:20]
+
+
+def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
+    """Write tensors to path atomically and return the SHA-256 of the file."""
+    payload = save({name: tensor.contiguous() for name, tensor in tensors.items()})
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(payload)
+    return hashlib.sha256(payload).hexdigest()
+
+
+def load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file written by save_tensors. Raises ValueError where it is missing or damaged."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"cannot read {path} ({error}); run prepare again to make it anew") from error
+
+
+def load_arrays(path: Path) -> dict[str, np.ndarray] | None:
+    """The arrays of a file written by save_tensors, or None where it is missing or damaged."""
+    try:
+        return load_numpy(path)
+    except (OSError, SafetensorError):
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crop:
+    """The part of every frame of a clip that is kept, in pixels of the source."""
+
+    left: int
+    top: int
+    width: int
+    height: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clip:
+    """One clip that can be trained on."""
+
+    clip_id: str
+    source: str  # the video's path
+    source_sha256: str
+    source_height: int
+    source_width: int
+    frames_per_second: float
+    num_frames: int
+    frame_stride: int  # of the source's frames every frame_stride-th is kept
+    crop: Crop
+    keypoints_file: str  # relative to the prepared folder; full frame
+    tensors_file: str  # relative to the prepared folder; latents, image_embedding, keypoints in the crop
+    tensors_sha256: str
+    statistics: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drop:
+    """A video that was left out, and why."""
+
+    source: str
+    stage: str  # decode, poses or curate
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a prepared folder holds and how it was made."""
+
+    height: int
+    width: int
+    encoder_name: str
+    encoder_version: str
+    scaling_factor: float
+    spatial_factor: int  # pixels per latent cell
+    pose_backend: str
+    pose_version: str
+    clips: list[Clip]
+    dropped: list[Drop] = field(default_factory=list)
+    version: int = MANIFEST_VERSION
+
+    def write(self, folder: Path) -> None:
+        """Write manifest.json into folder, atomically."""
+        with atomic_write(folder / "manifest.json") as temporary:
+            temporary.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> "Manifest":
+        """The manifest of folder. Raises ValueError where there is none or another version's."""
+        path = folder / "manifest.json"
+        if not path.is_file():
+            raise ValueError(f"got {folder}, which holds no manifest.json; run `python mimicmotion/prepare.py` first")
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        if stored.get("version") != MANIFEST_VERSION:
+            raise ValueError(
+                f"got {path} of version {stored.get('version')}, wanted {MANIFEST_VERSION}; run prepare again"
+            )
+        clips = [Clip(**{**clip, "crop": Crop(**clip["crop"])}) for clip in stored.pop("clips")]
+        dropped = [Drop(**drop) for drop in stored.pop("dropped")]
+        return cls(clips=clips, dropped=dropped, **stored)

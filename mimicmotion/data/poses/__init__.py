@@ -1,0 +1,7 @@
+"""Poses: the keypoint layout, the backends that find keypoints, and the pictures drawn of them."""
+
+from mimicmotion.data.poses.backend import PoseBackend, PoseTrack, load_backend
+from mimicmotion.data.poses.drawing import draw, drawing_scale
+from mimicmotion.data.poses.refit import refit
+
+__all__ = ["PoseBackend", "PoseTrack", "draw", "drawing_scale", "load_backend", "refit"]

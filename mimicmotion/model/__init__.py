@@ -1,0 +1,1 @@
+"""The networks: UNet, pose network and the encoders around them."""
