@@ -1,0 +1,128 @@
+"""Checkpoints that a crash or a flipped bit cannot spoil: step-N folders, complete or not there at all.
+
+A folder is written under another name, every file is flushed to the disk, SHA-256 sums go into manifest.json, and the
+folder is renamed. Tensors are safetensors, the rest is JSON or text; nothing is pickled.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor
+
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"step-(\d+)")
+_BLOCK_BYTES = 1 << 22
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that must not be used, and why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """What a checkpoint holds: groups of tensors (one .safetensors each) and JSON documents, by name."""
+
+    step: int
+    tensors: dict[str, dict[str, Tensor]]
+    documents: dict[str, Any]
+
+
+def _flush(path: Path) -> None:
+    """Put a file's or folder's content on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def folders(run_dir: Path) -> list[Path]:
+    """Complete checkpoint folders of a run, oldest first."""
+    if not run_dir.is_dir():
+        return []
+    found = [(int(m[1]), p) for p in run_dir.iterdir() if (m := _NAME.fullmatch(p.name)) and (p / MANIFEST).is_file()]
+    return [path for _, path in sorted(found)]
+
+
+def save(run_dir: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
+    """Write `checkpoint` as run_dir/step-N, then delete all but the newest `keep`; returns the folder."""
+    final = run_dir / f"step-{checkpoint.step:08d}"
+    partial = run_dir / f".{final.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed while saving
+    partial.mkdir(parents=True)
+    for name, tensors in checkpoint.tensors.items():
+        plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        safetensors.torch.save_file(plain, partial / f"{name}.safetensors")
+    for name, document in checkpoint.documents.items():
+        (partial / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n")
+    files = sorted(partial.iterdir())
+    for path in files:
+        _flush(path)
+    manifest = {"step": checkpoint.step, "sha256": {path.name: _sha256(path) for path in files}}
+    (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    _flush(partial / MANIFEST)
+    _flush(partial)
+    if final.exists():  # the same step again, after a resume: replaced as a whole
+        shutil.rmtree(final)
+    partial.rename(final)
+    _flush(run_dir)
+    for old in folders(run_dir)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint folder, or None where every file has its SHA-256 sum."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        sums = dict(manifest["sha256"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"
+    for name, wanted in sums.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if (got := _sha256(folder / name)) != wanted:
+            return f"{name} has SHA-256 {got[:12]}..., the manifest says {wanted[:12]}..."
+    return None
+
+
+def load(folder: Path) -> Checkpoint:
+    """Read a checkpoint after checking every SHA-256 sum.
+
+    Raises CheckpointError where one differs, and names the newest intact checkpoint of the same run.
+    """
+    if why := damage(folder):
+        others = [path for path in folders(folder.parent) if path.name < folder.name and damage(path) is None]
+        advice = (
+            f"the newest intact one before it is {others[-1]}; move {folder.name} out of {folder.parent} to resume there"
+            if others
+            else f"no earlier checkpoint in {folder.parent} is intact; start again in another --run-dir"
+        )
+        raise CheckpointError(f"{folder} is damaged: {why}. It was not loaded: {advice}.")
+    step = json.loads((folder / MANIFEST).read_text())["step"]
+    return Checkpoint(
+        step=step,
+        tensors={path.stem: safetensors.torch.load_file(path) for path in sorted(folder.glob("*.safetensors"))},
+        documents={p.stem: json.loads(p.read_text()) for p in sorted(folder.glob("*.json")) if p.name != MANIFEST},
+    )
+
+
+def newest(run_dir: Path) -> Path | None:
+    """Newest complete checkpoint folder of a run, or None."""
+    found = folders(run_dir)
+    return found[-1] if found else None

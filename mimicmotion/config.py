@@ -1,0 +1,237 @@
+"""Settings of a run: frozen dataclasses, checked where they are made, and presets as functions.
+
+Fields marked "not in the source" have no published value (paper arXiv 2406.19680, released code); theirs is our default.
+"""
+
+import dataclasses
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+Kernels = Literal["fused", "checkpoint", "torch"]
+PresetName = Literal["demo", "mimicmotion-72", "mimicmotion-16"]
+Precision = Literal["fp32", "bf16", "fp16"]
+LATENT_STRIDE = 8  # pixels a side of one latent pixel, of the VAE and of PoseNet
+
+
+def _require(is_good: bool, name: str, got: object, wanted: str) -> None:
+    """Raise ValueError saying which field got what and what it wants."""
+    if not is_good:
+        raise ValueError(f"{name} is {got!r}; give {wanted}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What the model is trained on."""
+
+    prepared: Path = Path("data/prepared/demo")  # folder that prepare.py writes
+    height: int = 1024  # pixels, a multiple of 8
+    width: int = 576  # pixels, a multiple of 8
+    num_frames: int = 72  # frames a clip, the reference frame included; also a tile when sampling
+    encoder: str = "patch-codec"  # "patch-codec" (stand-in) or a folder or hub id of Stable Video Diffusion
+    poses: Literal["dwpose", "holistic"] = "dwpose"  # pose backend that prepare.py runs
+
+    def __post_init__(self) -> None:
+        for name in ("height", "width"):
+            size = getattr(self, name)
+            _require(size >= LATENT_STRIDE and size % LATENT_STRIDE == 0, f"data.{name}", size, "a multiple of 8 pixels")
+        _require(self.num_frames >= 2, "data.num_frames", self.num_frames, "at least 2 (reference and one more)")
+        _require(bool(self.encoder), "data.encoder", self.encoder, '"patch-codec" or a folder or hub id')
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shape of the UNet (the defaults are SVD img2vid-xt-1.1) and of PoseNet."""
+
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)  # channels a level, multiples of 32 for GroupNorm
+    num_attention_heads: tuple[int, ...] = (5, 10, 20, 20)  # shapes do not show a wrong one: weights load silently
+    layers_per_block: int = 2  # residual blocks a level
+    transformer_layers_per_block: int = 1  # transformer layers an attention block
+    cross_attention_dim: int = 1024  # channels of the image embedding
+    addition_time_embed_dim: int = 256  # channels of each of the three time ids
+    pretrained: Path | None = None  # released weights to start from: .pth, .safetensors or a diffusers folder
+    pretrained_pose_net: Path | None = None  # PoseNet .safetensors that goes with a ComfyUI UNet .safetensors
+
+    def __post_init__(self) -> None:
+        channels, heads = self.block_out_channels, self.num_attention_heads
+        _require(len(channels) == 4, "model.block_out_channels", channels, "four levels, as SVD has")
+        _require(all(c > 0 and c % 32 == 0 for c in channels), "model.block_out_channels", channels, "multiples of 32")
+        is_good = len(heads) == len(channels) and all(n > 0 and c % n == 0 for c, n in zip(channels, heads, strict=True))
+        _require(is_good, "model.num_attention_heads", heads, f"four counts that divide {channels}")
+        for name in ("layers_per_block", "transformer_layers_per_block", "cross_attention_dim"):
+            _require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "at least 1")
+        embed = self.addition_time_embed_dim
+        _require(embed >= 2 and embed % 2 == 0, "model.addition_time_embed_dim", embed, "an even number")
+        is_good = self.pretrained_pose_net is None or self.pretrained is not None
+        _require(is_good, "model.pretrained_pose_net", self.pretrained_pose_net, "model.pretrained with it")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionConfig:
+    """Noise of training. EDM form with sigma_data 1 (Karras et al. 2022, arXiv 2206.00364)."""
+
+    log_sigma_mean: float | None = None  # mean of ln sigma; None: by resolution, as SVD (arXiv 2311.15127)
+    log_sigma_std: float = 1.6  # standard deviation of ln sigma, SVD's at both of its resolutions
+    reference_log_sigma_mean: float = -3.0  # mean of ln s of the noise on the reference's latent
+    reference_log_sigma_std: float = 0.5  # standard deviation of ln s of the noise on the reference's latent
+    condition_dropout: float = 0.1  # share of samples that lose all conditions at once; not in the source
+    fps: int = 7  # frame rate the model is told (time id fps - 1 = 6), whatever the footage's: as released
+    motion_bucket: int = 127  # motion bucket the model is told, as released
+
+    def __post_init__(self) -> None:
+        _require(self.log_sigma_std > 0, "diffusion.log_sigma_std", self.log_sigma_std, "a positive number")
+        std = self.reference_log_sigma_std
+        _require(std > 0, "diffusion.reference_log_sigma_std", std, "a positive number")
+        rate = self.condition_dropout
+        _require(0.0 <= rate <= 1.0, "diffusion.condition_dropout", rate, "a share between 0 and 1")
+        _require(self.fps >= 1, "diffusion.fps", self.fps, "at least 1 frame a second")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW, its schedule, and the moving average of the weights."""
+
+    learning_rate: float = 1e-5  # peak, the paper's
+    betas: tuple[float, float] = (0.9, 0.999)  # not in the source
+    eps: float = 1e-8  # not in the source
+    weight_decay: float = 1e-2  # not in the source
+    max_grad_norm: float = 1.0  # gradients are scaled down to this 2-norm; not in the source
+    schedule: Literal["constant_with_warmup", "cosine", "linear"] = "constant_with_warmup"  # not in the source
+    warmup_steps: int = 500  # steps of linear warm-up; not in the source
+    ema_decay: float = 0.9999  # largest decay of the moving average of the weights; not in the source
+
+    def __post_init__(self) -> None:
+        _require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "a positive number")
+        _require(all(0 <= b < 1 for b in self.betas), "optimizer.betas", self.betas, "two numbers in [0, 1)")
+        _require(self.eps > 0, "optimizer.eps", self.eps, "a positive number")
+        _require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
+        _require(self.max_grad_norm > 0, "optimizer.max_grad_norm", self.max_grad_norm, "a positive number")
+        _require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "0 or more")
+        _require(0 <= self.ema_decay < 1, "optimizer.ema_decay", self.ema_decay, "a number in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """The loop."""
+
+    num_steps: int = 10_000  # optimizer steps; the paper says 20 epochs, of clips it does not count
+    batch_size: int = 8  # clips a step over all ranks and accumulation together (the paper's batch)
+    micro_batch_size: int = 1  # clips at once on one rank; the rest of the batch is accumulated
+    precision: Precision = "bf16"  # fp16 needs a GPU and scales the loss; weights and optimizer stay fp32
+    seed: int = 0  # of the weights' initial values and of every sample's noise, sigma and dropout
+    save_every: int = 500  # steps between checkpoints; one more is written at the end
+    keep_checkpoints: int = 3  # newest checkpoints left on disk
+    log_every: int = 10  # steps between printed lines where there is no terminal
+    max_skipped_in_a_row: int = 10  # non-finite steps in a row after which training stops; not in the source
+
+    def __post_init__(self) -> None:
+        names = ("num_steps", "batch_size", "micro_batch_size", "save_every", "keep_checkpoints", "log_every")
+        for name in (*names, "max_skipped_in_a_row"):
+            _require(getattr(self, name) >= 1, f"trainer.{name}", getattr(self, name), "at least 1")
+        is_good = self.batch_size % self.micro_batch_size == 0
+        _require(is_good, "trainer.batch_size", self.batch_size, f"a multiple of {self.micro_batch_size} (micro_batch_size)")
+        _require(0 <= self.seed < 2**63, "trainer.seed", self.seed, "a number from 0 to 2**63 - 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How a clip is generated (the defaults are the released ones)."""
+
+    num_steps: int = 25  # Euler steps from sigma 700 to 0
+    guidance: float = 2.0  # scale of classifier-free guidance; 1 or less: one pass, the conditional one
+    tile_overlap: int = 6  # frames that neighbouring tiles share
+    decode_frames: int = 8  # frames decoded at once
+
+    def __post_init__(self) -> None:
+        _require(self.num_steps >= 1, "sampling.num_steps", self.num_steps, "at least 1")
+        _require(self.guidance >= 0, "sampling.guidance", self.guidance, "0 or more")
+        _require(self.tile_overlap >= 0, "sampling.tile_overlap", self.tile_overlap, "0 or more")
+        _require(self.decode_frames >= 1, "sampling.decode_frames", self.decode_frames, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One run."""
+
+    preset: PresetName = "demo"  # where the defaults come from
+    kernels: Kernels = "fused"  # fused: mmkernels; checkpoint: torch.utils.checkpoint a block; torch: plain diffusers
+    run_dir: Path = Path("runs/demo")  # checkpoints, loss history and pictures
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.preset in PRESETS, "preset", self.preset, f"one of {sorted(PRESETS)}")
+        kernels = typing.get_args(Kernels)
+        _require(self.kernels in kernels, "kernels", self.kernels, f"one of {kernels}")
+        overlap, tile = self.sampling.tile_overlap, self.data.num_frames
+        is_good = overlap < tile - 1  # frame 0 of a tile is the reference, so a tile moves on by at most tile - 1
+        _require(is_good, "sampling.tile_overlap", overlap, f"less than data.num_frames - 1 = {tile - 1}")
+
+
+def demo() -> Config:
+    """A small model with the real block structure, 72 frames, for two CPU cores: minutes, not a useful model."""
+    return Config(
+        preset="demo",
+        run_dir=Path("runs/demo"),
+        data=DataConfig(prepared=Path("data/prepared/demo"), height=192, width=128, poses="holistic"),
+        model=ModelConfig(block_out_channels=(32, 64, 128, 128), num_attention_heads=(1, 2, 4, 4)),
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=10, ema_decay=0.9, weight_decay=0.0),
+        trainer=TrainerConfig(num_steps=100, batch_size=1, precision="fp32", save_every=50, keep_checkpoints=2),
+        sampling=SamplingConfig(num_steps=10),
+    )
+
+
+def mimicmotion_72() -> Config:
+    """The released 1.5B model at 72 frames (MimicMotion_1-1); its training recipe was never published."""
+    return Config(
+        preset="mimicmotion-72",
+        run_dir=Path("runs/mimicmotion-72"),
+        data=DataConfig(
+            prepared=Path("data/prepared/mimicmotion-72"), encoder="stabilityai/stable-video-diffusion-img2vid-xt-1-1"
+        ),
+    )
+
+
+def mimicmotion_16() -> Config:
+    """The paper's training set-up: 16 frames, batch 8, learning rate 1e-5."""
+    base = mimicmotion_72()
+    data = dataclasses.replace(base.data, prepared=Path("data/prepared/mimicmotion-16"), num_frames=16)
+    return dataclasses.replace(base, preset="mimicmotion-16", run_dir=Path("runs/mimicmotion-16"), data=data)
+
+
+PRESETS = {"demo": demo, "mimicmotion-72": mimicmotion_72, "mimicmotion-16": mimicmotion_16}
+
+
+def to_json(config: object) -> dict[str, Any]:
+    """Config as plain JSON values (paths as text)."""
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value):
+            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        if isinstance(value, Path):
+            return value.as_posix()
+        return list(value) if isinstance(value, tuple) else value
+
+    return plain(config)
+
+
+def from_json(values: dict[str, Any], kind: type = Config) -> Any:
+    """Rebuild a dataclass of this module from `to_json`. Raises ValueError at a name it does not know."""
+    hints = typing.get_type_hints(kind)
+    if unknown := sorted(set(values) - set(hints)):
+        raise ValueError(f"{kind.__name__} has no {', '.join(unknown)}; it has {', '.join(sorted(hints))}.")
+
+    def rich(name: str, value: Any) -> Any:
+        hint = hints[name]
+        if dataclasses.is_dataclass(hint):
+            return from_json(value, typing.cast(type, hint))
+        if value is not None and (hint is Path or Path in typing.get_args(hint)):
+            return Path(value)
+        return tuple(value) if isinstance(value, list) else value
+
+    return kind(**{name: rich(name, value) for name, value in values.items()})

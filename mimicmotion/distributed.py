@@ -1,0 +1,73 @@
+"""Ranks started by torchrun: gloo on CPU, NCCL on GPU, and nothing at all for one process."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """This process among all, and its device."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank writes files and prints."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum over ranks, the same bits on every rank."""
+        if self.world_size == 1:
+            return values
+        total = values.to(self.device, copy=True)
+        torch.distributed.all_reduce(total)
+        return total.to(values.device)
+
+    def wait(self) -> None:
+        """Return when every rank is here."""
+        if self.world_size > 1:
+            torch.distributed.barrier()
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """Model whose backward averages gradients over ranks.
+
+        Call what this returns, never the model inside it: the sync hangs on the wrapper's forward.
+        """
+        if self.world_size == 1:
+            return model
+        devices = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+@contextlib.contextmanager
+def join_ranks() -> Iterator[Ranks]:
+    """Ranks as torchrun set them in the environment; the group is left again at the end."""
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    has_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if has_gpu else torch.device("cpu")
+    if has_gpu:
+        torch.cuda.set_device(device)
+    ranks = Ranks(rank=rank, world_size=world_size, device=device)
+    if world_size == 1:
+        yield ranks
+        return
+    torch.distributed.init_process_group("nccl" if has_gpu else "gloo")
+    try:
+        yield ranks
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def no_sync(model: nn.Module, is_last: bool) -> contextlib.AbstractContextManager[None]:
+    """Context that leaves gradients local for all but the last micro-batch of a step."""
+    if is_last or not isinstance(model, DistributedDataParallel):
+        return contextlib.nullcontext()
+    return model.no_sync()

@@ -1,0 +1,91 @@
+"""The model: diffusers' SVD UNet with PoseNet's features added once, right after `conv_in`."""
+
+from typing import Any
+
+import torch
+from diffusers.models.unets.unet_spatio_temporal_condition import UNetSpatioTemporalConditionModel
+from torch import Tensor, nn
+
+from mimicmotion.config import ModelConfig
+from mimicmotion.model.pose_net import PoseNet
+
+NUM_TIME_IDS = 3  # fps - 1, motion bucket, noise on the reference
+
+
+def build_unet(config: ModelConfig) -> UNetSpatioTemporalConditionModel:
+    """Diffusers' UNet with the released configuration, in the sizes of `config`."""
+    return UNetSpatioTemporalConditionModel(
+        sample_size=96,
+        in_channels=8,
+        out_channels=4,
+        num_frames=25,
+        block_out_channels=config.block_out_channels,
+        num_attention_heads=config.num_attention_heads,
+        layers_per_block=config.layers_per_block,
+        transformer_layers_per_block=config.transformer_layers_per_block,
+        cross_attention_dim=config.cross_attention_dim,
+        addition_time_embed_dim=config.addition_time_embed_dim,
+        projection_class_embeddings_input_dim=NUM_TIME_IDS * config.addition_time_embed_dim,
+    )
+
+
+class MimicMotionModel(nn.Module):
+    """UNet and PoseNet; the state_dict's keys are the released `unet.*` and `pose_net.*`."""
+
+    def __init__(self, unet: UNetSpatioTemporalConditionModel, pose_net: PoseNet) -> None:
+        super().__init__()
+        self.unet = unet
+        self.pose_net = pose_net
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        image_embedding: Tensor,
+        time_ids: Tensor,
+        pose: Tensor | None,
+        pose_keep: Tensor | None = None,
+    ) -> Tensor:
+        """Raw network output F (B, F, 4, h, w) of EDM's preconditioning.
+
+        sample (B, F, 8, h, w): scaled noisy latents and the reference's latent on the channels; timestep (B,):
+        ln(sigma) / 4; image_embedding (B, 1, C); time_ids (B, 3); pose (B, F, 3, 8h, 8w) in [-1, 1], or None for
+        no pose feature at all; pose_keep (B,): 0 where a clip's pose feature is dropped, else 1.
+        """
+        if pose is None:
+            return self.unet(sample, timestep, image_embedding, time_ids, return_dict=False)[0]
+        if pose.shape[:2] != sample.shape[:2]:
+            raise ValueError(f"pose is for {tuple(pose.shape[:2])} (B, F), the latents are {tuple(sample.shape[:2])}.")
+        features = self.pose_net(pose.flatten(0, 1))  # (B*F, C, h, w)
+        if pose_keep is not None:
+            features = features * pose_keep.repeat_interleave(pose.shape[1]).to(features.dtype).view(-1, 1, 1, 1)
+
+        def add_features(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+            return output + features
+
+        # A hook for this call only: the UNet stays diffusers' own class, whatever blocks are swapped inside it.
+        handle = self.unet.conv_in.register_forward_hook(add_features)
+        try:
+            return self.unet(sample, timestep, image_embedding, time_ids, return_dict=False)[0]
+        finally:
+            handle.remove()
+
+
+def build_model(config: ModelConfig) -> MimicMotionModel:
+    """UNet and PoseNet with fresh weights drawn from torch's default generator."""
+    return MimicMotionModel(build_unet(config), PoseNet(config.block_out_channels[0]))
+
+
+def num_parameters(module: nn.Module) -> int:
+    """Parameters of a module, each counted once."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def image_latents(reference: Tensor, num_frames: int) -> Tensor:
+    """Reference latent (B, 4, h, w), the VAE's unscaled mode, repeated for each frame -> (B, F, 4, h, w)."""
+    return reference.unsqueeze(1).expand(-1, num_frames, -1, -1, -1)
+
+
+def model_input(noisy: Tensor, image: Tensor) -> Tensor:
+    """Noise latents first, then the reference's, on the channel axis: 2 x (B, F, 4, h, w) -> (B, F, 8, h, w)."""
+    return torch.cat([noisy, image], dim=2)
