@@ -9,7 +9,7 @@ Confidence: visibility times presence for the body, the presence score of the ha
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,10 @@ FACE_TRACKING = Tracking(max_degrees=15.0, max_shift=0.1, max_scale=0.3, margin=
 # Wrist, pinky and index finger among the 33 body points.
 LEFT_PALM, RIGHT_PALM = (15, 17, 19), (16, 18, 20)
 RIGHT_EYE, LEFT_EYE = 5, 2
+# The 33 points with left and right exchanged.
+MIRROR = (0, 4, 5, 6, 1, 2, 3, 8, 7, 10, 9, *(point + 1 if point % 2 else point - 1 for point in range(11, 33)))
+# Median move of the body's points from frame to frame, in torso lengths, above which a frame is looked at again.
+MAX_JUMP = 0.1
 
 
 @dataclass(frozen=True)
@@ -141,6 +145,7 @@ class _Follower:
         self._pose_anchors = anchor_centers(models["pose_detection"].size, POSE_STRIDES)
         self._face_anchors = anchor_centers(models["face_detection_short_range"].size, FACE_STRIDES)
         self._body_region: Region | None = None
+        self._last_body: Body | None = None
         self._last: dict[str, np.ndarray] = {}  # points of "left", "right" and "face" where the last frame had them
 
     def step(self, frame: np.ndarray) -> np.ndarray:
@@ -148,7 +153,7 @@ class _Follower:
         person = np.zeros((NUM_KEYPOINTS, 3), dtype=np.float32)
         body = self._body(frame)
         if body is None:
-            self._body_region, self._last = None, {}
+            self._body_region, self._last_body, self._last = None, None, {}
             return person
         self._body_region = body.next_region
         size = (frame.shape[1], frame.shape[0])
@@ -180,7 +185,19 @@ class _Follower:
 
     def _body(self, frame: np.ndarray) -> Body | None:
         region = self._body_region if self._body_region is not None else self._detect_body(frame)
-        return None if region is None else self._landmarks(frame, region)
+        body = None if region is None else self._landmarks(frame, region)
+        last, self._last_body = self._last_body, body
+        if region is None or body is None or last is None or _jump(body, last) <= MAX_JUMP:
+            return body
+        # A person seen with no clear face flips left for right from one frame to the next: look again, a little closer
+        # and a little turned, and take what follows best from the last frame, mirrored or not.
+        looks = (replace(region, width=region.width * 0.85, height=region.height * 0.85),
+                 replace(region, angle=region.angle - 0.25))  # fmt: skip
+        seen = [body] + [again for look in looks if (again := self._landmarks(frame, look)) is not None]
+        seen += [replace(each, points=each.points[list(MIRROR)], visibility=each.visibility[list(MIRROR)],
+                         confidence=each.confidence[list(MIRROR)]) for each in seen]  # fmt: skip
+        self._last_body = min(seen, key=lambda each: _jump(each, last))
+        return self._last_body
 
     def _detect_body(self, frame: np.ndarray) -> Region | None:
         model = self._models["pose_detection"]
@@ -243,6 +260,12 @@ class _Follower:
         if score < MIN_PRESENCE:
             return None
         return region.to_frame(values.reshape(468, 3)[:, :2] / model.size), score
+
+
+def _jump(body: Body, last: Body) -> float:
+    """The median move of the body's points since the last frame, in lengths of its torso."""
+    torso = np.hypot(*(last.points[[11, 12]].mean(axis=0) - last.points[[23, 24]].mean(axis=0)))
+    return float(np.median(np.hypot(*(body.points - last.points).T)) / max(torso, 1.0))
 
 
 def _refined(points: np.ndarray, heatmap: np.ndarray, kernel: int = 7) -> np.ndarray:
