@@ -37,7 +37,7 @@ struct Float16 {
   uint16_t bits;
 };
 
-MM_INLINE Vec splat(float x) { return Vec{} + x; }
+MM_INLINE Vec splat(float x) { return x - Vec{}; }  // x - 0 is x for every x, so this is one broadcast
 
 MM_INLINE Vec load(const float* p) {
   Vec x;
@@ -87,21 +87,6 @@ MM_INLINE void store(Float16* p, Vec x) {
 
 MM_INLINE Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
 
-MM_INLINE float sum_lanes(Vec x) {
-  float lanes[kLanes];
-  std::memcpy(lanes, &x, sizeof(x));
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; i++) lanes[i] += lanes[i + width];
-  return lanes[0];
-}
-MM_INLINE float max_lanes(Vec x) {
-  float lanes[kLanes];
-  std::memcpy(lanes, &x, sizeof(x));
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; i++) lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
-  return lanes[0];
-}
-
 // 2^x for x <= 0, relative error below 2e-7; 0 below -126 (a softmax weight that small is nothing in fp32).
 // A NaN comes out as a NaN.
 MM_INLINE Vec exp2_nonpositive(Vec x) {
@@ -131,6 +116,24 @@ MM_INLINE void swap_blocks(Vec& a, Vec& b, std::integer_sequence<int, Lane...>) 
 #endif
   a = low;
   b = high;
+}
+
+// combine(a, b) over all lanes, in a fixed tree.
+template <int Step = kLanes / 2, class Combine>
+MM_INLINE float reduce_lanes(Vec x, Combine combine) {
+  if constexpr (Step == 0) {
+    return x[0];
+  } else {
+    Vec other = x;
+    swap_blocks<Step>(x, other, std::make_integer_sequence<int, kLanes>{});
+    return reduce_lanes<Step / 2>(combine(x, other), combine);
+  }
+}
+MM_INLINE float sum_lanes(Vec x) {
+  return reduce_lanes(x, [](Vec a, Vec b) { return a + b; });
+}
+MM_INLINE float max_lanes(Vec x) {
+  return reduce_lanes(x, [](Vec a, Vec b) { return maximum(a, b); });
 }
 
 // Rows of a (kLanes x kLanes) block become its columns, in log2(kLanes) steps.

@@ -92,9 +92,9 @@ struct ForwardScratch : Scratch {
   explicit ForwardScratch(const TemporalAttention& op) : Scratch(op, 3, 1) {}
 };
 struct BackwardScratch : Scratch {
-  float *q_fd = take(D), *k_fd = take(D), *k_df = take(D), *v_df = take(D), *g_fd = take(D);
+  float *q_fd = take(D), *k_fd = take(D), *k_df = take(D), *v_fd = take(D), *v_df = take(D), *g_fd = take(D);
   float *p_ff = take(columns), *ds_ff = take(columns);
-  explicit BackwardScratch(const TemporalAttention& op) : Scratch(op, 5, 2) {}
+  explicit BackwardScratch(const TemporalAttention& op) : Scratch(op, 6, 2) {}
 };
 
 template <class T>
@@ -106,19 +106,33 @@ struct Frames {
       : data(static_cast<T*>(x.data) + task / (op.P * op.N) * x.b + task / op.N % op.P * x.p + task % op.N * x.n),
         stride(x.f) {}
   T* operator[](int64_t f) const { return data + f * stride; }
+};
 
-  // The next tile's rows are far apart: no hardware prefetcher finds them.
-  void prefetch(int begin, int end, int D) const {
-    for (int f = begin; f < end; f++)
-      for (int byte = 0; byte < D * int(sizeof(T)); byte += 64)
-        __builtin_prefetch(reinterpret_cast<const char*>((*this)[f]) + byte, 0, 2);
+// Brings the next tile's rows into the cache a few at a time, between products: they are far apart, so no hardware
+// prefetcher finds them, and a burst of them would fill the line buffers and stall.
+template <class T, int kTensors>
+class Prefetch {
+ public:
+  Prefetch(const Frames<T> (&tensors)[kTensors], const Scratch& s) : tensors_(tensors), F_(s.F), D_(s.D) {}
+
+  MM_INLINE void advance(int rows) {
+    int end = static_cast<int>(smaller(row_ + rows, F_));
+    for (; row_ < end; row_++)
+      for (const auto& x : tensors_)
+        for (int d = 0; d < D_; d += 64 / int(sizeof(T))) __builtin_prefetch(x[row_] + d, 0, 2);
   }
+
+ private:
+  const Frames<T> (&tensors_)[kTensors];
+  int row_ = 0, F_, D_;
 };
 
 template <class T>
 MM_INLINE void gather(const Frames<T>& x, const Scratch& s, float factor, float* to) {
-  for (int f = 0; f < s.F; f++)
-    for (int d = 0; d < s.D; d += kLanes) store(to + f * s.D + d, load(x[f] + d) * factor);
+  for (int f = 0; f < s.F; f++) {
+    const T* from = x[f];
+    for (int d = 0; d < s.D; d += kLanes) store(to + f * s.D + d, load(from + d) * factor);
+  }
 }
 
 // to_t (D, columns); a copy in rows as well where `to` is given.
@@ -159,19 +173,23 @@ void forward_tile(float scale, ForwardScratch& s, const Frames<T> (&in)[3], cons
   gather(in[0], s, scale * kLog2E, s.q_fd);
   gather_transposed(in[1], s, s.k_df, nullptr);
   gather(in[2], s, 1.0f, s.v_fd);
+  Prefetch prefetch(ahead, s);
   const int F = s.F, D = s.D, ld = s.columns;
   for (int begin = 0; begin < F; begin += kRowBlock) {
     int end = smaller(begin + kRowBlock, F);
-    for (const auto& x : ahead) x.prefetch(begin, end, D);
-    for (int i = begin; i < end; i += kTileRows)
+    for (int i = begin; i < end; i += kTileRows) {
+      prefetch.advance(2);
       multiply(s.q_fd + i * D, D, 1, s.k_df, ld, D, ld / kLanes,
                [&](int r, int j, Vec x) { store(s.p_ff + (i + r) * ld + j * kLanes, x); });
+    }
     float inverse[kRowBlock] = {};
     for (int i = begin; i < end; i++) inverse[i - begin] = softmax_row(s.p_ff + i * ld, s);
-    for (int i = begin; i < end; i += kTileRows)
+    for (int i = begin; i < end; i += kTileRows) {
+      prefetch.advance(2);
       multiply(s.p_ff + i * ld, ld, 1, s.v_fd, D, F, D / kLanes, [&](int r, int j, Vec x) {
         if (i + r < F) store(o[i + r] + j * kLanes, x * inverse[i + r - begin]);
       });
+    }
   }
 }
 
@@ -189,28 +207,37 @@ MM_INLINE void softmax_backward_row(float* p, float* ds, const Scratch& s) {
 
 template <class T>
 void backward_tile(float scale, BackwardScratch& s, const Frames<T> (&in)[4], const Frames<T> (&ahead)[4],
-                   const Frames<T> (&out)[3]) {
+                   const Frames<T> (&out)[3], const Frames<T>* o) {
   gather(in[0], s, scale * kLog2E, s.q_fd);
   gather_transposed(in[1], s, s.k_df, s.k_fd);
-  gather_transposed(in[2], s, s.v_df, nullptr);
+  gather_transposed(in[2], s, s.v_df, o ? s.v_fd : nullptr);
   gather(in[3], s, 1.0f, s.g_fd);
+  Prefetch prefetch(ahead, s);
   const int F = s.F, D = s.D, ld = s.columns;
   for (int begin = 0; begin < F; begin += kRowBlock) {
     int end = smaller(begin + kRowBlock, F);
-    for (const auto& x : ahead) x.prefetch(begin, end, D);
     for (int i = begin; i < end; i += kTileRows) {
+      prefetch.advance(1);
       multiply(s.q_fd + i * D, D, 1, s.k_df, ld, D, ld / kLanes,
                [&](int r, int j, Vec x) { store(s.p_ff + (i + r) * ld + j * kLanes, x); });
+      prefetch.advance(1);
       multiply(s.g_fd + i * D, D, 1, s.v_df, ld, D, ld / kLanes,
                [&](int r, int j, Vec x) { store(s.ds_ff + (i + r) * ld + j * kLanes, x); });
     }
     for (int i = begin; i < end; i++) softmax_backward_row(s.p_ff + i * ld, s.ds_ff + i * ld, s);
-    for (int i = begin; i < end; i += kTileRows)
+    for (int i = begin; i < end; i += kTileRows) {
+      prefetch.advance(1);
       multiply(s.ds_ff + i * ld, ld, 1, s.k_fd, D, F, D / kLanes, [&](int r, int j, Vec x) {
         if (i + r < F) store(out[0][i + r] + j * kLanes, x * scale);
       });
+    }
+    for (int i = begin; o && i < end; i += kTileRows)
+      multiply(s.p_ff + i * ld, ld, 1, s.v_fd, D, F, D / kLanes, [&](int r, int j, Vec x) {
+        if (i + r < F) store((*o)[i + r] + j * kLanes, x);
+      });
   }
   for (int i = 0; i < F; i += kTileRows) {
+    prefetch.advance(1);
     multiply(s.ds_ff + i, 1, ld, s.q_fd, D, F, D / kLanes, [&](int r, int j, Vec x) {
       if (i + r < F) store(out[1][i + r] + j * kLanes, x * kLn2);  // q_fd carries scale * log2(e)
     });
@@ -234,15 +261,16 @@ void run_forward(const TemporalAttention& op, Strided q, Strided k, Strided v, S
 
 template <class T>
 void run_backward(const TemporalAttention& op, Strided q, Strided k, Strided v, Strided grad_o, Strided dq, Strided dk,
-                  Strided dv) {
+                  Strided dv, Strided o) {
   int64_t tasks = op.B * op.P * op.N;
   parallel_tasks(
       tasks, op.num_threads, [&] { return BackwardScratch(op); },
       [&](BackwardScratch& scratch, int64_t task) {
         int64_t next = smaller(task + 1, tasks - 1);
+        Frames<T> output(o, op, task);
         backward_tile<T>(op.scale, scratch, {{q, op, task}, {k, op, task}, {v, op, task}, {grad_o, op, task}},
                          {{q, op, next}, {k, op, next}, {v, op, next}, {grad_o, op, next}},
-                         {{dq, op, task}, {dk, op, task}, {dv, op, task}});
+                         {{dq, op, task}, {dk, op, task}, {dv, op, task}}, o.data ? &output : nullptr);
       });
 }
 
@@ -263,8 +291,8 @@ extern const TemporalAttentionKernels kTemporalAttention = {
       with_type(op.dtype, [&](auto type) { run_forward<decltype(type)>(op, q, k, v, o); });
     },
     [](const TemporalAttention& op, Strided q, Strided k, Strided v, Strided grad_o, Strided dq, Strided dk,
-       Strided dv) {
-      with_type(op.dtype, [&](auto type) { run_backward<decltype(type)>(op, q, k, v, grad_o, dq, dk, dv); });
+       Strided dv, Strided o) {
+      with_type(op.dtype, [&](auto type) { run_backward<decltype(type)>(op, q, k, v, grad_o, dq, dk, dv, o); });
     },
 };
 

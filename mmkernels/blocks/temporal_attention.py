@@ -63,6 +63,12 @@ class _Chunk:
         shape = (1, F, packed.shape[0] // F, parts, self.num_heads, C // self.num_heads)
         return packed.view(shape).unbind(3)
 
+    def saved(self, saved: Tensor, b: int, pixels: slice) -> Tensor:
+        """The chunk's (R, 3C) of the kept q, k, v, which lie chunk after chunk: written and read without a copy."""
+        F, C = self.x.shape[1], self.x.shape[3]
+        begin = b * self.x.shape[2] + pixels.start
+        return saved[3 * C * F * begin : 3 * C * F * (begin + pixels.stop - pixels.start)].view(-1, 3 * C)
+
     def rows(self, name: str, source: Tensor, b: int, pixels: slice) -> Tensor:
         """The chunk of `source` (B, F, P, C) as contiguous (R, C)."""
         F, C = source.shape[1], source.shape[3]
@@ -89,18 +95,17 @@ def _forward(
     for b, pixels in chunk:
         rows = chunk.rows("x", x, b, pixels)
         h, _, _ = chunk.norm(rows, norm_weight, norm_bias, eps)
-        qkv = torch.mm(h, qkv_weight.t(), out=chunk.buffer("qkv", pixels, 3 * C, chunk.dtype))
+        target = chunk.saved(saved, b, pixels) if keep_qkv else chunk.buffer("qkv", pixels, 3 * C, chunk.dtype)
+        qkv = torch.mm(h, qkv_weight.t(), out=target)
         o = chunk.buffer("o", pixels, C, chunk.dtype)
         temporal_attention_into(*chunk.heads(qkv, 3), *chunk.heads(o, 1))
         projected = torch.addmm(out_bias, o, out_weight.t())
         torch.add(rows.view(F, -1, C), projected.view(F, -1, C), out=y[b, :, pixels])
-        if keep_qkv:
-            saved[b, :, pixels] = qkv.view(F, -1, 3 * C)
     return y, saved
 
 
 def _saved_shape(x: Tensor, keep_qkv: bool) -> tuple[int, ...]:
-    return (*x.shape[:3], 3 * x.shape[3]) if keep_qkv else (0,)
+    return (3 * x.numel() if keep_qkv else 0,)
 
 
 @_forward.register_fake
@@ -125,7 +130,7 @@ def _backward(
         rows = chunk.rows("x", x, b, pixels)
         h, mean, rstd = chunk.norm(rows, norm_weight, norm_bias, eps)
         if saved.numel():
-            qkv = chunk.rows("qkv", saved, b, pixels)
+            qkv = chunk.saved(saved, b, pixels)
         else:
             qkv = torch.mm(h, qkv_weight.t(), out=chunk.buffer("qkv", pixels, 3 * C, chunk.dtype))
         dy_rows = chunk.rows("dy", dy, b, pixels)
@@ -226,7 +231,7 @@ def _forward_flops(x_shape: Sequence[int], *_: Any, **__: Any) -> int:
 
 @register_flop_formula(torch.ops.mmkernels.temporal_attention_block_backward)
 def _backward_flops(_: Sequence[int], x_shape: Sequence[int], saved_shape: Sequence[int], *__: Any, **___: Any) -> int:
-    recomputed = 0 if len(saved_shape) > 1 else 3
+    recomputed = 0 if saved_shape[0] else 3
     return _product_flops(x_shape, 8 + recomputed) + _attention_flops(x_shape, 6)
 
 
