@@ -1,0 +1,67 @@
+# Two commands for a newcomer: `make demo` and `make test`. Both do their own set-up in .venv.
+PYTHON ?= python3
+VENV ?= .venv
+# The versions every figure in the README was taken with; `make demo TORCH=torch` takes the newest.
+TORCH ?= torch==2.13.0
+TRITON ?= triton==3.8.0
+DEMO ?= runs/demo
+DEMO_ARGS ?=
+
+BIN := $(VENV)/bin
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: help setup demo test lint format verify-gpu clean
+
+help:
+	@echo "make demo   footage -> poses -> 72-frame training with fused kernels -> video, in $(DEMO)/"
+	@echo "make test   the test suite"
+	@echo "make lint   ruff, clang-format and pyright"
+	@echo "make setup  only the virtual environment, in $(VENV)/"
+
+$(VENV)/.installed: pyproject.toml setup.py CMakeLists.txt $(SOURCES)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/pip install --quiet --editable .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/pip install --quiet "$(TRITON)" --editable ".[test]"
+	@touch $@
+
+$(VENV)/.installed-lint: $(VENV)/.installed-test
+	$(BIN)/pip install --quiet --editable ".[lint]"
+	@touch $@
+
+setup: $(VENV)/.installed
+	$(BIN)/python -m mmkernels
+
+demo: $(VENV)/.installed
+	$(BIN)/python -m mmkernels
+	$(BIN)/python mimicmotion/prepare.py --preset demo
+	$(BIN)/torchrun --nproc-per-node 1 mimicmotion/train.py --kernels fused --preset demo --run-dir $(DEMO) $(DEMO_ARGS)
+	$(BIN)/python mimicmotion/sample.py --run-dir $(DEMO) --check-pose-order
+	$(BIN)/python bench/train_step.py --preset demo --out $(DEMO)
+	@echo "The demo's results:"
+	@for file in loss.png sample.mp4 sample.json step_cost.png step_cost.json; do echo "  $(DEMO)/$$file"; done
+	@echo "  $$(ls -d $(DEMO)/checkpoints/* | tail -n 1)"
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-lint
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(VENV)/.installed-lint
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(SOURCES)
+
+# On a rented card this is all that is left to run: the same tests on the device, then the benches, as JSON.
+verify-gpu: $(VENV)/.installed-test
+	$(BIN)/python -m bench.verify_gpu
+
+clean:
+	rm -rf build mmkernels/_native*.so $(VENV)

@@ -1,0 +1,79 @@
+"""`python -m mmkernels`: what is there on this machine, and why each missing thing is missing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+
+from mmkernels import extension
+
+
+def _native_row() -> str:
+    if (reason := extension.why_not()) is not None:
+        return f"no: {reason}"
+    native = extension.native()
+    others = [name for name in native.supported_instruction_sets() if name != native.instruction_set()]
+    threads = "OpenMP" if native.openmp else "one thread (the compiler had no OpenMP)"
+    return f"yes: {native.instruction_set()} (this CPU also runs {', '.join(others)}), {threads}, {native.compiler}"
+
+
+def _cuda_row() -> str:
+    if (reason := extension.why_not()) is not None:
+        return f"no: {reason}"
+    native = extension.native()
+    if native.cuda_architectures:
+        return f"yes: built for {native.cuda_architectures}"
+    return f"no: {native.cuda_why_not}; install the CUDA toolkit and run `pip install -e .` again"
+
+
+def _triton_row() -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "no: not installed; `pip install triton` (Linux)"
+    return f"yes: {importlib.metadata.version('triton')}"
+
+
+def _torch_row() -> str:
+    if importlib.util.find_spec("torch") is None:
+        return "no: not installed; `pip install torch`"
+    return f"yes: {importlib.metadata.version('torch')}"
+
+
+def _gpu_rows() -> list[str]:
+    if importlib.util.find_spec("torch") is None:
+        return ["unknown: torch is not installed"]
+    import torch
+
+    if torch.version.cuda is None:
+        return [f"no: torch {torch.__version__} is built without CUDA; install a CUDA build of torch"]
+    if not torch.cuda.is_available():
+        return [f"no: torch finds no usable GPU{_driver_reason()}; see `nvidia-smi`"]
+    rows = []
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        rows.append(f"yes: {device.name}, sm_{device.major}{device.minor}, {device.total_memory / 2**30:.0f} GiB")
+    return rows
+
+
+def _driver_reason() -> str:
+    if not extension.available() or not extension.native().cuda_architectures:
+        return ""
+    _, reason = extension.native().cuda_devices()
+    return f" ({reason})" if reason else ""
+
+
+def main() -> None:
+    """Print the table."""
+    rows = [
+        ("native CPU kernels", _native_row()),
+        ("native CUDA code", _cuda_row()),
+        ("Triton", _triton_row()),
+        ("torch", _torch_row()),
+        *(("GPU", row) for row in _gpu_rows()),
+    ]
+    print(f"mmkernels {importlib.metadata.version('mimicmotion-trainer')}")
+    for name, text in rows:
+        print(f"  {name:<20}{text}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""Arrows of import point one way: a module imports only what lies in a lower layer (lazy imports included)."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("mmkernels", "mimicmotion", "bench")
+
+# The first prefix that matches a module's dotted name gives its layer.
+LAYERS = [
+    ("mmkernels.extension", 1),
+    ("mmkernels.ops", 2),
+    ("mmkernels.memory", 2),
+    ("mmkernels.blocks", 3),
+    ("mmkernels.plan", 4),
+    ("mmkernels.replacement", 4),
+    ("mmkernels.__main__", 4),
+    ("mmkernels.__init__", 4),
+    ("mimicmotion.config", 5),
+    ("mimicmotion.model", 5),
+    ("mimicmotion.data", 5),
+    ("mimicmotion.diffusion", 5),
+    ("mimicmotion.loss", 5),
+    ("mimicmotion.__init__", 5),
+    ("mimicmotion.trainer", 7),
+    ("mimicmotion.train", 8),
+    ("mimicmotion.prepare", 8),
+    ("mimicmotion.sample", 8),
+    ("mimicmotion.evaluate", 8),
+    ("mimicmotion.", 6),
+    ("bench", 9),
+]
+# Within one layer these may import each other: parts of one subject. Ops and memory are not among them.
+SUBJECTS = (
+    "mmkernels.blocks",
+    "mmkernels.memory",
+    "mimicmotion.model",
+    "mimicmotion.data",
+    "bench",
+)
+
+
+def layer(module: str) -> int:
+    for prefix, number in LAYERS:
+        if module == prefix or module.startswith(prefix if prefix.endswith(".") else prefix + "."):
+            return number
+    raise AssertionError(f"{module} is in no layer: add it to LAYERS where it belongs")
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+def sources() -> list[Path]:
+    return sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+
+
+def resolve(name: str) -> str | None:
+    """The project's module that `import name` runs, or None for anything else."""
+    if name.split(".")[0] not in PACKAGES:
+        return None
+    path = ROOT.joinpath(*name.split("."))
+    if path.with_suffix(".py").exists():
+        return name
+    return f"{name}.__init__" if (path / "__init__.py").exists() else None
+
+
+def imports(tree: ast.AST) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"relative import in line {node.lineno}: write the whole name"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [name if resolve(name) else str(node.module) for name in names]
+        else:
+            continue
+        found.update(module for name in names if (module := resolve(name)))
+    return found
+
+
+def forbidden(importer: str, imported: str) -> str | None:
+    """Why this arrow may not be, or None."""
+    if imported.endswith("__init__") and importer.startswith(imported.removesuffix("__init__")):
+        return None if importer == imported else f"{importer} imports its own package"
+    if importer.endswith("__init__") and imported.startswith(importer.removesuffix("__init__")):
+        return None  # a package's __init__ names its public parts
+    if layer(imported) < layer(importer):
+        return None
+    same_subject = any(importer.startswith(s) and imported.startswith(s) for s in SUBJECTS)
+    if layer(imported) == layer(importer) and same_subject:
+        return None
+    return f"{importer} (layer {layer(importer)}) imports {imported} (layer {layer(imported)})"
+
+
+@pytest.mark.parametrize("path", sources(), ids=module_name)
+def test_imports_point_down(path: Path) -> None:
+    importer = module_name(path)
+    arrows = imports(ast.parse(path.read_text()))
+    assert [why for imported in sorted(arrows) if (why := forbidden(importer, imported))] == []
+
+
+def test_no_cycles_within_a_subject() -> None:
+    graph = {module_name(p): {i for i in imports(ast.parse(p.read_text())) if i != module_name(p)} for p in sources()}
+    done: set[str] = set()
+
+    def visit(module: str, trail: tuple[str, ...]) -> None:
+        assert module not in trail, f"import cycle: {' -> '.join([*trail, module])}"
+        if module not in done:
+            for imported in sorted(graph.get(module, ())):
+                visit(imported, (*trail, module))
+            done.add(module)
+
+    for module in graph:
+        visit(module, ())
+
+
+def test_the_rule_can_fail() -> None:
+    assert forbidden("mmkernels.ops.a", "mmkernels.ops.b") is not None
+    assert forbidden("mmkernels.blocks.a", "mimicmotion.config") is not None
+    assert forbidden("mimicmotion.loss", "mimicmotion.trainer") is not None
+    assert forbidden("mimicmotion.trainer", "mimicmotion.loss") is None
+
+
+@pytest.mark.parametrize("path", sources(), ids=module_name)
+def test_file_is_short(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 350, "split it by concept"
+
+
+def test_ops_stand_in_no_script_folder_with_a_library_name() -> None:
+    """torchrun puts mimicmotion/ first on sys.path: no module there may shadow another."""
+    import sys
+
+    names = {path.stem for path in (ROOT / "mimicmotion").glob("*.py")} - {"__init__"}
+    assert not names & set(sys.stdlib_module_names)
