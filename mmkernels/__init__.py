@@ -1,7 +1,7 @@
 """Train Stable Video Diffusion UNets on long clips in little memory.
 
-    undo = mmkernels.replace(unet, plan="fused")   # any diffusers UNetSpatioTemporalConditionModel, in place
-    print(mmkernels.report(unet))                  # which block runs how, and why not fused where it is not
+undo = mmkernels.replace(unet, plan="fused")   # any diffusers UNetSpatioTemporalConditionModel, in place
+print(mmkernels.report(unet))                  # which block runs how, and why not fused where it is not
 """
 
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first asked for: diffusers takes seconds, the ops and the module do not need it."""
+    """Import a public name when it is first asked for: importing diffusers takes seconds and not all need it."""
     if name not in __all__:
         raise AttributeError(f"module 'mmkernels' has no attribute {name!r}")
     from importlib import import_module

@@ -24,9 +24,7 @@ def relative_error(value: Tensor, fp64: Tensor) -> float:
     return error if error == error else float("inf")
 
 
-def assert_within_budget(
-    actual: Mapping[str, Tensor], plain: Mapping[str, Tensor], fp64: Mapping[str, Tensor]
-) -> None:
+def assert_within_budget(actual: Mapping[str, Tensor], plain: Mapping[str, Tensor], fp64: Mapping[str, Tensor]) -> None:
     """Hold every named tensor of `actual` to 2x the error of `plain` + 1e-6; the names must be the same."""
     assert set(actual) == set(fp64) == set(plain), set(actual) ^ set(fp64) | set(plain) ^ set(fp64)
     over = []

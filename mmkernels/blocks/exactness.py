@@ -55,6 +55,12 @@ def why_not_resnet(module: nn.Module) -> str | None:
         return "spatial_res_block takes the time embedding in another way than by adding"
     if spatial.output_scale_factor != 1.0:
         return f"spatial_res_block divides its output by {spatial.output_scale_factor}"
+    if temporal.conv_shortcut is not None:
+        return "temporal_res_block changes the number of channels"
+    for conv in (temporal.conv1, temporal.conv2):
+        shape = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
+        if shape != ((3, 1, 1), (1, 1, 1), (1, 0, 0), (1, 1, 1), 1, "zeros"):
+            return f"temporal_res_block has another convolution over frames: {conv}"
     return None
 
 

@@ -76,11 +76,7 @@ class FusedTransformer(DropIn):
 
     def _embed_frames(self, B: int, F: int, like: Tensor) -> Tensor:
         sinusoid = self.time_proj(torch.arange(F, device=like.device))  # (F, C), always float32
-        return self.time_pos_embed(sinusoid.to(self._token_dtype(like))).repeat(B, 1)[:, None]
-
-    def _token_dtype(self, like: Tensor) -> torch.dtype:
-        kind = like.device.type
-        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else like.dtype
+        return self.time_pos_embed(sinusoid.to(_product_dtype(like))).repeat(B, 1)[:, None]
 
     def _enter(self, x: Tensor) -> Tensor:
         BF, C, H, W = x.shape
@@ -93,9 +89,7 @@ class FusedTransformer(DropIn):
         return self.proj_out(self._mix(tokens, moved, image_only_indicator))
 
 
-def _spatial(
-    block: BasicTransformerBlock, enter: Callable[[Tensor], Tensor], x: Tensor, context: Tensor
-) -> Tensor:
+def _spatial(block: BasicTransformerBlock, enter: Callable[[Tensor], Tensor], x: Tensor, context: Tensor) -> Tensor:
     """The transformer block over pixels: x through `enter`, then attention, context, feed-forward -> (B*F, P, C)."""
 
     def attend(x: Tensor) -> Tensor:
@@ -121,19 +115,11 @@ def _temporal(
         return x + block.ff_in(block.norm_in(x))
 
     tokens = segment_in_chunks(feed_in, tokens, frame_embedding)
-    attention = block.attn1
-    tokens = temporal_attention_block(
-        tokens.view(BF // F, F, P, C),
-        block.norm1.weight,
-        block.norm1.bias,
-        attention.to_q.weight,
-        attention.to_k.weight,
-        attention.to_v.weight,
-        attention.to_out[0].weight,
-        attention.to_out[0].bias,
-        attention.heads,
-        eps=block.norm1.eps,
-    )  # (B, F, P, C)
+    norm, attention = block.norm1, block.attn1
+    linear = (attention.to_q, attention.to_k, attention.to_v, attention.to_out[0])
+    weights = [x.to(_product_dtype(x)) for x in (*(layer.weight for layer in linear), linear[-1].bias)]
+    tokens = tokens.view(BF // F, F, P, C)
+    tokens = temporal_attention_block(tokens, norm.weight, norm.bias, *weights, attention.heads, eps=norm.eps)
     value = one_token_value(block, context)
     if value is None:
         # Queries do not see each other here, so the frames and pixels of a clip share one sequence.
@@ -148,3 +134,9 @@ def _add_and_feed(block: BasicTransformerBlock | TemporalBasicTransformerBlock) 
         return x + block.ff(block.norm3(x))
 
     return feed
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """What torch's linear layers would compute in for an operand x: autocast's dtype where it is on."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype

@@ -40,9 +40,7 @@ def reference(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     return torch.einsum("bpnfg,bgpnd->bfpnd", probability, v.to(probability.dtype)).to(q.dtype)
 
 
-def _reference_backward(
-    q: Tensor, k: Tensor, v: Tensor, do: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _reference_backward(q: Tensor, k: Tensor, v: Tensor, do: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     probability = _probability(q, k, scale)  # (B, P, N, F, F)
     wide = probability.dtype
     dv = torch.einsum("bpnfg,bfpnd->bgpnd", probability, do.to(wide))
