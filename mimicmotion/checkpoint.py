@@ -4,7 +4,6 @@ A folder is written under another name, every file is flushed to the disk, SHA-2
 folder is renamed. Tensors are safetensors, the rest is JSON or text; nothing is pickled.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -16,9 +15,10 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
+from mimicmotion.data.cache import file_sha256
+
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d+)")
-_BLOCK_BYTES = 1 << 22
 
 
 class CheckpointError(RuntimeError):
@@ -43,14 +43,6 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def folders(run_dir: Path) -> list[Path]:
     """Complete checkpoint folders of a run, oldest first."""
     if not run_dir.is_dir():
@@ -73,7 +65,7 @@ def save(run_dir: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     files = sorted(partial.iterdir())
     for path in files:
         _flush(path)
-    manifest = {"step": checkpoint.step, "sha256": {path.name: _sha256(path) for path in files}}
+    manifest = {"step": checkpoint.step, "sha256": {path.name: file_sha256(path) for path in files}}
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     _flush(partial / MANIFEST)
     _flush(partial)
@@ -96,7 +88,7 @@ def damage(folder: Path) -> str | None:
     for name, wanted in sums.items():
         if not (folder / name).is_file():
             return f"{name} is missing"
-        if (got := _sha256(folder / name)) != wanted:
+        if (got := file_sha256(folder / name)) != wanted:
             return f"{name} has SHA-256 {got[:12]}..., the manifest says {wanted[:12]}..."
     return None
 
@@ -109,7 +101,7 @@ def load(folder: Path) -> Checkpoint:
     if why := damage(folder):
         others = [path for path in folders(folder.parent) if path.name < folder.name and damage(path) is None]
         advice = (
-            f"the newest intact one before it is {others[-1]}; move {folder.name} out of {folder.parent} to resume there"
+            f"the newest intact one before it is {others[-1]}; move {folder.name} away to resume from there"
             if others
             else f"no earlier checkpoint in {folder.parent} is intact; start again in another --run-dir"
         )

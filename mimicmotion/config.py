@@ -1,6 +1,6 @@
 """Settings of a run: frozen dataclasses, checked where they are made, and presets as functions.
 
-Fields marked "not in the source" have no published value (paper arXiv 2406.19680, released code); theirs is our default.
+Where a comment says "not in the source", neither the paper (arXiv 2406.19680) nor the released code gives a value.
 """
 
 import dataclasses
@@ -35,7 +35,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         for name in ("height", "width"):
             size = getattr(self, name)
-            _require(size >= LATENT_STRIDE and size % LATENT_STRIDE == 0, f"data.{name}", size, "a multiple of 8 pixels")
+            is_good = size >= LATENT_STRIDE and size % LATENT_STRIDE == 0
+            _require(is_good, f"data.{name}", size, "a multiple of 8 pixels")
         _require(self.num_frames >= 2, "data.num_frames", self.num_frames, "at least 2 (reference and one more)")
         _require(bool(self.encoder), "data.encoder", self.encoder, '"patch-codec" or a folder or hub id')
 
@@ -57,7 +58,8 @@ class ModelConfig:
         channels, heads = self.block_out_channels, self.num_attention_heads
         _require(len(channels) == 4, "model.block_out_channels", channels, "four levels, as SVD has")
         _require(all(c > 0 and c % 32 == 0 for c in channels), "model.block_out_channels", channels, "multiples of 32")
-        is_good = len(heads) == len(channels) and all(n > 0 and c % n == 0 for c, n in zip(channels, heads, strict=True))
+        pairs = zip(channels, heads, strict=False)
+        is_good = len(heads) == len(channels) and all(n > 0 and c % n == 0 for c, n in pairs)
         _require(is_good, "model.num_attention_heads", heads, f"four counts that divide {channels}")
         for name in ("layers_per_block", "transformer_layers_per_block", "cross_attention_dim"):
             _require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "at least 1")
@@ -129,8 +131,8 @@ class TrainerConfig:
         names = ("num_steps", "batch_size", "micro_batch_size", "save_every", "keep_checkpoints", "log_every")
         for name in (*names, "max_skipped_in_a_row"):
             _require(getattr(self, name) >= 1, f"trainer.{name}", getattr(self, name), "at least 1")
-        is_good = self.batch_size % self.micro_batch_size == 0
-        _require(is_good, "trainer.batch_size", self.batch_size, f"a multiple of {self.micro_batch_size} (micro_batch_size)")
+        batch, micro = self.batch_size, self.micro_batch_size
+        _require(batch % micro == 0, "trainer.batch_size", batch, f"a multiple of {micro} (trainer.micro_batch_size)")
         _require(0 <= self.seed < 2**63, "trainer.seed", self.seed, "a number from 0 to 2**63 - 1")
 
 

@@ -142,6 +142,11 @@ def noise_batch(
 
 
 def denoised(output: Tensor, noisy: Tensor, sigma: Tensor) -> Tensor:
-    """D(x; s) in float32 from the network's raw output; output and noisy (B, F, 4, h, w), sigma (B,)."""
+    """D(x; s) in float32 or wider from the network's raw output; output and noisy (B, F, 4, h, w), sigma (B,)."""
     coefficients = preconditioning(sigma.float().view(-1, 1, 1, 1, 1))
-    return coefficients.c_skip * noisy.float() + coefficients.c_out * output.float()
+    return coefficients.c_skip * widened(noisy) + coefficients.c_out * widened(output)
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """The tensor in float32, or as it is where it is wider: squares of half-precision differences lose their sense."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -1,7 +1,6 @@
 """What a run tells: one JSON line a step, a picture of the loss, and progress on a terminal or in plain lines."""
 
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from mimicmotion.data.cache import atomic_write
+
 
 class History:
     """JSON lines of a run, cut back to the checkpoint's step on resume: a step is never in the file twice."""
@@ -18,13 +19,8 @@ class History:
     def __init__(self, path: Path, *, resumed_step: int) -> None:
         self.path = path
         kept = [row for row in read_history(path) if row["step"] <= resumed_step] if path.exists() else []
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        with partial.open("w") as file:
-            file.writelines(json.dumps(row) + "\n" for row in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        with atomic_write(path) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
 
     def append(self, row: dict[str, Any]) -> None:
         """Add one step's row; it is in the file when this returns."""

@@ -12,7 +12,8 @@ def _as_pictures(frames: Tensor) -> Tensor:
 
 def _check(generated: Tensor, truth: Tensor) -> None:
     if generated.shape != truth.shape or generated.ndim != 4:
-        raise ValueError(f"generated is {tuple(generated.shape)}, truth {tuple(truth.shape)}; want the same (F, 3, H, W).")
+        shapes = tuple(generated.shape), tuple(truth.shape)
+        raise ValueError(f"generated and truth are {shapes}; give both as the same (F, 3, H, W).")
 
 
 def psnr(generated: Tensor, truth: Tensor) -> float:

@@ -15,10 +15,13 @@ class Optimization:
     """One model's optimizer state: `step()` after backward, `tensors()` and `document()` for a checkpoint.
 
     Parameters named in `dead` get requires_grad False: their gradient is zero up to rounding, which Adam would
-    normalise into real updates, and DDP would wait for them. They stay in the model for export.
+    normalise into real updates, and DDP would wait for them. They stay in the model for export. `scales_loss` is for
+    fp16, whose gradients underflow.
     """
 
-    def __init__(self, model: nn.Module, config: OptimizerConfig, *, num_steps: int, dead: Set[str], fp16: bool) -> None:
+    def __init__(
+        self, model: nn.Module, config: OptimizerConfig, *, num_steps: int, dead: Set[str], scales_loss: bool
+    ) -> None:
         names = dict(model.named_parameters())
         if unknown := sorted(set(dead) - set(names)):
             raise ValueError(f"dead parameters that the model does not have: {unknown[:3]}; give names of the model.")
@@ -38,7 +41,7 @@ class Optimization:
         self.schedule = get_scheduler(
             config.schedule, self.optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=num_steps
         )
-        self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=scales_loss)
         self.average = EMAModel(self.live.values(), decay=config.ema_decay)
 
     def gradient_norm(self) -> Tensor:
@@ -85,7 +88,7 @@ class Optimization:
         if set(tensors["ema"]) != set(self.live):
             differing = sorted(set(tensors["ema"]) ^ set(self.live))
             raise ValueError(
-                f"the checkpoint trains other parameters than this run: {len(differing)} differ, first {differing[:3]}; "
+                f"the checkpoint trains other parameters: {len(differing)} differ, first {differing[:3]}; "
                 "resume with the configuration it was saved with."
             )
         for name, shadow in zip(self.live, self.average.shadow_params, strict=True):

@@ -5,6 +5,7 @@ weight that falls linearly with distance from the tile's centre, normalised. Fra
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
@@ -55,14 +56,18 @@ def tile_weight(num_frames: int) -> Tensor:
     return torch.minimum(rising, 2 - rising)
 
 
+@dataclass(frozen=True, kw_only=True)
 class Conditions:
-    """What steers a batch of clips: reference_latent (B, 4, h, w) unscaled, image_embedding (B, 1, C), pose (B, F, 3, H, W)."""
+    """What steers a batch of clips."""
 
-    def __init__(self, *, reference_latent: Tensor, image_embedding: Tensor, pose: Tensor) -> None:
-        if not len(reference_latent) == len(image_embedding) == len(pose):
-            sizes = len(reference_latent), len(image_embedding), len(pose)
+    reference_latent: Tensor  # (B, 4, h, w), unscaled
+    image_embedding: Tensor  # (B, 1, C)
+    pose: Tensor  # (B, F, 3, H, W) in [-1, 1]
+
+    def __post_init__(self) -> None:
+        sizes = len(self.reference_latent), len(self.image_embedding), len(self.pose)
+        if len(set(sizes)) != 1:
             raise ValueError(f"reference, embedding and pose are for {sizes} clips; give as many of each.")
-        self.reference_latent, self.image_embedding, self.pose = reference_latent, image_embedding, pose
 
 
 def sample(
@@ -94,9 +99,10 @@ def sample(
     parts = tiles(num_frames, tile, overlap)
     for step, timestep in enumerate(scheduler.timesteps):
         scaled = scheduler.scale_model_input(latents, timestep)
-        output = _fused_output(model, conditions, scaled, timestep.expand(len(noise)), ids, parts, is_conditional=True)
+        timesteps = timestep.expand(len(noise))
+        output = _fused_output(model, conditions, scaled, timesteps, ids, parts, is_conditional=True)
         if guidance > 1:
-            free = _fused_output(model, conditions, scaled, timestep.expand(len(noise)), ids, parts, is_conditional=False)
+            free = _fused_output(model, conditions, scaled, timesteps, ids, parts, is_conditional=False)
             output = free + guidance * (output - free)
         latents = scheduler.step(output, timestep, latents, return_dict=False)[0]
         on_step(step + 1)
@@ -135,7 +141,9 @@ def initial_noise(shape: tuple[int, ...], seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def decode(latents: Tensor, decoder: Callable[[Tensor], Tensor], *, scaling_factor: float, frames_at_once: int) -> Tensor:
+def decode(
+    latents: Tensor, decoder: Callable[[Tensor], Tensor], *, scaling_factor: float, frames_at_once: int
+) -> Tensor:
     """Frames (F, 3, H, W) in [-1, 1] of one clip's scaled latents (F, 4, h, w), `frames_at_once` at a time."""
     parts = (latents.float() / scaling_factor).split(frames_at_once)
     return torch.cat([decoder(part) for part in parts]).clamp(-1, 1)

@@ -10,10 +10,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
-import mmkernels
 import torch
 from torch import Tensor
 
+import mmkernels
 from mimicmotion import checkpoint, diffusion
 from mimicmotion.checkpoint import Checkpoint
 from mimicmotion.config import Config, to_json
@@ -48,11 +48,11 @@ def use_kernels(model: MimicMotionModel, kernels: str) -> str:
     return str(mmkernels.report(model.unet))
 
 
-def build_optimization(model: MimicMotionModel, config: Config) -> Optimization:
+def build_optimization(model: MimicMotionModel, config: Config, *, scales_loss: bool) -> Optimization:
     """Optimizer of the model's live parameters; call it before the blocks are replaced."""
     dead = {f"unet.{name}" for name in mmkernels.dead_parameters(model.unet)}
-    is_fp16 = config.trainer.precision == "fp16"
-    return Optimization(model, config.optimizer, num_steps=config.trainer.num_steps, dead=dead, fp16=is_fp16)
+    steps = config.trainer.num_steps
+    return Optimization(model, config.optimizer, num_steps=steps, dead=dead, scales_loss=scales_loss)
 
 
 def batch_loss(model: torch.nn.Module, batch: dict[str, Tensor], draws: list[diffusion.Draw], config: Config) -> Tensor:
@@ -113,7 +113,7 @@ class Trainer:
         if config.model.pretrained is not None:
             released = weights.read(config.model.pretrained, config.model.pretrained_pose_net)
             self.notes += weights.load(self.model, released)
-        self.optimization = build_optimization(self.model, config)
+        self.optimization = build_optimization(self.model, config, scales_loss=config.trainer.precision == "fp16")
         self.kernels = use_kernels(self.model, config.kernels)
         self.wrapped = ranks.wrap(self.model)
         self.step = self.skipped = self.skipped_in_a_row = 0
@@ -195,18 +195,11 @@ class Trainer:
     def _train_step(self, batches: list[tuple[dict[str, Tensor], range]]) -> dict[str, Any]:
         """One optimizer step, or a skipped one; returns its row of the history."""
         start = time.monotonic()
-        mean_loss = torch.zeros((), device=self.ranks.device)
-        for index, (batch, ids) in enumerate(batches):
-            on_device = {name: tensor.to(self.ranks.device, non_blocking=True) for name, tensor in batch.items()}
-            draws = draw_samples(self.config, self.step, ids, tuple(batch["latents"].shape[1:]))
-            with no_sync(self.wrapped, is_last=index == len(batches) - 1):
-                loss = batch_loss(self.wrapped, on_device, draws, self.config) / len(batches)
-                self.optimization.scaler.scale(loss).backward()
-            mean_loss += loss.detach()
+        mean_loss = self._backward(batches)
         norm = float(self.optimization.gradient_norm())
-        is_bad = not (math.isfinite(norm) and math.isfinite(float(mean_loss)))
+        is_bad = not (math.isfinite(norm) and math.isfinite(mean_loss))
         # One sum settles the loss, a skip and a stop for every rank alike.
-        agreed = self.ranks.sum(torch.tensor([float(mean_loss), float(is_bad), float(self._is_signalled)]))
+        agreed = self.ranks.sum(torch.tensor([mean_loss, float(is_bad), float(self._is_signalled)]))
         is_skipped, self.is_stopping = bool(agreed[1] > 0), bool(agreed[2] > 0)
         rate = self.optimization.learning_rate
         self.optimization.step(is_finite=not is_skipped)
@@ -222,14 +215,26 @@ class Trainer:
             "seconds": round(time.monotonic() - start, 3),
         }
 
+    def _backward(self, batches: list[tuple[dict[str, Tensor], range]]) -> float:
+        """Leave the step's gradients, averaged over micro-batches and ranks; returns this rank's mean loss."""
+        mean_loss = torch.zeros((), device=self.ranks.device)
+        for index, (batch, ids) in enumerate(batches):
+            on_device = {name: tensor.to(self.ranks.device, non_blocking=True) for name, tensor in batch.items()}
+            draws = draw_samples(self.config, self.step, ids, tuple(batch["latents"].shape[1:]))
+            with no_sync(self.wrapped, is_last=index == len(batches) - 1):
+                loss = batch_loss(self.wrapped, on_device, draws, self.config) / len(batches)
+                self.optimization.scaler.scale(loss).backward()
+            mean_loss += loss.detach()
+        return float(mean_loss)
+
     def _check_skipped(self) -> None:
         """Raise after too many steps in a row that were not finite."""
         limit = self.config.trainer.max_skipped_in_a_row
         if self.skipped_in_a_row >= limit:
             raise TrainingStoppedError(
                 f"loss or gradient was not finite in {limit} steps in a row, up to step {self.step} "
-                f"({self.skipped} skipped in all); the weights are those of step {self.step - limit}. Look at the data, "
-                "lower optimizer.learning_rate, or use another trainer.precision."
+                f"({self.skipped} skipped in all); the weights are those of step {self.step - limit}. "
+                "Look at the data, lower optimizer.learning_rate, or use another trainer.precision."
             )
 
     @contextlib.contextmanager

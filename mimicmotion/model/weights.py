@@ -47,7 +47,8 @@ class KeyReport:
 
     def __str__(self) -> str:
         lines = []
-        for name, keys in (("missing", self.missing), ("unexpected", self.unexpected), ("wrong shape", self.wrong_shape)):
+        groups = {"missing": self.missing, "unexpected": self.unexpected, "wrong shape": self.wrong_shape}
+        for name, keys in groups.items():
             lines.append(f"{name}: {len(keys)}")
             lines += [f"  {key}" for key in keys[:10]]
             lines += [f"  ... and {len(keys) - 10} more"] if len(keys) > 10 else []
@@ -96,7 +97,7 @@ def read(path: Path, pose_net: Path | None = None) -> Weights:
 
 
 def compare(model: MimicMotionModel, weights: Weights) -> KeyReport:
-    """Keys that differ. A .safetensors or folder without any `pose_net.*` is a UNet alone: PoseNet is not missing then."""
+    """Keys that differ. PoseNet is not missing from a .safetensors or folder without any `pose_net.*`: a UNet alone."""
     wanted = {key: tensor.shape for key, tensor in model.state_dict().items()}
     if weights.source.suffix != ".pth" and not any(key.startswith("pose_net.") for key in weights.tensors):
         wanted = {key: shape for key, shape in wanted.items() if not key.startswith("pose_net.")}
@@ -119,7 +120,7 @@ def _check_heads(model: MimicMotionModel, weights: Weights) -> None:
         stored = weights.config.get("num_attention_heads", heads)
         stored = tuple(stored) if isinstance(stored, list) else (stored,) * len(heads)
         if stored != heads:
-            raise WeightsError(f"{weights.source} has heads {stored}, the model {heads}; set model.num_attention_heads.")
+            raise WeightsError(f"{weights.source} has heads {stored}, not {heads}; set model.num_attention_heads.")
     elif tuple(model.unet.config["block_out_channels"]) == _RELEASED_CHANNELS and heads != _RELEASED_HEADS:
         raise WeightsError(
             f"{weights.source} has the released sizes, which go with heads {_RELEASED_HEADS}; the model has {heads}, "

@@ -1,0 +1,76 @@
+"""A training step of any preset with fake tensors: parameters and modelled memory, on a machine that holds neither."""
+
+from dataclasses import dataclass
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from mimicmotion.config import LATENT_STRIDE, Config
+from mimicmotion.model.unet import build_model, num_parameters
+from mimicmotion.trainer import batch_loss, build_optimization, draw_samples, use_kernels
+from mmkernels.memory.trace import Trace, trace
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class DryRun:
+    """Modelled cost of one step of one micro-batch, optimizer step included."""
+
+    config: Config
+    num_parameters: int
+    num_trained: int  # parameters that the optimizer updates
+    cost: Trace
+
+    def __str__(self) -> str:
+        data, settings, cost = self.config.data, self.config.trainer, self.cost
+        return "\n".join(
+            [
+                f"preset {self.config.preset}, kernels {self.config.kernels}: {settings.micro_batch_size} clip(s) of "
+                f"{data.num_frames} frames, {data.height}x{data.width} pixels (height x width), {settings.precision}",
+                f"parameters: {self.num_parameters:,} ({self.num_trained:,} trained)",
+                f"memory at the peak of a step: {cost.peak_bytes / GIB:.2f} GiB (modelled)",
+                f"  weights, optimizer, moving average and batch: {cost.resident_bytes / GIB:.2f} GiB (modelled)",
+                f"  activations saved for backward: {cost.saved_bytes / GIB:.2f} GiB (modelled)",
+                f"work of a step: {cost.flops / 1e12:.2f} TFLOP (modelled)",
+                "modelled: counted over the operators of a step with fake CPU tensors; not measured on any device. "
+                "Workspaces of libraries, fragmentation and what autocast does otherwise on a GPU are not in it.",
+            ]
+        )
+
+
+def dry_run(config: Config) -> DryRun:
+    """Build the model with fake tensors and trace one step after the optimizer's state exists."""
+    data, size = config.data, config.trainer.micro_batch_size
+    height, width = data.height // LATENT_STRIDE, data.width // LATENT_STRIDE
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = build_model(config.model)
+        optimization = build_optimization(model, config, scales_loss=False)  # a scale takes no memory
+        use_kernels(model, config.kernels)
+        batch = {
+            "latents": torch.empty(size, data.num_frames, 4, height, width),
+            "reference_latent": torch.empty(size, 4, height, width),
+            "image_embedding": torch.empty(size, 1, config.model.cross_attention_dim),
+            "pose": torch.empty(size, data.num_frames, 3, data.height, data.width),
+            "loss_weight": torch.empty(size, data.num_frames, 1, height, width),
+        }
+        for parameter in optimization.live.values():
+            parameter.grad = torch.zeros_like(parameter)
+        optimization.optimizer.step()  # makes the optimizer's state, which is there from the second step on
+        optimization.optimizer.zero_grad(set_to_none=True)
+        draws = draw_samples(config, 0, range(size), tuple(batch["latents"].shape[1:]))
+
+        def step() -> None:
+            batch_loss(model, batch, draws, config).backward()
+            torch.nn.utils.clip_grad_norm_(optimization.live.values(), optimization.max_grad_norm)
+            optimization.step(is_finite=True)
+
+        groups = optimization.tensors().values()
+        resident = [*model.parameters(), *batch.values(), *(tensor for group in groups for tensor in group.values())]
+        cost = trace(step, resident)
+    return DryRun(
+        config=config,
+        num_parameters=num_parameters(model),
+        num_trained=sum(parameter.numel() for parameter in optimization.live.values()),
+        cost=cost,
+    )

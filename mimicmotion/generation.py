@@ -1,0 +1,97 @@
+"""Generate a prepared clip with a checkpoint's averaged weights: what sample.py and evaluate.py share."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from mimicmotion import checkpoint, sampler
+from mimicmotion.config import Config, from_json
+from mimicmotion.model.unet import MimicMotionModel, build_model
+from mimicmotion.trainer import DTYPES, use_kernels
+
+
+class Decoder(Protocol):
+    """What turns latents into frames, by its name."""
+
+    name: str
+    scaling_factor: float
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Unscaled latents (F, 4, h, w) -> frames (F, 3, H, W) in [-1, 1]."""
+        ...
+
+
+def load_averaged(run_dir: Path, kernels: str | None = None) -> tuple[Config, MimicMotionModel, Path]:
+    """Config, model with the moving average of the weights, and folder of a run's newest checkpoint.
+
+    `run_dir` may also be one checkpoint folder. kernels: None for those of the run.
+    """
+    folder = run_dir if (run_dir / checkpoint.MANIFEST).is_file() else checkpoint.newest(run_dir)
+    if folder is None:
+        raise ValueError(f"{run_dir} holds no checkpoint; train first, or give the folder of a run.")
+    saved = checkpoint.load(folder)
+    config: Config = from_json(saved.documents["config"])
+    model = build_model(config.model)
+    model.load_state_dict(saved.tensors["model"] | saved.tensors["ema"])  # dead parameters have no average
+    use_kernels(model, config.kernels if kernels is None else kernels)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return config, model.to(device).eval().requires_grad_(False), folder
+
+
+def generate(
+    model: MimicMotionModel,
+    config: Config,
+    clip: dict[str, Any],
+    decoder: Decoder,
+    *,
+    seed: int,
+    pose_order: Tensor | None = None,
+    on_step: Callable[[int], None] = lambda step: None,
+) -> Tensor:
+    """Frames (F - 1, 3, H, W) in [-1, 1] of a prepared clip, from its reference and poses; frame 0 is dropped.
+
+    pose_order: index (F,) of the pose that each frame gets; None for its own. The noise is `seed`'s either way.
+    """
+    device = next(model.parameters()).device
+    pose = clip["pose"] if pose_order is None else clip["pose"][pose_order]
+    conditions = sampler.Conditions(
+        reference_latent=clip["reference_latent"].unsqueeze(0).to(device),
+        image_embedding=clip["image_embedding"].unsqueeze(0).to(device),
+        pose=pose.unsqueeze(0).to(device),
+    )
+    noise = sampler.initial_noise((1, *clip["latents"].shape), seed).to(device)
+    settings, dtype = config.sampling, DTYPES[config.trainer.precision]
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+        latents = sampler.sample(
+            model,
+            conditions,
+            noise,
+            num_steps=settings.num_steps,
+            guidance=settings.guidance,
+            tile=config.data.num_frames,
+            overlap=settings.tile_overlap,
+            fps=config.diffusion.fps,
+            motion_bucket=config.diffusion.motion_bucket,
+            on_step=on_step,
+        )
+    return decode_clip(latents[0, 1:].cpu(), config, decoder)
+
+
+def decode_clip(latents: Tensor, config: Config, decoder: Decoder) -> Tensor:
+    """Frames (F, 3, H, W) in [-1, 1] of scaled latents (F, 4, h, w)."""
+    frames_at_once = config.sampling.decode_frames
+    return sampler.decode(latents, decoder.decode, scaling_factor=decoder.scaling_factor, frames_at_once=frames_at_once)
+
+
+def other_order(num_frames: int, seed: int) -> Tensor:
+    """Fixed order (F,) of frames in which frame 0, the reference, keeps its place and every other frame moves.
+
+    A random cycle over frames 1 to F - 1: what is shuffled is shuffled for every frame.
+    """
+    cycle = torch.randperm(num_frames - 1, generator=torch.Generator().manual_seed(seed)) + 1
+    order = torch.arange(num_frames)
+    order[cycle] = cycle.roll(1)
+    return order

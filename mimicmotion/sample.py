@@ -1,0 +1,132 @@
+"""Sample a prepared clip: `python mimicmotion/sample.py --run-dir runs/demo [--check-pose-order]`.
+
+Writes sample.mp4 (reference | pose | generated | truth side by side) and sample.json into the run's folder.
+"""
+
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":  # python puts this folder first, where our modules would hide others of the same name
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import tyro
+from torch import Tensor
+
+from mimicmotion.checkpoint import CheckpointError
+from mimicmotion.config import Config, Kernels
+from mimicmotion.data.cache import atomic_write
+from mimicmotion.generation import Decoder, decode_clip, generate, load_averaged, other_order
+from mimicmotion.metrics import psnr
+from mimicmotion.model.unet import MimicMotionModel
+from mimicmotion.video import side_by_side, write_video
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Sample a prepared clip with a checkpoint's averaged weights."""
+
+    run_dir: Path = Path("runs/demo")  # a run's folder (its newest checkpoint) or one checkpoint folder
+    prepared: Path | None = None  # prepared folder; the run's own where none is given
+    clip: str | None = None  # clip id in the prepared folder; its first clip where none is given
+    reference: int = 0  # frame of the clip that is the reference picture
+    start: int = 1  # first frame of the clip to generate
+    seed: int = 0  # of the initial noise
+    num_steps: int | None = None  # Euler steps; the run's setting where none is given
+    guidance: float | None = None  # guidance scale; the run's setting where none is given
+    kernels: Kernels | None = None  # the run's where none are given
+    output: Path | None = None  # folder to write into; the run's where none is given
+    check_pose_order: bool = False  # also sample with the same poses in another order; exit 1 unless the right one wins
+
+
+def sample_clip(
+    model: MimicMotionModel, config: Config, clip: dict[str, Any], decoder: Decoder, *, seed: int, checks_order: bool
+) -> tuple[Tensor, dict[str, Any]]:
+    """The wide picture (F - 1, H, 4 W, 3) and the figures of one clip."""
+    truth = decode_clip(clip["latents"][1:], config, decoder)
+    reference = decode_clip(clip["reference_latent"].unsqueeze(0) * decoder.scaling_factor, config, decoder)
+    generated = generate(model, config, clip, decoder, seed=seed, on_step=_say("right poses", config))
+    figures: dict[str, Any] = {
+        "psnr_db": psnr(generated, truth),
+        "psnr_of_repeating_the_reference_db": psnr(reference.expand_as(truth), truth),
+    }
+    if checks_order:
+        order = other_order(len(clip["pose"]), seed)
+        on_step = _say("poses in another order", config)
+        permuted = generate(model, config, clip, decoder, seed=seed, pose_order=order, on_step=on_step)
+        figures["psnr_other_pose_order_db"] = psnr(permuted, truth)
+        figures["is_right_order_higher"] = figures["psnr_db"] > figures["psnr_other_pose_order_db"]
+        figures["other_pose_order"] = order.tolist()
+    return side_by_side([reference, clip["pose"][1:], generated, truth]), figures
+
+
+def _say(what: str, config: Config) -> Any:
+    """A callback that prints each fifth of the steps."""
+    total = config.sampling.num_steps
+
+    def say(step: int) -> None:
+        if step == total or step % max(1, total // 5) == 0:
+            print(f"sampling with {what}: step {step}/{total}", flush=True)
+
+    return say
+
+
+def run(arguments: Arguments) -> bool:
+    """Sample as asked; False where the order of poses was checked and the right one did not win."""
+    from mimicmotion.data.dataset import ClipDataset
+    from mimicmotion.model.encoders import load_encoder
+
+    config, model, folder = load_averaged(arguments.run_dir, arguments.kernels)
+    asked = {"num_steps": arguments.num_steps, "guidance": arguments.guidance}
+    given = {name: value for name, value in asked.items() if value is not None}
+    sampling = dataclasses.replace(config.sampling, **given)
+    config = dataclasses.replace(config, sampling=sampling)
+    decoder = load_encoder(config.data.encoder)
+    dataset = ClipDataset(arguments.prepared or config.data.prepared, config.data.num_frames, config.trainer.seed)
+    clip_id = dataset.clip_ids[0] if arguments.clip is None else arguments.clip
+    clip = dataset.clip(clip_id, arguments.reference, arguments.start)
+    print(f"checkpoint {folder}, clip {clip_id}, encoder {decoder.name}", flush=True)
+    wide, figures = sample_clip(
+        model, config, clip, decoder, seed=arguments.seed, checks_order=arguments.check_pose_order
+    )
+    figures = {
+        "checkpoint": folder.as_posix(),
+        "encoder": decoder.name,
+        "clip": clip_id,
+        "reference_frame": arguments.reference,
+        "first_frame": arguments.start,
+        "num_frames": len(wide),
+        "seed": arguments.seed,
+        "sampling_steps": sampling.num_steps,
+        "guidance": sampling.guidance,
+        "truth": "the clip's own latents, decoded",
+        **figures,
+    }
+    output = arguments.output or config.run_dir
+    comment = f"reference | pose | generated | truth; encoder: {decoder.name}; checkpoint: {folder.as_posix()}"
+    write_video(output / "sample.mp4", wide, frames_per_second=float(clip["fps"]), comment=comment)
+    with atomic_write(output / "sample.json") as temporary:
+        temporary.write_text(json.dumps(figures, indent=1) + "\n")
+    print(f"reference | pose | generated | truth, encoder {decoder.name}: {output / 'sample.mp4'}")
+    print(f"PSNR against the truth: {figures['psnr_db']:.3f} dB ({output / 'sample.json'})")
+    if not arguments.check_pose_order:
+        return True
+    print(f"PSNR with the same poses in another order: {figures['psnr_other_pose_order_db']:.3f} dB", flush=True)
+    return figures["is_right_order_higher"]
+
+
+def main() -> None:
+    """Run the command line; exits with 1 and the reason where it cannot sample or the pose check fails."""
+    try:
+        is_good = run(tyro.cli(Arguments))
+    except (CheckpointError, ValueError) as error:
+        raise SystemExit(f"sampling stopped: {error}") from error
+    if not is_good:
+        raise SystemExit("pose check failed: the right order of poses is not closer to the truth than another order.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""Train: `torchrun mimicmotion/train.py --kernels fused --preset demo [--overrides]`, or plain python for one process.
+
+With no arguments the demo preset runs on the prepared footage, and where nothing is prepared it is prepared first.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+if __name__ == "__main__":  # python puts this folder first, where our modules would hide others of the same name
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import tyro
+
+from mimicmotion import checkpoint
+from mimicmotion.checkpoint import CheckpointError
+from mimicmotion.config import PRESETS, Config
+from mimicmotion.distributed import Ranks, join_ranks
+from mimicmotion.trainer import Trainer, TrainingStoppedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Train MimicMotion."""
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    resume: bool = False  # go on from the newest checkpoint of the run folder, bit for bit
+    dry_run: bool = False  # only print parameters and modelled memory of a step; needs neither a GPU nor the memory
+
+
+def parse(arguments: list[str]) -> Arguments:
+    """Arguments as given, with the fields of the preset they name (demo where they name none) as defaults."""
+    preset = "demo"
+    for index, argument in enumerate(arguments):
+        if argument.startswith("--preset="):
+            preset = argument.partition("=")[2]
+        elif argument == "--preset" and index + 1 < len(arguments):
+            preset = arguments[index + 1]
+    if preset not in PRESETS:
+        raise SystemExit(f"--preset is {preset!r}; give one of {', '.join(PRESETS)}.")
+    default = Arguments(config=PRESETS[preset]())
+    return tyro.cli(Arguments, args=arguments, default=default)
+
+
+def start_afresh(run_dir: Path) -> str | None:
+    """Move an earlier run's folder aside where it holds checkpoints; returns what to say about it."""
+    if not checkpoint.folders(run_dir):
+        return None
+    number = 1
+    while (aside := run_dir.with_name(f"{run_dir.name}.{number}")).exists():
+        number += 1
+    run_dir.rename(aside)
+    return f"{run_dir} held an earlier run: moved to {aside} (--resume would have gone on with it)"
+
+
+def train(arguments: Arguments, ranks: Ranks) -> bool:
+    """Prepare where nothing is prepared, then train on this rank; False where SIGTERM ended it early."""
+    from mimicmotion.data.dataset import ClipDataset
+    from mimicmotion.data.preparation import prepare_if_missing
+
+    config = arguments.config
+    if ranks.is_first:
+        prepare_if_missing(config)
+        if not arguments.resume and (note := start_afresh(config.run_dir)):
+            print(note, flush=True)
+    ranks.wait()
+    dataset = ClipDataset(config.data.prepared, config.data.num_frames, config.trainer.seed)
+    trainer = Trainer(config, dataset, ranks, resume=arguments.resume)
+    if ranks.is_first:
+        about = f"kernels {config.kernels}, encoder {config.data.encoder}, {ranks.world_size} rank(s)"
+        print(f"{about}, run folder {config.run_dir}", flush=True)
+    is_finished = trainer.run()
+    if ranks.is_first:
+        where = checkpoint.newest(config.run_dir)
+        how = "finished" if is_finished else "stopped by SIGTERM, --resume goes on,"
+        print(f"{how} at step {trainer.step}: checkpoint {where}, loss {config.run_dir / 'loss.png'}", flush=True)
+    return is_finished
+
+
+def main() -> None:
+    """Run the command line; exits with 1 and the reason where training cannot go on, 143 after SIGTERM."""
+    words = sys.argv[1:]
+    arguments = parse(words)
+    if arguments.dry_run:
+        from mimicmotion.dry_run import dry_run
+
+        print(dry_run(arguments.config))
+        return
+    with join_ranks() as ranks:
+        if ranks.is_first:
+            is_asked = any(word.startswith("--preset") for word in words)
+            why = "as asked" if is_asked else "the default, no --preset given"
+            print(f"preset {arguments.config.preset} ({why}), footage in {arguments.config.data.prepared}", flush=True)
+        try:
+            is_finished = train(arguments, ranks)
+        except (TrainingStoppedError, CheckpointError, ValueError) as error:
+            raise SystemExit(f"training stopped: {error}") from error
+    if not is_finished:
+        raise SystemExit(143)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+import pytest
+import torch
+
+from mimicmotion.diffusion import preconditioning
+from mimicmotion.loss import denoising_loss
+
+
+def _case(B=3):
+    torch.manual_seed(0)
+    clean, noisy, output = torch.randn(3, B, 2, 4, 5, 6).unbind()
+    return output, noisy, clean, torch.tensor([0.1, 1.0, 30.0])[:B]
+
+
+def test_loss_is_the_error_of_the_networks_target():
+    output, noisy, clean, sigma = (t.double() for t in _case())
+    got = preconditioning(sigma.view(-1, 1, 1, 1, 1))
+    target = (clean - got.c_skip * noisy) / got.c_out
+    wanted = ((output - target) ** 2).mean()
+    loss = denoising_loss(output, noisy, clean, sigma, torch.ones(3, 2, 1, 5, 6))
+    torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=0)
+
+
+def test_hand_region_weighs_ten_before_the_mean():
+    output, noisy, clean, sigma = _case(1)
+    ones, region = torch.ones(1, 2, 1, 5, 6), torch.zeros(1, 2, 1, 5, 6)
+    region[:, :, :, 1:3, 2:4] = 1
+    whole = denoising_loss(output, noisy, clean, sigma, ones)
+    inside = denoising_loss(output, noisy, clean, sigma, region)
+    weighted = denoising_loss(output, noisy, clean, sigma, ones + 9 * region)
+    torch.testing.assert_close(weighted, whole + 9 * inside)
+
+
+def test_parts_of_a_batch_average_to_the_whole():
+    output, noisy, clean, sigma = _case()
+    weight = 1 + 9 * (torch.rand(3, 2, 1, 5, 6) < 0.2).float()
+    whole = denoising_loss(output, noisy, clean, sigma, weight)
+    parts = [denoising_loss(*(t[i : i + 1] for t in (output, noisy, clean, sigma, weight))) for i in range(3)]
+    torch.testing.assert_close(torch.stack(parts).mean(), whole)
+
+
+def test_half_precision_output_is_judged_in_float32():
+    output, noisy, clean, sigma = _case()
+    loss = denoising_loss(output.bfloat16(), noisy, clean, sigma, torch.ones(3, 2, 1, 5, 6))
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, denoising_loss(output.bfloat16().float(), noisy, clean, sigma, torch.ones(3, 2, 1, 5, 6)))
+
+
+def test_not_finite_stays_not_finite():
+    output, noisy, clean, sigma = _case()
+    output[0, 0, 0, 0, 0] = torch.nan
+    assert denoising_loss(output, noisy, clean, sigma, torch.ones(3, 2, 1, 5, 6)).isnan()
+
+
+def test_region_weight_of_another_shape_is_refused():
+    output, noisy, clean, sigma = _case()
+    with pytest.raises(ValueError, match="region_weight"):
+        denoising_loss(output, noisy, clean, sigma, torch.ones(3, 2, 4, 5, 6))

@@ -1,0 +1,63 @@
+"""A model of a few hundred thousand parameters with the real block structure, and clips made of noise."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mimicmotion.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SamplingConfig,
+    TrainerConfig,
+)
+
+MODEL = ModelConfig(
+    block_out_channels=(32, 32, 64, 64),
+    num_attention_heads=(1, 1, 2, 2),
+    layers_per_block=1,
+    cross_attention_dim=32,
+    addition_time_embed_dim=8,
+)
+
+
+def tiny_config(run_dir: Path, *, num_frames: int = 4, **trainer: Any) -> Config:
+    settings = {"num_steps": 4, "batch_size": 2, "precision": "fp32", "save_every": 100, "log_every": 1} | trainer
+    return Config(
+        run_dir=run_dir,
+        kernels="torch",
+        data=DataConfig(height=64, width=64, num_frames=num_frames, poses="holistic"),
+        model=MODEL,
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=2, ema_decay=0.5),
+        trainer=TrainerConfig(**settings),
+        sampling=SamplingConfig(num_steps=2, tile_overlap=1),
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NoiseClips:
+    """Samples as ClipDataset gives them, a function of (step, sample id); NaN at the steps in `bad_steps`."""
+
+    config: Config
+    bad_steps: tuple[int, ...] = ()
+    bad_sample_ids: tuple[int, ...] = (0,)
+
+    def sample(self, step: int, sample_id: int) -> dict[str, Any]:
+        data, generator = self.config.data, torch.Generator().manual_seed(1000 * step + sample_id)
+        F, h, w = data.num_frames, data.height // 8, data.width // 8
+        latents = torch.randn(F, 4, h, w, generator=generator)
+        if step in self.bad_steps and sample_id in self.bad_sample_ids:
+            latents = torch.full_like(latents, torch.nan)
+        return {
+            "latents": latents,
+            "reference_latent": latents[0].nan_to_num() / 0.35,
+            "image_embedding": torch.randn(1, self.config.model.cross_attention_dim, generator=generator),
+            "pose": torch.rand(F, 3, data.height, data.width, generator=generator) * 2 - 1,
+            "loss_weight": 1 + 9 * (torch.rand(F, 1, h, w, generator=generator) < 0.1).float(),
+            "fps": 15,
+            "motion_bucket": 127,
+            "sample_id": sample_id,
+        }
