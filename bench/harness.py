@@ -14,12 +14,14 @@ import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import numpy as np
 import torch
 
 Outputs = Mapping[str, torch.Tensor]
 Step = Callable[[], Outputs]
+Gate = Callable[[Outputs, Outputs, Outputs], str | None]
 
 LOW_QUANTILE, HIGH_QUANTILE = 0.2, 0.8
 ERROR_RATIO, ERROR_FLOOR = 2.0, 1e-6  # budget: this times the error of plain torch, plus this
@@ -29,13 +31,15 @@ ERROR_RATIO, ERROR_FLOOR = 2.0, 1e-6  # budget: this times the error of plain to
 class Provider:
     """One way to do the computation.
 
-    step: runs it once and returns outputs and gradients by name, the same names for every provider.
+    step: what is counted and timed; returns outputs and gradients by name, the same names for every provider.
     includes: in words, what the time covers.
+    check: gives the outputs for the gate where `step` cannot (a training step changes its weights).
     """
 
     name: str
-    step: Step
+    step: Callable[[], object]
     includes: str
+    check: Step | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,15 +88,19 @@ def why_wrong(actual: Outputs, plain: Outputs, exact: Outputs) -> str | None:
     if actual.keys() != exact.keys():
         return f"gives {sorted(actual)}, wanted {sorted(exact)}"
     for name, wanted in exact.items():
-        got = actual[name]
-        if got.shape != wanted.shape:
-            return f"{name} has shape {tuple(got.shape)}, wanted {tuple(wanted.shape)}"
-        scale = wanted.abs().max().item() or 1.0
-        error = (got.double() - wanted).abs().max().item() / scale
-        budget = ERROR_RATIO * (plain[name].double() - wanted).abs().max().item() / scale + ERROR_FLOOR
+        if actual[name].shape != wanted.shape:
+            return f"{name} has shape {tuple(actual[name].shape)}, wanted {tuple(wanted.shape)}"
+        error = relative_error(actual[name], wanted)
+        budget = ERROR_RATIO * relative_error(plain[name], wanted) + ERROR_FLOOR
         if not error <= budget:  # also catches an error that is not a number
             return f"{name} is off by {error:.2e} of its scale, the budget is {budget:.2e}"
     return None
+
+
+def relative_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
+    """Largest error as a share of the largest value of `exact` (float64)."""
+    scale = exact.abs().max().item() or 1.0
+    return (actual.double() - exact).abs().max().item() / scale
 
 
 def measure(
@@ -104,12 +112,19 @@ def measure(
     device: torch.device,
     num_rounds: int,
     num_warm_ups: int = 1,
+    resident_bytes: int = 0,
+    gate: Gate = why_wrong,
 ) -> Results:
-    """Gate, warm up, count and time `providers`, interleaved; those that fail the gate are refused, not timed."""
+    """Gate, warm up, count and time `providers`, interleaved; those that fail the gate are refused, not timed.
+
+    resident_bytes: bytes alive before each call that belong to the computation; they are added to every peak.
+    gate: why the outputs are wrong, given those of plain torch and of float64; None where they are right.
+    """
     results = Results(baseline=baseline)
     accepted = []
     for provider in providers:
-        reason = why_wrong(provider.step(), plain, exact)
+        check = provider.check or provider.step
+        reason = gate(cast(Outputs, check()), plain, exact)
         if reason is None:
             accepted.append(provider)
         else:
@@ -121,7 +136,7 @@ def measure(
     for provider in accepted:
         for _ in range(num_warm_ups):
             provider.step()
-        peak_bytes[provider.name] = allocator_peak_bytes(provider.step, device)
+        peak_bytes[provider.name] = resident_bytes + allocator_peak_bytes(provider.step, device)
     times_ms: dict[str, list[float]] = {name: [] for name in names}
     for index in range(num_rounds):
         turn = index % len(accepted)
@@ -178,6 +193,6 @@ def allocator_peak_bytes(step: Callable[[], object], device: torch.device) -> in
     live_bytes = peak_bytes = 0
     for event in profiler.kineto_results.events():
         if event.name() == "[memory]":
-            live_bytes += event.nbytes()
+            live_bytes += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue]  torch's stub lacks it
             peak_bytes = max(peak_bytes, live_bytes)
     return peak_bytes

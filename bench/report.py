@@ -156,7 +156,8 @@ def draw(panels: Sequence[Panel], *, title: str, path: Path, num_columns: int = 
         above = [value.high - value.median for value in panel.values.values()]
         colors = [PANEL_COLORS[_kind_of_bar(name, panel.baseline)] for name in names]
         error = [below, above] if any(below) or any(above) else None
-        axes.barh(names, medians, xerr=error, color=colors, error_kw={"elinewidth": 1, "ecolor": "#333333"})
+        labels = [f"{name} (baseline)" if name == panel.baseline else name for name in names]
+        axes.barh(labels, medians, xerr=error, color=colors, error_kw={"elinewidth": 1, "ecolor": "#333333"})
         reach = max(value.high for value in panel.values.values())
         for index, value in enumerate(panel.values.values()):
             axes.text(value.high + 0.02 * reach, index, _figure(value.median), va="center", fontsize=10)
