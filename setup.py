@@ -52,13 +52,14 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
         ]  # fmt: skip
-        if architectures := os.environ.get("MMKERNELS_CUDA_ARCHITECTURES"):
-            configure.append(f"-DMMKERNELS_CUDA_ARCHITECTURES={architectures}")
+        for name in ("MMKERNELS_CUDA_ARCHITECTURES", "MMKERNELS_NVCC"):
+            if value := os.environ.get(name):
+                configure.append(f"-D{name}={value}")
         for command in (configure, ["cmake", "--build", str(build)]):
             if subprocess.run(command, check=False).returncode:
                 raise SystemExit(
                     f"mmkernels: `{' '.join(command)}` failed; the compiler's message is above.\n"
-                    "To build without CUDA, take nvcc off the PATH or set MMKERNELS_NVCC=OFF."
+                    "To build the CPU part only, set the environment variable MMKERNELS_NVCC=OFF."
                 )
 
 
