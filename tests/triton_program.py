@@ -1,0 +1,65 @@
+"""Launch the Triton kernels of temporal attention on CPU tensors, for a tool that stands in for the GPU.
+
+`python tests/triton_program.py --dtypes float16` under TRITON_INTERPRET=1 (Triton's interpreter: never bfloat16, which it reads
+as raw bits), or `python -m ttsem.sanitize tests/triton_program.py -- --dtypes bfloat16` (runs the compiler's IR and reports
+accesses out of bounds and races). Exits with an error where a result is past the budget.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from numerics import assert_within_budget
+
+from mmkernels.ops import temporal_attention_triton as kernels
+from mmkernels.ops.temporal_attention import _permuted, reference
+
+# (B, F, P, N, D): one frame, the real length, odd lengths and pixels, head dims that are no power of two.
+SHAPES = ((1, 1, 2, 1, 16), (1, 72, 1, 2, 64), (2, 35, 3, 1, 48), (1, 17, 1, 1, 32))
+
+
+def run(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Forward and backward of one shape, inputs in one packed tensor and outputs poisoned with NaN."""
+    torch.manual_seed(0)
+    B, F, P, N, D = shape
+    qkv = torch.randn(B, F, P, 3, N, D).to(dtype)
+    do = torch.randn(shape).to(dtype)
+    fp64, plain = (_gradients(qkv.to(wide), do.to(wide)) for wide in (torch.float64, dtype))
+    names = ("o", "dq", "dk", "dv")
+    o, dq, dk, dv = (torch.full(shape, float("nan"), dtype=dtype) for _ in names)
+    scale = D**-0.5
+    for kernel, tensors, scales in (
+        (kernels.forward_kernel, (*qkv.unbind(3), o), (scale * kernels._LOG2_E,)),
+        (kernels.backward_kernel, (*qkv.unbind(3), do, dq, dk, dv), (scale, scale * kernels._LOG2_E)),
+    ):
+        positional, constants = kernels.arguments(tensors, scales)
+        kernel[(B * P * N,)](*positional, **constants, num_warps=kernels.NUM_WARPS)
+    assert_within_budget(dict(zip(names, (o, dq, dk, dv), strict=True)), plain, fp64)
+    print(f"ok {shape} {dtype}")
+
+
+def _gradients(qkv: torch.Tensor, do: torch.Tensor) -> dict[str, torch.Tensor]:
+    leaves = [x.clone().requires_grad_() for x in qkv.unbind(3)]
+    o = reference(*leaves) if qkv.dtype == torch.float64 else _permuted(*leaves, None)
+    gradients = torch.autograd.grad(o, leaves, do)
+    return dict(zip(("o", "dq", "dk", "dv"), (o.detach(), *gradients), strict=True))
+
+
+def main() -> None:
+    """Run every shape in the dtypes named on the command line."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--dtypes", required=True, nargs="+", choices=("float32", "float16", "bfloat16"))
+    # ttsem adds options of its own.
+    for name in parser.parse_known_args()[0].dtypes:
+        for shape in SHAPES:
+            run(shape, getattr(torch, name))
+
+
+if __name__ == "__main__":
+    main()
