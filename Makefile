@@ -8,7 +8,7 @@ DEMO ?= runs/demo
 DEMO_ARGS ?=
 
 BIN := $(VENV)/bin
-SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+SOURCES := $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: help setup demo test lint format verify-gpu clean
 

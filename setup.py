@@ -18,8 +18,8 @@ WHERE_TO_GET = {
     "cmake": "pip install 'cmake>=3.31'",
     "ninja": "pip install ninja",
     "pybind11": "pip install pybind11",
-    "a C++ compiler": "Debian, Ubuntu: apt-get install g++; Fedora: dnf install gcc-c++; macOS: xcode-select --install; "
-    "or set CXX to one",
+    "a C++ compiler": "Debian, Ubuntu: apt-get install g++; Fedora: dnf install gcc-c++; "
+    "macOS: xcode-select --install; or set CXX to one",
 }
 
 

@@ -70,8 +70,8 @@ py::tuple cuda_devices() {
 #ifdef MM_WITH_CUDA
   why_not.clear();
   for (const auto& device : mm::cuda_devices(&why_not))
-    rows.append(py::make_tuple(device.name, device.compute_capability, device.compiled_capability,
-                               device.memory_bytes));
+    rows.append(
+        py::make_tuple(device.name, device.compute_capability, device.compiled_capability, device.memory_bytes));
 #endif
   return py::make_tuple(rows, why_not);
 }

@@ -4,11 +4,11 @@
 #include <sstream>
 #include <stdexcept>
 
-#define MM_CHECK(condition, message)                   \
-  do {                                                 \
-    if (!(condition)) {                                \
-      std::ostringstream mm_text;                      \
-      mm_text << message;                              \
-      throw std::invalid_argument(mm_text.str());      \
-    }                                                  \
+#define MM_CHECK(condition, message)              \
+  do {                                            \
+    if (!(condition)) {                           \
+      std::ostringstream mm_text;                 \
+      mm_text << message;                         \
+      throw std::invalid_argument(mm_text.str()); \
+    }                                             \
   } while (false)

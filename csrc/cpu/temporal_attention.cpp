@@ -290,8 +290,8 @@ extern const TemporalAttentionKernels kTemporalAttention = {
     [](const TemporalAttention& op, Strided q, Strided k, Strided v, Strided o) {
       with_type(op.dtype, [&](auto type) { run_forward<decltype(type)>(op, q, k, v, o); });
     },
-    [](const TemporalAttention& op, Strided q, Strided k, Strided v, Strided grad_o, Strided dq, Strided dk,
-       Strided dv, Strided o) {
+    [](const TemporalAttention& op, Strided q, Strided k, Strided v, Strided grad_o, Strided dq, Strided dk, Strided dv,
+       Strided o) {
       with_type(op.dtype, [&](auto type) { run_backward<decltype(type)>(op, q, k, v, grad_o, dq, dk, dv, o); });
     },
 };

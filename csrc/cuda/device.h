@@ -8,8 +8,8 @@ namespace mm {
 
 struct CudaDevice {
   std::string name;
-  int compute_capability;    // 10 * major + minor
-  int compiled_capability;   // of the code that runs on it: lower than the above where only older code was built
+  int compute_capability;   // 10 * major + minor
+  int compiled_capability;  // of the code that runs on it: lower than the above where only older code was built
   long long memory_bytes;
 };
 

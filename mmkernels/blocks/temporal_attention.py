@@ -98,7 +98,8 @@ def _forward(
         target = chunk.saved(saved, b, pixels) if keep_qkv else chunk.buffer("qkv", pixels, 3 * C, chunk.dtype)
         qkv = torch.mm(h, qkv_weight.t(), out=target)
         o = chunk.buffer("o", pixels, C, chunk.dtype)
-        temporal_attention_into(*chunk.heads(qkv, 3), *chunk.heads(o, 1))
+        (q, k, v), (o_heads,) = chunk.heads(qkv, 3), chunk.heads(o, 1)
+        temporal_attention_into(q, k, v, o_heads)
         projected = torch.addmm(out_bias, o, out_weight.t())
         torch.add(rows.view(F, -1, C), projected.view(F, -1, C), out=y[b, :, pixels])
     return y, saved
@@ -138,13 +139,16 @@ def _backward(
         do = torch.mm(dout, out_weight, out=chunk.buffer("do", pixels, C, chunk.dtype))
         o = chunk.buffer("o", pixels, C, chunk.dtype)
         dqkv = chunk.buffer("dqkv", pixels, 3 * C, chunk.dtype)
-        heads = (*chunk.heads(qkv, 3), *chunk.heads(do, 1), *chunk.heads(dqkv, 3))
-        temporal_attention_backward_into(*heads, o=chunk.heads(o, 1)[0])
+        (do_heads,), (o_heads,) = chunk.heads(do, 1), chunk.heads(o, 1)
+        q, k, v, dq, dk, dv = *chunk.heads(qkv, 3), *chunk.heads(dqkv, 3)
+        temporal_attention_backward_into(q, k, v, do_heads, dq, dk, dv, o=o_heads)
         dh = torch.mm(dqkv, qkv_weight, out=do).to(x.dtype)
         sums.add_products(dout, o, dqkv, h)
         drows = sums.add_norm(dh, rows, mean, rstd, norm_weight, norm_bias)
         torch.add(drows.view(F, -1, C), dy_rows.view(F, -1, C), out=dx[b, :, pixels])
-    return dx, *sums.results(norm_weight, qkv_weight, out_weight)
+    norm, product = norm_weight.dtype, qkv_weight.dtype
+    dnorm = (sums.norm_weight.to(norm), sums.norm_bias.to(norm))
+    return dx, *dnorm, sums.qkv_weight.to(product), sums.out_weight.to(product), sums.out_bias.to(product)
 
 
 class _GradientSums:
@@ -176,17 +180,6 @@ class _GradientSums:
         self.norm_weight.add_(dweight)
         self.norm_bias.add_(dbias)
         return drows
-
-    def results(self, norm_weight: Tensor, qkv_weight: Tensor, out_weight: Tensor) -> tuple[Tensor, ...]:
-        """The sums in the parameters' dtypes: norm weight and bias, QKV weight, output weight and bias."""
-        norm, product = norm_weight.dtype, qkv_weight.dtype
-        return (
-            self.norm_weight.to(norm),
-            self.norm_bias.to(norm),
-            self.qkv_weight.to(product),
-            self.out_weight.to(out_weight.dtype),
-            self.out_bias.to(out_weight.dtype),
-        )
 
 
 @_backward.register_fake
