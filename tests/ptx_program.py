@@ -1,23 +1,19 @@
 """Run the PTX that Triton emits for sm_80 on the CPU, in three warp orders, and print its counts as one JSON line.
 
-`python tests/ptx_program.py TOOL FRAMES`, TOOL being the folder of ptxrun, which executes PTX warp by warp. One process
-a run, since it replaces Triton's driver.
+`python tests/ptx_program.py FRAMES` with the folder of ptxrun, which executes PTX warp by warp, in PYTHONPATH. One
+process a run, since it replaces Triton's driver.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
-import torch
-
-sys.path[:0] = [str(Path(__file__).parent), sys.argv[1]]
-
 import ptxrun  # pyright: ignore[reportMissingImports]
+import torch
 from numerics import assert_within_budget
-from triton_program import _gradients
+from triton_program import gradients
 
 from mmkernels.ops import temporal_attention_triton as kernels
 
@@ -30,20 +26,20 @@ MMA_PRODUCTS = 16 * 8 * 16
 
 def main() -> None:
     """Forward and backward of 2x2 pixels and heads in bfloat16."""
-    F, D, P, N = int(sys.argv[2]), 64, 2, 2
+    F, D, P, N = int(sys.argv[1]), 64, 2, 2
     torch.manual_seed(0)
     qkv, do = torch.randn(1, F, P, 3, N, D).bfloat16(), torch.randn(1, F, P, N, D).bfloat16()
-    fp64, plain = (_gradients(qkv.to(wide), do.to(wide)) for wide in (torch.float64, torch.bfloat16))
+    fp64, plain = (gradients(qkv.to(wide), do.to(wide)) for wide in (torch.float64, torch.bfloat16))
     scale, row_bytes = D**-0.5, F * D * 2
     counts: dict[str, Any] = {}
     outputs = []
     for order in ORDERS:
         o, dq, dk, dv = (torch.full_like(do, float("nan")) for _ in range(4))
-        for name, kernel, tensors, scales in (
-            ("forward", kernels.forward_kernel, (*qkv.unbind(3), o), (scale * kernels._LOG2_E,)),
-            ("backward", kernels.backward_kernel, (*qkv.unbind(3), do, dq, dk, dv), (scale, scale * kernels._LOG2_E)),
+        for name, kernel, tensors in (
+            ("forward", kernels.forward_kernel, (*qkv.unbind(3), o)),
+            ("backward", kernels.backward_kernel, (*qkv.unbind(3), do, dq, dk, dv)),
         ):
-            positional, constants = kernels.arguments(tensors, scales)
+            positional, constants = kernels.arguments(tensors, scale)
             options = {"cap": 80, "order": order, "flags": FLAGS, "num_warps": kernels.NUM_WARPS}
             _, stats, _ = ptxrun.launch_triton(kernel, (P * N,), *positional, **options, **constants)
             products = 2 if name == "forward" else 5

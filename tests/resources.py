@@ -27,8 +27,8 @@ ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 # Bytes of shared memory that one block may ask for (CUDA programming guide, technical specifications).
 SHARED_LIMIT_BYTES = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 KERNELS = {
-    "forward": (temporal_attention_triton.forward_kernel, 4, 1),
-    "backward": (temporal_attention_triton.backward_kernel, 7, 2),
+    "forward": (temporal_attention_triton.forward_kernel, 4),
+    "backward": (temporal_attention_triton.backward_kernel, 7),
 }
 _TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 _TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|UTCHMMA|OMMA|QMMA|BMMA)\b|\b(HMMA|HGMMA|UTCHMMA)\.")
@@ -36,13 +36,13 @@ _TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|UTCHMMA|OMMA|QMMA|BMMA)\b|\b(HMMA|HGMM
 
 def compile_kernel(direction: str, architecture: int, dtype: torch.dtype, F: int = 72, D: int = 64) -> Any:
     """The compiled kernel for F frames and head dim D, specialised as a launch on aligned tensors would be."""
-    kernel, num_tensors, num_scales = KERNELS[direction]
+    kernel, num_tensors = KERNELS[direction]
     tensor = torch.empty((1, F, 1, 1, D), dtype=dtype)
-    positional, constants = temporal_attention_triton.arguments((tensor,) * num_tensors, (1.0,) * num_scales)
+    positional, constants = temporal_attention_triton.arguments((tensor,) * num_tensors, 1.0)
     names = kernel.arg_names
     signature = dict.fromkeys(names, "i32")
     signature |= dict.fromkeys(names[:num_tensors], _TYPES[dtype])
-    signature |= dict.fromkeys(names[len(positional) - num_scales : len(positional)], "fp32")
+    signature |= {name: "fp32" for name, value in zip(names, positional, strict=False) if isinstance(value, float)}
     signature |= dict.fromkeys(constants, "constexpr")
     # Pointers and strides are divisible by 16 in every tensor of the model; P and N are not known to be.
     aligned = {(i,): [["tt.divisibility", 16]] for i in range(num_tensors * 5)}

@@ -175,5 +175,5 @@ def test_rejects_tensors_that_do_not_fit() -> None:
         temporal_attention(q[0], q[0], q[0])
     with pytest.raises(ValueError, match=r"k is \(1, 3, 2, 1, 16\)"):
         temporal_attention(q, q[:, :3], q)
-    with pytest.raises(ValueError, match="v is .* torch.float16"):
+    with pytest.raises(ValueError, match=r"v is .* torch\.float16"):
         temporal_attention(q, q, q.half())

@@ -1,4 +1,4 @@
-"""The Triton kernels of temporal attention, proven without a GPU: run, interpreted, compiled, and their PTX executed."""
+"""The Triton kernels of temporal attention, without a GPU: interpreted, compiled, and their PTX executed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ PTXRUN = HERE.parents[1] / "shared/tools/ptxrun"
 
 
 def run(*command: str, **environment: str) -> str:
-    variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)} | environment
+    path = os.pathsep.join(map(str, (HERE.parent, HERE, PTXRUN)))
+    variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | environment
     done = subprocess.run([sys.executable, *command], env=variables, capture_output=True, text=True, timeout=170)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout
@@ -70,7 +71,7 @@ def check_gate(row: dict) -> None:
 
 @pytest.mark.skipif(not PTXRUN.is_dir(), reason=f"no tool that executes PTX at {PTXRUN}")
 def test_emitted_ptx_at_72_frames() -> None:
-    counts = json.loads(run(str(HERE / "ptx_program.py"), str(PTXRUN), "72").splitlines()[-1])
+    counts = json.loads(run(str(HERE / "ptx_program.py"), "72").splitlines()[-1])
     for direction in ("forward", "backward"):
         count = counts[direction]
         assert count["sectors"] <= 1.05 * count["least_sectors"]

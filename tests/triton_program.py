@@ -1,20 +1,15 @@
 """Launch the Triton kernels of temporal attention on CPU tensors, for a tool that stands in for the GPU.
 
-`python tests/triton_program.py --dtypes float16` under TRITON_INTERPRET=1 (Triton's interpreter: never bfloat16, which it reads
-as raw bits), or `python -m ttsem.sanitize tests/triton_program.py -- --dtypes bfloat16` (runs the compiler's IR and reports
-accesses out of bounds and races). Exits with an error where a result is past the budget.
+`python tests/triton_program.py --dtypes float16` under TRITON_INTERPRET=1 is Triton's interpreter (never bfloat16: it
+reads that as raw bits). `python -m ttsem.sanitize tests/triton_program.py -- --dtypes bfloat16` with tests/ in PYTHONPATH
+runs the compiler's IR and reports accesses out of bounds and races. Fails where a result is past the budget.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
-from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from numerics import assert_within_budget
 
 from mmkernels.ops import temporal_attention_triton as kernels
@@ -30,21 +25,22 @@ def run(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     B, F, P, N, D = shape
     qkv = torch.randn(B, F, P, 3, N, D).to(dtype)
     do = torch.randn(shape).to(dtype)
-    fp64, plain = (_gradients(qkv.to(wide), do.to(wide)) for wide in (torch.float64, dtype))
+    fp64, plain = (gradients(qkv.to(wide), do.to(wide)) for wide in (torch.float64, dtype))
     names = ("o", "dq", "dk", "dv")
     o, dq, dk, dv = (torch.full(shape, float("nan"), dtype=dtype) for _ in names)
     scale = D**-0.5
-    for kernel, tensors, scales in (
-        (kernels.forward_kernel, (*qkv.unbind(3), o), (scale * kernels._LOG2_E,)),
-        (kernels.backward_kernel, (*qkv.unbind(3), do, dq, dk, dv), (scale, scale * kernels._LOG2_E)),
+    for kernel, tensors in (
+        (kernels.forward_kernel, (*qkv.unbind(3), o)),
+        (kernels.backward_kernel, (*qkv.unbind(3), do, dq, dk, dv)),
     ):
-        positional, constants = kernels.arguments(tensors, scales)
+        positional, constants = kernels.arguments(tensors, scale)
         kernel[(B * P * N,)](*positional, **constants, num_warps=kernels.NUM_WARPS)
     assert_within_budget(dict(zip(names, (o, dq, dk, dv), strict=True)), plain, fp64)
     print(f"ok {shape} {dtype}")
 
 
-def _gradients(qkv: torch.Tensor, do: torch.Tensor) -> dict[str, torch.Tensor]:
+def gradients(qkv: torch.Tensor, do: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Output and gradients by the reference in float64, by torch's scaled_dot_product_attention in other dtypes."""
     leaves = [x.clone().requires_grad_() for x in qkv.unbind(3)]
     o = reference(*leaves) if qkv.dtype == torch.float64 else _permuted(*leaves, None)
     gradients = torch.autograd.grad(o, leaves, do)

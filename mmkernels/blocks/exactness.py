@@ -130,10 +130,10 @@ def _why_not_built_of(module: nn.Module, kinds: dict[str, type]) -> str | None:
         if name not in found:
             return f"has no {name}"
         if type(found[name]) is not kind:
-            return f"{name} is {_article(type(found[name]).__name__)}, not {_article(kind.__name__)}"
+            return f"{name} is {type(found[name]).__name__}, not {kind.__name__}"
     for name, child in found.items():
         if name not in kinds:
-            return f"has an extra module {name}, {_article(type(child).__name__)}"
+            return f"has an extra module {name}, {type(child).__name__}"
         reason = _why_not_called(child)
         if reason is not None:
             return f"{name or 'it'} {reason}"
@@ -151,10 +151,6 @@ def _why_not_called(module: nn.Module) -> str | None:
     if module._parameters and not isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d, AlphaBlender, *_NORMS)):
         return f"has parameters of its own: {', '.join(module._parameters)}"
     return None
-
-
-def _article(name: str) -> str:
-    return f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
 
 
 def _why_not_spatial(block: BasicTransformerBlock) -> str | None:

@@ -193,33 +193,35 @@ def backward_kernel(
 def tiles(F: int, D: int, dtype: torch.dtype) -> dict[str, Any]:
     """The compile-time arguments for F frames and head dim D."""
     first = 64 if F > 48 else 32 if F > 16 else 16
-    rest = 0 if F <= first else triton.next_power_of_2(max(16, F - first))
+    rest = 0 if first >= F else triton.next_power_of_2(max(16, F - first))
     is_ieee = dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
     precision = "ieee" if is_ieee else "tf32"
-    return dict(F=F, D=D, D_TILE=triton.next_power_of_2(D), FIRST=first, REST=rest, PRECISION=precision)
+    d_tile = triton.next_power_of_2(D)
+    return {"F": F, "D": D, "D_TILE": d_tile, "FIRST": first, "REST": rest, "PRECISION": precision}
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, o: Tensor, scale: float) -> None:
     """Write the attention of q, k, v into o; all (B, F, P, N, D) on one device, D contiguous."""
-    _launch(forward_kernel, (q, k, v, o), (scale * _LOG2_E,))
+    _launch(forward_kernel, (q, k, v, o), scale)
 
 
 def backward(
     q: Tensor, k: Tensor, v: Tensor, do: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, scale: float
 ) -> None:  # fmt: skip
     """Write the gradients by q, k, v into dq, dk, dv; layouts as in `forward`."""
-    _launch(backward_kernel, (q, k, v, do, dq, dk, dv), (scale, scale * _LOG2_E))
+    _launch(backward_kernel, (q, k, v, do, dq, dk, dv), scale)
 
 
-def arguments(tensors: tuple[Tensor, ...], scales: tuple[float, ...]) -> tuple[list[Any], dict[str, Any]]:
-    """Positional and compile-time arguments of the kernel over these tensors."""
-    B, F, P, N, D = tensors[0].shape
+def arguments(tensors: tuple[Tensor, ...], scale: float) -> tuple[list[Any], dict[str, Any]]:
+    """Positional and compile-time arguments: of forward_kernel for four tensors, of backward_kernel for seven."""
+    _, F, P, N, D = tensors[0].shape
     strides = [stride for x in tensors for stride in x.stride()[:4]]
+    scales = [scale * _LOG2_E] if len(tensors) == 4 else [scale, scale * _LOG2_E]
     return [*tensors, *strides, P, N, *scales], tiles(F, D, tensors[0].dtype)
 
 
-def _launch(kernel: Any, tensors: tuple[Tensor, ...], scales: tuple[float, ...]) -> None:
+def _launch(kernel: Any, tensors: tuple[Tensor, ...], scale: float) -> None:
     B, _, P, N, _ = tensors[0].shape
-    positional, constants = arguments(tensors, scales)
+    positional, constants = arguments(tensors, scale)
     with torch.cuda.device(tensors[0].device):
         kernel[(B * P * N,)](*positional, **constants, num_warps=NUM_WARPS)

@@ -1,0 +1,75 @@
+"""A small Stable Video Diffusion UNet and its blocks, with inputs, outputs and gradients by name, for the tests."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from diffusers import UNetSpatioTemporalConditionModel
+from torch import Tensor, nn
+
+B, F, H, W = 2, 5, 8, 8
+CONTEXT_CHANNELS = 24
+
+Gradients = dict[str, Tensor]
+
+
+def small_unet(num_attention_heads: tuple[int, int] = (2, 8)) -> UNetSpatioTemporalConditionModel:
+    """Two levels of 64 and 128 channels, at least two channels a group: a bias before a norm of one has no gradient."""
+    torch.manual_seed(0)
+    return UNetSpatioTemporalConditionModel(
+        sample_size=H,
+        block_out_channels=(64, 128),
+        down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+        up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
+        num_attention_heads=num_attention_heads,
+        cross_attention_dim=CONTEXT_CHANNELS,
+        layers_per_block=1,
+        addition_time_embed_dim=16,
+        projection_class_embeddings_input_dim=48,
+    )
+
+
+def unet_inputs(num_tokens: int = 1) -> dict[str, Tensor]:
+    torch.manual_seed(1)
+    return {
+        "sample": torch.randn(B, F, 8, H, W),
+        "timestep": torch.tensor([0.3, -0.7]),
+        "encoder_hidden_states": torch.randn(B, num_tokens, CONTEXT_CHANNELS),
+        "added_time_ids": torch.randn(B, 3),
+    }
+
+
+def run(module: nn.Module, inputs: dict[str, Tensor], call: Callable | None = None) -> Gradients:
+    """Output, gradients of every floating input and of every parameter that has one, by name."""
+    module.zero_grad()
+    dtype = next(module.parameters()).dtype
+    leaves = {name: x.to(dtype).detach().clone().requires_grad_() for name, x in inputs.items()}
+    output = (call or module)(**leaves)
+    output = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
+    generator = torch.Generator().manual_seed(2)
+    (output * torch.randn(output.shape, generator=generator).to(dtype)).sum().backward()
+    found = {"output": output.detach()}
+    found |= {f"d {name}": x.grad for name, x in leaves.items() if x.grad is not None}
+    return found | {name: x.grad.clone() for name, x in module.named_parameters() if x.grad is not None}
+
+
+def run_in_float64(module: nn.Module, inputs: dict[str, Tensor], call: Callable | None = None) -> Gradients:
+    """`run` on a copy of the module in float64; `call`, if given, takes the copy first."""
+    wide = copy.deepcopy(module).double()
+    return run(wide, inputs, None if call is None else lambda **x: call(wide, **x))
+
+
+def pool_scalars(gradients: Gradients) -> Gradients:
+    """All one-element gradients (the blend factors) as one vector.
+
+    The error of a single number is chance: plain torch's may be anywhere near zero, and twice that is no bound.
+    """
+    scalars = {name: x for name, x in gradients.items() if x.numel() == 1}
+    pooled = {name: x for name, x in gradients.items() if name not in scalars}
+    return pooled | {"scalars": torch.cat([x.flatten() for _, x in sorted(scalars.items())])} if scalars else pooled
+
+
+def without(gradients: Gradients, names: set[str]) -> Gradients:
+    return {name: x for name, x in gradients.items() if name not in names}

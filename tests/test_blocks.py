@@ -1,0 +1,239 @@
+"""The drop-in blocks: output and every gradient against float64, and every reason for which a block is refused."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from diffusers.models.attention_processor import Attention, SlicedAttnProcessor
+from diffusers.models.resnet import SpatioTemporalResBlock
+from diffusers.models.transformers.transformer_temporal import TransformerSpatioTemporalModel
+from numerics import assert_within_budget
+from spatio_temporal import pool_scalars, run, run_in_float64, without
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mmkernels.blocks import segment
+from mmkernels.blocks.exactness import why_not_resnet, why_not_transformer
+from mmkernels.blocks.resnet import FusedResBlock
+from mmkernels.blocks.transformer import FusedTransformer
+from mmkernels.replacement import dead_parameters
+
+B, F, C, H, W = 2, 5, 64, 6, 5
+
+
+def transformer(num_heads: int = 2, num_layers: int = 1) -> TransformerSpatioTemporalModel:
+    torch.manual_seed(0)
+    return TransformerSpatioTemporalModel(
+        num_heads, C // num_heads, in_channels=C, num_layers=num_layers, cross_attention_dim=24
+    )
+
+
+def resnet(out_channels: int = C) -> SpatioTemporalResBlock:
+    torch.manual_seed(0)
+    return SpatioTemporalResBlock(C, out_channels, temb_channels=32, eps=1e-5, merge_factor=0.3)
+
+
+def transformer_inputs(num_tokens: int = 1) -> dict[str, Tensor]:
+    # The context differs from frame to frame, which the UNet itself never does.
+    context = torch.randn(B * F, num_tokens, 24)
+    return {"hidden_states": torch.randn(B * F, C, H, W), "encoder_hidden_states": context}
+
+
+def resnet_inputs() -> dict[str, Tensor]:
+    return {"hidden_states": torch.randn(B * F, C, H, W), "temb": torch.randn(B * F, 32)}
+
+
+def indicator(is_image: bool = False) -> Tensor:
+    marks = torch.zeros(B, F)
+    marks[0, 1] = float(is_image)
+    return marks
+
+
+def check(kind, original: nn.Module, inputs: dict[str, Tensor], marks: Tensor) -> None:
+    dead = dead_parameters(original) if inputs.get("encoder_hidden_states", marks).shape[1] == 1 else set()
+    fp64 = run_in_float64(original, inputs, lambda m, **x: m(**x, image_only_indicator=marks))
+    plain = run(original, inputs, partial(original, image_only_indicator=marks))
+    fused = run(original, inputs, partial(kind.from_module(original), image_only_indicator=marks))
+    assert not dead & set(fused), "a dead parameter has a gradient"
+    assert_within_budget(*(pool_scalars(without(x, dead)) for x in (fused, plain, fp64)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("num_heads", "num_tokens"), [(1, 1), (2, 1), (4, 3)])
+def test_transformer(num_heads: int, num_tokens: int, dtype: torch.dtype) -> None:
+    check(FusedTransformer, transformer(num_heads).to(dtype), transformer_inputs(num_tokens), indicator())
+
+
+def test_transformer_of_two_layers_with_an_image_among_the_frames() -> None:
+    check(FusedTransformer, transformer(num_layers=2), transformer_inputs(), indicator(is_image=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("out_channels", [C, 96])
+def test_resnet(out_channels: int, dtype: torch.dtype) -> None:
+    check(FusedResBlock, resnet(out_channels).to(dtype), resnet_inputs(), indicator(is_image=True))
+
+
+def test_resnet_without_a_time_embedding() -> None:
+    original = SpatioTemporalResBlock(C, temb_channels=None)
+    check(FusedResBlock, original, {"hidden_states": torch.randn(B * F, C, H, W)}, indicator())
+
+
+def test_feed_forward_in_chunks_of_frames(monkeypatch) -> None:
+    monkeypatch.setattr(segment, "MIN_CHUNK_TOKENS", 1)
+    original, calls = transformer(), []
+    original.transformer_blocks[0].norm3.register_forward_hook(lambda *_: calls.append(1))
+    tokens = torch.randn(B * F, H * W, C)
+    norm = original.transformer_blocks[0].norm3
+    torch.testing.assert_close(segment.segment_in_chunks(norm, tokens.requires_grad_()), norm(tokens))
+    assert len(calls) == 5 + 1, "10 frames in chunks of 2, and once whole"
+    check(FusedTransformer, transformer(), transformer_inputs(), indicator())
+
+
+def test_inference_and_return_types() -> None:
+    original, inputs = transformer().eval(), transformer_inputs()
+    fused = FusedTransformer.from_module(original)
+    with torch.no_grad():
+        plain = original(**inputs, image_only_indicator=indicator(), return_dict=False)
+        values = fused(**inputs, image_only_indicator=indicator(), return_dict=False)
+    assert isinstance(values, tuple)
+    torch.testing.assert_close(values[0], plain[0])
+    assert torch.equal(fused(**inputs, image_only_indicator=indicator()).sample, values[0])
+
+
+@pytest.mark.parametrize("make", [transformer, resnet])
+def test_inside_an_outer_checkpoint(make) -> None:
+    original = make()
+    inputs = transformer_inputs() if make is transformer else resnet_inputs()
+    kind = FusedTransformer if make is transformer else FusedResBlock
+    fused = partial(kind.from_module(original), image_only_indicator=indicator())
+    alone = run(original, inputs, fused)
+    nested = run(original, inputs, lambda **x: checkpoint(fused, use_reentrant=False, **x))
+    assert alone.keys() == nested.keys()
+    assert all(torch.equal(nested[name], value) for name, value in alone.items())
+
+
+@pytest.mark.parametrize("make", [transformer, resnet])
+def test_autocast(make) -> None:
+    original = make()
+    inputs = transformer_inputs() if make is transformer else resnet_inputs()
+    kind = FusedTransformer if make is transformer else FusedResBlock
+
+    def under_autocast(module: nn.Module, **x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            output = module(**x, image_only_indicator=indicator())
+        return getattr(output, "sample", output)
+
+    dead = dead_parameters(original)
+    fp64 = run_in_float64(original, inputs, lambda m, **x: m(**x, image_only_indicator=indicator()))
+    plain = run(original, inputs, partial(under_autocast, original))
+    fused = run(original, inputs, partial(under_autocast, kind.from_module(original)))
+    assert fused["output"].dtype == plain["output"].dtype
+    assert_within_budget(*(pool_scalars(without(x, dead)) for x in (fused, plain, fp64)))
+
+
+class Wrapped(nn.Module):
+    """What a LoRA library puts in the place of a linear layer."""
+
+    def __init__(self, base_layer: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer, self.weight, self.bias = base_layer, base_layer.weight, base_layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base_layer(x)
+
+
+def _set(path: str, value) -> partial:
+    def change(module: nn.Module) -> None:
+        parent, _, name = path.rpartition(".")
+        target = module.get_submodule(parent)
+        setattr(target, name, value(getattr(target, name)) if callable(value) else value)
+
+    return partial(change)
+
+
+SPATIAL, TEMPORAL = "transformer_blocks.0", "temporal_transformer_blocks.0"
+TRANSFORMER_REASONS = {
+    "LoRA": (_set(f"{TEMPORAL}.attn1.to_q", Wrapped), "attn1.to_q is Wrapped, not Linear"),
+    "LoRA beside the module": (
+        lambda m: m.transformer_blocks[0].attn1.add_module("lora", nn.Linear(2, 2)),
+        "has an extra module transformer_blocks.0.attn1.lora, Linear",
+    ),
+    "another norm": (_set(f"{SPATIAL}.norm3", lambda _: nn.RMSNorm(C)), "norm3 is RMSNorm, not LayerNorm"),
+    "norm without weights": (_set(f"{TEMPORAL}.norm1.weight", None), "has no weight or no bias"),
+    "dropout": (_set(f"{SPATIAL}.ff.net.1.p", 0.1), "drops with probability 0.1"),
+    "processor": (
+        lambda m: m.temporal_transformer_blocks[0].attn1.set_processor(SlicedAttnProcessor(1)),
+        "attn1 has the processor SlicedAttnProcessor",
+    ),
+    "query norm": (
+        _set(f"{SPATIAL}.attn1", lambda _: Attention(C, heads=2, dim_head=32, qk_norm="layer_norm")),
+        "extra module transformer_blocks.0.attn1.norm_q",
+    ),
+    "hook": (lambda m: m.proj_in.register_forward_hook(lambda *_: None), "proj_in has hooks"),
+    "replaced forward": (_set("norm.forward", lambda f: lambda x: f(x)), "norm has hooks or a replaced forward"),
+    "diffusers' checkpointing": (_set("gradient_checkpointing", True), "disable_gradient_checkpointing()"),
+    "chunked feed-forward": (
+        lambda m: m.temporal_transformer_blocks[0].set_chunk_feed_forward(1),
+        "feed-forward chunking is on",
+    ),
+    "weight of its own": (
+        lambda m: m.transformer_blocks[0].register_parameter("gate", nn.Parameter(torch.ones(1))),
+        "has parameters of its own: gate",
+    ),
+    "scale": (_set(f"{SPATIAL}.attn1.scale", 1.0), "has another scale"),
+}
+RESNET_REASONS = {
+    "LoRA": (_set("spatial_res_block.conv1", Wrapped), "conv1 is Wrapped, not Conv2d"),
+    "dropout": (_set("temporal_res_block.dropout.p", 0.1), "drops with probability 0.1"),
+    "output scale": (_set("spatial_res_block.output_scale_factor", 2.0), "divides its output by 2.0"),
+    "other time embedding": (_set("spatial_res_block.skip_time_act", True), "takes the time embedding in another way"),
+    "other convolution over frames": (
+        _set("temporal_res_block.conv2", lambda _: nn.Conv3d(C, C, (5, 1, 1), padding=(2, 0, 0))),
+        "another convolution over frames",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMER_REASONS)
+def test_transformer_that_is_not_exactly_the_known_one(name: str) -> None:
+    change, reason = TRANSFORMER_REASONS[name]
+    original = transformer()
+    assert why_not_transformer(original) is None
+    fused = FusedTransformer.from_module(original)
+    change(original)
+    with pytest.raises(ValueError) as refusal:
+        FusedTransformer.from_module(original)
+    assert reason in str(refusal.value)
+    with pytest.raises(RuntimeError, match="has changed since replace"):
+        fused(**transformer_inputs(), image_only_indicator=indicator())
+
+
+@pytest.mark.parametrize("name", RESNET_REASONS)
+def test_resnet_that_is_not_exactly_the_known_one(name: str) -> None:
+    change, reason = RESNET_REASONS[name]
+    original = resnet()
+    assert why_not_resnet(original) is None
+    fused = FusedResBlock.from_module(original)
+    change(original)
+    with pytest.raises(ValueError) as refusal:
+        FusedResBlock.from_module(original)
+    assert reason in str(refusal.value)
+    with pytest.raises(RuntimeError, match="has changed since replace"):
+        fused(**resnet_inputs(), image_only_indicator=indicator())
+
+
+def test_dropout_that_is_off_is_known() -> None:
+    original = transformer()
+    original.transformer_blocks[0].ff.net[1].p = 0.1
+    assert why_not_transformer(original.eval()) is None
+
+
+def test_missing_inputs_are_named() -> None:
+    fused = FusedTransformer.from_module(transformer())
+    with pytest.raises(ValueError, match="encoder_hidden_states or image_only_indicator is None"):
+        fused(torch.randn(B * F, C, H, W), None, indicator())
+    with pytest.raises(ValueError, match="image_only_indicator is None"):
+        FusedResBlock.from_module(resnet())(torch.randn(B * F, C, H, W), torch.randn(B * F, 32))

@@ -1,0 +1,201 @@
+"""Replacing the blocks of a UNet and putting them back: same numbers, same names, same objects, less memory."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from numerics import assert_within_budget
+from spatio_temporal import pool_scalars, run, run_in_float64, small_unet, unet_inputs, without
+from torch import nn
+
+import mmkernels
+from mmkernels.memory.trace import trace
+
+PLANS = ("checkpoint", "fused")
+
+
+def identities(unet: nn.Module) -> list[tuple[str, int]]:
+    return [(name, id(module)) for name, module in unet.named_modules()]
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3])
+@pytest.mark.parametrize("num_heads", [(2, 8), (1, 2)], ids=["head dims 32 and 16", "head dim 64"])
+def test_every_plan_gives_the_same_output_and_gradients(num_heads: tuple[int, int], num_tokens: int) -> None:
+    unet, inputs = small_unet(num_heads), unet_inputs(num_tokens)
+    dead = mmkernels.dead_parameters(unet) if num_tokens == 1 else set()
+    fp64, plain = run_in_float64(unet, inputs), run(unet, inputs)
+    for plan in PLANS:
+        undo = mmkernels.replace(unet, plan)
+        gradients = run(unet, inputs)
+        undo()
+        # Under fused the dead parameters take no part at all; plain torch gives them gradients of rounding size.
+        assert set(plain) - set(gradients) == (dead if plan == "fused" else set())
+        assert_within_budget(*(pool_scalars(without(x, dead)) for x in (gradients, plain, fp64)))
+
+
+def test_dead_parameters_have_no_gradient_but_rounding() -> None:
+    unet = small_unet()
+    dead = mmkernels.dead_parameters(unet)
+    fp64 = run_in_float64(unet, unet_inputs())
+    assert len(dead) == 2 * 4 * 4  # four transformers of two blocks: to_q, to_k, and weight and bias of norm2
+    assert dead < set(dict(unet.named_parameters()))
+    assert max(fp64[name].abs().max() for name in dead) < 1e-12
+    assert all(fp64[name].abs().max() > 1e-9 for name in fp64 if name not in dead)
+    several_tokens = run_in_float64(unet, unet_inputs(3))
+    assert min(several_tokens[name].abs().max() for name in dead) > 1e-9
+    mmkernels.replace(unet)
+    assert mmkernels.dead_parameters(unet) == dead
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_undo_restores_the_very_same_objects(plan: str) -> None:
+    unet = small_unet()
+    before, state = identities(unet), unet.state_dict()
+    undo = mmkernels.replace(unet, plan)
+    assert identities(unet) != before
+    replaced = unet.state_dict()
+    assert list(replaced) == list(state)
+    assert all(replaced[name].data_ptr() == x.data_ptr() for name, x in state.items())
+    assert [name for name, _ in unet.named_parameters()] == [name for name, _ in small_unet().named_parameters()]
+    unet.eval()
+    undo()
+    assert identities(unet) == before
+    assert not any(module.training for module in unet.modules())
+    undo()  # a second time does nothing
+    assert identities(unet) == before
+    mmkernels.replace(unet, plan)()
+    assert identities(unet) == before
+
+
+def test_undo_after_an_exception_inside() -> None:
+    unet = small_unet()
+    before = identities(unet)
+    undo = mmkernels.replace(unet)
+    inputs = unet_inputs()
+    with pytest.raises(RuntimeError):
+        unet(**(inputs | {"encoder_hidden_states": torch.randn(2, 1, 7)}))
+    undo()
+    assert identities(unet) == before
+
+
+def test_undo_refuses_where_somebody_else_changed_a_block() -> None:
+    unet = small_unet()
+    undo = mmkernels.replace(unet)
+    ours, theirs = unet.mid_block.resnets[0], nn.Identity()
+    unet.mid_block.resnets[0] = theirs
+    swapped = identities(unet)
+    with pytest.raises(RuntimeError, match="was changed after replace"):
+        undo()
+    assert identities(unet) == swapped
+    unet.mid_block.resnets[0] = ours
+    undo()
+
+
+def test_rejects_what_it_cannot_do() -> None:
+    unet = small_unet()
+    with pytest.raises(ValueError, match="plan is 'fast', wanted one of fused, checkpoint"):
+        mmkernels.replace(unet, "fast")
+    with pytest.raises(ValueError, match="Linear holds no SpatioTemporalResBlock"):
+        mmkernels.replace(nn.Linear(2, 2))
+    undo = mmkernels.replace(unet)
+    with pytest.raises(ValueError, match="replaced already"):
+        mmkernels.replace(unet, "checkpoint")
+    undo()
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_copies_saves_and_moves_like_any_module(plan: str) -> None:
+    unet, inputs = small_unet(), unet_inputs()
+    expected = unet(**inputs).sample.detach()
+    mmkernels.replace(unet, plan)
+    twin = copy.deepcopy(unet)
+    file = io.BytesIO()
+    torch.save(unet.state_dict(), file)
+    file.seek(0)
+    fresh = small_unet()
+    fresh.load_state_dict(torch.load(file, weights_only=True))
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            parameter.zero_()
+        torch.testing.assert_close(twin(**inputs).sample, expected)
+    twin.train()
+    assert all(module.training for module in twin.modules())
+    assert twin.double()(**{name: x.double() for name, x in inputs.items()}).sample.dtype == torch.float64
+    torch.testing.assert_close(fresh(**inputs).sample, expected)
+
+
+def test_a_block_that_is_not_the_known_one_stays_and_says_why() -> None:
+    class Wrapped(nn.Module):
+        def __init__(self, base_layer: nn.Linear) -> None:
+            super().__init__()
+            self.base_layer, self.down = base_layer, nn.Linear(128, 128, bias=False)
+
+        def forward(self, x):
+            return self.base_layer(x) + self.down(x)
+
+    unet, inputs = small_unet(), unet_inputs()
+    attention = unet.mid_block.attentions[0].temporal_transformer_blocks[0].attn1
+    attention.to_q = Wrapped(attention.to_q)
+    fp64, plain = run_in_float64(unet, inputs), run(unet, inputs)
+    mmkernels.replace(unet)
+    rows = {row.name: row for row in mmkernels.report(unet).rows}
+    assert len(rows) == 12
+    assert [name for name, row in rows.items() if row.how != "fused"] == ["mid_block.attentions.0"]
+    row = rows["mid_block.attentions.0"]
+    assert (row.how, row.kind) == ("torch", "TransformerSpatioTemporalModel")
+    assert row.why == "temporal_transformer_blocks.0.attn1.to_q is Wrapped, not Linear"
+    table = str(mmkernels.report(unet))
+    assert row.why in table
+    assert len(table.splitlines()) == 13
+    fused = run(unet, inputs)
+    assert "mid_block.attentions.0.temporal_transformer_blocks.0.attn1.to_q.down.weight" in fused
+    dead = mmkernels.dead_parameters(unet)
+    assert_within_budget(*(pool_scalars(without(x, dead)) for x in (fused, plain, fp64)))
+
+
+def test_reports_what_is_not_replaced_and_why() -> None:
+    unet = small_unet()
+    assert {(row.how, row.why) for row in mmkernels.report(unet).rows} == {("torch", "not replaced")}
+    unet.enable_gradient_checkpointing()
+    mmkernels.replace(unet)
+    assert all("disable_gradient_checkpointing" in row.why for row in mmkernels.report(unet).rows)
+
+
+def test_fused_runs_fewer_flops_than_checkpoint_at_no_higher_peak() -> None:
+    unet = small_unet()
+    torch.manual_seed(1)
+    sample, timestep = torch.randn(1, 12, 8, 16, 16), torch.tensor([0.3])
+    context, time_ids = torch.randn(1, 1, 24), torch.randn(1, 3)
+    traces = {}
+    for plan in ("torch", *PLANS):
+        undo = mmkernels.replace(unet, plan) if plan != "torch" else None
+        unet.zero_grad()
+        traces[plan] = trace(lambda: unet(sample, timestep, context, time_ids).sample.square().mean().backward())
+        if undo is not None:
+            undo()
+    assert traces["fused"].peak_bytes <= traces["checkpoint"].peak_bytes < traces["torch"].peak_bytes
+    assert traces["fused"].flops <= 0.9 * traces["checkpoint"].flops
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_under_distributed_data_parallel(plan: str, process_group) -> None:
+    unet, inputs = small_unet(), unet_inputs()
+    dead = mmkernels.dead_parameters(unet)
+    for name, parameter in unet.named_parameters():
+        parameter.requires_grad_(name not in dead)
+    mmkernels.replace(unet, plan)
+    alone = run(unet, inputs)
+    parallel = nn.parallel.DistributedDataParallel(unet)
+    together = run(unet, inputs, parallel)
+    assert alone.keys() == together.keys()
+    assert all(torch.equal(together[name], value) for name, value in alone.items())
