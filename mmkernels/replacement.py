@@ -62,13 +62,13 @@ def replace(unet: nn.Module, plan: str = "fused") -> Callable[[], None]:
             f"{type(unet).__name__} holds no SpatioTemporalResBlock or TransformerSpatioTemporalModel; give it a "
             "UNetSpatioTemporalConditionModel, and unwrap it first if it is wrapped"
         )
-    if any(isinstance(block, DropIn) for _, _, _, block in blocks):
+    if any(isinstance(block, DropIn) for *_, block in blocks):
         raise ValueError("the UNet is replaced already; call the undo() of the first replace() before a second one")
     swaps = []
-    for _, parent, child_name, block in blocks:
+    for _, owner, parent, child_name, block in blocks:
         if plan == "checkpoint":
             swaps.append((parent, child_name, CheckpointedBlock(block)))
-        elif _why_not(block, parent) is None:
+        elif _why_not(block, owner) is None:
             kind = FusedResBlock if isinstance(block, SpatioTemporalResBlock) else FusedTransformer
             swaps.append((parent, child_name, kind.from_module(block)))
     for parent, child_name, drop_in in swaps:
@@ -92,7 +92,7 @@ def _undo_of(swaps: list[tuple[nn.Module, str, DropIn]]) -> Callable[[], None]:
 def report(unet: nn.Module) -> Report:
     """Which block of `unet` runs how, and why it is not fused where it is not."""
     rows = []
-    for name, parent, _, block in _blocks(unet):
+    for name, owner, _, _, block in _blocks(unet):
         original = block.original if isinstance(block, DropIn) else block
         how = block.how if isinstance(block, DropIn) else "torch"
         if how == "fused":
@@ -100,7 +100,7 @@ def report(unet: nn.Module) -> Report:
         elif how == "checkpoint":
             why = 'replaced with plan="checkpoint"'
         else:
-            why = _why_not(original, parent) or "not replaced"
+            why = _why_not(original, owner) or "not replaced"
         rows.append(Row(name, type(original).__name__, how, why))
     return Report(tuple(rows))
 
@@ -122,16 +122,18 @@ def dead_parameters(unet: nn.Module) -> set[str]:
     return dead
 
 
-def _blocks(unet: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
-    """Full name, parent, name in the parent, and block, of every spatio-temporal block or its drop-in."""
-    for parent_name, parent in list(unet.named_modules()):
-        for child_name, child in list(parent.named_children()):
+def _blocks(unet: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module, str, nn.Module]]:
+    """Full name, module that calls it, parent, name in the parent, and block, of every such block or its drop-in."""
+    for parent_name, parent in unet.named_modules():
+        is_list = isinstance(parent, nn.ModuleList)
+        owner = unet.get_submodule(parent_name.rpartition(".")[0]) if is_list else parent
+        for child_name, child in parent.named_children():
             if isinstance(child, (*_KINDS, DropIn)):
-                yield f"{parent_name}.{child_name}".lstrip("."), parent, child_name, child
+                yield f"{parent_name}.{child_name}".lstrip("."), owner, parent, child_name, child
 
 
-def _why_not(block: nn.Module, parent: nn.Module) -> str | None:
-    if getattr(parent, "gradient_checkpointing", False):
+def _why_not(block: nn.Module, owner: nn.Module) -> str | None:
+    if getattr(owner, "gradient_checkpointing", False):
         return "diffusers' gradient checkpointing is on; call disable_gradient_checkpointing() first"
     return why_not_resnet(block) if isinstance(block, SpatioTemporalResBlock) else why_not_transformer(block)
 

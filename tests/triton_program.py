@@ -1,8 +1,8 @@
 """Launch the Triton kernels of temporal attention on CPU tensors, for a tool that stands in for the GPU.
 
 `python tests/triton_program.py --dtypes float16` under TRITON_INTERPRET=1 is Triton's interpreter (never bfloat16: it
-reads that as raw bits). `python -m ttsem.sanitize tests/triton_program.py -- --dtypes bfloat16` with tests/ in PYTHONPATH
-runs the compiler's IR and reports accesses out of bounds and races. Fails where a result is past the budget.
+reads that as raw bits). `python -m ttsem.sanitize tests/triton_program.py -- --dtypes bfloat16` with tests/ in
+PYTHONPATH runs the compiler's IR and reports accesses out of bounds and races. Fails where a result is past the budget.
 """
 
 from __future__ import annotations
