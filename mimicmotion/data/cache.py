@@ -129,7 +129,7 @@ class Drop:
     """A video that was left out, and why."""
 
     source: str
-    stage: str  # decode, poses or curate
+    stage: str  # decode or curate
     reason: str
 
 
@@ -161,7 +161,10 @@ class Manifest:
         path = folder / "manifest.json"
         if not path.is_file():
             raise ValueError(f"got {folder}, which holds no manifest.json; run `python mimicmotion/prepare.py` first")
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged ({error}); run prepare again, which makes it anew") from error
         if stored.get("version") != MANIFEST_VERSION:
             raise ValueError(
                 f"got {path} of version {stored.get('version')}, wanted {MANIFEST_VERSION}; run prepare again"

@@ -178,7 +178,7 @@ def hand_weights(
             low, high = hand[:, :2].amin(dim=0) * size, hand[:, :2].amax(dim=0) * size  # latent cells
             border = margin * (high - low).max()
             low, high = low - border, high + border
-            if bool((high <= 0).any()) or bool((low >= size).any()):
+            if bool((high < 0).any()) or bool((low >= size).any()):
                 continue
             left, top = low.floor().clamp(min=0).int().tolist()
             right, bottom = torch.minimum(high.ceil(), size).int().tolist()

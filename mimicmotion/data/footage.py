@@ -120,7 +120,7 @@ def decode(
                 decoded += 1
                 _check_size(stated.height, stated.width, decoded, max_frame_pixels, max_video_pixels)
         except (av.FFmpegError, EOFError) as error:
-            raise VideoError(f"is damaged at frame {decoded}: {error}") from error
+            raise VideoError(f"is damaged at frame {decoded}: {_reason(error)}") from error
     if decoded < max(1, stated.num_frames * MIN_DECODED_SHARE):
         raise VideoError(f"ends after {decoded} of the {stated.num_frames} frames it promises")
 
@@ -131,13 +131,17 @@ def _open(path: Path) -> InputContainer:
     try:
         return av.open(str(path), mode="r", options={"err_detect": "explode"})
     except (av.FFmpegError, EOFError, ValueError) as error:
-        raise VideoError(f"is not a video that can be opened: {error}") from error
+        raise VideoError(f"is not a video that can be opened: {_reason(error)}") from error
 
 
 def _video_stream(container: InputContainer) -> av.VideoStream:
     if not container.streams.video:
         raise VideoError("holds no video stream")
-    return container.streams.video[0]
+    stream = container.streams.video[0]
+    # Damage in the header can leave a stream whose codec nobody knows, which PyAV's types do not foresee.
+    if getattr(stream, "codec_context", None) is None:
+        raise VideoError("holds a video stream of no known codec")
+    return stream
 
 
 def _check_size(height: int, width: int, num_frames: int, max_frame_pixels: int, max_video_pixels: int) -> None:
@@ -148,6 +152,10 @@ def _check_size(height: int, width: int, num_frames: int, max_frame_pixels: int,
             f"is too large: {width}x{height} pixels times {num_frames} frames, the limit is {max_video_pixels} pixels;"
             " cut it into shorter videos"
         )
+
+
+def _reason(error: Exception) -> str:
+    return (error.strerror if isinstance(error, av.FFmpegError) else None) or str(error)
 
 
 def _upright(frame: av.VideoFrame) -> np.ndarray:

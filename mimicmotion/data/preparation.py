@@ -167,6 +167,9 @@ class _ClipMaker:
         """The clip of a video, or why there is none."""
         try:
             properties = read_properties(path)
+            most_frames = -(-properties.num_frames // self._recipe.frame_stride)
+            if 0 < most_frames < self._bounds.min_frames:  # 0 where the container does not say: count when decoding
+                return self._drop(path, "curate", f"has {most_frames} frames, fewer than {self._bounds.min_frames}")
             source = self._find_poses(path, properties.num_frames)
             measures = measure(source.track, source.height, source.width)
             if reasons := reasons_to_drop(measures, self._bounds):

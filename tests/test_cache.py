@@ -1,0 +1,142 @@
+"""Files on disk: written whole or not at all, damage is seen, keys follow from content."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mimicmotion.data.cache import (
+    Clip,
+    Crop,
+    Drop,
+    Manifest,
+    atomic_write,
+    content_key,
+    file_sha256,
+    load_intact,
+    save_tensors,
+)
+
+
+def test_atomic_write_leaves_the_old_file_on_error(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "file.txt"
+    with atomic_write(path) as temporary:
+        temporary.write_text("old")
+        assert not path.exists(), "nothing may be seen before it is whole"
+    with pytest.raises(RuntimeError, match="midway"), atomic_write(path) as temporary:
+        temporary.write_text("ne")
+        raise RuntimeError("midway")
+    assert path.read_text() == "old" and [entry.name for entry in path.parent.iterdir()] == ["file.txt"]
+    umask = os.umask(0)
+    os.umask(umask)
+    assert path.stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from mimicmotion.data.cache import atomic_write
+with atomic_write(Path(sys.argv[1])) as temporary:
+    with temporary.open("wb") as opened:
+        opened.write(b"n" * 1000)
+        opened.flush()
+        print("written", flush=True)
+        time.sleep(60)
+"""
+
+
+def test_atomic_write_survives_a_kill(tmp_path: Path) -> None:
+    path = tmp_path / "file.bin"
+    path.write_bytes(b"old")
+    with subprocess.Popen([sys.executable, "-c", KILLED, str(path)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "written\n"
+        process.send_signal(signal.SIGKILL)
+    assert path.read_bytes() == b"old"
+
+
+def test_tensors_come_back_and_damage_is_seen(tmp_path: Path) -> None:
+    path = tmp_path / "clip.safetensors"
+    tensors = {"latents": torch.randn(3, 4, 2, 2).half(), "num_people": torch.arange(3), "flag": torch.tensor([True])}
+    save_tensors(path, tensors)
+    loaded = load_intact(path)
+    assert loaded is not None and sorted(loaded) == sorted(tensors)
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+    content = path.read_bytes()
+    for position in (len(content) - 1, len(content) - 40):
+        damaged = bytearray(content)
+        damaged[position] ^= 1
+        path.write_bytes(damaged)
+        assert load_intact(path) is None, "one flipped bit"
+    path.write_bytes(content[:-5])
+    assert load_intact(path) is None, "cut short"
+    path.write_bytes(b"")
+    assert load_intact(path) is None, "empty"
+    assert load_intact(tmp_path / "none.safetensors") is None, "missing"
+
+
+def test_empty_tensors_can_be_kept(tmp_path: Path) -> None:
+    save_tensors(tmp_path / "empty.safetensors", {"keypoints": torch.zeros(0, 128, 3)})
+    loaded = load_intact(tmp_path / "empty.safetensors")
+    assert loaded is not None and loaded["keypoints"].shape == (0, 128, 3)
+
+
+def test_keys_follow_from_all_inputs() -> None:
+    assert content_key([1, "a", {"x": 1, "y": 2}]) == content_key([1, "a", {"y": 2, "x": 1}])
+    assert content_key([1, "a"]) != content_key([1, "b"]) != content_key(["1", "b"])
+
+
+def test_file_digest(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"abc")
+    assert file_sha256(tmp_path / "file") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def manifest() -> Manifest:
+    clip = Clip(
+        clip_id="a-1",
+        source="/videos/a.mp4",
+        source_sha256="0" * 64,
+        source_height=64,
+        source_width=48,
+        frames_per_second=30.0,
+        num_frames=40,
+        frame_stride=1,
+        crop=Crop(left=1, top=2, width=30, height=40),
+        keypoints_file="keypoints/k.safetensors",
+        tensors_file="clips/c.safetensors",
+        statistics={"motion": 0.01},
+    )
+    return Manifest(
+        height=64,
+        width=48,
+        num_frames=8,
+        encoder_name="patch-codec (stand-in)",
+        encoder_version="1",
+        scaling_factor=0.35,
+        spatial_factor=8,
+        pose_backend="holistic",
+        pose_version="1",
+        clips=[clip],
+        dropped=[Drop(source="/videos/b.mp4", stage="decode", reason="is empty")],
+    )
+
+
+def test_manifest_comes_back(tmp_path: Path) -> None:
+    manifest().write(tmp_path)
+    assert Manifest.read(tmp_path) == manifest()
+
+
+def test_manifest_of_another_kind_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no manifest\.json"):
+        Manifest.read(tmp_path)
+    manifest().write(tmp_path)
+    path = tmp_path / "manifest.json"
+    path.write_text(path.read_text().replace('"version": 1', '"version": 0'))
+    with pytest.raises(ValueError, match="version 0, wanted 1"):
+        Manifest.read(tmp_path)
+    path.write_text("{")
+    with pytest.raises(ValueError, match="is damaged"):
+        Manifest.read(tmp_path)

@@ -1,0 +1,133 @@
+"""Encoders: the stand-in's algebra, and the real one against diffusers and transformers themselves."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKLTemporalDecoder
+from torch import Tensor
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from mimicmotion.model.encoders import Encoder, PatchCodec, SVDEncoder, load_encoder
+
+
+def frames(num_frames: int = 3, height: int = 48, width: int = 32) -> Tensor:
+    return torch.rand(num_frames, 3, height, width) * 2 - 1
+
+
+def test_patch_codec_is_an_orthonormal_projection() -> None:
+    codec = PatchCodec()
+    # Each latent unit vector decodes to one patch; their inner products are the identity.
+    units = torch.eye(4).view(4, 4, 1, 1) * 0.01
+    patches = codec.decode(units).flatten(1) * 100
+    torch.testing.assert_close(patches @ patches.T, torch.eye(4), atol=1e-5, rtol=0)
+    latents = torch.randn(2, 4, 6, 4) * 0.05
+    torch.testing.assert_close(codec.encode(codec.decode(latents)), latents, atol=1e-5, rtol=0)
+
+
+def test_patch_codec_keeps_what_it_is_for() -> None:
+    codec = PatchCodec()
+    gray = torch.full((1, 3, 16, 24), 0.3)
+    torch.testing.assert_close(codec.decode(codec.encode(gray)), gray)
+    orange = torch.tensor([0.5, 0.0, -0.5]).view(1, 3, 1, 1).expand(1, 3, 8, 8)
+    torch.testing.assert_close(codec.decode(codec.encode(orange)), orange, atol=1e-6, rtol=0)
+    ramp = torch.cos(torch.pi * (torch.arange(8) + 0.5) / 8).expand(1, 3, 8, 8) * 0.5
+    torch.testing.assert_close(codec.decode(codec.encode(ramp)), ramp, atol=1e-6, rtol=0)
+    turned = ramp.mT.contiguous()
+    torch.testing.assert_close(codec.decode(codec.encode(turned)), turned, atol=1e-6, rtol=0)
+    assert codec.encode(gray)[0, :, 1, 2].tolist() == pytest.approx([0.3 * 192**0.5, 0, 0, 0], abs=1e-4)
+
+
+def test_patch_codec_embeds_alike_everywhere() -> None:
+    one, other = PatchCodec(), PatchCodec()
+    torch.manual_seed(7)
+    pictures = frames(4)
+    assert torch.equal(one.embed(pictures), other.embed(pictures))
+    embedded = one.embed(pictures)
+    assert embedded.shape == (4, 1024) and (embedded[0] - embedded[1]).norm() > 1
+    flat = one.embed(torch.ones(1, 3, 64, 64) * 0.5)
+    assert 0.5 < flat.pow(2).mean().sqrt() < 2
+
+
+@pytest.mark.parametrize("shape", [(3, 48, 32), (2, 3, 44, 32), (2, 4, 48, 32)])
+def test_odd_frames_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="multiples of 8"):
+        PatchCodec().encode(torch.zeros(shape))
+
+
+@pytest.fixture(scope="module")
+def svd_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("svd")
+    down: Any = ("DownEncoderBlock2D",) * 4
+    channels: Any = (32, 32, 32, 32)
+    vae = AutoencoderKLTemporalDecoder(
+        down_block_types=down, block_out_channels=channels, layers_per_block=1, latent_channels=4
+    )
+    vae.save_pretrained(folder / "vae")
+    config = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=32,
+        projection_dim=1024,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=224,
+        patch_size=32,
+    )
+    CLIPVisionModelWithProjection(config).save_pretrained(folder / "image_encoder")
+    return folder
+
+
+def test_svd_encoder_is_diffusers_and_transformers(svd_folder: Path) -> None:
+    encoder = load_encoder(str(svd_folder))
+    assert isinstance(encoder, SVDEncoder) and encoder.scaling_factor == 0.18215
+    pictures = frames(10, 64, 32)
+    vae = AutoencoderKLTemporalDecoder.from_pretrained(svd_folder, subfolder="vae").eval()
+    with torch.no_grad():
+        mean = vae.encoder(pictures)
+        mean = vae.quant_conv(mean)[:, :4]
+        latents = encoder.encode(pictures)
+        torch.testing.assert_close(latents, mean, atol=1e-5, rtol=1e-4)
+        assert latents.shape == (10, 4, 8, 4)
+        first = vae.decoder(latents[:8], torch.zeros(1, 8), num_frames=8)
+        last = vae.decoder(latents[8:], torch.zeros(1, 2), num_frames=2)
+    torch.testing.assert_close(encoder.decode(latents), torch.cat([first, last]).clamp(-1, 1), atol=1e-5, rtol=1e-4)
+
+
+def test_clip_sees_the_resized_normalised_picture(svd_folder: Path) -> None:
+    encoder = load_encoder(str(svd_folder))
+    model = CLIPVisionModelWithProjection.from_pretrained(svd_folder / "image_encoder").eval()
+    color = torch.tensor([0.2, -0.4, 0.6]).view(1, 3, 1, 1)
+    normalised = ((color + 1) / 2 - torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(1, 3, 1, 1)) / torch.tensor(
+        [0.26862954, 0.26130258, 0.27577711]
+    ).view(1, 3, 1, 1)
+    with torch.no_grad():
+        expected = model(normalised.expand(1, 3, 224, 224)).image_embeds
+    torch.testing.assert_close(encoder.embed(color.expand(1, 3, 576, 320).contiguous()), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_other_weights_have_another_version(svd_folder: Path) -> None:
+    vae = AutoencoderKLTemporalDecoder.from_pretrained(svd_folder, subfolder="vae")
+    image_encoder = CLIPVisionModelWithProjection.from_pretrained(svd_folder / "image_encoder")
+    before = SVDEncoder(vae, image_encoder, name="a").version
+    assert before == SVDEncoder(vae, image_encoder, name="b").version
+    with torch.no_grad():
+        next(vae.parameters()).add_(1e-3)
+    assert SVDEncoder(vae, image_encoder, name="a").version != before
+
+
+def test_missing_weights_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="wanted 'patch-codec', a folder holding vae/ and image_encoder/"):
+        load_encoder(str(tmp_path))
+
+
+def test_both_are_encoders(svd_folder: Path) -> None:
+    for name in ("patch-codec", str(svd_folder)):
+        encoder: Encoder = load_encoder(name)
+        latents = encoder.encode(frames(2, 64, 64))
+        assert latents.shape == (2, 4, 8, 8) and latents.dtype == torch.float32
+        pictures = encoder.decode(latents)
+        assert pictures.shape == (2, 3, 64, 64) and pictures.abs().max() <= 1
+        assert encoder.embed(frames(2, 64, 64)).shape == (2, 1024)
+    assert "stand-in" in load_encoder("patch-codec").name
