@@ -69,8 +69,8 @@ def replace(unet: nn.Module, plan: str = "fused") -> Callable[[], None]:
         if plan == "checkpoint":
             swaps.append((parent, child_name, CheckpointedBlock(block)))
         elif _why_not(block, owner) is None:
-            kind = FusedResBlock if isinstance(block, SpatioTemporalResBlock) else FusedTransformer
-            swaps.append((parent, child_name, kind.from_module(block)))
+            is_resnet = isinstance(block, SpatioTemporalResBlock)
+            swaps.append((parent, child_name, FusedResBlock(block) if is_resnet else FusedTransformer(block)))
     for parent, child_name, drop_in in swaps:
         parent._modules[child_name] = drop_in
     return _undo_of(swaps)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -23,16 +24,16 @@ from mmkernels.replacement import dead_parameters
 B, F, C, H, W = 2, 5, 64, 6, 5
 
 
-def transformer(num_heads: int = 2, num_layers: int = 1) -> TransformerSpatioTemporalModel:
+def transformer(num_heads: int = 2, num_layers: int = 1) -> Any:
     torch.manual_seed(0)
     return TransformerSpatioTemporalModel(
         num_heads, C // num_heads, in_channels=C, num_layers=num_layers, cross_attention_dim=24
     )
 
 
-def resnet(out_channels: int = C) -> SpatioTemporalResBlock:
+def resnet(out_channels: int = C, temb_channels: Any = 32) -> Any:
     torch.manual_seed(0)
-    return SpatioTemporalResBlock(C, out_channels, temb_channels=32, eps=1e-5, merge_factor=0.3)
+    return SpatioTemporalResBlock(C, out_channels, temb_channels=temb_channels, eps=1e-5, merge_factor=0.3)
 
 
 def transformer_inputs(num_tokens: int = 1) -> dict[str, Tensor]:
@@ -77,8 +78,7 @@ def test_resnet(out_channels: int, dtype: torch.dtype) -> None:
 
 
 def test_resnet_without_a_time_embedding() -> None:
-    original = SpatioTemporalResBlock(C, temb_channels=None)
-    check(FusedResBlock, original, {"hidden_states": torch.randn(B * F, C, H, W)}, indicator())
+    check(FusedResBlock, resnet(temb_channels=None), {"hidden_states": torch.randn(B * F, C, H, W)}, indicator())
 
 
 def test_feed_forward_in_chunks_of_frames(monkeypatch) -> None:

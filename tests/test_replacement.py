@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from typing import Any
 
 import pytest
 import torch
@@ -137,7 +138,7 @@ def test_a_block_that_is_not_the_known_one_stays_and_says_why() -> None:
             return self.base_layer(x) + self.down(x)
 
     unet, inputs = small_unet(), unet_inputs()
-    attention = unet.mid_block.attentions[0].temporal_transformer_blocks[0].attn1
+    attention: Any = unet.get_submodule("mid_block.attentions.0.temporal_transformer_blocks.0.attn1")
     attention.to_q = Wrapped(attention.to_q)
     fp64, plain = run_in_float64(unet, inputs), run(unet, inputs)
     mmkernels.replace(unet)

@@ -96,7 +96,7 @@ def test_gradcheck_of_the_op_in_float64_formula() -> None:
 def test_opcheck(dtype: torch.dtype) -> None:
     q, k, v, do = tensors((1, 9, 2, 2, 32), True, dtype)
     torch.library.opcheck(torch.ops.mmkernels.temporal_attention_backward, (q, k, v, do, 0.2))
-    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    leaves = tuple(x.detach().requires_grad_() for x in (q, k, v))
     torch.library.opcheck(torch.ops.mmkernels.temporal_attention, (*leaves, 0.2))
 
 
@@ -128,7 +128,7 @@ def test_backward_writes_the_output_too_where_asked() -> None:
     dq, dk, dv, o, expected = (torch.full_like(q, float("nan")) for _ in range(5))
     temporal_attention_into(q, k, v, expected)
     temporal_attention_backward_into(q, k, v, do, dq, dk, dv, o=o)
-    assert_within_budget({"o": o}, {"o": expected}, {"o": reference(*(x.double() for x in (q, k, v)))})
+    assert_within_budget({"o": o}, {"o": expected}, {"o": reference(q.double(), k.double(), v.double())})
 
 
 def test_same_bits_each_time_and_for_each_number_of_threads() -> None:
@@ -145,11 +145,11 @@ def test_same_bits_each_time_and_for_each_number_of_threads() -> None:
 
 
 def test_saves_q_k_v_only() -> None:
-    leaves = [x.detach().requires_grad_() for x in tensors((1, 72, 3, 2, 64), False, torch.float32)[:3]]
+    q, k, v = (x.detach().requires_grad_() for x in tensors((1, 72, 3, 2, 64), False, torch.float32)[:3])
     saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.data_ptr()), lambda _: None):
-        temporal_attention(*leaves)
-    assert sorted(saved) == sorted(x.data_ptr() for x in leaves)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.data_ptr()) or x, lambda x: x):
+        temporal_attention(q, k, v)
+    assert sorted(saved) == sorted(x.data_ptr() for x in (q, k, v))
 
 
 def test_flop_formula() -> None:

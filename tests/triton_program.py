@@ -8,6 +8,7 @@ PYTHONPATH runs the compiler's IR and reports accesses out of bounds and races. 
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 import torch
 from numerics import assert_within_budget
@@ -29,10 +30,11 @@ def run(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     names = ("o", "dq", "dk", "dv")
     o, dq, dk, dv = (torch.full(shape, float("nan"), dtype=dtype) for _ in names)
     scale = D**-0.5
-    for kernel, tensors in (
+    launches: tuple[tuple[Any, tuple[torch.Tensor, ...]], ...] = (
         (kernels.forward_kernel, (*qkv.unbind(3), o)),
         (kernels.backward_kernel, (*qkv.unbind(3), do, dq, dk, dv)),
-    ):
+    )
+    for kernel, tensors in launches:
         positional, constants = kernels.arguments(tensors, scale)
         kernel[(B * P * N,)](*positional, **constants, num_warps=kernels.NUM_WARPS)
     assert_within_budget(dict(zip(names, (o, dq, dk, dv), strict=True)), plain, fp64)
@@ -41,9 +43,9 @@ def run(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 
 def gradients(qkv: torch.Tensor, do: torch.Tensor) -> dict[str, torch.Tensor]:
     """Output and gradients by the reference in float64, by torch's scaled_dot_product_attention in other dtypes."""
-    leaves = [x.clone().requires_grad_() for x in qkv.unbind(3)]
-    o = reference(*leaves) if qkv.dtype == torch.float64 else _permuted(*leaves, None)
-    gradients = torch.autograd.grad(o, leaves, do)
+    q, k, v = (x.clone().requires_grad_() for x in qkv.unbind(3))
+    o = reference(q, k, v) if qkv.dtype == torch.float64 else _permuted(q, k, v, None)
+    gradients = torch.autograd.grad(o, (q, k, v), do)
     return dict(zip(("o", "dq", "dk", "dv"), (o.detach(), *gradients), strict=True))
 
 

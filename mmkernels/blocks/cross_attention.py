@@ -6,12 +6,13 @@ to_q, to_k and of the norm before them are then exactly zero; see `mmkernels.dea
 
 from __future__ import annotations
 
-from diffusers.models.attention import BasicTransformerBlock, TemporalBasicTransformerBlock
+from typing import Any
+
 from torch import Tensor
 
 from mmkernels.blocks.segment import segment
 
-Block = BasicTransformerBlock | TemporalBasicTransformerBlock
+Block = Any  # a BasicTransformerBlock or a TemporalBasicTransformerBlock, whose attn2 diffusers types as optional
 
 
 def one_token_value(block: Block, context: Tensor) -> Tensor | None:

@@ -6,6 +6,8 @@ norm, a hook, dropout that is on or another attention processor would be lost wi
 
 from __future__ import annotations
 
+from typing import Any
+
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock, FeedForward, TemporalBasicTransformerBlock
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
@@ -19,7 +21,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _NORMS = (nn.LayerNorm, nn.GroupNorm)
 
 
-def why_not_transformer(module: nn.Module) -> str | None:
+def why_not_transformer(module: Any) -> str | None:
     """Why `module` is not exactly a TransformerSpatioTemporalModel as SVD has it, or None where it is."""
     if type(module) is not TransformerSpatioTemporalModel:
         return f"is a {type(module).__name__}, not a TransformerSpatioTemporalModel"
@@ -41,7 +43,7 @@ def why_not_transformer(module: nn.Module) -> str | None:
     return None
 
 
-def why_not_resnet(module: nn.Module) -> str | None:
+def why_not_resnet(module: Any) -> str | None:
     """Why `module` is not exactly a SpatioTemporalResBlock as SVD has it, or None where it is."""
     if type(module) is not SpatioTemporalResBlock:
         return f"is a {type(module).__name__}, not a SpatioTemporalResBlock"
@@ -153,7 +155,7 @@ def _why_not_called(module: nn.Module) -> str | None:
     return None
 
 
-def _why_not_spatial(block: BasicTransformerBlock) -> str | None:
+def _why_not_spatial(block: Any) -> str | None:
     if block.norm_type != "layer_norm" or block.pos_embed is not None:
         return f"norm_type {block.norm_type!r} or positional embeddings"
     if block.only_cross_attention:
@@ -163,7 +165,7 @@ def _why_not_spatial(block: BasicTransformerBlock) -> str | None:
     return _why_not_common(block)
 
 
-def _why_not_temporal(block: TemporalBasicTransformerBlock) -> str | None:
+def _why_not_temporal(block: Any) -> str | None:
     if not block.is_res:
         return "has no residual around its feed-forwards"
     attention = block.attn1
@@ -174,7 +176,7 @@ def _why_not_temporal(block: TemporalBasicTransformerBlock) -> str | None:
     return _why_not_common(block)
 
 
-def _why_not_common(block: BasicTransformerBlock | TemporalBasicTransformerBlock) -> str | None:
+def _why_not_common(block: Any) -> str | None:
     if block._chunk_size is not None:
         return "feed-forward chunking is on"
     for name, attention in (("attn1", block.attn1), ("attn2", block.attn2)):

@@ -8,7 +8,7 @@ faster kernels for than for the 3-d one.
 from __future__ import annotations
 
 import torch
-from diffusers.models.resnet import ResnetBlock2D, SpatioTemporalResBlock, TemporalResnetBlock
+from diffusers.models.resnet import AlphaBlender, ResnetBlock2D, SpatioTemporalResBlock, TemporalResnetBlock
 from torch import Tensor, nn
 
 from mmkernels.blocks.drop_in import DropIn
@@ -20,6 +20,9 @@ class FusedResBlock(DropIn):
     """Same equation, parameters and state_dict as diffusers' SpatioTemporalResBlock."""
 
     how = "fused"
+    spatial_res_block: ResnetBlock2D
+    temporal_res_block: TemporalResnetBlock
+    time_mixer: AlphaBlender
 
     @classmethod
     def from_module(cls, original: SpatioTemporalResBlock) -> FusedResBlock:
@@ -38,9 +41,7 @@ class FusedResBlock(DropIn):
             raise RuntimeError(f"the block has changed since replace(): {reason}; undo(), change it, replace again")
         if image_only_indicator is None:
             raise ValueError("image_only_indicator is None, wanted (B, F): its last axis is the number of frames")
-        spatial = self._modules["spatial_res_block"]
-        assert isinstance(spatial, ResnetBlock2D)
-        hidden_states = _spatial(spatial, hidden_states, temb)
+        hidden_states = _spatial(self.spatial_res_block, hidden_states, temb)
         return segment(self._temporal_and_mix, hidden_states, temb, image_only_indicator)
 
     def _temporal_and_mix(self, hidden_states: Tensor, temb: Tensor | None, image_only_indicator: Tensor) -> Tensor:
@@ -48,11 +49,9 @@ class FusedResBlock(DropIn):
         F = image_only_indicator.shape[-1]
         frames = hidden_states.reshape(BF // F, F, C, H * W).transpose(1, 2).contiguous()  # (B, C, F, P)
         temb = None if temb is None else temb.reshape(BF // F, F, -1)
-        temporal = self._modules["temporal_res_block"]
-        assert isinstance(temporal, TemporalResnetBlock)
         mixed = self.time_mixer(
             x_spatial=frames[..., None],
-            x_temporal=_temporal(temporal, frames, temb)[..., None],
+            x_temporal=_temporal(self.temporal_res_block, frames, temb)[..., None],
             image_only_indicator=image_only_indicator,
         )
         return mixed.squeeze(-1).transpose(1, 2).reshape(BF, C, H, W)

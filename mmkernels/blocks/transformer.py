@@ -15,14 +15,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from diffusers.models.attention import BasicTransformerBlock, TemporalBasicTransformerBlock
 from diffusers.models.transformers.transformer_temporal import (
     TransformerSpatioTemporalModel,
     TransformerTemporalModelOutput,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
-from mmkernels.blocks.cross_attention import attend_context, one_token_value
+from mmkernels.blocks.cross_attention import Block, attend_context, one_token_value
 from mmkernels.blocks.drop_in import DropIn
 from mmkernels.blocks.exactness import why_not_transformer
 from mmkernels.blocks.segment import segment, segment_in_chunks
@@ -33,6 +32,14 @@ class FusedTransformer(DropIn):
     """Same equation, parameters and state_dict as diffusers' TransformerSpatioTemporalModel."""
 
     how = "fused"
+    norm: nn.GroupNorm
+    proj_in: nn.Linear
+    transformer_blocks: nn.ModuleList
+    temporal_transformer_blocks: nn.ModuleList
+    time_pos_embed: nn.Module
+    time_proj: nn.Module
+    time_mixer: nn.Module
+    proj_out: nn.Linear
 
     @classmethod
     def from_module(cls, original: TransformerSpatioTemporalModel) -> FusedTransformer:
@@ -65,7 +72,7 @@ class FusedTransformer(DropIn):
         mixed: Tensor | None = None
         frame_embedding = self._embed_frames(BF // F, F, hidden_states)  # (B*F, 1, C)
         for spatial, temporal in zip(self.transformer_blocks, self.temporal_transformer_blocks, strict=True):
-            enter = self._enter if mixed is None else torch.nn.Identity()
+            enter = self._enter if mixed is None else nn.Identity()
             tokens = _spatial(spatial, enter, hidden_states if mixed is None else mixed, context)
             moved = _temporal(temporal, tokens, frame_embedding, first_context, F)
             is_last = spatial is self.transformer_blocks[-1]
@@ -89,7 +96,7 @@ class FusedTransformer(DropIn):
         return self.proj_out(self._mix(tokens, moved, image_only_indicator))
 
 
-def _spatial(block: BasicTransformerBlock, enter: Callable[[Tensor], Tensor], x: Tensor, context: Tensor) -> Tensor:
+def _spatial(block: Block, enter: Callable[[Tensor], Tensor], x: Tensor, context: Tensor) -> Tensor:
     """The transformer block over pixels: x through `enter`, then attention, context, feed-forward -> (B*F, P, C)."""
 
     def attend(x: Tensor) -> Tensor:
@@ -104,9 +111,7 @@ def _spatial(block: BasicTransformerBlock, enter: Callable[[Tensor], Tensor], x:
     return segment_in_chunks(_add_and_feed(block), tokens, value)
 
 
-def _temporal(
-    block: TemporalBasicTransformerBlock, tokens: Tensor, frame_embedding: Tensor, context: Tensor, F: int
-) -> Tensor:
+def _temporal(block: Block, tokens: Tensor, frame_embedding: Tensor, context: Tensor, F: int) -> Tensor:
     """The transformer block over frames; tokens (B*F, P, C), frame_embedding (B*F, 1, C), context (B, T, C_context)."""
     BF, P, C = tokens.shape
 
@@ -117,9 +122,12 @@ def _temporal(
     tokens = segment_in_chunks(feed_in, tokens, frame_embedding)
     norm, attention = block.norm1, block.attn1
     linear = (attention.to_q, attention.to_k, attention.to_v, attention.to_out[0])
-    weights = [x.to(_product_dtype(x)) for x in (*(layer.weight for layer in linear), linear[-1].bias)]
+    parameters = (*(layer.weight for layer in linear), linear[-1].bias)
+    q, k, v, out, out_bias = (x.to(_product_dtype(x)) for x in parameters)
     tokens = tokens.view(BF // F, F, P, C)
-    tokens = temporal_attention_block(tokens, norm.weight, norm.bias, *weights, attention.heads, eps=norm.eps)
+    tokens = temporal_attention_block(
+        tokens, norm.weight, norm.bias, q, k, v, out, out_bias, attention.heads, eps=norm.eps
+    )
     value = one_token_value(block, context)
     if value is None:
         # Queries do not see each other here, so the frames and pixels of a clip share one sequence.
@@ -128,7 +136,7 @@ def _temporal(
     return segment_in_chunks(_add_and_feed(block), tokens.reshape(BF, P, C), value.repeat_interleave(F, 0))
 
 
-def _add_and_feed(block: BasicTransformerBlock | TemporalBasicTransformerBlock) -> Callable[[Tensor, Tensor], Tensor]:
+def _add_and_feed(block: Block) -> Callable[[Tensor, Tensor], Tensor]:
     def feed(x: Tensor, value: Tensor) -> Tensor:
         x = x + value
         return x + block.ff(block.norm3(x))

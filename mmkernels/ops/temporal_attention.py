@@ -35,8 +35,7 @@ _MAX_GRID_YZ = 65_535  # CUDA's limit on grid y and z, which torch's own attenti
 
 def reference(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
     """The equation of this file in plain torch, at least in float32 inside; differentiable by autograd."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    probability = _probability(q, k, scale)
+    probability = _probability(q, k, _scale(q, scale))
     return torch.einsum("bpnfg,bgpnd->bfpnd", probability, v.to(probability.dtype)).to(q.dtype)
 
 
@@ -54,6 +53,10 @@ def _reference_backward(q: Tensor, k: Tensor, v: Tensor, do: Tensor, scale: floa
 def _probability(q: Tensor, k: Tensor, scale: float) -> Tensor:
     wide = torch.promote_types(q.dtype, torch.float32)
     return (torch.einsum("bfpnd,bgpnd->bpnfg", q.to(wide), k.to(wide)) * scale).softmax(-1)
+
+
+def _scale(q: Tensor, scale: float | None) -> float:
+    return q.shape[-1] ** -0.5 if scale is None else float(scale)
 
 
 def _permuted(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
@@ -75,7 +78,7 @@ def temporal_attention_into(q: Tensor, k: Tensor, v: Tensor, o: Tensor, scale: f
     fit together.
     """
     _check_fit(q, k=k, v=v, o=o)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = _scale(q, scale)
     if q.numel() == 0:
         return
     with torch.no_grad():
@@ -99,7 +102,7 @@ def temporal_attention_backward_into(
     """
     output = {} if o is None else {"o": o}
     _check_fit(q, k=k, v=v, do=do, dq=dq, dk=dk, dv=dv, **output)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = _scale(q, scale)
     if q.numel() == 0:
         return
     tensors = (q, k, v, do, dq, dk, dv, *output.values())
@@ -195,7 +198,7 @@ def _differentiate(ctx: Any, do: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
     return dq, dk, dv, None
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
+torch.library.register_autograd("mmkernels::temporal_attention", _differentiate, setup_context=_save)
 
 
 # --- what is supported
@@ -236,4 +239,4 @@ def temporal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = No
     _check_fit(q, k=k, v=v)
     if _why_shape_unsupported(q, k, v) is not None:
         return _permuted(q, k, v, scale)
-    return _forward(q, k, v, q.shape[-1] ** -0.5 if scale is None else float(scale))
+    return _forward(q, k, v, _scale(q, scale))
