@@ -89,7 +89,10 @@ def _batch(draws):
 
 
 def test_conditions_are_dropped_together_and_only_where_drawn():
-    kept, dropped = draw(0, 0, 0, SHAPE, **(SETTINGS | {"dropout": 0.0})), draw(0, 0, 1, SHAPE, **(SETTINGS | {"dropout": 1.0}))
+    kept, dropped = (
+        draw(0, 0, 0, SHAPE, **(SETTINGS | {"dropout": 0.0})),
+        draw(0, 0, 1, SHAPE, **(SETTINGS | {"dropout": 1.0})),
+    )
     inputs, noised = _batch([kept, dropped])
     assert torch.equal(noised.keep, torch.tensor([1.0, 0.0]))
     assert not noised.image_embedding[1].any() and not noised.reference[1].any()

@@ -16,8 +16,8 @@ from mimicmotion.config import (
 )
 
 MODEL = ModelConfig(
-    block_out_channels=(32, 32, 64, 64),
-    num_attention_heads=(1, 1, 2, 2),
+    block_out_channels=(64, 64, 64, 64),
+    num_attention_heads=(2, 2, 4, 4),
     layers_per_block=1,
     cross_attention_dim=32,
     addition_time_embed_dim=8,
@@ -29,7 +29,7 @@ def tiny_config(run_dir: Path, *, num_frames: int = 4, **trainer: Any) -> Config
     return Config(
         run_dir=run_dir,
         kernels="torch",
-        data=DataConfig(height=64, width=64, num_frames=num_frames, poses="holistic"),
+        data=DataConfig(height=128, width=128, num_frames=num_frames, poses="holistic"),
         model=MODEL,
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=2, ema_decay=0.5),
         trainer=TrainerConfig(**settings),

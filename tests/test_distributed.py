@@ -1,0 +1,84 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from tiny import NoiseClips, tiny_config
+
+from mimicmotion.config import TrainerConfig
+from mimicmotion.distributed import Ranks, join_ranks
+from mimicmotion.history import read_history
+from mimicmotion.trainer import Trainer, rank_sample_ids
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two_ranks")
+    script = Path(__file__).with_name("two_ranks.py")
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, folder]
+    paths = os.pathsep.join([str(script.parents[1]), str(script.parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        words,
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def test_two_ranks_give_the_gradients_of_one_on_the_joined_batch(two_ranks, tmp_path):
+    """Two ranks of two accumulated micro-batches each, against one micro-batch of four."""
+    config = tiny_config(tmp_path, batch_size=4, micro_batch_size=4)
+    trainer = Trainer(config, NoiseClips(config=config), Ranks(rank=0, world_size=1, device=CPU))
+    trainer._backward(trainer._load(0))
+    wanted = {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
+    first, second = (load_file(two_ranks / f"gradients-{rank}.safetensors") for rank in range(2))
+    assert first.keys() == second.keys() == wanted.keys() and len(wanted) > 500
+    scale = max(float(gradient.abs().max()) for gradient in wanted.values())
+    for name, gradient in wanted.items():
+        assert torch.equal(first[name], second[name]), name
+        torch.testing.assert_close(
+            first[name], gradient, rtol=1e-3, atol=1e-5 * scale, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def test_a_bad_clip_of_one_rank_is_skipped_and_counted_by_all(two_ranks):
+    ends = []
+    for rank in range(2):
+        path = two_ranks / f"end-{rank}.safetensors"
+        with safe_open(path, framework="pt") as opened:
+            assert "3 steps in a row, up to step 6 (4 skipped in all)" in opened.metadata()["why"]
+        ends.append(load_file(path))
+    assert all(torch.equal(value, ends[1][key]) for key, value in ends[0].items())
+    assert (int(ends[0]["step"]), int(ends[0]["skipped"])) == (6, 4)
+    assert all(value.isfinite().all() for value in ends[0].values())
+    rows = read_history(two_ranks / "run" / "loss.jsonl")
+    assert [row["step"] for row in rows if row["is_skipped"]] == [2, 4, 5, 6]
+
+
+def test_ranks_share_the_batch_without_overlap(tmp_path):
+    config = tiny_config(tmp_path, batch_size=8, micro_batch_size=2)
+    shares = [rank_sample_ids(config, Ranks(rank=rank, world_size=2, device=CPU)) for rank in range(2)]
+    assert [list(ids) for ids in shares[0]] == [[0, 1], [2, 3]] and [list(ids) for ids in shares[1]] == [[4, 5], [6, 7]]
+    with pytest.raises(ValueError, match="give a multiple of 6"):
+        rank_sample_ids(config, Ranks(rank=0, world_size=3, device=CPU))
+    assert TrainerConfig().batch_size == 8
+
+
+def test_one_process_needs_no_group(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    with join_ranks() as ranks:
+        assert (ranks.rank, ranks.world_size, ranks.is_first) == (0, 1, True)
+        assert not torch.distributed.is_initialized()
+        ranks.wait()
+        model = torch.nn.Linear(1, 1)
+        assert ranks.wrap(model) is model
