@@ -72,8 +72,8 @@ def test_boxes_come_from_grid_and_logs() -> None:
 
 
 def test_suppression_counts_edges_as_pixels() -> None:
-    boxes = np.array([[0, 0, 9, 9], [0, 0, 9, 19], [0, 5, 9, 14], [50, 50, 60, 60]], dtype=float)
-    # Against the first (100 pixels): the second overlaps by 100/200 > 0.45, the third by 50/150.
+    boxes = np.array([[0, 0, 9, 9], [0, 0, 9, 20], [0, 0, 9, 22], [50, 50, 60, 60]], dtype=float)
+    # Against the first (100 pixels): the second overlaps by 100/210 > 0.45, the third by 100/230 < 0.45.
     assert suppressed(boxes, np.array([0.9, 0.8, 0.7, 0.95])) == [3, 0, 2]
 
 

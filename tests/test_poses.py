@@ -176,6 +176,7 @@ def test_region_angles_follow_the_body() -> None:
     assert (upright.width, upright.angle) == (200.0, 0.0)
     lying = region_of_alignment(hips, np.array([200.0, 200.0]), math.pi / 2)
     assert lying.angle == pytest.approx(math.pi / 2), "a head to the right is a quarter turn clockwise"
+    np.testing.assert_allclose(lying.to_frame(np.array([[1.0, 0.5]])), [[100.0, 300.0]], atol=1e-9)
     grown = Region(0, 0, 10, 20, math.pi / 2).expanded(2.0, shift_y=-0.1)
     assert (grown.x, grown.y, grown.width, grown.height) == pytest.approx((2.0, 0.0, 40.0, 40.0))
     assert direction(np.zeros(2), np.array([-1.0, 1e-9]), math.pi) == pytest.approx(0, abs=1e-6)
