@@ -148,10 +148,7 @@ def print_bars(found: dict[tuple[str, str], Results], console: Console) -> None:
             if bar.baseline not in measured:
                 continue
             own, reference = measured[provider], measured[bar.baseline]
-            # Each was paired with the section's own baseline within a round; medians are compared where it is another.
-            is_paired = bar.baseline == found[bar.section, bar.mode].baseline
-            speed = own.speedup.median if is_paired else reference.time_ms.median / own.time_ms.median
-            peak = own.peak_bytes / reference.peak_bytes
+            speed, peak = own.speed_over(reference).median, own.peak_share_of(reference)
             wanted, is_met = [], True
             if bar.least_speed is not None:
                 wanted.append(f"at least {bar.least_speed}x")

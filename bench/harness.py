@@ -53,13 +53,24 @@ class Spread:
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """What one provider took. speedup: the baseline's time over this one's, within each round."""
+    """What one provider took; times_ms has one time for each round."""
 
     provider: Provider
-    time_ms: Spread
+    times_ms: tuple[float, ...]
     peak_bytes: int
-    speedup: Spread
-    peak_ratio: float
+
+    @property
+    def time_ms(self) -> Spread:
+        """Median and spread of the times."""
+        return spread(self.times_ms)
+
+    def speed_over(self, baseline: "Measurement") -> Spread:
+        """The baseline's time over this one's, within each round: above 1 is faster."""
+        return spread([other / own for other, own in zip(baseline.times_ms, self.times_ms, strict=True)])
+
+    def peak_share_of(self, baseline: "Measurement") -> float:
+        """This peak as a share of the baseline's."""
+        return self.peak_bytes / max(baseline.peak_bytes, 1)
 
 
 @dataclass(kw_only=True)
@@ -144,13 +155,8 @@ def measure(
             times_ms[provider.name].append(time_once_ms(provider.step, device))
     for provider in accepted:
         name = provider.name
-        pairs = zip(times_ms[baseline], times_ms[name], strict=True)
         results.measured[name] = Measurement(
-            provider=provider,
-            time_ms=spread(times_ms[name]),
-            peak_bytes=peak_bytes[name],
-            speedup=spread([reference / own for reference, own in pairs]),
-            peak_ratio=peak_bytes[name] / max(peak_bytes[baseline], 1),
+            provider=provider, times_ms=tuple(times_ms[name]), peak_bytes=peak_bytes[name]
         )
     return results
 

@@ -68,11 +68,14 @@ class Setting:
 
 def rows_of(results: Results, *, bench: str, mode: str, shape: Mapping[str, object], setting: Setting) -> list[Row]:
     """Two rows for each provider: time_ms and peak_bytes, measured."""
-    rows = []
+    rows, baseline = [], results.measured[results.baseline]
     for name, found in results.measured.items():
         peak = Spread(median=found.peak_bytes, low=found.peak_bytes, high=found.peak_bytes)
-        share = Spread(median=found.peak_ratio, low=found.peak_ratio, high=found.peak_ratio)
-        for metric, value, ratio in (("time_ms", found.time_ms, found.speedup), ("peak_bytes", peak, share)):
+        share = Spread(**dict.fromkeys(("median", "low", "high"), found.peak_share_of(baseline)))
+        for metric, value, ratio in (
+            ("time_ms", found.time_ms, found.speed_over(baseline)),
+            ("peak_bytes", peak, share),
+        ):
             rows.append(
                 Row(
                     bench=bench,
@@ -106,14 +109,15 @@ def print_results(title: str, results: Results, console: Console) -> None:
     for heading in ("time, ms", "0.2 to 0.8", "speed", "peak, MiB", "of peak"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("includes")
+    baseline = results.measured[results.baseline]
     for name, found in results.measured.items():
         table.add_row(
             name,
             f"{found.time_ms.median:.1f}",
             f"{found.time_ms.low:.1f} to {found.time_ms.high:.1f}",
-            f"{found.speedup.median:.2f}x",
+            f"{found.speed_over(baseline).median:.2f}x",
             f"{found.peak_bytes / MIB:.1f}",
-            f"{found.peak_ratio:.2f}",
+            f"{found.peak_share_of(baseline):.2f}",
             found.provider.includes,
         )
     console.print(table)

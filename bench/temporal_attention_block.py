@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bench.harness import Outputs, Provider
 from bench.shapes import TemporalShape
-from mmkernels.blocks.temporal_attention import Keep, temporal_attention_block
+from mmkernels.blocks.temporal_attention import Keep, default_chunk_pixels, temporal_attention_block
 
 Function = Callable[[torch.Tensor], torch.Tensor]
 
@@ -65,6 +65,7 @@ class SubBlock:
         self.x = torch.randn(size).to(device, dtype).requires_grad_()
         self.dy = torch.randn(size).to(device, dtype)
         self.skipped: dict[str, str] = {}
+        self.compiled: tuple[Function, float] | None = None  # and the seconds it took
 
     def plain(self, mode: str) -> Outputs:
         """Plain torch in the dtype of the run: its error is the budget of the gate."""
@@ -94,9 +95,10 @@ class SubBlock:
             self._no_permute("checkpoint-no-permute", self._checkpointed, mode,
                              "checkpoint from (B*P, F, C), permutes not charged"),
         ]  # fmt: skip
-        compiled = self._compiled(compile_limit_s)
-        if compiled is not None:
-            function, compile_s = compiled
+        if self.compiled is None and "compile" not in self.skipped:
+            self.compiled = self._compile(compile_limit_s)
+        if self.compiled is not None:
+            function, compile_s = self.compiled
             found.append(provider("compile", function, f"torch.compile of torch; compiled in {compile_s:.0f} s"))
         for name in ("xformers", "flash-attn"):
             reason = self._why_no_library(name)
@@ -104,11 +106,10 @@ class SubBlock:
                 found.append(provider(name, self._with_library(name), f"torch with {name}'s attention"))
             else:
                 self.skipped[name] = reason
-        for chunk in chunk_pixels or (None,):
-            suffix = "" if chunk is None else f"-{chunk}"
-            words = "its own choice of pixels a chunk" if chunk is None else f"{chunk} pixels a chunk"
+        for chunk in chunk_pixels or (default_chunk_pixels(self.x),):
             saving = self._fused(keep="input", chunk_pixels=chunk)
-            found.append(provider(f"fused{suffix}", saving, f"saves its input only, {words}"))
+            name = f"fused-{chunk}" if chunk_pixels else "fused"
+            found.append(provider(name, saving, f"saves its input only, {chunk} pixels a chunk"))
         keeping = self._fused(keep="qkv", chunk_pixels=None)
         return [*found, provider("fused-keep-qkv", keeping, "keeps q, k, v for backward")]
 
@@ -149,7 +150,7 @@ class SubBlock:
 
         return Provider(name=name, step=step, includes=includes)
 
-    def _compiled(self, limit_s: float) -> tuple[Function, float] | None:
+    def _compile(self, limit_s: float) -> tuple[Function, float] | None:
         if limit_s <= 0:
             self.skipped["compile"] = "left out (--compile-limit-s 0)"
             return None

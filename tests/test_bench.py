@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import environment, harness, report
+from bench import environment, harness, report, train_step
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -70,9 +70,10 @@ def test_ratios_are_taken_within_a_round(monkeypatch):
     ticks = iter([10.0, 40.0, 400.0, 100.0, 10.0, 20.0])
     monkeypatch.setattr(harness, "time_once_ms", lambda step, device: next(ticks))
     results = _measure([fast, slow], x)
-    assert results.measured["slow"].speedup.median == 0.25
-    assert results.measured["slow"].time_ms.median == 40.0
-    assert results.measured["times 2.0"].speedup == harness.Spread(median=1.0, low=1.0, high=1.0)
+    quick, slower = results.measured["times 2.0"], results.measured["slow"]
+    assert (quick.times_ms, slower.times_ms) == ((10.0, 100.0, 10.0), (40.0, 400.0, 20.0))
+    assert slower.speed_over(quick).median == 0.25
+    assert slower.time_ms.median == 40.0
 
 
 def test_the_peak_of_a_known_program_is_exact():
@@ -136,3 +137,29 @@ def test_a_bench_starts_itself_again_with_the_allocator_tuned():
     clean = {name: value for name, value in os.environ.items() if name not in environment.TUNED_ALLOCATOR}
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=clean, capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == str(environment.TUNED_ALLOCATOR)
+
+
+def test_attn72_runs_as_typed_and_prints_its_bars(tmp_path):
+    sizes = {"frames": 5, "height": 2, "width": 3, "channels": 32, "heads": 2, "rounds": 1, "compile-limit-s": 0}
+    flags = [part for name, size in sizes.items() for part in (f"--{name}", str(size))]
+    arguments = [sys.executable, "bench/attn72.py", *flags, "--device", "cpu", "--json", str(tmp_path / "rows.json")]
+    ran = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "bar: at least 1.35x" in ran.stdout
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert {row["bench"] for row in rows} == {"attn72/core", "attn72/sub-block"}
+    assert {row["provider"] for row in rows} >= {"torch", "checkpoint", "checkpoint-chunked", "fused", "fused-keep-qkv"}
+    assert all(row["allocator"] == environment.TUNED_ALLOCATOR and row["threads"] == 1 for row in rows)
+    assert all(row["shape"]["frames"] == 5 and row["median"] > 0 for row in rows)
+
+
+def test_the_training_step_gate_finds_one_wrong_gradient_among_many():
+    torch.manual_seed(0)
+    exact = {f"layer {index}": torch.randn(100, dtype=torch.float64) for index in range(50)}
+    plain = {name: value * (1 + 1e-7) for name, value in exact.items()}
+    assert train_step.why_wrong_step(plain, plain, exact) is None
+    tiny = {**exact, "gate": torch.full((1,), 1e-6, dtype=torch.float64)}
+    wrong = {**tiny, "gate": tiny["gate"] * 1.01}
+    assert "gate is off by 1.00e-02" in str(train_step.why_wrong_step(wrong, tiny, tiny))
+    far = {name: value * (1 + 1e-4) for name, value in exact.items()}
+    assert "of their norm" in str(train_step.why_wrong_step(far, plain, exact))
