@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,7 @@ from diffusers.models.transformers.transformer_temporal import TransformerSpatio
 from numerics import assert_within_budget
 from spatio_temporal import pool_scalars, run, run_in_float64, without
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from mmkernels.blocks import segment
@@ -90,6 +92,29 @@ def test_feed_forward_in_chunks_of_frames(monkeypatch) -> None:
     torch.testing.assert_close(segment.segment_in_chunks(norm, tokens.requires_grad_()), norm(tokens))
     assert len(calls) == 5 + 1, "10 frames in chunks of 2, and once whole"
     check(FusedTransformer, transformer(), transformer_inputs(), indicator())
+
+
+class Counter(TorchDispatchMode):
+    """Counts how often each operator runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = collections.Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls[func.name()] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_is_computed_again_in_backward() -> None:
+    with Counter() as transformer_ops:
+        block = FusedTransformer.from_module(transformer())
+        run(block, transformer_inputs(), partial(block, image_only_indicator=indicator()))
+    assert transformer_ops.calls["aten::_scaled_dot_product_flash_attention_for_cpu"] == 1, "attention over pixels"
+    with Counter() as resnet_ops:
+        block = FusedResBlock.from_module(resnet())
+        run(block, resnet_inputs(), partial(block, image_only_indicator=indicator()))
+    assert resnet_ops.calls["aten::convolution"] == 2 + 2 * 2, "3x3 once, 3x1x1 again since the blend keeps nothing"
 
 
 def test_inference_and_return_types() -> None:

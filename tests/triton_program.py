@@ -30,15 +30,20 @@ def run(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     names = ("o", "dq", "dk", "dv")
     o, dq, dk, dv = (torch.full(shape, float("nan"), dtype=dtype) for _ in names)
     scale = D**-0.5
-    launches: tuple[tuple[Any, tuple[torch.Tensor, ...]], ...] = (
+    for kernel, tensors in (
         (kernels.forward_kernel, (*qkv.unbind(3), o)),
         (kernels.backward_kernel, (*qkv.unbind(3), do, dq, dk, dv)),
-    )
-    for kernel, tensors in launches:
-        positional, constants = kernels.arguments(tensors, scale)
-        kernel[(B * P * N,)](*positional, **constants, num_warps=kernels.NUM_WARPS)
+    ):
+        launch(kernel, tensors, scale)
     assert_within_budget(dict(zip(names, (o, dq, dk, dv), strict=True)), plain, fp64)
     print(f"ok {shape} {dtype}")
+
+
+def launch(kernel: Any, tensors: tuple[torch.Tensor, ...], scale: float) -> None:
+    """What mmkernels does on a GPU, without asking for the device."""
+    B, _, P, N, _ = tensors[0].shape
+    positional, constants = kernels.arguments(tensors, scale)
+    kernel[(B * P * N,)](*positional, **constants, num_warps=kernels.NUM_WARPS)
 
 
 def gradients(qkv: torch.Tensor, do: torch.Tensor) -> dict[str, torch.Tensor]:
