@@ -48,20 +48,19 @@ def test_flipped_bits_raise(clip: Path, tmp_path: Path, seed: int) -> None:
         list(decode(damaged))
 
 
-def test_without_explode_flipped_bits_pass(clip: Path, tmp_path: Path) -> None:
-    import av
-
-    silent = 0
-    for seed in range(10):
-        damaged = videos.flip_bits(clip, tmp_path / "damaged.mp4", seed=seed)
+def test_one_flipped_bit_raises_or_changes_nothing(clip: Path, tmp_path: Path) -> None:
+    # One bit in the header can make a sound video of another size, which nobody can tell: seeds without that.
+    sound, num_raised = list(decode(clip)), 0
+    for seed in range(30):
+        damaged = videos.flip_bits(clip, tmp_path / "damaged.mp4", num_flips=1, seed=seed)
         try:
-            with av.open(str(damaged)) as container:
-                if not container.streams.video or container.streams.video[0].codec_context is None:
-                    continue
-                silent += sum(1 for _ in container.decode(video=0)) > 0
-        except av.FFmpegError:
+            frames = list(decode(damaged))
+        except VideoError:
+            num_raised += 1
             continue
-    assert silent > 0, "the decoder now refuses damage by itself: err_detect may go"
+        same = len(frames) == 40 and all(np.array_equal(a, b) for a, b in zip(frames, sound, strict=True))
+        assert same, f"seed {seed}: a flipped bit gave wrong frames silently"
+    assert num_raised >= 15, "without err_detect and is_corrupt most of these decode to wrong frames"
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from os import cpu_count
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import torch
@@ -145,7 +146,7 @@ class _Source:
 
 
 class _ClipMaker:
-    """Makes one clip of one video; holds no state of its own, so that threads share it."""
+    """Makes the clip of one video at a time; threads share it."""
 
     def __init__(
         self,
@@ -162,6 +163,7 @@ class _ClipMaker:
         self._poses = poses
         self._encoder = encoder
         self._progress = progress
+        self._encoder_lock = Lock()
 
     def make(self, path: Path) -> Clip | Drop:
         """The clip of a video, or why there is none."""
@@ -249,8 +251,9 @@ class _ClipMaker:
         for batch in _batches(self._frames(source.path, work, []), recipe.frames_at_once):
             cropped = np.stack([crop_frame(frame, crop, recipe.height, recipe.width) for frame in batch])
             frames = torch.from_numpy(cropped).permute(0, 3, 1, 2).float() / 127.5 - 1  # (F, 3, H, W)
-            latents.append(self._encoder.encode(frames).half())
-            embeddings.append(self._encoder.embed(frames).half())
+            with self._encoder_lock:  # one batch on the device at a time, however many videos are worked on
+                latents.append(self._encoder.encode(frames).half())
+                embeddings.append(self._encoder.embed(frames).half())
         keypoints = crop_keypoints(source.track.keypoints, crop, source.height, source.width)
         tensors = {
             "latents": torch.cat(latents),  # (F, 4, h, w), unscaled
