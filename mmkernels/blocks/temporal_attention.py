@@ -24,14 +24,16 @@ from mmkernels.ops.temporal_attention import temporal_attention_backward_into, t
 
 Keep = Literal["input", "qkv"]
 
-# Rows of tokens in a chunk: large enough for full-speed products, small enough for the cache (CPU) or for a transient
-# of a few hundred MB (GPU).
-_CHUNK_TOKENS = {"cpu": 1152, "cuda": 1 << 17}
+# Bytes of one (R, C) tensor of a chunk: within the cache (CPU), or a transient of some hundred MB in all (GPU).
+_CHUNK_BYTES = {"cpu": 3 << 19, "cuda": 1 << 26}
+_MIN_CHUNK_TOKENS = 1152  # fewer rows slow the products down
 
 
 def default_chunk_pixels(x: Tensor) -> int:
     """Pixels in a chunk of x (B, F, P, C) where the caller names none."""
-    return max(1, _CHUNK_TOKENS.get(x.device.type, 1 << 17) // max(1, x.shape[1]))
+    row_bytes = max(1, x.shape[3] * x.element_size())
+    tokens = max(_MIN_CHUNK_TOKENS, _CHUNK_BYTES.get(x.device.type, 1 << 26) // row_bytes)
+    return max(1, tokens // max(1, x.shape[1]))
 
 
 class _Chunk:
