@@ -82,6 +82,16 @@ def test_bad_videos_are_named_and_the_rest_goes_on(clips: list[Path], tmp_path: 
     assert Manifest.read(tmp_path / "prepared") == manifest
 
 
+def test_the_same_video_twice_counts_once(clips: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "again").mkdir()
+    copy = tmp_path / "again" / clips[0].name
+    copy.write_bytes(clips[0].read_bytes())
+    manifest = make(tmp_path / "prepared", [*clips, copy])
+    assert [Path(clip.source) for clip in manifest.clips] == clips
+    (drop,) = manifest.dropped
+    assert Path(drop.source) == copy and drop.reason == f"is the same video as {clips[0]}"
+
+
 def test_nothing_left_is_an_error(clips: list[Path], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"none of which can be trained on:\n  .*a.mp4: .*body confidence of 0.10"):
         make(tmp_path / "prepared", clips, poses=Swaying(confidence=0.1))
@@ -217,10 +227,11 @@ def test_progress_is_plain_without_a_terminal_and_bars_with_one() -> None:
     for is_terminal in (False, True):
         output = io.StringIO()
         with VideoProgress(Console(file=output, force_terminal=is_terminal, width=100)) as progress:
-            progress.start("a.mp4: finding poses", 2)
-            progress.advance("a.mp4: finding poses")
-            progress.finish("a.mp4: finding poses")
-        assert "a.mp4: finding poses: 0.0 s" in output.getvalue()
+            work, same_name = (progress.start("a.mp4: finding poses", 2) for _ in range(2))
+            work.advance()
+            same_name.abandon()
+            work.finish()
+        assert output.getvalue().count("a.mp4: finding poses: 0.0 s") == 1
         assert ("\x1b" in output.getvalue()) == is_terminal
 
 

@@ -20,7 +20,7 @@ from mimicmotion.data.crop import crop_frame, crop_keypoints, person_crop
 from mimicmotion.data.curate import Bounds, measure, reasons_to_drop
 from mimicmotion.data.footage import VideoError, decode, embedded_footage, read_properties
 from mimicmotion.data.poses import PoseBackend, PoseTrack, load_backend
-from mimicmotion.data.progress import VideoProgress
+from mimicmotion.data.progress import VideoProgress, Work
 from mimicmotion.model.encoders import PATCH_CODEC, SPATIAL_FACTOR, Encoder, PatchCodec, load_encoder
 
 # Bumped where the meaning of a stored file changes, so that old files are not met.
@@ -67,8 +67,13 @@ def prepare(
     with progress or VideoProgress() as shown, ThreadPoolExecutor(max(1, workers)) as pool:
         maker = _ClipMaker(prepared, recipe, bounds, poses, encoder, shown)
         results = list(pool.map(maker.make, videos))
-    clips = [result for result in results if isinstance(result, Clip)]
-    dropped = [result for result in results if isinstance(result, Drop)]
+    clips: dict[str, Clip] = {}  # by content
+    dropped = []
+    for result in results:
+        if isinstance(result, Drop):
+            dropped.append(result)
+        elif (first := clips.setdefault(result.source_sha256, result)) is not result:
+            dropped.append(Drop(source=result.source, stage="curate", reason=f"is the same video as {first.source}"))
     if not clips:
         reasons = "\n".join(f"  {drop.source}: {drop.reason}" for drop in dropped)
         raise ValueError(f"got {len(videos)} videos, none of which can be trained on:\n{reasons}")
@@ -82,7 +87,7 @@ def prepare(
         spatial_factor=SPATIAL_FACTOR,
         pose_backend=poses.name,
         pose_version=poses.version,
-        clips=clips,
+        clips=list(clips.values()),
         dropped=dropped,
     )
     manifest.write(prepared)
@@ -206,8 +211,7 @@ class _ClipMaker:
         name = f"keypoints/{content_key(inputs)}.safetensors"
         stored = load_intact(self._prepared / name)
         if stored is None:
-            work = f"{path.name}: finding poses"
-            self._progress.start(work, num_frames // self._recipe.frame_stride)
+            work = self._progress.start(f"{path.name}: finding poses", num_frames // self._recipe.frame_stride)
             size: list[int] = []
             track = backend.track(self._frames(path, work, size))
             if not size:
@@ -219,7 +223,7 @@ class _ClipMaker:
                 "size": torch.tensor(size),
             }
             save_tensors(self._prepared / name, stored)
-            self._progress.finish(work)
+            work.finish()
         height, width = stored["size"].tolist()
         track = PoseTrack(
             keypoints=stored["keypoints"].numpy(),
@@ -228,12 +232,16 @@ class _ClipMaker:
         )
         return _Source(path, sha256, height, width, track, name)
 
-    def _frames(self, path: Path, work: str, size: list[int]) -> Iterator[np.ndarray]:
+    def _frames(self, path: Path, work: Work, size: list[int]) -> Iterator[np.ndarray]:
         """The video's frames; the upright size (height, width) is put into size."""
-        for frame in decode(path, frame_stride=self._recipe.frame_stride):
-            size[:] = frame.shape[:2]
-            yield frame
-            self._progress.advance(work)
+        try:
+            for frame in decode(path, frame_stride=self._recipe.frame_stride):
+                size[:] = frame.shape[:2]
+                yield frame
+                work.advance()
+        except VideoError:
+            work.abandon()
+            raise
 
     def _encode(self, source: _Source) -> tuple[str, Crop]:
         recipe = self._recipe
@@ -245,8 +253,7 @@ class _ClipMaker:
         name = f"clips/{content_key(inputs)}.safetensors"
         if load_intact(self._prepared / name) is not None:
             return name, crop
-        work = f"{source.path.name}: encoding"
-        self._progress.start(work, len(source.track.num_people))
+        work = self._progress.start(f"{source.path.name}: encoding", len(source.track.num_people))
         latents, embeddings = [], []
         for batch in _batches(self._frames(source.path, work, []), recipe.frames_at_once):
             cropped = np.stack([crop_frame(frame, crop, recipe.height, recipe.width) for frame in batch])
@@ -261,7 +268,7 @@ class _ClipMaker:
             "keypoints": torch.from_numpy(keypoints),  # (F, 128, 3)
         }
         save_tensors(self._prepared / name, tensors)
-        self._progress.finish(work)
+        work.finish()
         return name, crop
 
 

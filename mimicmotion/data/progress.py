@@ -1,6 +1,5 @@
 """Progress of work on many videos at once: bars on a terminal, plain lines elsewhere."""
 
-import threading
 import time
 from types import TracebackType
 
@@ -9,13 +8,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 
 class VideoProgress:
-    """Shows one line of work per (video, stage). A context manager; safe to use from several threads."""
+    """Shows one line for each piece of work. A context manager; safe to use from several threads."""
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console if console is not None else Console()
-        self._lock = threading.Lock()
-        self._tasks: dict[str, TaskID] = {}
-        self._started: dict[str, float] = {}
         self._bars: Progress | None = None
         if self._console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -32,26 +28,38 @@ class VideoProgress:
         if self._bars is not None:
             self._bars.stop()
 
-    def start(self, work: str, total: int | None) -> None:
-        """Begin work called `work` of total steps (None where unknown)."""
-        with self._lock:
-            self._started[work] = time.perf_counter()
-            if self._bars is not None:
-                self._tasks[work] = self._bars.add_task(work, total=total or None)
-
-    def advance(self, work: str) -> None:
-        """One step of work is done."""
-        if self._bars is not None:
-            self._bars.advance(self._tasks[work])
-
-    def finish(self, work: str) -> None:
-        """End work, with its time in seconds on a plain line."""
-        with self._lock:
-            seconds = time.perf_counter() - self._started.pop(work)
-            if self._bars is not None:
-                self._bars.remove_task(self._tasks.pop(work))
-        self.say(f"{work}: {seconds:.1f} s")
+    def start(self, name: str, total: int | None) -> "Work":
+        """Begin a piece of work of total steps (None or 0 where unknown)."""
+        bar = None if self._bars is None else self._bars.add_task(name, total=total or None)
+        return Work(self, name, self._bars, bar)
 
     def say(self, line: str) -> None:
         """Print one line above the bars."""
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+class Work:
+    """One piece of work under way."""
+
+    def __init__(self, progress: VideoProgress, name: str, bars: Progress | None, bar: TaskID | None) -> None:
+        self._progress = progress
+        self._name = name
+        self._bars = bars
+        self._bar = bar
+        self._started = time.perf_counter()
+
+    def advance(self) -> None:
+        """One step is done."""
+        if self._bars is not None and self._bar is not None:
+            self._bars.advance(self._bar)
+
+    def finish(self) -> None:
+        """The work is done: its bar gives way to a line with its time in seconds."""
+        self.abandon()
+        self._progress.say(f"{self._name}: {time.perf_counter() - self._started:.1f} s")
+
+    def abandon(self) -> None:
+        """The work ends here, done or not: its bar goes."""
+        if self._bars is not None and self._bar is not None:
+            self._bars.remove_task(self._bar)
+            self._bar = None
