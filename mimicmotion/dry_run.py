@@ -6,8 +6,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mimicmotion.config import LATENT_STRIDE, Config
+from mimicmotion.execution import use_kernels
 from mimicmotion.model.unet import build_model, num_parameters
-from mimicmotion.trainer import batch_loss, build_optimization, draw_samples, use_kernels
+from mimicmotion.trainer import batch_loss, build_optimization, draw_samples
 from mmkernels.memory.trace import Trace, trace
 
 GIB = 2**30

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from mimicmotion import checkpoint, sampler
 from mimicmotion.config import Config, from_json
+from mimicmotion.execution import autocast, use_kernels
 from mimicmotion.model.unet import MimicMotionModel, build_model
-from mimicmotion.trainer import DTYPES, use_kernels
 
 
 class Decoder(Protocol):
@@ -63,8 +63,8 @@ def generate(
         pose=pose.unsqueeze(0).to(device),
     )
     noise = sampler.initial_noise((1, *clip["latents"].shape), seed).to(device)
-    settings, dtype = config.sampling, DTYPES[config.trainer.precision]
-    with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+    settings = config.sampling
+    with autocast(device, config.trainer.precision):
         latents = sampler.sample(
             model,
             conditions,

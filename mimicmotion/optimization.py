@@ -64,7 +64,7 @@ class Optimization:
     @property
     def learning_rate(self) -> float:
         """Learning rate of the next step."""
-        return self.schedule.get_last_lr()[0]
+        return float(self.schedule.get_last_lr()[0])
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Groups "ema" (by parameter name) and "optimizer" (by parameter name / state name)."""

@@ -88,6 +88,7 @@ def run(arguments: Arguments) -> bool:
     dataset = ClipDataset(arguments.prepared or config.data.prepared, config.data.num_frames, config.trainer.seed)
     clip_id = dataset.clip_ids[0] if arguments.clip is None else arguments.clip
     clip = dataset.clip(clip_id, arguments.reference, arguments.start)
+    rate = next(clip.frames_per_second for clip in dataset.manifest.clips if clip.clip_id == clip_id)
     print(f"checkpoint {folder}, clip {clip_id}, encoder {decoder.name}", flush=True)
     wide, figures = sample_clip(
         model, config, clip, decoder, seed=arguments.seed, checks_order=arguments.check_pose_order
@@ -107,7 +108,7 @@ def run(arguments: Arguments) -> bool:
     }
     output = arguments.output or config.run_dir
     comment = f"reference | pose | generated | truth; encoder: {decoder.name}; checkpoint: {folder.as_posix()}"
-    write_video(output / "sample.mp4", wide, frames_per_second=float(clip["fps"]), comment=comment)
+    write_video(output / "sample.mp4", wide, frames_per_second=rate, comment=comment)
     with atomic_write(output / "sample.json") as temporary:
         temporary.write_text(json.dumps(figures, indent=1) + "\n")
     print(f"reference | pose | generated | truth, encoder {decoder.name}: {output / 'sample.mp4'}")

@@ -66,9 +66,10 @@ def train(arguments: Arguments, ranks: Ranks) -> bool:
             print(note, flush=True)
     ranks.wait()
     dataset = ClipDataset(config.data.prepared, config.data.num_frames, config.trainer.seed)
-    trainer = Trainer(config, dataset, ranks, resume=arguments.resume)
+    encoder = dataset.manifest.encoder_name
+    trainer = Trainer(config, dataset, ranks, encoder=encoder, resume=arguments.resume)
     if ranks.is_first:
-        about = f"kernels {config.kernels}, encoder {config.data.encoder}, {ranks.world_size} rank(s)"
+        about = f"kernels {config.kernels}, encoder {encoder}, {ranks.world_size} rank(s)"
         print(f"{about}, run folder {config.run_dir}", flush=True)
     is_finished = trainer.run()
     if ranks.is_first:

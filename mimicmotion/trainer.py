@@ -18,13 +18,13 @@ from mimicmotion import checkpoint, diffusion
 from mimicmotion.checkpoint import Checkpoint
 from mimicmotion.config import Config, to_json
 from mimicmotion.distributed import Ranks, no_sync
+from mimicmotion.execution import autocast, use_kernels
 from mimicmotion.history import History, Reporter, draw_loss, read_history
 from mimicmotion.loss import denoising_loss
 from mimicmotion.model import weights
 from mimicmotion.model.unet import MimicMotionModel, build_model, image_latents, model_input
 from mimicmotion.optimization import Optimization
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _BATCH_FIELDS = ("latents", "reference_latent", "image_embedding", "pose", "loss_weight")
 
 
@@ -38,14 +38,6 @@ class Samples(Protocol):
     def sample(self, step: int, sample_id: int) -> dict[str, Any]:
         """One clip: latents (F,4,h,w), reference_latent (4,h,w), image_embedding (1,C), pose (F,3,H,W), loss_weight."""
         ...
-
-
-def use_kernels(model: MimicMotionModel, kernels: str) -> str:
-    """Put the chosen kernels into the UNet, in place; returns the report of which block runs how."""
-    if kernels == "torch":
-        return "torch: plain diffusers, nothing replaced"
-    mmkernels.replace(model.unet, plan=kernels)
-    return str(mmkernels.report(model.unet))
 
 
 def build_optimization(model: MimicMotionModel, config: Config, *, scales_loss: bool) -> Optimization:
@@ -66,8 +58,7 @@ def batch_loss(model: torch.nn.Module, batch: dict[str, Tensor], draws: list[dif
         fps=config.diffusion.fps,
         motion_bucket=config.diffusion.motion_bucket,
     )
-    dtype = DTYPES[config.trainer.precision]
-    with torch.autocast(latents.device.type, dtype=dtype, enabled=dtype != torch.float32):
+    with autocast(latents.device, config.trainer.precision):
         output = model(
             model_input(noised.scaled, image_latents(noised.reference, latents.shape[1])),
             noised.c_noise,
@@ -102,8 +93,9 @@ def draw_samples(config: Config, step: int, sample_ids: range, latent_shape: tup
 class Trainer:
     """One run on one rank. `run()` trains to the last step and returns whether it got there."""
 
-    def __init__(self, config: Config, dataset: Samples, ranks: Ranks, *, resume: bool = False) -> None:
-        self.config, self.dataset, self.ranks = config, dataset, ranks
+    def __init__(self, config: Config, dataset: Samples, ranks: Ranks, *, encoder: str, resume: bool = False) -> None:
+        """encoder: name of what made the latents, for the pictures and the checkpoint."""
+        self.config, self.dataset, self.ranks, self.encoder = config, dataset, ranks, encoder
         self._sample_ids = rank_sample_ids(config, ranks)
         if config.trainer.precision == "fp16" and ranks.device.type == "cpu":
             raise ValueError("trainer.precision is 'fp16' on a CPU; give fp32 or bf16, or run on a GPU.")
@@ -150,7 +142,7 @@ class Trainer:
         if self.step > first and self.step % settings.save_every != 0:
             self.save()
         if self.ranks.is_first and self.step > 0:
-            title = f"{self.config.preset}, kernels {self.config.kernels}, encoder {self.config.data.encoder}"
+            title = f"{self.config.preset}, kernels {self.config.kernels}, encoder {self.encoder}"
             draw_loss(read_history(self.history_path), self.config.run_dir / "loss.png", title)
         return self.step >= settings.num_steps
 
@@ -162,7 +154,12 @@ class Trainer:
             saved = Checkpoint(
                 step=self.step,
                 tensors={"model": self.model.state_dict(), **self.optimization.tensors()},
-                documents={"config": to_json(self.config), "state": state, "kernels": {"report": self.kernels}},
+                documents={
+                    "config": to_json(self.config),
+                    "state": state,
+                    "kernels": {"report": self.kernels.splitlines()},
+                    "encoder": {"name": self.encoder},
+                },
             )
             checkpoint.save(self.config.run_dir, saved, keep=self.config.trainer.keep_checkpoints)
         self.ranks.wait()

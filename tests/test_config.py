@@ -64,10 +64,8 @@ def test_unknown_field_in_a_stored_config_is_named():
 
 
 def test_command_line_takes_the_presets_values_and_overrides_them():
-    words = (
-        "--kernels checkpoint --preset mimicmotion-16 --resume --run-dir runs/mine --data.height 512 --trainer.seed 7"
-    )
-    arguments = parse(words.split())
+    words = ["--kernels", "checkpoint", "--preset", "mimicmotion-16", "--resume", "--run-dir", "runs/mine"]
+    arguments = parse([*words, "--data.height", "512", "--trainer.seed", "7"])
     wanted = mimicmotion_16()
     wanted = dataclasses.replace(
         wanted,

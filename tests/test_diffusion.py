@@ -16,9 +16,8 @@ def _draws(num, **changes):
 
 def test_preconditioning_by_hand():
     got = preconditioning(torch.tensor([2.0], dtype=torch.float64))
-    wanted = {
-        "c_skip": 1 / 5, "c_out": -2 / math.sqrt(5), "c_in": 1 / math.sqrt(5), "c_noise": math.log(2) / 4, "weight": 5 / 4
-    }  # fmt: skip
+    root = math.sqrt(5)
+    wanted = {"c_skip": 1 / 5, "c_out": -2 / root, "c_in": 1 / root, "c_noise": math.log(2) / 4, "weight": 5 / 4}
     for name, value in wanted.items():
         assert float(getattr(got, name)) == pytest.approx(value, abs=1e-12)
 
@@ -38,7 +37,7 @@ def test_denoised_is_what_the_scheduler_takes_for_the_clean_sample():
     sigma = scheduler.sigmas[:1]
     torch.testing.assert_close(scaled, preconditioning(sigma).c_in * noisy)
     torch.testing.assert_close(timestep, preconditioning(sigma).c_noise[0])
-    wanted = scheduler.step(output, timestep, noisy).pred_original_sample
+    wanted = scheduler.step(output, timestep, noisy, return_dict=False)[1]
     torch.testing.assert_close(denoised(output, noisy, sigma), wanted)
 
 

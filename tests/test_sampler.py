@@ -1,3 +1,7 @@
+import dataclasses
+from itertools import pairwise
+from typing import Any
+
 import pytest
 import torch
 from tiny import MODEL
@@ -33,14 +37,14 @@ def test_tiles_cover_every_frame_and_overlap(num_frames, overlap):
     got = tiles(num_frames, 8, overlap)
     assert {frame for tile in got for frame in tile} == set(range(num_frames))
     assert all(tile[0] == 0 and len(tile) == min(8, num_frames) for tile in got)
-    for before, after in zip(got, got[1:], strict=False):
+    for before, after in pairwise(got):
         assert len(set(before[1:]) & set(after[1:])) >= overlap
     assert got[-1][-1] == num_frames - 1
 
 
 def test_bad_tiles_are_refused():
     for arguments in ((1, 8, 2), (20, 8, 7), (20, 8, -1)):
-        with pytest.raises(ValueError, match="give|needs"):
+        with pytest.raises(ValueError, match=r"give|needs"):
             tiles(*arguments)
 
 
@@ -65,7 +69,7 @@ def _case(B, F, size=8):
 
 
 def _sample(model, conditions, noise, **changes):
-    settings = {"num_steps": 2, "guidance": 2.0, "tile": 4, "overlap": 1} | TIME | changes
+    settings: dict[str, Any] = {"num_steps": 2, "guidance": 2.0, "tile": 4, "overlap": 1} | TIME | changes
     return sample(model, conditions, noise, **settings)
 
 
@@ -110,7 +114,9 @@ def test_guidance_and_the_unconditional_pass():
     start = noise * scheduler.init_noise_sigma
     scheduler.scale_model_input(start, scheduler.timesteps[0])
     got = _sample(recorder, conditions, noise, num_steps=1, guidance=2.0)
-    wanted = scheduler.step(torch.full_like(noise, 1 + 2.0 * (3 - 1)), scheduler.timesteps[0], start).prev_sample
+    wanted = scheduler.step(
+        torch.full_like(noise, 1 + 2.0 * (3 - 1)), scheduler.timesteps[0], start, return_dict=False
+    )[0]
     torch.testing.assert_close(got, wanted)
     (joined, _, embedding, ids, pose), (joined_free, _, embedding_free, ids_free, pose_free) = recorder.calls
     assert pose is not None and pose_free is None
@@ -141,7 +147,7 @@ def test_overlapping_tiles_are_blended_by_weight():
     got = _sample(ByTile(), conditions, noise, num_steps=1, guidance=1.0)
     # tiles [0, 1, 2, 3] and [0, 3, 4, 5] with weights 1/4, 3/4, 3/4, 1/4
     blended = torch.tensor([1.5, 1.0, 1.0, (0.25 * 1 + 0.75 * 2) / 1.0, 2.0, 2.0]).view(1, -1, 1, 1, 1)
-    wanted = scheduler.step(blended.expand_as(noise), scheduler.timesteps[0], start).prev_sample
+    wanted = scheduler.step(blended.expand_as(noise), scheduler.timesteps[0], start, return_dict=False)[0]
     torch.testing.assert_close(got, wanted)
 
 
@@ -150,11 +156,7 @@ def test_conditions_of_other_sizes_are_refused():
     with pytest.raises(ValueError, match="pose has 3 frames, the noise 2"):
         _sample(model, conditions, noise[:, :2])
     with pytest.raises(ValueError, match="as many of each"):
-        Conditions(
-            reference_latent=torch.zeros(2, 4, 8, 8),
-            image_embedding=torch.zeros(1, 1, 8),
-            pose=torch.zeros(1, 3, 3, 8, 8),
-        )
+        dataclasses.replace(conditions, reference_latent=torch.zeros(2, 4, 8, 8))
 
 
 def test_decode_unscales_and_takes_a_few_frames_at_a_time():

@@ -12,15 +12,16 @@ from tiny import NoiseClips, tiny_config
 
 from mimicmotion.checkpoint import CheckpointError, newest
 from mimicmotion.distributed import Ranks
+from mimicmotion.execution import use_kernels
 from mimicmotion.history import read_history
 from mimicmotion.model.unet import build_model
-from mimicmotion.trainer import Trainer, TrainingStoppedError, batch_loss, build_optimization, draw_samples, use_kernels
+from mimicmotion.trainer import Trainer, TrainingStoppedError, batch_loss, build_optimization, draw_samples
 
 ONE = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
 
 
 def _train(config, resume=False, clips=None):
-    trainer = Trainer(config, clips or NoiseClips(config=config), ONE, resume=resume)
+    trainer = Trainer(config, clips or NoiseClips(config=config), ONE, encoder="noise", resume=resume)
     return trainer.run(), trainer
 
 
@@ -137,7 +138,9 @@ def test_every_step_draws_anew_and_the_moving_average_follows(tmp_path):
     tensors, state = _files(config)
     assert state["average_steps"] == 4
     model, average = tensors["model.safetensors"], tensors["ema.safetensors"]
-    initial = Trainer(dataclasses.replace(config, run_dir=tmp_path / "other"), NoiseClips(config=config), ONE).model
+    initial = Trainer(
+        dataclasses.replace(config, run_dir=tmp_path / "other"), NoiseClips(config=config), ONE, encoder="noise"
+    ).model
     start = initial.state_dict()
     key = "unet.conv_in.weight"
     assert not torch.equal(average[key], model[key]) and not torch.equal(average[key], start[key])
@@ -150,7 +153,7 @@ def test_every_step_draws_anew_and_the_moving_average_follows(tmp_path):
 def test_gradients_are_clipped_and_the_norm_is_the_one_before(tmp_path):
     config = tiny_config(tmp_path)
     config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, max_grad_norm=1e-3))
-    trainer = Trainer(config, NoiseClips(config=config), ONE)
+    trainer = Trainer(config, NoiseClips(config=config), ONE, encoder="noise")
     trainer._backward(trainer._load(0))
     before = torch.cat([p.grad.flatten() for p in trainer.optimization.live.values() if p.grad is not None]).norm()
     norm = trainer.optimization.gradient_norm()
@@ -163,7 +166,7 @@ def test_accumulated_micro_batches_give_the_gradients_of_the_batch(tmp_path):
     both = []
     for micro in (1, 2):
         config = tiny_config(tmp_path, micro_batch_size=micro)
-        trainer = Trainer(config, NoiseClips(config=config), ONE)
+        trainer = Trainer(config, NoiseClips(config=config), ONE, encoder="noise")
         loss = trainer._backward(trainer._load(0))
         gradients = [p.grad for p in trainer.optimization.live.values() if p.grad is not None]
         both.append((loss, torch.cat([gradient.flatten() for gradient in gradients])))
@@ -185,7 +188,7 @@ def test_bad_step_is_skipped_and_counted_and_weights_stay(tmp_path):
 
 def test_training_stops_with_the_reason_after_too_many_bad_steps(tmp_path):
     config = tiny_config(tmp_path, num_steps=9, max_skipped_in_a_row=2)
-    trainer = Trainer(config, NoiseClips(config=config, bad_steps=(0, 2, 3)), ONE)
+    trainer = Trainer(config, NoiseClips(config=config, bad_steps=(0, 2, 3)), ONE, encoder="noise")
     with pytest.raises(
         TrainingStoppedError, match=r"not finite in 2 steps in a row, up to step 4 \(3 skipped in all\)"
     ):
@@ -220,13 +223,13 @@ def test_resume_refuses_a_flipped_bit_and_another_model(tmp_path):
     _train(config)
     other = dataclasses.replace(config, model=dataclasses.replace(config.model, layers_per_block=2))
     with pytest.raises((RuntimeError, ValueError)):
-        Trainer(other, NoiseClips(config=config), ONE, resume=True)
+        Trainer(other, NoiseClips(config=config), ONE, encoder="noise", resume=True)
     path = tmp_path / "step-00000002" / "optimizer.safetensors"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 16
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match="step-00000002 is damaged: optimizer.safetensors.*step-00000001"):
-        Trainer(config, NoiseClips(config=config), ONE, resume=True)
+    with pytest.raises(CheckpointError, match=r"step-00000002 is damaged: optimizer.safetensors.*step-00000001"):
+        Trainer(config, NoiseClips(config=config), ONE, encoder="noise", resume=True)
 
 
 def test_history_is_cut_back_to_the_checkpoint(tmp_path):
@@ -242,7 +245,7 @@ def test_history_is_cut_back_to_the_checkpoint(tmp_path):
 def test_fp16_on_a_cpu_is_refused(tmp_path):
     config = tiny_config(tmp_path, precision="fp16")
     with pytest.raises(ValueError, match="fp16"):
-        Trainer(config, NoiseClips(config=config), ONE)
+        Trainer(config, NoiseClips(config=config), ONE, encoder="noise")
 
 
 def test_an_error_of_the_dataset_reaches_the_caller(tmp_path):

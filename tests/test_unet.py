@@ -34,7 +34,8 @@ def test_released_configuration_has_the_released_parameters_and_keys():
     assert num_parameters(model.pose_net) == 205_557
     assert {key.split(".")[0] for key in model.state_dict()} == {"unet", "pose_net"}
     assert tuple(model.unet.config["num_attention_heads"]) == (5, 10, 20, 20)
-    assert model.unet.down_blocks[0].attentions[0].temporal_transformer_blocks[0].attn1.heads == 5
+    attention = model.unet.get_submodule("down_blocks.0.attentions.0.temporal_transformer_blocks.0.attn1")
+    assert attention.heads == 5
     assert model.unet.config["projection_class_embeddings_input_dim"] == 768
 
 
@@ -51,7 +52,7 @@ def test_pose_features_are_added_once_right_after_the_first_convolution():
             seen.append(x)
             return conv_in(x) + features
 
-    model.unet.conv_in = Shifted()
+    model.unet.conv_in = Shifted()  # pyright: ignore[reportAttributeAccessIssue]
     plain = model(**(inputs | {"pose": None}))
     model.unet.conv_in = conv_in
     assert len(seen) == 1

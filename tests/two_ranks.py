@@ -17,7 +17,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     with join_ranks() as ranks:
         config = tiny_config(folder / "gradients", batch_size=4)
-        trainer = Trainer(config, NoiseClips(config=config), ranks)
+        trainer = Trainer(config, NoiseClips(config=config), ranks, encoder="noise")
         trainer._backward(trainer._load(0))
         gradients = {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
         safetensors.torch.save_file(gradients, folder / f"gradients-{ranks.rank}.safetensors")
@@ -26,7 +26,7 @@ def main() -> None:
         config = tiny_config(folder / "run", num_steps=9, batch_size=4, max_skipped_in_a_row=3)
         config = dataclasses.replace(config, kernels="checkpoint")
         clips = NoiseClips(config=config, bad_steps=(1, 3, 4, 5), bad_sample_ids=(3,))
-        trainer = Trainer(config, clips, ranks)
+        trainer = Trainer(config, clips, ranks, encoder="noise")
         try:
             trainer.run()
             why = "finished"

@@ -1,0 +1,23 @@
+"""How a model runs, whatever it is used for: which kernels are in place, and in what precision."""
+
+import torch
+
+import mmkernels
+from mimicmotion.config import Precision
+from mimicmotion.model.unet import MimicMotionModel
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def use_kernels(model: MimicMotionModel, kernels: str) -> str:
+    """Put the chosen kernels into the UNet, in place; returns the report of which block runs how."""
+    if kernels == "torch":
+        return "torch: plain diffusers, nothing replaced"
+    mmkernels.replace(model.unet, plan=kernels)
+    return str(mmkernels.report(model.unet))
+
+
+def autocast(device: torch.device, precision: Precision) -> torch.autocast:
+    """Context in which float32 weights are used in `precision`; for fp32 it does nothing."""
+    dtype = _DTYPES[precision]
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
