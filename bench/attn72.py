@@ -159,7 +159,7 @@ def print_bars(found: dict[tuple[str, str], Results], console: Console) -> None:
             verdict = f"   bar: {' and '.join(wanted)}: {'met' if is_met else 'NOT MET'}" if wanted else ""
             console.print(
                 f"  {bar.section}, {bar.mode}: {provider} against {bar.baseline}: {speed:.2f}x"
-                f" at {peak:.2f} of the peak{verdict}"
+                f" at {peak:.3f} of the peak{verdict}"
             )
 
 
