@@ -45,9 +45,9 @@ def run(arguments: Arguments) -> Manifest:
     data = PRESETS[arguments.preset]().data
     prepared = arguments.prepared or data.prepared
     recipe = Recipe(
-        height=arguments.height or data.height,
-        width=arguments.width or data.width,
-        num_frames=arguments.num_frames or data.num_frames,
+        height=data.height if arguments.height is None else arguments.height,
+        width=data.width if arguments.width is None else arguments.width,
+        num_frames=data.num_frames if arguments.num_frames is None else arguments.num_frames,
         frame_stride=arguments.frame_stride,
         workers=arguments.workers,
     )
