@@ -1,4 +1,4 @@
-"""Named shapes: the issue's measuring shape and the levels of the real UNet."""
+"""Shapes that the benchmarks run at; the defaults are those of the README's figures."""
 
 from dataclasses import asdict, dataclass
 
@@ -36,10 +36,3 @@ class TemporalShape:
 
     def __str__(self) -> str:
         return f"B={self.batch} F={self.frames} P={self.height}x{self.width} C={self.channels} N={self.heads}"
-
-
-def mimicmotion_level(level: int, *, frames: int = 72, height: int = 576, width: int = 1024) -> TemporalShape:
-    """Temporal attention at one of the four levels of the released UNet; height and width in picture pixels."""
-    channels, heads = ((320, 5), (640, 10), (1280, 20), (1280, 20))[level]
-    scale = 8 * 2**level
-    return TemporalShape(frames=frames, height=height // scale, width=width // scale, channels=channels, heads=heads)
