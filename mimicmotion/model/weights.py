@@ -74,6 +74,8 @@ def read(path: Path, pose_net: Path | None = None) -> Weights:
     """Read weights in any of the layouts, told apart by what `path` is; `pose_net` goes with a .safetensors only."""
     if pose_net is not None and path.suffix != ".safetensors":
         raise WeightsError(f"{pose_net} goes with a UNet .safetensors; {path} holds PoseNet itself or is no such file.")
+    if not path.exists():
+        raise WeightsError(f"{path} is not there; give a .pth, a .safetensors or a diffusers folder.")
     if path.is_dir():
         folder = path if (path / "config.json").is_file() else path / "unet"
         if not (folder / "config.json").is_file():
@@ -93,7 +95,7 @@ def read(path: Path, pose_net: Path | None = None) -> Weights:
         if pose_net is not None:
             tensors |= _read_safetensors(pose_net, "pose_net.")
         return Weights(source=path, tensors=tensors)
-    raise WeightsError(f"{path} is not there or of no known layout; give a .pth, a .safetensors or a diffusers folder.")
+    raise WeightsError(f"{path} is of no known layout; give a .pth, a .safetensors or a diffusers folder.")
 
 
 def compare(model: MimicMotionModel, weights: Weights) -> KeyReport:

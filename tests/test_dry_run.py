@@ -1,0 +1,39 @@
+import pytest
+
+from mimicmotion import train
+from mimicmotion.config import mimicmotion_72
+from mimicmotion.dry_run import dry_run
+from mimicmotion.model.unet import build_model, num_parameters
+
+KERNELS = ("torch", "checkpoint", "fused")
+
+
+@pytest.fixture(scope="module")
+def results():
+    words = ["--data.num-frames", "16", "--trainer.precision", "bf16"]
+    return {kernels: dry_run(train.parse(["--kernels", kernels, *words]).config) for kernels in KERNELS}
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_dry_run_counts_weights_and_optimizer(kernels, results):
+    result = results[kernels]
+    model = build_model(result.config.model)
+    assert result.num_parameters == num_parameters(model) > result.num_trained
+    static = 4 * (result.num_parameters + 3 * result.num_trained)  # weights, AdamW's two moments, moving average
+    assert static < result.cost.resident_bytes < 1.1 * static
+    assert result.cost.peak_bytes > result.cost.resident_bytes + result.cost.saved_bytes
+    assert str(result).count("(modelled)") == 4 and "not measured" in str(result)
+
+
+def test_kernels_save_memory(results):
+    saved = {kernels: result.cost.saved_bytes for kernels, result in results.items()}
+    assert saved["checkpoint"] < saved["torch"] / 4 and saved["fused"] < saved["torch"] / 2
+
+
+def test_the_released_model_at_72_frames_needs_no_memory_to_dry_run(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train.py", "--preset", "mimicmotion-72", "--dry-run", "--kernels", "checkpoint"])
+    train.main()
+    printed = capsys.readouterr().out
+    assert "parameters: 1,524,828,639 (1,474,438,879 trained)" in printed  # 50.4M of cross-attention are dead
+    assert "1024x576 pixels" in printed and "GiB (modelled)" in printed
+    assert mimicmotion_72().trainer.precision == "bf16"
