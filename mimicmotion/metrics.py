@@ -26,7 +26,7 @@ def psnr(generated: Tensor, truth: Tensor) -> float:
 
 
 def ssim(generated: Tensor, truth: Tensor) -> float:
-    """Mean over frames of SSIM (Wang et al. 2004: 11x11 Gaussian window, sigma 1.5, edges reflected); frames as in `psnr`."""
+    """Mean over frames of SSIM (Wang et al. 2004: 11x11 Gaussian, sigma 1.5, edges reflected); frames as in `psnr`."""
     _check(generated, truth)
     value = structural_similarity_index_measure(_as_pictures(generated), _as_pictures(truth), data_range=1.0)
     if not isinstance(value, torch.Tensor):

@@ -37,7 +37,7 @@ WORDS = [
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("prepared")
-    clips = [videos.write_video(folder / f"{name}.mp4", 12) for name in "ab"]
+    clips = [videos.write_video(folder / f"{num_frames}.mp4", num_frames) for num_frames in (12, 13)]
     recipe = Recipe(height=64, width=64, num_frames=NUM_FRAMES, bounds=Bounds(min_frames=1), workers=1)
     prepare(clips, folder, recipe=recipe, poses=Swaying(), encoder=PatchCodec())
     return folder
