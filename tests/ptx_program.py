@@ -40,7 +40,7 @@ def main() -> None:
             ("backward", kernels.backward_kernel, (*qkv.unbind(3), do, dq, dk, dv)),
         ):
             positional, constants = kernels.arguments(tensors, scale)
-            options = {"cap": 80, "order": order, "flags": FLAGS, "num_warps": kernels.NUM_WARPS}
+            options = {"cap": 80, "order": order, "flags": FLAGS}
             _, stats, _ = ptxrun.launch_triton(kernel, (P * N,), *positional, **options, **constants)
             products = 2 if name == "forward" else 5
             counts[name] = {

@@ -39,6 +39,7 @@ def compile_kernel(direction: str, architecture: int, dtype: torch.dtype, F: int
     kernel, num_tensors = KERNELS[direction]
     tensor = torch.empty((1, F, 1, 1, D), dtype=dtype)
     positional, constants = temporal_attention_triton.arguments((tensor,) * num_tensors, 1.0)
+    options = {"num_warps": constants.pop("num_warps")}
     names = kernel.arg_names
     signature = dict.fromkeys(names, "i32")
     signature |= dict.fromkeys(names[:num_tensors], _TYPES[dtype])
@@ -47,7 +48,6 @@ def compile_kernel(direction: str, architecture: int, dtype: torch.dtype, F: int
     # Pointers and strides are divisible by 16 in every tensor of the model; P and N are not known to be.
     aligned = {(i,): [["tt.divisibility", 16]] for i in range(num_tensors * 5)}
     source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()}, aligned)
-    options = {"num_warps": temporal_attention_triton.NUM_WARPS}
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 

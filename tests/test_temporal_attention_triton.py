@@ -15,6 +15,8 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install trito
 
 import resources
 
+from mmkernels.ops import temporal_attention_triton
+
 HERE = Path(__file__).parent
 PTXRUN = HERE.parents[1] / "shared/tools/ptxrun"
 
@@ -48,6 +50,13 @@ def test_resources_within_budget(direction: str, architecture: int) -> None:
         counted = ("registers", "shared_bytes", "tensor_core_instructions", "global_accesses")
         assert {key: row[key] for key in counted} == {key: budget[key] for key in counted}
     check_gate(row)
+
+
+@pytest.mark.parametrize(("F", "D"), [(72, 64), (96, 64), (72, 128)])
+def test_bound_on_shared_memory(F: int, D: int) -> None:
+    compiled = resources.compile_kernel("backward", 86, torch.bfloat16, F, D)
+    bound = temporal_attention_triton.shared_bytes(F, D, torch.bfloat16)
+    assert compiled.metadata.shared <= bound <= resources.SHARED_LIMIT_BYTES[86]
 
 
 def test_stored_budgets_pass_the_gate() -> None:

@@ -225,7 +225,11 @@ def why_unsupported(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     if q.device.type == "cpu":
         return None if extension.available() else f"no native CPU kernels: {extension.why_not()}"
     if q.device.type == "cuda":
-        return None if importlib.util.find_spec("triton") else "Triton is not installed; pip install triton"
+        if importlib.util.find_spec("triton") is None:
+            return "Triton is not installed; pip install triton"
+        from mmkernels.ops import temporal_attention_triton
+
+        return temporal_attention_triton.why_too_large(q)
     return f"no kernel for device {q.device.type}"
 
 

@@ -1,8 +1,9 @@
 """Triton kernels of temporal attention: one program owns one row of frames, (b, p, n), forward and backward.
 
-The F frames of a row are cut into a first tile of 16, 32 or 64 and a rest of 0, 16, 32 or 64, since Triton's tiles are
-powers of two: 72 frames run as 64 + 16 = 80, not as 128. All of q, k, v is on chip, so the softmax is an ordinary one,
-in float32, and every output is written once: no atomics, and the same input gives the same bits.
+The F frames of a row are cut into a first tile and a rest, since Triton's tiles are powers of two: 72 frames run as
+64 + 16 = 80, not as 128. All of q, k, v is on chip, so the softmax is an ordinary one, in float32, and every output is
+written once: no atomics, and the same input gives the same bits. Made for 72 frames of head dim 64 in 2-byte dtypes:
+past 96 frames, and in float32, the backward kernel spills registers.
 Frames past F are loaded as zeros, given no probability as keys, and not stored.
 """
 
@@ -18,7 +19,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-NUM_WARPS = 4
 _LOG2_E = 1.4426950408889634
 
 
@@ -193,14 +193,37 @@ def backward_kernel(
 # --- launches
 
 
-def tiles(F: int, D: int, dtype: torch.dtype) -> dict[str, Any]:
-    """The compile-time arguments for F frames and head dim D."""
-    first = 64 if F > 48 else 32 if F > 16 else 16
+def tiles(F: int, D: int, dtype: torch.dtype, is_backward: bool) -> dict[str, Any]:
+    """The compile-time arguments for F frames and head dim D, and the number of warps."""
+    is_long = F > 96
+    is_whole = is_long and D <= 64 and not is_backward
+    first = 128 if is_whole else 64 if F > 48 else 32 if F > 16 else 16
     rest = 0 if first >= F else triton.next_power_of_2(max(16, F - first))
     is_ieee = dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
     precision = "ieee" if is_ieee else "tf32"
     d_tile = triton.next_power_of_2(D)
-    return {"F": F, "D": D, "D_TILE": d_tile, "FIRST": first, "REST": rest, "PRECISION": precision}
+    num_warps = 8 if D > 64 or 80 < F <= 96 or is_whole else 4
+    shape = {"F": F, "D": D, "D_TILE": d_tile, "FIRST": first, "REST": rest}
+    return shape | {"PRECISION": precision, "num_warps": num_warps}
+
+
+def shared_bytes(F: int, D: int, dtype: torch.dtype) -> int:
+    """Shared memory of the backward kernel in bytes: a bound for cards that have 99 or 163 KiB of it.
+
+    Four tensors of a row, and what changes of layout take. Code for sm_90 and sm_100 takes more, and they have more.
+    """
+    shape = tiles(F, D, dtype, is_backward=True)
+    return (shape["FIRST"] + shape["REST"]) * (4 * shape["D_TILE"] + 104) * dtype.itemsize
+
+
+def why_too_large(q: Tensor) -> str | None:
+    """Why q's device cannot hold a row of frames of backward on chip, or None where it can."""
+    F, D = q.shape[1], q.shape[-1]
+    needed = shared_bytes(F, D, q.dtype)
+    limit = torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin
+    if needed <= limit:
+        return None
+    return f"{F} frames of head dim {D} in {q.dtype} need {needed} bytes of shared memory, a block here has {limit}"
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, o: Tensor, scale: float) -> None:
@@ -216,15 +239,16 @@ def backward(
 
 
 def arguments(tensors: tuple[Tensor, ...], scale: float) -> tuple[list[Any], dict[str, Any]]:
-    """Positional and compile-time arguments: of forward_kernel for four tensors, of backward_kernel for seven."""
+    """Positional and keyword arguments of a launch, of forward_kernel for four tensors, backward_kernel for seven."""
     _, F, P, N, D = tensors[0].shape
     strides = [stride for x in tensors for stride in x.stride()[:4]]
-    scales = [scale * _LOG2_E] if len(tensors) == 4 else [scale, scale * _LOG2_E]
-    return [*tensors, *strides, P, N, *scales], tiles(F, D, tensors[0].dtype)
+    is_backward = len(tensors) == 7
+    scales = [scale, scale * _LOG2_E] if is_backward else [scale * _LOG2_E]
+    return [*tensors, *strides, P, N, *scales], tiles(F, D, tensors[0].dtype, is_backward)
 
 
 def _launch(kernel: Any, tensors: tuple[Tensor, ...], scale: float) -> None:
     B, _, P, N, _ = tensors[0].shape
     positional, constants = arguments(tensors, scale)
     with torch.cuda.device(tensors[0].device):
-        kernel[(B * P * N,)](*positional, **constants, num_warps=NUM_WARPS)
+        kernel[(B * P * N,)](*positional, **constants)
