@@ -69,10 +69,13 @@ def save(run_dir: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     _flush(partial / MANIFEST)
     _flush(partial)
-    if final.exists():  # the same step again, after a resume: replaced as a whole
-        shutil.rmtree(final)
+    replaced = run_dir / f".{final.name}.replaced"
+    shutil.rmtree(replaced, ignore_errors=True)
+    if final.exists():  # the same step again: moved away whole, since a folder cannot be renamed over another
+        final.rename(replaced)
     partial.rename(final)
     _flush(run_dir)
+    shutil.rmtree(replaced, ignore_errors=True)
     for old in folders(run_dir)[:-keep]:
         shutil.rmtree(old)
     return final

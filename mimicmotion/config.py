@@ -222,6 +222,18 @@ def to_json(config: object) -> dict[str, Any]:
     return plain(config)
 
 
+def changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """Fields (dotted name, before, now) that differ between two configs as JSON values."""
+    found = []
+    for name in sorted(before.keys() | now.keys()):
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += changes(old, new, f"{prefix}{name}.")
+        elif old != new:
+            found.append((prefix + name, old, new))
+    return found
+
+
 def from_json(values: dict[str, Any], kind: type = Config) -> Any:
     """Rebuild a dataclass of this module from `to_json`. Raises ValueError at a name it does not know."""
     hints = typing.get_type_hints(kind)

@@ -4,6 +4,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +60,8 @@ def join_ranks() -> Iterator[Ranks]:
     if world_size == 1:
         yield ranks
         return
-    torch.distributed.init_process_group("nccl" if has_gpu else "gloo")
+    # long, since the other ranks wait while the first one prepares the footage
+    torch.distributed.init_process_group("nccl" if has_gpu else "gloo", timeout=timedelta(hours=6))
     try:
         yield ranks
     finally:

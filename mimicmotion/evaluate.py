@@ -13,7 +13,8 @@ import tyro
 
 from mimicmotion.checkpoint import CheckpointError
 from mimicmotion.data.cache import atomic_write
-from mimicmotion.generation import decode_clip, generate, load_averaged
+from mimicmotion.data.dataset import ClipDataset
+from mimicmotion.generation import decode_clip, generate, load_averaged, load_decoder
 from mimicmotion.metrics import psnr, ssim
 
 
@@ -30,11 +31,8 @@ class Arguments:
 
 def run(arguments: Arguments) -> None:
     """Generate each clip from its frame 0 and write one row a clip and the means."""
-    from mimicmotion.data.dataset import ClipDataset
-    from mimicmotion.model.encoders import load_encoder
-
     config, model, folder = load_averaged(arguments.run_dir)
-    decoder = load_encoder(config.data.encoder)
+    decoder = load_decoder(config.data.encoder)
     dataset = ClipDataset(arguments.prepared or config.data.prepared, config.data.num_frames, config.trainer.seed)
     rows = []
     for clip_id in dataset.clip_ids[: arguments.num_clips]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from mimicmotion import checkpoint, sampler
 from mimicmotion.config import Config, from_json
 from mimicmotion.execution import autocast, use_kernels
+from mimicmotion.model.encoders import load_encoder
 from mimicmotion.model.unet import MimicMotionModel, build_model
 
 
@@ -39,6 +40,13 @@ def load_averaged(run_dir: Path, kernels: str | None = None) -> tuple[Config, Mi
     use_kernels(model, config.kernels if kernels is None else kernels)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return config, model.to(device).eval().requires_grad_(False), folder
+
+
+def load_decoder(name_or_path: str) -> Decoder:
+    """The encoder of a run for its decoder, on the GPU in float16 where there is one."""
+    if torch.cuda.is_available():
+        return load_encoder(name_or_path, device="cuda", dtype=torch.float16)
+    return load_encoder(name_or_path)
 
 
 def generate(

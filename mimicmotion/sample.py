@@ -19,7 +19,8 @@ from torch import Tensor
 from mimicmotion.checkpoint import CheckpointError
 from mimicmotion.config import Config, Kernels
 from mimicmotion.data.cache import atomic_write
-from mimicmotion.generation import Decoder, decode_clip, generate, load_averaged, other_order
+from mimicmotion.data.dataset import ClipDataset
+from mimicmotion.generation import Decoder, decode_clip, generate, load_averaged, load_decoder, other_order
 from mimicmotion.metrics import psnr
 from mimicmotion.model.unet import MimicMotionModel
 from mimicmotion.video import side_by_side, write_video
@@ -34,6 +35,7 @@ class Arguments:
     clip: str | None = None  # clip id in the prepared folder; its first clip where none is given
     reference: int = 0  # frame of the clip that is the reference picture
     start: int = 1  # first frame of the clip to generate
+    num_frames: int | None = None  # frames with the reference; more than a tile are fused of overlapping tiles
     seed: int = 0  # of the initial noise
     num_steps: int | None = None  # Euler steps; the run's setting where none is given
     guidance: float | None = None  # guidance scale; the run's setting where none is given
@@ -76,18 +78,15 @@ def _say(what: str, config: Config) -> Any:
 
 def run(arguments: Arguments) -> bool:
     """Sample as asked; False where the order of poses was checked and the right one did not win."""
-    from mimicmotion.data.dataset import ClipDataset
-    from mimicmotion.model.encoders import load_encoder
-
     config, model, folder = load_averaged(arguments.run_dir, arguments.kernels)
     asked = {"num_steps": arguments.num_steps, "guidance": arguments.guidance}
     given = {name: value for name, value in asked.items() if value is not None}
     sampling = dataclasses.replace(config.sampling, **given)
     config = dataclasses.replace(config, sampling=sampling)
-    decoder = load_encoder(config.data.encoder)
+    decoder = load_decoder(config.data.encoder)
     dataset = ClipDataset(arguments.prepared or config.data.prepared, config.data.num_frames, config.trainer.seed)
     clip_id = dataset.clip_ids[0] if arguments.clip is None else arguments.clip
-    clip = dataset.clip(clip_id, arguments.reference, arguments.start)
+    clip = dataset.clip(clip_id, arguments.reference, arguments.start, arguments.num_frames)
     rate = next(clip.frames_per_second for clip in dataset.manifest.clips if clip.clip_id == clip_id)
     print(f"checkpoint {folder}, clip {clip_id}, encoder {decoder.name}", flush=True)
     wide, figures = sample_clip(

@@ -16,6 +16,8 @@ import tyro
 from mimicmotion import checkpoint
 from mimicmotion.checkpoint import CheckpointError
 from mimicmotion.config import PRESETS, Config
+from mimicmotion.data.dataset import ClipDataset
+from mimicmotion.data.preparation import prepare_if_missing
 from mimicmotion.distributed import Ranks, join_ranks
 from mimicmotion.trainer import Trainer, TrainingStoppedError
 
@@ -56,9 +58,6 @@ def start_afresh(run_dir: Path) -> str | None:
 
 def train(arguments: Arguments, ranks: Ranks) -> bool:
     """Prepare where nothing is prepared, then train on this rank; False where SIGTERM ended it early."""
-    from mimicmotion.data.dataset import ClipDataset
-    from mimicmotion.data.preparation import prepare_if_missing
-
     config = arguments.config
     if ranks.is_first:
         prepare_if_missing(config)

@@ -16,7 +16,7 @@ from torch import Tensor
 import mmkernels
 from mimicmotion import checkpoint, diffusion
 from mimicmotion.checkpoint import Checkpoint
-from mimicmotion.config import Config, to_json
+from mimicmotion.config import Config, changes, to_json
 from mimicmotion.distributed import Ranks, no_sync
 from mimicmotion.execution import autocast, use_kernels
 from mimicmotion.history import History, Reporter, draw_loss, read_history
@@ -178,6 +178,10 @@ class Trainer:
         self.skipped = saved.documents["state"]["skipped"]
         self.skipped_in_a_row = saved.documents["state"]["skipped_in_a_row"]
         self.notes.append(f"resumed {folder} at step {self.step}")
+        for name, before, now in changes(saved.documents["config"], to_json(self.config)):
+            self.notes.append(f"{name} was {before} in the checkpoint and is {now} now")
+            if name in ("optimizer.learning_rate", "optimizer.schedule", "optimizer.warmup_steps"):
+                self.notes.append("  the learning rate goes on as the checkpoint has it")
 
     def _load(self, step: int) -> list[tuple[dict[str, Tensor], range]]:
         """This rank's micro-batches of a step, stacked on the CPU, with their sample ids."""

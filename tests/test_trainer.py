@@ -238,7 +238,8 @@ def test_history_is_cut_back_to_the_checkpoint(tmp_path):
     with (tmp_path / "loss.jsonl").open("a") as file:  # a run that went on and was killed in the middle of a line
         file.write(json.dumps({"step": 3, "loss": 1.0}) + '\n{"step": 4, "lo')
     longer = dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, num_steps=3))
-    _train(longer, resume=True)
+    _, trainer = _train(longer, resume=True)
+    assert trainer.notes[1:] == ["trainer.num_steps was 2 in the checkpoint and is 3 now"]
     assert [row["step"] for row in _rows(config)] == [1, 2, 3]
 
 
