@@ -181,9 +181,13 @@ def demo() -> Config:
         preset="demo",
         run_dir=Path("runs/demo"),
         data=DataConfig(prepared=Path("data/prepared/demo"), height=192, width=128, poses="holistic"),
-        model=ModelConfig(block_out_channels=(32, 64, 128, 128), num_attention_heads=(1, 2, 4, 4)),
-        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=10, ema_decay=0.9, weight_decay=0.0),
-        trainer=TrainerConfig(num_steps=100, batch_size=1, precision="fp32", save_every=50, keep_checkpoints=2),
+        model=ModelConfig(block_out_channels=(32, 64, 128, 128), num_attention_heads=(1, 2, 4, 4), layers_per_block=1),
+        # more noise than SVD's: where little is added the frame shows its own pose, and a short run learns no other way
+        diffusion=DiffusionConfig(log_sigma_mean=2.5, log_sigma_std=1.5),
+        optimizer=OptimizerConfig(
+            learning_rate=2e-3, schedule="cosine", warmup_steps=10, ema_decay=0.9, weight_decay=0.0
+        ),
+        trainer=TrainerConfig(num_steps=110, batch_size=1, precision="fp32", save_every=55, keep_checkpoints=2),
         sampling=SamplingConfig(num_steps=10),
     )
 
