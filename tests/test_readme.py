@@ -19,7 +19,7 @@ BIN = Path(sys.executable).parent
 
 # How each command is run here: "as typed", with words added that make it short, or only read where it would set up a
 # virtual environment of its own or needs eight GPUs.
-SHORT_STEP = "--preset demo --frames 4 --height 64 --width 64 --rounds 1 --threads 1 --out {tmp}"
+SHORT_STEP = "--preset demo --frames 8 --height 64 --width 64 --rounds 1 --threads 1 --out {tmp}"
 HOW = {
     "make demo": "dry run of make",
     "make test": "dry run of make",
