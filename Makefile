@@ -48,7 +48,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python bench/train_step.py --preset demo --out $(DEMO)
 	@echo "The demo's results:"
 	@for file in loss.png sample.mp4 sample.json step_cost.png step_cost.json; do echo "  $(DEMO)/$$file"; done
-	@echo "  $$(ls -d $(DEMO)/checkpoints/* | tail -n 1)"
+	@echo "  $$(ls -d $(DEMO)/step-* | tail -n 1)/"
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest
