@@ -1,6 +1,7 @@
 """Sample a prepared clip: `python mimicmotion/sample.py --run-dir runs/demo [--check-pose-order]`.
 
-Writes sample.mp4 (reference | pose | generated | truth side by side) and sample.json into the run's folder.
+Writes sample.mp4 (reference | pose | generated | truth side by side), stills of it as sample.png, and sample.json into
+the run's folder.
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ from mimicmotion.data.dataset import ClipDataset
 from mimicmotion.generation import Decoder, decode_clip, generate, load_averaged, load_decoder, other_order
 from mimicmotion.metrics import psnr
 from mimicmotion.model.unet import MimicMotionModel
-from mimicmotion.video import side_by_side, write_video
+from mimicmotion.video import side_by_side, write_stills, write_video
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +109,7 @@ def run(arguments: Arguments) -> bool:
     output = arguments.output or config.run_dir
     comment = f"reference | pose | generated | truth; encoder: {decoder.name}; checkpoint: {folder.as_posix()}"
     write_video(output / "sample.mp4", wide, frames_per_second=rate, comment=comment)
+    write_stills(output / "sample.png", wide)
     with atomic_write(output / "sample.json") as temporary:
         temporary.write_text(json.dumps(figures, indent=1) + "\n")
     print(f"reference | pose | generated | truth, encoder {decoder.name}: {output / 'sample.mp4'}")

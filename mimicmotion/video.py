@@ -1,9 +1,10 @@
-"""Write a video of several pictures side by side."""
+"""Write a video of several pictures side by side, and stills of it."""
 
 from fractions import Fraction
 from pathlib import Path
 
 import av
+import matplotlib.image
 import torch
 from torch import Tensor
 
@@ -30,3 +31,10 @@ def write_video(path: Path, frames: Tensor, *, frames_per_second: float, comment
         for frame in frames.numpy():
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
+
+
+def write_stills(path: Path, frames: Tensor, count: int = 4) -> None:
+    """PNG of `count` frames spread over frames (F, H, W, 3) uint8, one below the other; fewer where there are fewer."""
+    chosen = torch.linspace(0, len(frames) - 1, min(count, len(frames))).round().long()
+    with atomic_write(path) as temporary:
+        matplotlib.image.imsave(temporary, torch.cat([frames[i] for i in chosen]).numpy(), format="png")
