@@ -108,31 +108,39 @@ struct Frames {
   T* operator[](int64_t f) const { return data + f * stride; }
 };
 
-// Brings the next tile's rows into the cache a few at a time, between products: they are far apart, so no hardware
-// prefetcher finds them, and a burst of them would fill the line buffers and stall.
-template <class T, int kTensors>
+// Brings the next tile's rows, those to be written too, into the cache a few at a time between the products: they are
+// far apart, so no hardware prefetcher finds them, and a burst of them would fill the line buffers and stall.
+template <class T>
 class Prefetch {
  public:
-  Prefetch(const Frames<T> (&tensors)[kTensors], const Scratch& s) : tensors_(tensors), F_(s.F), D_(s.D) {}
+  // advance() will be called `calls_per_tile` times for every kTileRows frames.
+  Prefetch(const Frames<T>* tensors, int num_tensors, const Scratch& s, int calls_per_tile)
+      : tensors_(tensors),
+        num_tensors_(num_tensors),
+        num_rows_(num_tensors * s.F),
+        rows_a_call_((num_tensors * kTileRows + calls_per_tile - 1) / calls_per_tile),
+        row_bytes_(s.D * int(sizeof(T))) {}
 
-  MM_INLINE void advance(int rows) {
-    int end = static_cast<int>(smaller(row_ + rows, F_));
-    for (; row_ < end; row_++)
-      for (const auto& x : tensors_)
-        for (int d = 0; d < D_; d += 64 / int(sizeof(T))) __builtin_prefetch(x[row_] + d, 0, 2);
+  MM_INLINE void advance() {
+    const int bytes = row_bytes_, end = static_cast<int>(smaller(next_ + rows_a_call_, num_rows_));
+    for (int i = next_; i < end; i++) {
+      const char* row = reinterpret_cast<const char*>(tensors_[i % num_tensors_][i / num_tensors_]);
+      for (int byte = 0; byte < bytes; byte += 64) __builtin_prefetch(row + byte, 0, 2);
+    }
+    next_ = end;
   }
 
  private:
-  const Frames<T> (&tensors_)[kTensors];
-  int row_ = 0, F_, D_;
+  const Frames<T>* tensors_;
+  int num_tensors_, num_rows_, rows_a_call_, row_bytes_, next_ = 0;
 };
 
 template <class T>
 MM_INLINE void gather(const Frames<T>& x, const Scratch& s, float factor, float* to) {
-  for (int f = 0; f < s.F; f++) {
-    const T* from = x[f];
-    for (int d = 0; d < s.D; d += kLanes) store(to + f * s.D + d, load(from + d) * factor);
-  }
+  const int F = s.F, D = s.D;
+  const T* from = x[0];
+  for (int f = 0; f < F; f++, from += x.stride, to += D)
+    for (int d = 0; d < D; d += kLanes) store(to + d, load(from + d) * factor);
 }
 
 // to_t (D, columns); a copy in rows as well where `to` is given.
@@ -168,24 +176,24 @@ MM_INLINE float softmax_row(float* p, const Scratch& s) {
 }
 
 template <class T>
-void forward_tile(float scale, ForwardScratch& s, const Frames<T> (&in)[3], const Frames<T> (&ahead)[3],
+void forward_tile(float scale, ForwardScratch& s, const Frames<T> (&in)[3], const Frames<T> (&ahead)[4],
                   const Frames<T>& o) {
   gather(in[0], s, scale * kLog2E, s.q_fd);
   gather_transposed(in[1], s, s.k_df, nullptr);
   gather(in[2], s, 1.0f, s.v_fd);
-  Prefetch prefetch(ahead, s);
+  Prefetch<T> prefetch(ahead, 4, s, 2);
   const int F = s.F, D = s.D, ld = s.columns;
   for (int begin = 0; begin < F; begin += kRowBlock) {
     int end = smaller(begin + kRowBlock, F);
     for (int i = begin; i < end; i += kTileRows) {
-      prefetch.advance(2);
+      prefetch.advance();
       multiply(s.q_fd + i * D, D, 1, s.k_df, ld, D, ld / kLanes,
                [&](int r, int j, Vec x) { store(s.p_ff + (i + r) * ld + j * kLanes, x); });
     }
     float inverse[kRowBlock] = {};
     for (int i = begin; i < end; i++) inverse[i - begin] = softmax_row(s.p_ff + i * ld, s);
     for (int i = begin; i < end; i += kTileRows) {
-      prefetch.advance(2);
+      prefetch.advance();
       multiply(s.p_ff + i * ld, ld, 1, s.v_fd, D, F, D / kLanes, [&](int r, int j, Vec x) {
         if (i + r < F) store(o[i + r] + j * kLanes, x * inverse[i + r - begin]);
       });
@@ -206,27 +214,27 @@ MM_INLINE void softmax_backward_row(float* p, float* ds, const Scratch& s) {
 }
 
 template <class T>
-void backward_tile(float scale, BackwardScratch& s, const Frames<T> (&in)[4], const Frames<T> (&ahead)[4],
+void backward_tile(float scale, BackwardScratch& s, const Frames<T> (&in)[4], const Frames<T> (&ahead)[7],
                    const Frames<T> (&out)[3], const Frames<T>* o) {
   gather(in[0], s, scale * kLog2E, s.q_fd);
   gather_transposed(in[1], s, s.k_df, s.k_fd);
   gather_transposed(in[2], s, s.v_df, o ? s.v_fd : nullptr);
   gather(in[3], s, 1.0f, s.g_fd);
-  Prefetch prefetch(ahead, s);
+  Prefetch<T> prefetch(ahead, 7, s, 5);
   const int F = s.F, D = s.D, ld = s.columns;
   for (int begin = 0; begin < F; begin += kRowBlock) {
     int end = smaller(begin + kRowBlock, F);
     for (int i = begin; i < end; i += kTileRows) {
-      prefetch.advance(1);
+      prefetch.advance();
       multiply(s.q_fd + i * D, D, 1, s.k_df, ld, D, ld / kLanes,
                [&](int r, int j, Vec x) { store(s.p_ff + (i + r) * ld + j * kLanes, x); });
-      prefetch.advance(1);
+      prefetch.advance();
       multiply(s.g_fd + i * D, D, 1, s.v_df, ld, D, ld / kLanes,
                [&](int r, int j, Vec x) { store(s.ds_ff + (i + r) * ld + j * kLanes, x); });
     }
     for (int i = begin; i < end; i++) softmax_backward_row(s.p_ff + i * ld, s.ds_ff + i * ld, s);
     for (int i = begin; i < end; i += kTileRows) {
-      prefetch.advance(1);
+      prefetch.advance();
       multiply(s.ds_ff + i * ld, ld, 1, s.k_fd, D, F, D / kLanes, [&](int r, int j, Vec x) {
         if (i + r < F) store(out[0][i + r] + j * kLanes, x * scale);
       });
@@ -237,10 +245,11 @@ void backward_tile(float scale, BackwardScratch& s, const Frames<T> (&in)[4], co
       });
   }
   for (int i = 0; i < F; i += kTileRows) {
-    prefetch.advance(1);
+    prefetch.advance();
     multiply(s.ds_ff + i, 1, ld, s.q_fd, D, F, D / kLanes, [&](int r, int j, Vec x) {
       if (i + r < F) store(out[1][i + r] + j * kLanes, x * kLn2);  // q_fd carries scale * log2(e)
     });
+    prefetch.advance();
     multiply(s.p_ff + i, 1, ld, s.g_fd, D, F, D / kLanes, [&](int r, int j, Vec x) {
       if (i + r < F) store(out[2][i + r] + j * kLanes, x);
     });
@@ -255,7 +264,7 @@ void run_forward(const TemporalAttention& op, Strided q, Strided k, Strided v, S
       [&](ForwardScratch& scratch, int64_t task) {
         int64_t next = smaller(task + 1, tasks - 1);
         forward_tile<T>(op.scale, scratch, {{q, op, task}, {k, op, task}, {v, op, task}},
-                        {{q, op, next}, {k, op, next}, {v, op, next}}, {o, op, task});
+                        {{q, op, next}, {k, op, next}, {v, op, next}, {o, op, next}}, {o, op, task});
       });
 }
 
@@ -269,7 +278,13 @@ void run_backward(const TemporalAttention& op, Strided q, Strided k, Strided v, 
         int64_t next = smaller(task + 1, tasks - 1);
         Frames<T> output(o, op, task);
         backward_tile<T>(op.scale, scratch, {{q, op, task}, {k, op, task}, {v, op, task}, {grad_o, op, task}},
-                         {{q, op, next}, {k, op, next}, {v, op, next}, {grad_o, op, next}},
+                         {{q, op, next},
+                          {k, op, next},
+                          {v, op, next},
+                          {grad_o, op, next},
+                          {dq, op, next},
+                          {dk, op, next},
+                          {dv, op, next}},
                          {{dq, op, task}, {dk, op, task}, {dv, op, task}}, o.data ? &output : nullptr);
       });
 }
