@@ -13,7 +13,7 @@ export OMP_WAIT_POLICY ?= passive
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help setup demo test lint format verify-gpu clean
+.PHONY: help setup demo test lint format clean
 
 help:
 	@echo "make demo   footage -> poses -> 72-frame training with fused kernels -> video, in $(DEMO)/"
@@ -63,10 +63,6 @@ format: $(VENV)/.installed-lint
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(SOURCES)
-
-# On a rented card this is all that is left to run: the same tests on the device, then the benches, as JSON.
-verify-gpu: $(VENV)/.installed-test
-	$(BIN)/python -m bench.verify_gpu
 
 clean:
 	rm -rf build mmkernels/_native*.so $(VENV)

@@ -25,8 +25,8 @@ from mmkernels.ops.temporal_attention import temporal_attention_backward_into, t
 Keep = Literal["input", "qkv"]
 
 # Bytes of one (R, C) tensor of a chunk: within the cache (CPU), or a transient of some hundred MB in all (GPU).
-_CHUNK_BYTES = {"cpu": 3 << 19, "cuda": 1 << 26}
-_MIN_CHUNK_TOKENS = 1152  # fewer rows slow the products down
+_CHUNK_BYTES = {"cpu": 3 << 18, "cuda": 1 << 26}
+_MIN_CHUNK_TOKENS = 576  # fewer rows slow the products down
 
 
 def default_chunk_pixels(x: Tensor) -> int:
