@@ -48,21 +48,6 @@ def test_flipped_bits_raise(clip: Path, tmp_path: Path, seed: int) -> None:
         list(decode(damaged))
 
 
-def test_one_flipped_bit_raises_or_changes_nothing(clip: Path, tmp_path: Path) -> None:
-    # One bit in the header can make a sound video of another size, which nobody can tell: seeds without that.
-    sound, num_raised = list(decode(clip)), 0
-    for seed in range(30):
-        damaged = videos.flip_bits(clip, tmp_path / "damaged.mp4", num_flips=1, seed=seed)
-        try:
-            frames = list(decode(damaged))
-        except VideoError:
-            num_raised += 1
-            continue
-        same = len(frames) == 40 and all(np.array_equal(a, b) for a, b in zip(frames, sound, strict=True))
-        assert same, f"seed {seed}: a flipped bit gave wrong frames silently"
-    assert num_raised >= 15, "without err_detect and is_corrupt most of these decode to wrong frames"
-
-
 @pytest.mark.parametrize(
     ("content", "reason"), [(b"", "is empty"), (b"not a video, just words\n" * 40, "not a video that can be opened")]
 )

@@ -67,9 +67,7 @@ def _temporal(block: TemporalResnetBlock, x: Tensor, temb: Tensor | None) -> Ten
 
 
 def _convolve_frames(conv: nn.Conv3d, x: Tensor) -> Tensor:
-    assert conv.bias is not None
-    # The bias by itself: torch's sum of its gradient is more accurate than the 2-d convolution's own.
-    return torch.nn.functional.conv2d(x, conv.weight[..., 0], padding=(1, 0)) + conv.bias[:, None, None]
+    return torch.nn.functional.conv2d(x, conv.weight[..., 0], conv.bias, padding=(1, 0))
 
 
 def _spatial(block: ResnetBlock2D, x: Tensor, temb: Tensor | None) -> Tensor:
