@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class DropIn(nn.Module):
@@ -25,6 +29,25 @@ class DropIn(nn.Module):
     def original(self) -> nn.Module:
         """The module whose place this one has taken."""
         return self._original[0]
+
+
+class FusedBlock(DropIn):
+    """A drop-in that computes only for blocks which `why_not` finds to be exactly the known kind."""
+
+    how = "fused"
+    why_not: ClassVar[Callable[[Any], str | None]]
+
+    @classmethod
+    def from_module(cls, original: nn.Module) -> Self:
+        """Take the place of `original`; ValueError with the reason where it is not exactly the known block."""
+        if (reason := cls.why_not(original)) is not None:
+            raise ValueError(f"cannot replace this block: {reason}")
+        return cls(original)
+
+    def check_unchanged(self) -> None:
+        """Raise RuntimeError with the reason where the block is no longer what replace() found."""
+        if (reason := type(self).why_not(self.original)) is not None:
+            raise RuntimeError(f"the block has changed since replace(): {reason}; undo(), change it, replace again")
 
 
 class CheckpointedBlock(DropIn):

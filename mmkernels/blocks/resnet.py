@@ -8,37 +8,27 @@ faster kernels for than for the 3-d one.
 from __future__ import annotations
 
 import torch
-from diffusers.models.resnet import AlphaBlender, ResnetBlock2D, SpatioTemporalResBlock, TemporalResnetBlock
+from diffusers.models.resnet import AlphaBlender, ResnetBlock2D, TemporalResnetBlock
 from torch import Tensor, nn
 
-from mmkernels.blocks.drop_in import DropIn
+from mmkernels.blocks.drop_in import FusedBlock
 from mmkernels.blocks.exactness import why_not_resnet
 from mmkernels.blocks.segment import segment
 
 
-class FusedResBlock(DropIn):
+class FusedResBlock(FusedBlock):
     """Same equation, parameters and state_dict as diffusers' SpatioTemporalResBlock."""
 
-    how = "fused"
+    why_not = staticmethod(why_not_resnet)
     spatial_res_block: ResnetBlock2D
     temporal_res_block: TemporalResnetBlock
     time_mixer: AlphaBlender
-
-    @classmethod
-    def from_module(cls, original: SpatioTemporalResBlock) -> FusedResBlock:
-        """Take the place of `original`; ValueError with the reason where it is not exactly the known block."""
-        reason = why_not_resnet(original)
-        if reason is not None:
-            raise ValueError(f"cannot replace this block: {reason}")
-        return cls(original)
 
     def forward(
         self, hidden_states: Tensor, temb: Tensor | None = None, image_only_indicator: Tensor | None = None
     ) -> Tensor:
         """hidden_states (B*F, C, H, W), temb (B*F, C_time), image_only_indicator (B, F) -> (B*F, C_out, H, W)."""
-        reason = why_not_resnet(self.original)
-        if reason is not None:
-            raise RuntimeError(f"the block has changed since replace(): {reason}; undo(), change it, replace again")
+        self.check_unchanged()
         if image_only_indicator is None:
             raise ValueError("image_only_indicator is None, wanted (B, F): its last axis is the number of frames")
         hidden_states = _spatial(self.spatial_res_block, hidden_states, temb)

@@ -16,22 +16,21 @@ from collections.abc import Callable
 
 import torch
 from diffusers.models.transformers.transformer_temporal import (
-    TransformerSpatioTemporalModel,
     TransformerTemporalModelOutput,
 )
 from torch import Tensor, nn
 
 from mmkernels.blocks.cross_attention import Block, attend_context, one_token_value
-from mmkernels.blocks.drop_in import DropIn
+from mmkernels.blocks.drop_in import FusedBlock
 from mmkernels.blocks.exactness import why_not_transformer
 from mmkernels.blocks.segment import segment, segment_in_chunks
 from mmkernels.blocks.temporal_attention import temporal_attention_block
 
 
-class FusedTransformer(DropIn):
+class FusedTransformer(FusedBlock):
     """Same equation, parameters and state_dict as diffusers' TransformerSpatioTemporalModel."""
 
-    how = "fused"
+    why_not = staticmethod(why_not_transformer)
     norm: nn.GroupNorm
     proj_in: nn.Linear
     transformer_blocks: nn.ModuleList
@@ -41,14 +40,6 @@ class FusedTransformer(DropIn):
     time_mixer: nn.Module
     proj_out: nn.Linear
 
-    @classmethod
-    def from_module(cls, original: TransformerSpatioTemporalModel) -> FusedTransformer:
-        """Take the place of `original`; ValueError with the reason where it is not exactly the known block."""
-        reason = why_not_transformer(original)
-        if reason is not None:
-            raise ValueError(f"cannot replace this block: {reason}")
-        return cls(original)
-
     def forward(
         self,
         hidden_states: Tensor,
@@ -57,9 +48,7 @@ class FusedTransformer(DropIn):
         return_dict: bool = True,
     ) -> TransformerTemporalModelOutput | tuple[Tensor]:
         """hidden_states (B*F, C, H, W), encoder_hidden_states (B*F, T, C_context), image_only_indicator (B, F)."""
-        reason = why_not_transformer(self.original)
-        if reason is not None:
-            raise RuntimeError(f"the block has changed since replace(): {reason}; undo(), change it, replace again")
+        self.check_unchanged()
         if encoder_hidden_states is None or image_only_indicator is None:
             raise ValueError("encoder_hidden_states or image_only_indicator is None, wanted (B*F, T, C) and (B, F)")
         BF, C, H, W = hidden_states.shape
