@@ -3,9 +3,9 @@
 
 #include <cstdint>
 
-namespace mm {
+#include "../data_type.h"
 
-enum class DataType { kFloat32, kBFloat16, kFloat16 };
+namespace mm {
 
 // Element strides of B, F, P and N; D is contiguous.
 struct Strided {
