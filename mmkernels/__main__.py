@@ -1,4 +1,4 @@
-"""`python -m mmkernels`: what is there on this machine, and why each missing thing is missing."""
+"""`python -m mmkernels`: what is there on this machine, why each missing thing is missing, what tuning chose."""
 
 from __future__ import annotations
 
@@ -61,6 +61,23 @@ def _driver_reason() -> str:
     return f" ({reason})" if reason else ""
 
 
+def _choice_lines() -> list[str]:
+    """The kernel variants chosen on each kind of GPU, with their times."""
+    if importlib.util.find_spec("torch") is None:
+        return []
+    from mmkernels import tuning
+
+    found = tuning.stored()
+    if not found:
+        return [
+            f"no kernel variants chosen yet: on a GPU they are timed when first needed and kept in {tuning.folder()}"
+        ]
+    lines = [f"kernel variants chosen by timing, kept in {tuning.folder()}"]
+    for machine, choices in found.items():
+        lines += [f"  {machine}", *(f"    {choice}" for choice in choices)]
+    return lines
+
+
 def main() -> None:
     """Print the table."""
     rows = [
@@ -73,6 +90,7 @@ def main() -> None:
     print(f"mmkernels {importlib.metadata.version('mimicmotion-trainer')}")
     for name, text in rows:
         print(f"  {name:<20}{text}")
+    print("\n".join(_choice_lines()))
 
 
 if __name__ == "__main__":

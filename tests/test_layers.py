@@ -13,6 +13,7 @@ PACKAGES = ("mmkernels", "mimicmotion", "bench")
 # The first prefix that matches a module's dotted name gives its layer.
 LAYERS = [
     ("mmkernels.extension", 1),
+    ("mmkernels.tuning", 1.5),
     ("mmkernels.ops", 2),
     ("mmkernels.memory", 2),
     ("mmkernels.blocks", 3),
