@@ -14,6 +14,7 @@ PACKAGES = ("mmkernels", "mimicmotion", "bench")
 LAYERS = [
     ("mmkernels.extension", 1),
     ("mmkernels.tuning", 1.5),
+    ("mmkernels.rows", 1.5),
     ("mmkernels.ops", 2),
     ("mmkernels.memory", 2),
     ("mmkernels.blocks", 3),

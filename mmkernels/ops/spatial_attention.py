@@ -1,0 +1,293 @@
+"""Self-attention over the pixels of each frame, with the norm, projections and residual around it.
+
+    h = LayerNorm(x)      q, k, v = h Wq^T, h Wk^T, h Wv^T      y = x + attention(q, k, v) Wo^T + bo
+
+x and y are (R, P, C), one row for each frame (R = B * F); attention runs over P for each row and head. The attention
+itself is torch's flash attention (or xformers' or flash-attn's, where asked for). Saved for backward are x, the output
+of attention (R, P, N * D) and its logsumexp (R, N, P); the norm and q, k, v are computed again. Forward and backward
+walk over chunks of frames, so the transients are those of a chunk.
+
+x may be wider than the weights (float32 tokens, bfloat16 weights, as under autocast): the norm is taken at least in
+float32, the products and the attention in the weights' dtype, the residual in x's.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
+
+from mmkernels.rows import LayerNormRows, ParameterSums, chunks, default_chunk, rows_of, wide
+
+Backend = Literal["torch", "xformers", "flash-attn"]
+BACKENDS = ("torch", "xformers", "flash-attn")
+_MAX_GRID_YZ = 65_535  # CUDA's limit on grid y and z, which these attentions use for batch and heads
+_HALF = (torch.bfloat16, torch.float16)
+
+
+# --- reference
+
+
+def reference(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, qkv_weight: Tensor, out_weight: Tensor, out_bias: Tensor,
+    num_heads: int, eps: float = 1e-5,
+) -> Tensor:  # fmt: skip
+    """The equation of this file in plain torch; differentiable by autograd."""
+    dtype = qkv_weight.dtype
+    h = torch.nn.functional.layer_norm(
+        x.to(wide(x.dtype)), norm_weight.shape, norm_weight.to(wide(x.dtype)), norm_bias.to(wide(x.dtype)), eps
+    )
+    q, k, v = (part.transpose(1, 2) for part in _heads(h.to(dtype) @ qkv_weight.t(), 3, num_heads))
+    o = torch.nn.functional.scaled_dot_product_attention(q, k, v)  # (R, N, P, D)
+    return x + torch.nn.functional.linear(o.transpose(1, 2).flatten(2), out_weight, out_bias)
+
+
+def _heads(packed: Tensor, parts: int, num_heads: int) -> tuple[Tensor, ...]:
+    """(R, P, parts * N * D) as `parts` views (R, P, N, D)."""
+    return packed.unflatten(-1, (parts, num_heads, -1)).unbind(2)
+
+
+# --- attention of one chunk: q, k, v, o (r, P, N, D), logsumexp (r, N, P)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    if backend == "xformers":
+        fmha = importlib.import_module("xformers.ops.fmha")
+        o, logsumexp = fmha.memory_efficient_attention_forward_requires_grad(q, k, v)
+        return o, logsumexp[..., : q.shape[1]]
+    if backend == "flash-attn":
+        interface = importlib.import_module("flash_attn.flash_attn_interface")
+        scale = q.shape[-1] ** -0.5
+        o, logsumexp, *_ = interface._flash_attn_forward(q, k, v, 0.0, scale, False, -1, -1, 0.0, None, False)
+        return o, logsumexp
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if q.device.type == "cpu":
+        o, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+    else:
+        o, logsumexp, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)
+    return o.transpose(1, 2), logsumexp
+
+
+def _attend_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, logsumexp: Tensor, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    if backend == "xformers":
+        fmha = importlib.import_module("xformers.ops.fmha")
+        return fmha.memory_efficient_attention_backward(do, o, logsumexp, q, k, v)
+    if backend == "flash-attn":
+        interface = importlib.import_module("flash_attn.flash_attn_interface")
+        dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+        scale = q.shape[-1] ** -0.5
+        interface._flash_attn_backward(
+            do, q, k, v, o, logsumexp, dq, dk, dv, 0.0, scale, False, -1, -1, 0.0, None, True
+        )
+        return dq, dk, dv
+    do, q, k, v, o = (x.transpose(1, 2) for x in (do, q, k, v, o))
+    aten, P = torch.ops.aten, q.shape[2]
+    if q.device.type == "cpu":
+        gradients = aten._scaled_dot_product_flash_attention_for_cpu_backward(do, q, k, v, o, logsumexp, 0.0, False)
+    else:
+        unread = torch.empty(0, dtype=torch.int64, device=q.device)  # the random state, which no dropout reads
+        gradients = aten._scaled_dot_product_flash_attention_backward(
+            do, q, k, v, o, logsumexp, None, None, P, P, 0.0, False, unread, unread
+        )
+    return tuple(x.transpose(1, 2) for x in gradients)
+
+
+# --- forward
+
+
+@torch.library.custom_op("mmkernels::spatial_attention", mutates_args=())
+def _forward(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, qkv_weight: Tensor, out_weight: Tensor, out_bias: Tensor,
+    num_heads: int, eps: float, chunk_frames: int, backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    y, o, logsumexp = _outputs(x, qkv_weight, num_heads)
+    for chunk in chunks(x, chunk_frames):
+        part = x[chunk]
+        h = LayerNormRows(rows_of(part), norm_weight, norm_bias, eps).output.to(qkv_weight.dtype)
+        qkv = (h @ qkv_weight.t()).view(*part.shape[:2], -1)  # (r, P, 3 * N * D)
+        q, k, v = _heads(qkv, 3, num_heads)
+        attended, logsumexp[chunk] = _attend(q, k, v, backend)
+        o[chunk] = attended.flatten(2)
+        projected = torch.addmm(out_bias, rows_of(o[chunk]), out_weight.t())
+        torch.add(part, projected.view_as(part), out=y[chunk])
+    return y, o, logsumexp
+
+
+def _outputs(x: Tensor, qkv_weight: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    R, P, _ = x.shape
+    dtype = qkv_weight.dtype
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    o = torch.empty((R, P, qkv_weight.shape[0] // 3), dtype=dtype, device=x.device)
+    return y, o, torch.empty((R, num_heads, P), dtype=wide(dtype), device=x.device)
+
+
+@_forward.register_fake
+def _forward_fake(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, qkv_weight: Tensor, out_weight: Tensor, out_bias: Tensor,
+    num_heads: int, eps: float, chunk_frames: int, backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return _outputs(x, qkv_weight, num_heads)
+
+
+@register_flop_formula(torch.ops.mmkernels.spatial_attention)
+def _forward_flops(x_shape: Sequence[int], *rest: Any, **__: Any) -> int:
+    _, _, qkv_shape, _, _, num_heads, *_ = rest
+    heads = _heads_shape(x_shape, qkv_shape, num_heads)
+    return _product_flops(x_shape, qkv_shape, 4) + sdpa_flop_count(heads, heads, heads)
+
+
+def _heads_shape(x_shape: Sequence[int], qkv_shape: Sequence[int], num_heads: int) -> tuple[int, ...]:
+    return (x_shape[0], num_heads, x_shape[1], qkv_shape[0] // 3 // num_heads)
+
+
+def _product_flops(x_shape: Sequence[int], qkv_shape: Sequence[int], products: int) -> int:
+    R, P, C = x_shape
+    return 2 * products * R * P * C * (qkv_shape[0] // 3)
+
+
+# --- backward
+
+
+@torch.library.custom_op("mmkernels::spatial_attention_backward", mutates_args=())
+def _backward(
+    dy: Tensor, x: Tensor, o: Tensor, logsumexp: Tensor, norm_weight: Tensor, norm_bias: Tensor, qkv_weight: Tensor,
+    out_weight: Tensor, num_heads: int, eps: float, chunk_frames: int, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    sums = ParameterSums(norm_weight, norm_bias, qkv_weight, out_weight, out_weight[:, 0])
+    for chunk in chunks(x, chunk_frames):
+        part, o_part = x[chunk], o[chunk]
+        norm = LayerNormRows(rows_of(part), norm_weight, norm_bias, eps)
+        h = norm.output.to(qkv_weight.dtype)
+        qkv = (h @ qkv_weight.t()).view(*part.shape[:2], -1)
+        dy_rows = rows_of(dy[chunk])
+        dout = dy_rows.to(out_weight.dtype)
+        do = (dout @ out_weight).view_as(o_part)
+        q, k, v = _heads(qkv, 3, num_heads)
+        (do_heads,), (o_heads,) = _heads(do, 1, num_heads), _heads(o_part, 1, num_heads)
+        dqkv = _attend_backward(do_heads, q, k, v, o_heads, logsumexp[chunk], backend)
+        packed = rows_of(torch.stack(dqkv, 2).flatten(2))  # (r * P, 3 * N * D)
+        sums.add_product(2, packed, h)
+        sums.add_product(3, dout, rows_of(o_part))
+        sums.add_rows(4, dout)
+        dnormed, dweight, dbias = norm.backward(packed @ qkv_weight)
+        sums.add(0, dweight)
+        sums.add(1, dbias)
+        dx[chunk] = dnormed.add_(dy_rows).view_as(part)
+    dnorm_weight, dnorm_bias, dqkv_weight, dout_weight, dout_bias = sums.gradients()
+    return dx, dnorm_weight, dnorm_bias, dqkv_weight, dout_weight, dout_bias
+
+
+@_backward.register_fake
+def _backward_fake(
+    dy: Tensor, x: Tensor, o: Tensor, logsumexp: Tensor, norm_weight: Tensor, norm_bias: Tensor, qkv_weight: Tensor,
+    out_weight: Tensor, num_heads: int, eps: float, chunk_frames: int, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    empty = torch.empty_like
+    out_bias = torch.empty(out_weight.shape[:1], dtype=out_weight.dtype, device=x.device)
+    return dx, empty(norm_weight), empty(norm_bias), empty(qkv_weight), empty(out_weight), out_bias
+
+
+@register_flop_formula(torch.ops.mmkernels.spatial_attention_backward)
+def _backward_flops(_: Sequence[int], x_shape: Sequence[int], *rest: Any, **__: Any) -> int:
+    _, _, _, _, qkv_shape, _, num_heads, *_ = rest
+    heads = _heads_shape(x_shape, qkv_shape, num_heads)
+    recomputed = 3
+    return _product_flops(x_shape, qkv_shape, 8 + recomputed) + sdpa_backward_flop_count(heads, heads, heads, heads)
+
+
+# --- autograd
+
+
+def _save(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, norm_weight, norm_bias, qkv_weight, out_weight, _ = inputs[:6]
+    ctx.settings = inputs[6:]
+    _, o, logsumexp = output
+    ctx.mark_non_differentiable(o, logsumexp)
+    ctx.save_for_backward(x, o, logsumexp, norm_weight, norm_bias, qkv_weight, out_weight)
+
+
+def _differentiate(ctx: Any, dy: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    return *_backward(dy, *ctx.saved_tensors, *ctx.settings), None, None, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+# --- what is supported
+
+
+def why_unsupported(x: Tensor, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why torch's flash attention does not take heads of `head_dim` in `dtype` on x's device, or None where it does."""
+    if x.device.type == "cpu":
+        return None
+    if x.device.type != "cuda":
+        return f"no flash attention for device {x.device.type}"
+    if dtype not in _HALF:
+        return f"products in {dtype}, torch's flash attention on CUDA takes bfloat16 and float16"
+    if head_dim % 8 or head_dim > 256:
+        return f"head dim {head_dim}, torch's flash attention on CUDA takes multiples of 8 up to 256"
+    if torch.cuda.get_device_capability(x.device) < (8, 0):
+        return "torch's flash attention wants compute capability 8.0 or higher"
+    return None
+
+
+def spatial_attention(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    to_q: Tensor,
+    to_k: Tensor,
+    to_v: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor,
+    num_heads: int,
+    *,
+    eps: float = 1e-5,
+    chunk_frames: int | None = None,
+    backend: Backend = "torch",
+) -> Tensor:
+    """y = x + attention(LayerNorm(x)) Wo^T + bo over pixels; x, y (R, P, C), to_q etc. (N * D, C), Wo (C, N * D).
+
+    Saves x, the output of attention and its logsumexp. Where `why_unsupported` gives a reason, plain torch computes it
+    and saves what autograd wants. Raises ValueError where shapes do not fit or the backend is not installed.
+    """
+    _check_fit(x, to_q, to_k, to_v, out_weight, out_bias, num_heads)
+    if backend not in BACKENDS:
+        raise ValueError(f"got backend={backend!r}, wanted one of {', '.join(BACKENDS)}")
+    if backend != "torch" and importlib.util.find_spec(backend.replace("-", "_")) is None:
+        raise ValueError(f"backend {backend!r} is not installed; install it or give backend='torch'")
+    if chunk_frames is not None and chunk_frames < 1:
+        raise ValueError(f"got chunk_frames={chunk_frames}, wanted at least 1")
+    chunk = min(chunk_frames or default_chunk(x), max(1, _MAX_GRID_YZ // num_heads))
+    qkv_weight = torch.cat((to_q, to_k, to_v))  # (3 * N * D, C)
+    parameters = (norm_weight, norm_bias, qkv_weight, out_weight, out_bias)
+    if backend == "torch" and why_unsupported(x, qkv_weight.dtype, to_q.shape[0] // num_heads) is not None:
+        return torch.cat([reference(part, *parameters, num_heads, eps) for part in x.split(chunk)])
+    y, _, _ = _forward(x, *parameters, num_heads, eps, chunk, backend)
+    return y
+
+
+def _check_fit(
+    x: Tensor, to_q: Tensor, to_k: Tensor, to_v: Tensor, out_weight: Tensor, out_bias: Tensor, num_heads: int
+) -> None:
+    if x.ndim != 3:
+        raise ValueError(f"x has {x.ndim} dimensions, wanted 3: (R, P, C); flatten clips and frames, and the pixels")
+    C, inner = x.shape[2], to_q.shape[0]
+    if inner % num_heads:
+        raise ValueError(f"got {inner} channels and {num_heads} heads, wanted channels divisible by heads")
+    wanted = {"to_q": (to_q, (inner, C)), "to_k": (to_k, (inner, C)), "to_v": (to_v, (inner, C))}
+    wanted |= {"out_weight": (out_weight, (C, inner)), "out_bias": (out_bias, (C,))}
+    for name, (weight, shape) in wanted.items():
+        if tuple(weight.shape) != shape:
+            raise ValueError(f"{name} is {tuple(weight.shape)}, wanted {shape}")
+        if weight.dtype != to_q.dtype:
+            raise ValueError(f"{name} is {weight.dtype}, wanted to_q's {to_q.dtype}; give all of them one dtype")

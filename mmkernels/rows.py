@@ -1,0 +1,83 @@
+"""Parts of operations that walk over chunks of token rows and write their own backward: rows are (R, C), C contiguous.
+
+Norms are taken at least in float32, and gradients of parameters are summed over the chunks there, in their order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+# Bytes of one (R, C) tensor of a chunk: within the cache (CPU), or a transient of some hundred MB in all (GPU).
+_CHUNK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 26}
+_MIN_CHUNK_TOKENS = 576  # fewer rows slow the products down
+
+
+def default_chunk(tokens: Tensor) -> int:
+    """How many of the first axis of tokens (R, P, C) make a chunk where the caller names none."""
+    row_bytes = max(1, tokens.shape[2] * tokens.element_size())
+    rows = max(_MIN_CHUNK_TOKENS, _CHUNK_BYTES.get(tokens.device.type, 1 << 26) // row_bytes)
+    return max(1, rows // max(1, tokens.shape[1]))
+
+
+def chunks(tokens: Tensor, size: int) -> Iterator[slice]:
+    """Slices of at most `size` of the first axis of tokens (R, P, C), in order; none where it is empty."""
+    if tokens.numel():
+        for begin in range(0, tokens.shape[0], size):
+            yield slice(begin, min(begin + size, tokens.shape[0]))
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that statistics and sums are kept in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def rows_of(tokens: Tensor) -> Tensor:
+    """tokens (r, P, C) of any strides as rows (r*P, C): a view where they are contiguous, else a copy."""
+    return tokens.reshape(-1, tokens.shape[-1])
+
+
+class LayerNormRows:
+    """h = (x - mean) * rstd * weight + bias over the channels of rows (R, C), and its gradient, for a chunk."""
+
+    def __init__(self, rows: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
+        dtype = wide(rows.dtype)
+        self._rows, self._affine = rows.to(dtype), (weight.to(dtype), bias.to(dtype))
+        self.output, self._mean, self._rstd = torch.native_layer_norm(self._rows, weight.shape, *self._affine, eps)
+
+    def backward(self, dh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """dx (R, C), dweight and dbias (C), all wide, for dh (R, C) of any dtype."""
+        dh = dh.to(self._rows.dtype)
+        return torch.ops.aten.native_layer_norm_backward(
+            dh, self._rows, [dh.shape[-1]], self._mean, self._rstd, *self._affine, [True, True, True]
+        )
+
+
+class ParameterSums:
+    """Gradients of parameters, each summed over chunks in float32 or wider."""
+
+    def __init__(self, *parameters: Tensor) -> None:
+        self._dtypes = [x.dtype for x in parameters]
+        self.sums = [torch.zeros_like(x, dtype=wide(x.dtype)) for x in parameters]
+
+    def add(self, index: int, value: Tensor) -> None:
+        """Add a chunk's gradient of the parameter at `index`."""
+        self.sums[index].add_(value)
+
+    def add_product(self, index: int, left: Tensor, right: Tensor) -> None:
+        """Add left^T right, of (R, K) and (R, C): the chunk's gradient of a (K, C) weight."""
+        total = self.sums[index]
+        if total.dtype == left.dtype:
+            total.addmm_(left.t(), right)
+        else:
+            total.add_(left.t() @ right)
+
+    def add_rows(self, index: int, rows: Tensor) -> None:
+        """Add the sum over rows (R, K): the chunk's gradient of a (K) bias."""
+        self.sums[index].add_(rows.sum(0, dtype=self.sums[index].dtype))
+
+    def gradients(self) -> list[Tensor]:
+        """The sums, in the dtypes of their parameters."""
+        return [total.to(dtype) for total, dtype in zip(self.sums, self._dtypes, strict=True)]
