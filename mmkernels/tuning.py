@@ -33,6 +33,10 @@ MOST_REPEATS = 50
 PACKAGES = ("torch", "triton", "mimicmotion-trainer")
 
 
+class NotOffered(ValueError):
+    """MMKERNELS_VARIANT forces a variant that the op does not offer for this shape."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Choice:
     """What was chosen for one op and key: median milliseconds of each variant, and why others were left out."""
@@ -148,7 +152,7 @@ def fastest(op: str, key: tuple[Hashable, ...], variants: Mapping[str, Variant],
 
     variants: name -> a call that runs it on scratch outputs; every call must do the same work. One variant, and any
     on the CPU, is returned untimed: the first. On CUDA the fastest by events is, timed when first seen. Raises
-    ValueError for a forced variant that is not offered, RuntimeError where all fail, inside a trace, and where a CUDA
+    NotOffered for a forced variant that is not offered, RuntimeError where all fail, inside a trace, and where a CUDA
     graph is being captured before the shape was seen.
     """
     if not variants:
@@ -161,7 +165,7 @@ def fastest(op: str, key: tuple[Hashable, ...], variants: Mapping[str, Variant],
     forced = _forced(os.environ.get("MMKERNELS_VARIANT", "")).get(op)
     if forced is not None:
         if forced not in variants:
-            raise ValueError(f"MMKERNELS_VARIANT wants {op}={forced}, got {', '.join(variants)} for {key}; change it")
+            raise NotOffered(f"MMKERNELS_VARIANT wants {op}={forced}, got {', '.join(variants)} for {key}; change it")
         return forced
     if len(variants) == 1:
         return first

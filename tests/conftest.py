@@ -1,9 +1,58 @@
-"""What every test needs: the same random numbers each time."""
+"""What every test needs: the same random numbers each time, and for the tests of ops the device that they run on.
+
+`pytest -m op --device cuda` runs every op's tests on the GPU. An op's test module says `pytestmark = pytest.mark.op`;
+tensors and modules it makes are then made on the device, and `device` names it where a test must know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
 
 import pytest
 import torch
+
+from mmkernels import tuning
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device", default="cpu", choices=("cpu", "cuda"), help="where the tests marked `op` run; default: cpu"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
+        built = "is built without CUDA" if torch.version.cuda is None else "finds no usable GPU"
+        raise pytest.UsageError(f"--device cuda: torch {torch.__version__} {built}; see `python -m mmkernels`")
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(str(request.config.getoption("--device")))
+
+
+@pytest.fixture(autouse=True)
+def on_device(request: pytest.FixtureRequest, device: torch.device) -> Iterator[None]:
+    """An op's tests make their tensors on `device`; one marked `only("cpu" or "cuda", why)` runs there alone."""
+    only = request.node.get_closest_marker("only")
+    if only is not None and only.args[0] != device.type:
+        pytest.skip(f"{only.args[1]} (runs with --device {only.args[0]})")
+    if request.node.get_closest_marker("op") is None:
+        yield
+        return
+    with device:
+        yield
 
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Under MMKERNELS_VARIANT a case that the forced kernel does not take says so and is skipped."""
+    try:
+        yield
+    except tuning.NotOffered as reason:
+        pytest.skip(str(reason))

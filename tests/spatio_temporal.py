@@ -49,7 +49,8 @@ def run(module: nn.Module, inputs: dict[str, Tensor], call: Callable | None = No
     output = (call or module)(**leaves)
     output = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
     generator = torch.Generator().manual_seed(2)
-    (output * torch.randn(output.shape, generator=generator).to(dtype)).sum().backward()
+    weights = torch.randn(output.shape, generator=generator, device="cpu").to(output.device, dtype)
+    (output * weights).sum().backward()
     found = {"output": output.detach()}
     found |= {f"d {name}": x.grad for name, x in leaves.items() if x.grad is not None}
     return found | {name: x.grad.clone() for name, x in module.named_parameters() if x.grad is not None}

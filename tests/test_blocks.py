@@ -23,6 +23,8 @@ from mmkernels.blocks.resnet import FusedResBlock
 from mmkernels.blocks.transformer import FusedTransformer
 from mmkernels.replacement import dead_parameters
 
+pytestmark = pytest.mark.op
+
 B, F, C, H, W = 2, 5, 64, 6, 5
 
 
@@ -106,6 +108,7 @@ class Counter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.only("cpu", "the names of torch's CPU kernels")
 def test_what_is_computed_again_in_backward() -> None:
     with Counter() as transformer_ops:
         block = FusedTransformer.from_module(transformer())
@@ -141,13 +144,13 @@ def test_inside_an_outer_checkpoint(make) -> None:
 
 
 @pytest.mark.parametrize("make", [transformer, resnet])
-def test_autocast(make) -> None:
+def test_autocast(make, device: torch.device) -> None:
     original = make()
     inputs = transformer_inputs() if make is transformer else resnet_inputs()
     kind = FusedTransformer if make is transformer else FusedResBlock
 
     def under_autocast(module: nn.Module, **x: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16):
             output = module(**x, image_only_indicator=indicator())
         return getattr(output, "sample", output)
 

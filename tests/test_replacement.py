@@ -15,6 +15,8 @@ from torch import nn
 import mmkernels
 from mmkernels.memory.trace import trace
 
+pytestmark = pytest.mark.op
+
 PLANS = ("checkpoint", "fused")
 
 

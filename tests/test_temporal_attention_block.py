@@ -14,6 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from mmkernels.blocks.temporal_attention import Keep, temporal_attention_block
 from tests.numerics import assert_within_budget
 
+pytestmark = pytest.mark.op
+
 
 @dataclass(frozen=True, kw_only=True)
 class Case:

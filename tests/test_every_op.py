@@ -1,0 +1,143 @@
+"""What holds for every op alike: the same bits again, and on a GPU streams, several devices and sizes past 2^31.
+
+On a huge shape, whose tensors have more than 2^31 elements, the last rows are compared with the op run on those rows
+alone: an offset of 32 bits would read elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from mmkernels.blocks.temporal_attention import temporal_attention_block
+from mmkernels.ops.temporal_attention import temporal_attention
+
+pytestmark = pytest.mark.op
+on_a_gpu = pytest.mark.only("cuda", "streams, devices and sizes of a GPU")
+HUGE_ELEMENTS = 2**31
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Op:
+    """make(rows): inputs by name, those in `long` with so many rows on `axis`; call(**inputs): the output."""
+
+    make: Callable[[int], Tensors]
+    call: Callable[..., Tensor]
+    long: tuple[str, ...]
+    axis: int
+    huge_rows: int  # with it each long input has more than 2^31 elements
+    small_rows: int = 6
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.bfloat16)
+
+
+def attention_inputs(P: int) -> Tensors:
+    return {name: normal(1, 72, P, 5, 64) for name in ("q", "k", "v")}
+
+
+def attention_block_inputs(P: int) -> Tensors:
+    C = 320
+    weights = {name: normal(C, C) / C**0.5 for name in ("to_q", "to_k", "to_v", "out_weight")}
+    return {
+        "x": normal(1, 72, P, C),
+        **{name: normal(C) for name in ("norm_weight", "norm_bias", "out_bias")},
+        **weights,
+    }
+
+
+OPS = {
+    "temporal_attention": Op(
+        make=attention_inputs, call=temporal_attention, long=("q", "k", "v"), axis=2, huge_rows=94_000
+    ),
+    "temporal_attention_block": Op(
+        make=attention_block_inputs,
+        call=lambda **x: temporal_attention_block(**x, num_heads=5),
+        long=("x",),
+        axis=2,
+        huge_rows=94_000,
+    ),
+}
+every_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+
+
+def gradients(op: Op, inputs: Tensors) -> Tensors:
+    """Output and the gradient of each input, for a fixed gradient of the output."""
+    leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+    y = op.call(**leaves)
+    dy = torch.linspace(-1, 1, y.shape[-1], device=y.device, dtype=y.dtype).expand(y.shape)
+    found = torch.autograd.grad(y, list(leaves.values()), dy)
+    return {"y": y.detach(), **dict(zip(leaves, found, strict=True))}
+
+
+def assert_same(actual: Tensors, expected: Tensors) -> None:
+    assert [name for name, x in expected.items() if not torch.equal(actual[name].to(x.device), x)] == []
+
+
+@every_op
+def test_same_bits_again(op: Op) -> None:
+    inputs = op.make(op.small_rows)
+    assert_same(gradients(op, inputs), gradients(op, inputs))
+
+
+@on_a_gpu
+@every_op
+def test_runs_on_the_current_stream(op: Op) -> None:
+    inputs = op.make(op.small_rows)
+    expected = gradients(op, inputs)
+    late = {name: torch.zeros_like(x) for name, x in inputs.items()}
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(100_000_000)  # some 50 ms: on another stream the op would read the zeros
+        for name, x in late.items():
+            x.copy_(inputs[name])
+        actual = gradients(op, late)
+    torch.cuda.synchronize()
+    assert_same(actual, expected)
+
+
+@on_a_gpu
+@every_op
+def test_runs_where_its_tensors_are(op: Op) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU only: no second one to run on while the first is current")
+    inputs = op.make(op.small_rows)
+    there = gradients(op, {name: x.to("cuda:1") for name, x in inputs.items()})
+    assert torch.cuda.current_device() == 0
+    assert all(x.device.index == 1 for x in there.values())
+    assert_same(there, gradients(op, inputs))
+
+
+@every_op
+def test_the_last_rows_are_those_of_the_op_on_them_alone(op: Op) -> None:
+    compare_last_rows(op, op.make(3 * op.small_rows + 1))
+
+
+@on_a_gpu
+@every_op
+def test_tensors_past_2_to_the_31(op: Op) -> None:
+    num_tensors = 2 * (2 * len(op.long) + 2)  # inputs, gradients, output and its gradient; as much again for scratch
+    needed_bytes = num_tensors * HUGE_ELEMENTS * 2
+    free_bytes, _ = torch.cuda.mem_get_info()
+    if free_bytes < needed_bytes:
+        pytest.skip(f"wants {needed_bytes / 2**30:.0f} GiB of free memory, this GPU has {free_bytes / 2**30:.0f}")
+    inputs = op.make(op.huge_rows)
+    assert all(inputs[name].numel() > HUGE_ELEMENTS for name in op.long)
+    compare_last_rows(op, inputs)
+
+
+def compare_last_rows(op: Op, inputs: Tensors) -> None:
+    def end(x: Tensor) -> Tensor:
+        return x.narrow(op.axis, x.shape[op.axis] - op.small_rows, op.small_rows).clone()
+
+    whole = gradients(op, inputs)
+
+    alone = gradients(op, {name: end(x) if name in op.long else x for name, x in inputs.items()})
+    for name in ("y", *op.long):
+        torch.testing.assert_close(end(whole[name]), alone[name], msg=lambda text, name=name: f"{name}: {text}")
