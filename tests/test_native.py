@@ -69,6 +69,19 @@ def test_every_instruction_set_against_fp64(instruction_set: str, dtype: torch.d
     assert_within_budget(actual, differentiate(dtype), differentiate(torch.float64))
 
 
+def test_outputs_larger_than_the_caches_have_the_same_bits() -> None:
+    """Large outputs are stored past the caches; those of each half of the pixels, half as large, are not."""
+    B, F, P, N, D = 1, 72, 512, 4, 64  # 36 MiB in float32; the kernel streams from 32 MiB
+    q, k, v, do = torch.randn(4, B, F, P, N, D)
+    whole, halves = (torch.full((4, B, F, P, N, D), float("nan")) for _ in range(2))
+    for out, parts in ((whole, [slice(0, P)]), (halves, [slice(0, P // 2), slice(P // 2, P)])):
+        for part in parts:
+            inputs, (o, *gradients) = [x[:, :, part] for x in (q, k, v)], [x[:, :, part] for x in out]
+            temporal_attention_into(*inputs, o)
+            temporal_attention_backward_into(*inputs, do[:, :, part], *gradients)
+    assert torch.equal(whole, halves)
+
+
 def test_special_values_survive_storage() -> None:
     """Attention over one frame copies v: every bfloat16 and float16 comes back, infinity and NaN included."""
     for dtype in (torch.bfloat16, torch.float16):

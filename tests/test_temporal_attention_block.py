@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmkernels.blocks.temporal_attention import Keep, temporal_attention_block
+from mmkernels.memory.trace import trace
 from tests.numerics import assert_within_budget
 
 pytestmark = pytest.mark.op
@@ -98,6 +99,16 @@ def test_saves_only_its_input() -> None:
             temporal_attention_block(**leaves, num_heads=2, keep=keep)
         activations = sum(x.numel() for x in saved if x.numel() > 3 * 64 * 64)
         assert activations == expected * inputs["x"].numel()
+
+
+def test_backward_makes_no_gradient_for_the_kept_tensors() -> None:
+    inputs, dy = build(Case(F=16, P=64))
+    leaves = {name: value.requires_grad_() for name, value in inputs.items()}
+    unit = inputs["x"].numel() * 4
+    y = temporal_attention_block(**leaves, num_heads=2, keep="qkv", chunk_pixels=1)
+    resident = [y, dy, *leaves.values()]
+    cost = trace(lambda: torch.autograd.grad(y, list(leaves.values()), dy), resident)
+    assert cost.peak_bytes - cost.resident_bytes < 2 * unit  # dx and one chunk; a gradient of q, k, v would add three
 
 
 def test_float32_tokens_with_bfloat16_weights() -> None:

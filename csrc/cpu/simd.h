@@ -8,6 +8,10 @@
 #include <cstring>
 #include <utility>
 
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
+
 #if defined(__AVX512F__)
 #define MM_VECTOR_BYTES 64
 #elif defined(__AVX2__)
@@ -45,6 +49,23 @@ MM_INLINE Vec load(const float* p) {
   return x;
 }
 MM_INLINE void store(float* p, Vec x) { std::memcpy(p, &x, sizeof(x)); }
+
+// store() past the caches for what will not be read soon: no line is fetched to be overwritten. p is aligned to the
+// vector; other threads see it after fence_streams(). Half-width storage and other processors store as usual.
+template <class T>
+MM_INLINE void store_streamed(T* p, Vec x) {
+  store(p, x);
+}
+#if defined(__AVX512F__)
+MM_INLINE void store_streamed(float* p, Vec x) { _mm512_stream_ps(p, (__m512)x); }
+#elif defined(__AVX__)
+MM_INLINE void store_streamed(float* p, Vec x) { _mm256_stream_ps(p, (__m256)x); }
+#endif
+MM_INLINE void fence_streams() {
+#if defined(__AVX__)
+  _mm_sfence();
+#endif
+}
 
 MM_INLINE Vec load(const BFloat16* p) {
   VecHalf half;

@@ -77,7 +77,10 @@ struct Scratch {
     std::memset(memory, 0, count * sizeof(float));  // the padding stays zero
   }
   Scratch(const Scratch&) = delete;
-  ~Scratch() { ::operator delete(memory, std::align_val_t{64}); }
+  ~Scratch() {
+    fence_streams();  // at the end of a thread's tasks
+    ::operator delete(memory, std::align_val_t{64});
+  }
 
   float* take(int width) {
     float* tile = next;
@@ -106,6 +109,29 @@ struct Frames {
       : data(static_cast<T*>(x.data) + task / (op.P * op.N) * x.b + task / op.N % op.P * x.p + task % op.N * x.n),
         stride(x.f) {}
   T* operator[](int64_t f) const { return data + f * stride; }
+};
+
+// A tensor this large leaves the caches before anyone reads it.
+constexpr int64_t kStreamedBytes = int64_t(32) << 20;
+
+template <class T>
+struct Output : Frames<T> {
+  bool is_streamed;
+
+  Output(const Strided& x, const TemporalAttention& op, int64_t task)
+      : Frames<T>(x, op, task), is_streamed(is_streamed_by(x, op)) {}
+
+  static bool is_streamed_by(const Strided& x, const TemporalAttention& op) {
+    bool is_aligned = reinterpret_cast<uintptr_t>(x.data) % sizeof(Vec) == 0 && (x.b | x.f | x.p | x.n) % kLanes == 0;
+    return is_aligned && op.B * op.F * op.P * op.N * op.D * int64_t(sizeof(T)) >= kStreamedBytes;
+  }
+
+  MM_INLINE void write(int64_t f, int d, Vec x) const {
+    if (is_streamed)
+      store_streamed((*this)[f] + d, x);
+    else
+      store((*this)[f] + d, x);
+  }
 };
 
 // Brings the next tile's rows, those to be written too, into the cache a few at a time between the products: they are
@@ -177,11 +203,11 @@ MM_INLINE float softmax_row(float* p, const Scratch& s) {
 
 template <class T>
 void forward_tile(float scale, ForwardScratch& s, const Frames<T> (&in)[3], const Frames<T> (&ahead)[4],
-                  const Frames<T>& o) {
+                  const Output<T>& o) {
   gather(in[0], s, scale * kLog2E, s.q_fd);
   gather_transposed(in[1], s, s.k_df, nullptr);
   gather(in[2], s, 1.0f, s.v_fd);
-  Prefetch<T> prefetch(ahead, 4, s, 2);
+  Prefetch<T> prefetch(ahead, o.is_streamed ? 3 : 4, s, 2);
   const int F = s.F, D = s.D, ld = s.columns;
   for (int begin = 0; begin < F; begin += kRowBlock) {
     int end = smaller(begin + kRowBlock, F);
@@ -195,7 +221,7 @@ void forward_tile(float scale, ForwardScratch& s, const Frames<T> (&in)[3], cons
     for (int i = begin; i < end; i += kTileRows) {
       prefetch.advance();
       multiply(s.p_ff + i * ld, ld, 1, s.v_fd, D, F, D / kLanes, [&](int r, int j, Vec x) {
-        if (i + r < F) store(o[i + r] + j * kLanes, x * inverse[i + r - begin]);
+        if (i + r < F) o.write(i + r, j * kLanes, x * inverse[i + r - begin]);
       });
     }
   }
@@ -215,12 +241,12 @@ MM_INLINE void softmax_backward_row(float* p, float* ds, const Scratch& s) {
 
 template <class T>
 void backward_tile(float scale, BackwardScratch& s, const Frames<T> (&in)[4], const Frames<T> (&ahead)[7],
-                   const Frames<T> (&out)[3], const Frames<T>* o) {
+                   const Output<T> (&out)[3], const Output<T>* o) {
   gather(in[0], s, scale * kLog2E, s.q_fd);
   gather_transposed(in[1], s, s.k_df, s.k_fd);
   gather_transposed(in[2], s, s.v_df, o ? s.v_fd : nullptr);
   gather(in[3], s, 1.0f, s.g_fd);
-  Prefetch<T> prefetch(ahead, 7, s, 5);
+  Prefetch<T> prefetch(ahead, out[0].is_streamed ? 4 : 7, s, 5);
   const int F = s.F, D = s.D, ld = s.columns;
   for (int begin = 0; begin < F; begin += kRowBlock) {
     int end = smaller(begin + kRowBlock, F);
@@ -236,22 +262,22 @@ void backward_tile(float scale, BackwardScratch& s, const Frames<T> (&in)[4], co
     for (int i = begin; i < end; i += kTileRows) {
       prefetch.advance();
       multiply(s.ds_ff + i * ld, ld, 1, s.k_fd, D, F, D / kLanes, [&](int r, int j, Vec x) {
-        if (i + r < F) store(out[0][i + r] + j * kLanes, x * scale);
+        if (i + r < F) out[0].write(i + r, j * kLanes, x * scale);
       });
     }
     for (int i = begin; o && i < end; i += kTileRows)
       multiply(s.p_ff + i * ld, ld, 1, s.v_fd, D, F, D / kLanes, [&](int r, int j, Vec x) {
-        if (i + r < F) store((*o)[i + r] + j * kLanes, x);
+        if (i + r < F) o->write(i + r, j * kLanes, x);
       });
   }
   for (int i = 0; i < F; i += kTileRows) {
     prefetch.advance();
     multiply(s.ds_ff + i, 1, ld, s.q_fd, D, F, D / kLanes, [&](int r, int j, Vec x) {
-      if (i + r < F) store(out[1][i + r] + j * kLanes, x * kLn2);  // q_fd carries scale * log2(e)
+      if (i + r < F) out[1].write(i + r, j * kLanes, x * kLn2);  // q_fd carries scale * log2(e)
     });
     prefetch.advance();
     multiply(s.p_ff + i, 1, ld, s.g_fd, D, F, D / kLanes, [&](int r, int j, Vec x) {
-      if (i + r < F) store(out[2][i + r] + j * kLanes, x);
+      if (i + r < F) out[2].write(i + r, j * kLanes, x);
     });
   }
 }
@@ -276,7 +302,7 @@ void run_backward(const TemporalAttention& op, Strided q, Strided k, Strided v, 
       tasks, op.num_threads, [&] { return BackwardScratch(op); },
       [&](BackwardScratch& scratch, int64_t task) {
         int64_t next = smaller(task + 1, tasks - 1);
-        Frames<T> output(o, op, task);
+        Output<T> output(o, op, task);
         backward_tile<T>(op.scale, scratch, {{q, op, task}, {k, op, task}, {v, op, task}, {grad_o, op, task}},
                          {{q, op, next},
                           {k, op, next},

@@ -198,10 +198,13 @@ def _backward_fake(
 def _save(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor]) -> None:
     x, norm_weight, norm_bias, qkv_weight, out_weight, _, ctx.num_heads, ctx.eps, ctx.chunk_pixels, _ = inputs
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # otherwise backward begins by zeroing a gradient as large as q, k and v
     ctx.save_for_backward(x, output[1], norm_weight, norm_bias, qkv_weight, out_weight)
 
 
-def _differentiate(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 10
     gradients = _backward(dy, *ctx.saved_tensors, ctx.num_heads, ctx.eps, ctx.chunk_pixels)
     return *gradients, None, None, None, None
 
