@@ -1,0 +1,76 @@
+"""Launch the Triton kernels of group_norm_silu_conv on CPU tensors, for a tool that stands in for the GPU.
+
+`python tests/group_norm_silu_conv_program.py --dtypes float16` under TRITON_INTERPRET=1 is Triton's interpreter (never
+bfloat16: it reads that as raw bits). `python -m ttsem.sanitize` of this file runs the compiler's IR and reports
+accesses out of bounds and races. Fails where a result is past the budget.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from numerics import assert_within_budget
+from torch import Tensor
+
+from mmkernels.ops import group_norm_silu_triton
+
+# (M, H, W, C, C2, G): C/G = 10, 30 and 20, a group across two inputs, several splits of rows, one pixel.
+NORMS = ((2, 5, 7, 40, 0, 4), (1, 3, 150, 50, 40, 3), (2, 3, 4, 80, 20, 5), (1, 1, 1, 16, 0, 1))
+
+
+def check_norm(shape: tuple[int, ...], dtype: torch.dtype, launch: Any) -> dict[str, Tensor]:
+    """Statistics, activation and GroupNorm backward of one shape, x far from zero and outputs poisoned with NaN."""
+    M, H, W, C, C2, G = shape
+    torch.manual_seed(0)
+    joined = (torch.randn(M, H, W, C + C2) + 30 * torch.rand(C + C2)).to(dtype)
+    da, gamma, beta = torch.randn(joined.shape).to(dtype), torch.randn(C + C2).to(dtype), torch.randn(C + C2).to(dtype)
+    x, x2 = joined[..., :C], joined[..., C:] if C2 else None
+    kernels = group_norm_silu_triton
+    mean, rstd = kernels.statistics(x, x2, G, 1e-5, launch=launch)
+    out, djoined = torch.full_like(joined, float("nan")), torch.full_like(joined, float("nan"))
+    kernels.activate(x, x2, mean, rstd, gamma, beta, out, launch=launch)
+    dx, dx2 = djoined[..., :C], djoined[..., C:] if C2 else None
+    dgamma, dbeta = kernels.group_norm_silu_backward(x, x2, da, mean, rstd, gamma, beta, dx, dx2, launch=launch)
+    names = ("mean", "rstd", "a", "dx", "dgamma", "dbeta")
+    actual: dict[str, Tensor] = dict(zip(names, (mean, rstd, out, djoined, dgamma, dbeta), strict=True))
+    fp64, plain = ({**_moments(joined.to(narrow), G), **_gradients(joined.to(wide), da, gamma, beta, G)}
+                   for wide, narrow in ((torch.float64, torch.float64), (dtype, torch.float32)))  # fmt: skip
+    assert_within_budget(actual, plain, fp64)
+    return actual
+
+
+def _moments(x: Tensor, G: int) -> dict[str, Tensor]:
+    """mean and rstd of every group, in x's dtype: statistics are float32 whatever the activations are."""
+    M, H, W, C = x.shape
+    variance, mean = torch.var_mean(x.view(M, H * W, G, C // G), (1, 3), correction=0)
+    return {"mean": mean, "rstd": (variance + 1e-5).rsqrt()}
+
+
+def _gradients(x: Tensor, da: Tensor, gamma: Tensor, beta: Tensor, G: int) -> dict[str, Tensor]:
+    x, gamma, beta = (tensor.to(x.dtype).detach().requires_grad_() for tensor in (x, gamma, beta))
+    a = F.silu(F.group_norm(x.permute(0, 3, 1, 2), G, gamma, beta, 1e-5)).permute(0, 2, 3, 1)
+    gradients = torch.autograd.grad(a, (x, gamma, beta), da.to(x.dtype))
+    return dict(zip(("a", "dx", "dgamma", "dbeta"), (a.detach(), *gradients), strict=True))
+
+
+def launch_directly(kernel: Any, num_programs: int, arguments: list[Any], constants: dict[str, Any]) -> None:
+    """What mmkernels does on a GPU, without asking for the device."""
+    kernel[(num_programs,)](*arguments, **constants)
+
+
+def main() -> None:
+    """Run every shape in the dtypes named on the command line."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--dtypes", required=True, nargs="+", choices=("float32", "float16", "bfloat16"))
+    # ttsem adds options of its own.
+    for name in parser.parse_known_args()[0].dtypes:
+        for shape in NORMS:
+            check_norm(shape, getattr(torch, name), launch_directly)
+            print(f"ok {shape} {name}")
+
+
+if __name__ == "__main__":
+    main()
