@@ -212,10 +212,13 @@ def _save(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor, Tensor]
     ctx.settings = inputs[6:]
     _, o, logsumexp = output
     ctx.mark_non_differentiable(o, logsumexp)
+    ctx.set_materialize_grads(False)  # otherwise backward begins by zeroing a gradient as large as o
     ctx.save_for_backward(x, o, logsumexp, norm_weight, norm_bias, qkv_weight, out_weight)
 
 
-def _differentiate(ctx: Any, dy: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 10
     return *_backward(dy, *ctx.saved_tensors, *ctx.settings), None, None, None, None
 
 
