@@ -13,7 +13,7 @@ from typing import Any
 import ptxrun  # pyright: ignore[reportMissingImports]
 import torch
 from numerics import assert_within_budget
-from triton_program import gradients
+from temporal_attention_gradients import gradients
 
 from mmkernels.ops import temporal_attention_triton as kernels
 

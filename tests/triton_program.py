@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from numerics import assert_within_budget
+from temporal_attention_gradients import gradients
 
 from mmkernels.ops import temporal_attention_triton as kernels
-from mmkernels.ops.temporal_attention import _permuted, reference
 
 # (B, F, P, N, D): one frame, the real length, odd lengths and pixels, head dims that are no power of two.
 SHAPES = ((1, 1, 2, 1, 16), (1, 72, 1, 2, 64), (2, 35, 3, 1, 48), (1, 100, 1, 1, 16))
@@ -44,14 +44,6 @@ def launch(kernel: Any, tensors: tuple[torch.Tensor, ...], scale: float) -> None
     B, _, P, N, _ = tensors[0].shape
     positional, constants = kernels.arguments(tensors, scale)
     kernel[(B * P * N,)](*positional, **constants)
-
-
-def gradients(qkv: torch.Tensor, do: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Output and gradients by the reference in float64, by torch's scaled_dot_product_attention in other dtypes."""
-    q, k, v = (x.clone().requires_grad_() for x in qkv.unbind(3))
-    o = reference(q, k, v) if qkv.dtype == torch.float64 else _permuted(q, k, v, None)
-    gradients = torch.autograd.grad(o, (q, k, v), do)
-    return dict(zip(("o", "dq", "dk", "dv"), (o.detach(), *gradients), strict=True))
 
 
 def main() -> None:
