@@ -11,7 +11,7 @@ DEMO_ARGS ?=
 export OMP_WAIT_POLICY ?= passive
 
 BIN := $(VENV)/bin
-SOURCES := $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+SOURCES := $(shell find csrc ptxrun tests/native -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: help setup demo test lint format clean
 

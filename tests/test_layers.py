@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("mmkernels", "mimicmotion", "bench")
+PACKAGES = ("mmkernels", "mimicmotion", "ptxrun", "bench")
 
 # The first prefix that matches a module's dotted name gives its layer.
 LAYERS = [
@@ -36,6 +36,13 @@ LAYERS = [
     ("mimicmotion.sample", 8),
     ("mimicmotion.evaluate", 8),
     ("mimicmotion.", 6),
+    ("ptxrun.__init__", 8.9),
+    ("ptxrun.triton_launching", 8.8),
+    ("ptxrun.launching", 8.7),
+    ("ptxrun.building", 8.6),
+    ("ptxrun.assembler", 8.5),
+    ("ptxrun.instructions", 8.4),
+    ("ptxrun.", 8.3),
     ("bench", 9),
 ]
 # Within one layer these may import each other: parts of one subject. Ops and memory are not among them.
@@ -44,6 +51,7 @@ SUBJECTS = (
     "mmkernels.memory",
     "mimicmotion.model",
     "mimicmotion.data",
+    "ptxrun",
     "bench",
 )
 
@@ -94,6 +102,8 @@ def forbidden(importer: str, imported: str) -> str | None:
         return None if importer == imported else f"{importer} imports its own package"
     if importer.endswith("__init__") and imported.startswith(importer.removesuffix("__init__")):
         return None  # a package's __init__ names its public parts
+    if importer.startswith("ptxrun.") and not imported.startswith("ptxrun."):
+        return "ptxrun stands alone"
     if layer(imported) < layer(importer):
         return None
     if imported.endswith("_triton") and importer.startswith(imported.removesuffix("_triton")):
@@ -130,6 +140,8 @@ def test_the_rule_can_fail() -> None:
     assert forbidden("mmkernels.ops.a", "mmkernels.ops.b") is not None
     assert forbidden("mmkernels.blocks.a", "mimicmotion.config") is not None
     assert forbidden("mimicmotion.loss", "mimicmotion.trainer") is not None
+    assert forbidden("mimicmotion.trainer", "ptxrun.launching") is not None
+    assert forbidden("ptxrun.launching", "mmkernels.extension") is not None
     assert forbidden("mimicmotion.trainer", "mimicmotion.loss") is None
 
 
