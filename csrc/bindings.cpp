@@ -37,6 +37,9 @@ PYBIND11_MODULE(_native, m) {
   m.def("select_instruction_set", mm::select_instruction_set);
   m.def("temporal_attention_forward", mm::temporal_attention_forward, no_gil);
   m.def("temporal_attention_backward", mm::temporal_attention_backward, no_gil);
+  m.def("group_norm_silu_statistics", mm::group_norm_silu_statistics, no_gil);
+  m.def("group_norm_silu_activate", mm::group_norm_silu_activate, no_gil);
+  m.def("group_norm_silu_backward", mm::group_norm_silu_backward, no_gil);
   m.def("cuda_devices", mm::cuda_devices);
   m.attr("compiler") = MM_COMPILER;
   m.attr("openmp") = static_cast<bool>(MM_OPENMP);

@@ -18,4 +18,16 @@ void temporal_attention_backward(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_
                                  const std::vector<int64_t>& strides, const std::string& dtype, double scale,
                                  int num_threads);
 
+// csrc/entry/group_norm_silu.cpp; shape (M, H, W, C, C2, G), strides of M, H, W of each tensor up to `mean`.
+void group_norm_silu_statistics(uintptr_t x, uintptr_t x2, uintptr_t mean, uintptr_t rstd,
+                                const std::vector<int64_t>& shape, const std::vector<int64_t>& strides,
+                                const std::string& dtype, double eps, int num_threads);
+void group_norm_silu_activate(uintptr_t x, uintptr_t x2, uintptr_t out, uintptr_t mean, uintptr_t rstd, uintptr_t gamma,
+                              uintptr_t beta, const std::vector<int64_t>& shape, const std::vector<int64_t>& strides,
+                              const std::string& dtype, const std::string& activation, int num_threads);
+void group_norm_silu_backward(uintptr_t x, uintptr_t x2, uintptr_t grad, uintptr_t dx, uintptr_t dx2, uintptr_t mean,
+                              uintptr_t rstd, uintptr_t gamma, uintptr_t beta, uintptr_t dgamma, uintptr_t dbeta,
+                              const std::vector<int64_t>& shape, const std::vector<int64_t>& strides,
+                              const std::string& dtype, const std::string& activation, int num_threads);
+
 }  // namespace mm

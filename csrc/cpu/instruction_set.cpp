@@ -7,14 +7,17 @@ namespace mm {
 #if defined(__x86_64__)
 namespace avx512 {
 extern const TemporalAttentionKernels kTemporalAttention;
-}
+extern const GroupNormSiluKernels kGroupNormSilu;
+}  // namespace avx512
 namespace avx2 {
 extern const TemporalAttentionKernels kTemporalAttention;
-}
+extern const GroupNormSiluKernels kGroupNormSilu;
+}  // namespace avx2
 #endif
 namespace portable {
 extern const TemporalAttentionKernels kTemporalAttention;
-}
+extern const GroupNormSiluKernels kGroupNormSilu;
+}  // namespace portable
 
 namespace {
 
@@ -25,10 +28,11 @@ const InstructionSet kInstructionSets[] = {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
      },
-     &avx512::kTemporalAttention},
-    {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, &avx2::kTemporalAttention},
+     &avx512::kTemporalAttention, &avx512::kGroupNormSilu},
+    {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, &avx2::kTemporalAttention,
+     &avx2::kGroupNormSilu},
 #endif
-    {"portable", [] { return true; }, &portable::kTemporalAttention},
+    {"portable", [] { return true; }, &portable::kTemporalAttention, &portable::kGroupNormSilu},
 };
 
 const InstructionSet* selected = nullptr;

@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "group_norm_silu.h"
 #include "temporal_attention.h"
 
 namespace mm {
@@ -12,6 +13,7 @@ struct InstructionSet {
   const char* name;
   bool (*is_supported)();
   const TemporalAttentionKernels* temporal_attention;
+  const GroupNormSiluKernels* group_norm_silu;
 };
 
 std::vector<std::string> supported_instruction_sets();  // best first

@@ -1,0 +1,313 @@
+"""GroupNorm and SiLU folded into the convolution that follows, over one input or two side by side.
+
+    a = silu((x - mean) * rstd * gamma + beta)      y = conv(a) + bias + shift + residual
+
+x (M, H, W, C) with C contiguous and any other strides; x2 (M, H, W, C2), if given, stands beside it on the channel axis
+without being concatenated, and a group may straddle the two. mean and rstd (M, G) are taken over H, W and the group's
+channels. The weights are (K, C + C2, 3, 3) or (K, C + C2, 3, 1), the padding is zero AFTER the activation. A 3x3 over
+pixels runs with M = B*F frames; a 3x1x1 over frames as M = B, H = F, W = P. shift (M, H or 1, K) is broadcast over the
+rest (the time embedding), residual and y are (M, H, W, K).
+
+Saved are x, x2, mean and rstd; backward computes the activation again. With da the gradient of a and u the normalised
+x, dz = da * silu'(z), and over the n elements of a group
+
+    dx = rstd * (gamma * dz - (sum(gamma * dz) + u * sum(gamma * dz * u)) / n)
+    dgamma = sum(dz * u)     dbeta = sum(dz)     dweight = dy * a     dbias, dshift = sums of dy     dresidual = dy
+
+Statistics and sums are float32 and merged in a fixed order, never E[x^2] - mean^2. On the CPU native C++ normalises
+chunks that torch (oneDNN, MKL) convolves; see `why_unsupported` for the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.flop_counter import register_flop_formula
+
+from mmkernels import extension
+from mmkernels.ops import group_norm_silu_conv_chunked as chunked
+from mmkernels.ops.group_norm_silu_conv_chunked import Norm
+
+_DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+# Pixels of a chunk. On the CPU enough to pay for oneDNN's reordering of the weights; on a GPU about an L2's worth.
+_CHUNK_ROWS = {"cpu": 4096, "cuda": 32768}
+
+
+# --- reference
+
+
+def reference(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor | None = None, *, num_groups: int,
+    eps: float = 1e-5, x2: Tensor | None = None, shift: Tensor | None = None, residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The equation of this file in plain torch; differentiable by autograd."""
+    joined = (x if x2 is None else torch.cat([x, x2], -1)).permute(0, 3, 1, 2)
+    a = functional.silu(functional.group_norm(joined, num_groups, norm_weight, norm_bias, eps))
+    y = functional.conv2d(a, weight, bias, padding=(1, weight.shape[3] // 2)).permute(0, 2, 3, 1)
+    y = y if shift is None else y + shift[:, :, None]
+    return y if residual is None else y + residual
+
+
+def _joined(x: Tensor, x2: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Normalised u and its z = u * gamma + beta, (M, H, W, C + C2), sigmoid(z), and rstd as wide."""
+    wide = norm.mean.dtype
+    x = (x if x2 is None else torch.cat([x, x2], -1)).to(wide)
+    group = x.shape[-1] // norm.mean.shape[1]
+    mean, rstd = (value.repeat_interleave(group, 1)[:, None, None] for value in (norm.mean, norm.rstd))
+    u = (x - mean) * rstd
+    z = u * norm.gamma + norm.beta
+    return u, z, z.sigmoid(), rstd
+
+
+def _statistics_formula(x: Tensor, x2: Tensor | None, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    x = x if x2 is None else torch.cat([x, x2], -1)
+    groups = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (num_groups, -1))
+    variance, mean = torch.var_mean(groups, (1, 2, 4), correction=0)
+    return mean, (variance + eps).rsqrt()
+
+
+def _backward_formula(
+    x: Tensor, x2: Tensor | None, da: Tensor, norm: Norm, dx: Tensor, dx2: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    u, z, weight, rstd = _joined(x, x2, norm)
+    dz = da * (weight + weight * z * (1 - weight))
+    scaled = (norm.gamma * dz).unflatten(-1, (norm.mean.shape[1], -1))
+    u_groups = u.unflatten(-1, (norm.mean.shape[1], -1))
+    shift, slope = (v.mean((1, 2, 4), keepdim=True) for v in (scaled, scaled * u_groups))
+    joined = (scaled - shift - u_groups * slope).flatten(-2) * rstd
+    dx.copy_(joined[..., : dx.shape[-1]])
+    if dx2 is not None:
+        dx2.copy_(joined[..., dx.shape[-1] :])
+    return (dz * u).sum((0, 1, 2)), dz.sum((0, 1, 2))
+
+
+# --- kernels, by device
+
+
+def _statistics(x: Tensor, x2: Tensor | None, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    """mean and rstd, (M, G), at least float32."""
+    if why_unsupported(x, x2) is not None:
+        return _statistics_formula(x, x2, num_groups, eps)
+    mean, rstd = (torch.empty(x.shape[0], num_groups, device=x.device) for _ in range(2))
+    shape, strides = _geometry(num_groups, x, x2)
+    extension.native().group_norm_silu_statistics(
+        x.data_ptr(), _pointer(x2), mean.data_ptr(), rstd.data_ptr(), shape, strides, _DTYPE_NAMES[x.dtype], eps,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return mean, rstd
+
+
+def _activate(x: Tensor, x2: Tensor | None, norm: Norm, out: Tensor) -> None:
+    """Write silu of the normalised input into out (M, H, W, C + C2)."""
+    if why_unsupported(x, x2) is not None:
+        _, z, weight, _ = _joined(x, x2, norm)
+        out.copy_(z * weight)
+        return
+    shape, strides = _geometry(norm.mean.shape[1], x, x2, out)
+    extension.native().group_norm_silu_activate(
+        x.data_ptr(), _pointer(x2), out.data_ptr(), *(value.data_ptr() for value in norm), shape, strides,
+        _DTYPE_NAMES[x.dtype], _DTYPE_NAMES[out.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _norm_backward(
+    x: Tensor, x2: Tensor | None, da: Tensor, norm: Norm, dx: Tensor, dx2: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Write dx and dx2 for the gradient da of the activation (it may be dx where there is no x2): dgamma, dbeta."""
+    if why_unsupported(x, x2) is not None:
+        return _backward_formula(x, x2, da, norm, dx, dx2)
+    dgamma, dbeta = (torch.empty_like(norm.gamma) for _ in range(2))
+    shape, strides = _geometry(norm.mean.shape[1], x, x2, da, dx, dx2)
+    pointers = (_pointer(value) for value in (x, x2, da, dx, dx2, *norm, dgamma, dbeta))
+    names = _DTYPE_NAMES[x.dtype], _DTYPE_NAMES[da.dtype]
+    extension.native().group_norm_silu_backward(*pointers, shape, strides, *names, torch.get_num_threads())
+    return dgamma, dbeta
+
+
+def _geometry(num_groups: int, x: Tensor, x2: Tensor | None, *others: Tensor | None) -> tuple[list[int], list[int]]:
+    """(M, H, W, C, C2, G) and the strides of M, H, W of each tensor, as the native entries take them."""
+    shape = [*x.shape, 0 if x2 is None else x2.shape[3], num_groups]
+    strides = [(0, 0, 0) if value is None else value.stride()[:3] for value in (x, x2, *others)]
+    return shape, [stride for tensor in strides for stride in tensor]
+
+
+def _pointer(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _norm(mean: Tensor, rstd: Tensor, norm_weight: Tensor, norm_bias: Tensor) -> Norm:
+    return Norm(mean, rstd, norm_weight.to(mean.dtype).contiguous(), norm_bias.to(mean.dtype).contiguous())
+
+
+# --- forward
+
+
+@torch.library.custom_op("mmkernels::group_norm_silu_conv", mutates_args=())
+def _forward(
+    x: Tensor, x2: Tensor | None, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor | None,
+    shift: Tensor | None, residual: Tensor | None, num_groups: int, eps: float, chunk_rows: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    y, mean, rstd = _outputs(x, weight, residual, num_groups)
+    if x.shape[:3].numel():
+        mean, rstd = _statistics(x, x2, num_groups, eps)
+        norm = _norm(mean, rstd, norm_weight, norm_bias)
+        chunked.forward(x, x2, norm, weight, bias, shift, residual, y, chunk_rows=chunk_rows, activate=_activate)
+    return y, mean, rstd
+
+
+@_forward.register_fake
+def _forward_fake(
+    x: Tensor, x2: Tensor | None, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor | None,
+    shift: Tensor | None, residual: Tensor | None, num_groups: int, eps: float, chunk_rows: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return _outputs(x, weight, residual, num_groups)
+
+
+def _outputs(x: Tensor, weight: Tensor, residual: Tensor | None, num_groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    """y (M, H, W, K) in the weights' dtype, or the residual's if that is wider; mean and rstd (M, G)."""
+    dtype = weight.dtype if residual is None else torch.promote_types(weight.dtype, residual.dtype)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    y = torch.empty((*x.shape[:3], weight.shape[0]), dtype=dtype, device=x.device)
+    return y, *(torch.empty((x.shape[0], num_groups), dtype=wide, device=x.device) for _ in range(2))
+
+
+@register_flop_formula(torch.ops.mmkernels.group_norm_silu_conv)
+def _forward_flops(x: Sequence[int], x2: Sequence[int] | None, a: Any, b: Any, weight: Sequence[int], *_: Any,
+                   **__: Any) -> int:  # fmt: skip
+    K, C, kh, kw = weight
+    return 2 * x[0] * x[1] * x[2] * K * C * kh * kw
+
+
+# --- backward
+
+
+@torch.library.custom_op("mmkernels::group_norm_silu_conv_backward", mutates_args=())
+def _backward(
+    dy: Tensor, x: Tensor, x2: Tensor | None, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, mean: Tensor,
+    rstd: Tensor, chunk_rows: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dx, dx2, *parameters = _gradients(x, x2, norm_weight, norm_bias, weight)
+    if x.shape[:3].numel() == 0:
+        return dx, dx2, *(value.zero_() for value in parameters)
+    found = chunked.backward(
+        dy, x, x2, _norm(mean, rstd, norm_weight, norm_bias), weight, dx, None if x2 is None else dx2,
+        chunk_rows=chunk_rows, activate=_activate, norm_backward=_norm_backward,
+    )  # fmt: skip
+    return dx, dx2, *(value.to(like.dtype) for value, like in zip(found, parameters, strict=True))
+
+
+@_backward.register_fake
+def _backward_fake(
+    dy: Tensor, x: Tensor, x2: Tensor | None, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, mean: Tensor,
+    rstd: Tensor, chunk_rows: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return _gradients(x, x2, norm_weight, norm_bias, weight)
+
+
+def _gradients(
+    x: Tensor, x2: Tensor | None, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Uninitialised dx, dx2 (empty without x2), dgamma, dbeta, dweight, all contiguous."""
+    dx, dgamma, dbeta, dweight = (
+        torch.empty(like.shape, dtype=like.dtype, device=x.device) for like in (x, norm_weight, norm_bias, weight)
+    )
+    dx2 = torch.empty((0,) if x2 is None else x2.shape, dtype=x.dtype, device=x.device)
+    return dx, dx2, dgamma, dbeta, dweight
+
+
+@register_flop_formula(torch.ops.mmkernels.group_norm_silu_conv_backward)
+def _backward_flops(dy: Sequence[int], x: Sequence[int], x2: Any, a: Any, b: Any, weight: Sequence[int], *_: Any,
+                    **__: Any) -> int:  # fmt: skip
+    return 2 * _forward_flops(x, x2, a, b, weight)  # the gradients of data and weights
+
+
+# --- autograd
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, x2, norm_weight, norm_bias, weight, bias, shift, residual, _, _, ctx.chunk_rows = inputs
+    _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.save_for_backward(x, x2, norm_weight, norm_bias, weight, mean, rstd)
+    ctx.bias_dtype, ctx.residual_dtype = (None if value is None else value.dtype for value in (bias, residual))
+    ctx.shift = None if shift is None else (shift.dtype, shift.shape[1])
+
+
+def _differentiate(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    x, x2, *_, weight, _, _ = ctx.saved_tensors
+    dx, dx2, dgamma, dbeta, dweight = _backward(dy, *ctx.saved_tensors, ctx.chunk_rows)
+    dbias = dshift = None
+    if ctx.bias_dtype is not None or ctx.shift is not None:
+        sums = dy.sum(2, dtype=torch.promote_types(dy.dtype, torch.float32))  # (M, H, K)
+        if ctx.shift is not None:
+            dtype, rows = ctx.shift
+            dshift = (sums if rows == sums.shape[1] else sums.sum(1, keepdim=True)).to(dtype)
+        if ctx.bias_dtype is not None:
+            dbias = sums.sum((0, 1)).to(ctx.bias_dtype)
+    dresidual = None if ctx.residual_dtype is None else dy.to(ctx.residual_dtype)
+    return dx, None if x2 is None else dx2, dgamma, dbeta, dweight, dbias, dshift, dresidual, None, None, None
+
+
+torch.library.register_autograd("mmkernels::group_norm_silu_conv", _differentiate, setup_context=_save)
+
+
+# --- what is supported
+
+
+def why_unsupported(x: Tensor, x2: Tensor | None = None) -> str | None:
+    """Why plain torch would take the statistics and the activation of each chunk, or None where a kernel does."""
+    if x.dtype not in _DTYPE_NAMES:
+        return f"dtype {x.dtype}, the kernels take {', '.join(_DTYPE_NAMES.values())}"
+    if any(value is not None and value.stride(3) != 1 and value.shape[3] > 1 for value in (x, x2)):
+        return "the channels of x or x2 are not contiguous"
+    if x.device.type == "cpu":
+        return None if extension.available() else f"no native CPU kernels: {extension.why_not()}"
+    return f"no kernel for device {x.device.type}"
+
+
+def group_norm_silu_conv(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor | None = None, *, num_groups: int,
+    eps: float = 1e-5, x2: Tensor | None = None, shift: Tensor | None = None, residual: Tensor | None = None,
+    chunk_rows: int | None = None,
+) -> Tensor:  # fmt: skip
+    """conv(silu(group_norm(x | x2))) + bias + shift + residual, saving x, x2, mean and rstd; shapes as above.
+
+    The result has the weights' dtype, or the residual's if that is wider. chunk_rows: pixels normalised and convolved
+    at a time. Raises ValueError for tensors that do not fit together.
+    """
+    _check_fit(x, norm_weight, norm_bias, weight, bias, num_groups, x2, shift, residual)
+    if chunk_rows is None:
+        chunk_rows = _CHUNK_ROWS.get(x.device.type, _CHUNK_ROWS["cuda"])
+    return _forward(x, x2, norm_weight, norm_bias, weight, bias, shift, residual, num_groups, eps, chunk_rows)[0]
+
+
+def _check_fit(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor | None, num_groups: int,
+    x2: Tensor | None, shift: Tensor | None, residual: Tensor | None,
+) -> None:  # fmt: skip
+    if x.ndim != 4:
+        raise ValueError(f"x has {x.ndim} dimensions, wanted 4: (M, H, W, C); reshape the tokens first")
+    if x2 is not None and (x2.shape[:3] != x.shape[:3] or x2.dtype != x.dtype):
+        raise ValueError(f"x2 is {tuple(x2.shape)} {x2.dtype}, wanted {tuple(x.shape[:3])} and {x.dtype} as x has")
+    M, H, W, C = x.shape
+    C += 0 if x2 is None else x2.shape[3]
+    if C % num_groups or C == 0:
+        raise ValueError(f"{C} channels in {num_groups} groups, wanted a multiple of the groups")
+    if weight.ndim != 4 or weight.shape[1] != C or tuple(weight.shape[2:]) not in ((3, 3), (3, 1)):
+        raise ValueError(f"weight is {tuple(weight.shape)}, wanted (K, {C}, 3, 3) or (K, {C}, 3, 1)")
+    K = weight.shape[0]
+    shift_rows = 1 if shift is not None and shift.ndim == 3 and shift.shape[1] == 1 else H
+    for name, value, shape in (
+        ("norm_weight", norm_weight, (C,)),
+        ("norm_bias", norm_bias, (C,)),
+        ("bias", bias, (K,)),
+        ("shift", shift, (M, shift_rows, K)),
+        ("residual", residual, (M, H, W, K)),
+    ):
+        if value is not None and value.shape != shape:
+            also = f" or {(M, 1, K)}" if name == "shift" else ""
+            raise ValueError(f"{name} is {tuple(value.shape)}, wanted {shape}{also}")

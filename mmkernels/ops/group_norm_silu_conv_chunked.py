@@ -1,0 +1,204 @@
+"""The convolution half of `group_norm_silu_conv` through torch's own convolution or products, a few rows at a time.
+
+A chunk of the input is normalised and activated into a scratch of `chunk_rows` pixels, then convolved while it lies in
+the cache. A 3x3 walks over whole frames; a 3x1 over columns of pixels with all their frames. On the CPU the products
+are float32 whatever the storage, and a 3x1 runs as one matrix product for each tap on shifted views of the scratch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Rows = tuple[slice, slice, slice]  # of M, H and W
+
+
+class Norm(NamedTuple):
+    """mean, rstd (M, G), gamma and beta (C + C2), all at least float32."""
+
+    mean: Tensor
+    rstd: Tensor
+    gamma: Tensor
+    beta: Tensor
+
+    def of(self, rows: Rows) -> Norm:
+        """The same for some of the samples."""
+        return self._replace(mean=self.mean[rows[0]], rstd=self.rstd[rows[0]])
+
+
+# activate(x, x2, norm, out) and backward(x, x2, da, norm, dx, dx2) -> (dgamma, dbeta), for whatever device x is on
+Activate = Callable[[Tensor, Tensor | None, Norm, Tensor], None]
+NormBackward = Callable[[Tensor, Tensor | None, Tensor, Norm, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+
+
+def product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    """What the products are computed in: float32 (float64 for a float64 x) on the CPU, the weights' dtype elsewhere."""
+    return torch.promote_types(x.dtype, torch.float32) if x.device.type == "cpu" else weight.dtype
+
+
+def forward(
+    x: Tensor, x2: Tensor | None, norm: Norm, weight: Tensor, bias: Tensor | None, shift: Tensor | None,
+    residual: Tensor | None, y: Tensor, *, chunk_rows: int, activate: Activate,
+) -> None:  # fmt: skip
+    """Write the convolution of the activated input, plus bias, shift (M, H or 1, K) and residual, into y (M,H,W,K)."""
+    dtype = product_dtype(x, weight)
+    convolution = _convolution(x, weight.to(dtype))
+    bias = None if bias is None else bias.to(dtype)
+    for rows in _chunks(x, weight, chunk_rows):
+        activate(_at(x, rows), None if x2 is None else _at(x2, rows), norm.of(rows), convolution.scratch(_at(x, rows)))
+        out = convolution.forward(bias)
+        if shift is not None:
+            out += shift[rows[0], :, None]
+        if residual is None:
+            _at(y, rows).copy_(out)
+        else:
+            torch.add(out, _at(residual, rows), out=_at(y, rows))
+
+
+def backward(
+    dy: Tensor, x: Tensor, x2: Tensor | None, norm: Norm, weight: Tensor, dx: Tensor, dx2: Tensor | None, *,
+    chunk_rows: int, activate: Activate, norm_backward: NormBackward,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Write dx and dx2; returns dgamma, dbeta and dweight, added up over chunks at least in float32."""
+    dtype = product_dtype(x, weight)
+    convolution = _convolution(x, weight.to(dtype))
+    wide = torch.promote_types(dtype, torch.float32)
+    dweight = torch.zeros(weight.shape, dtype=wide, device=x.device)
+    dgamma, dbeta = (torch.zeros_like(norm.gamma) for _ in range(2))
+    is_whole = weight.shape[3] == 3  # a chunk is whole samples, so that its norm is differentiated at once
+    whole: Tensor | None = None
+    if not is_whole:
+        whole = dx if x2 is None else torch.empty((*x.shape[:3], weight.shape[1]), dtype=x.dtype, device=x.device)
+    for rows in _chunks(x, weight, chunk_rows):
+        part, part2 = _at(x, rows), None if x2 is None else _at(x2, rows)
+        activate(part, part2, norm.of(rows), convolution.scratch(part))
+        da = convolution.backward(_at(dy, rows), dweight)
+        if whole is not None:
+            _at(whole, rows).copy_(da)
+            continue
+        part_dx2 = None if dx2 is None else _at(dx2, rows)
+        sums = norm_backward(part, part2, da, norm.of(rows), _at(dx, rows), part_dx2)
+        dgamma += sums[0]
+        dbeta += sums[1]
+    if whole is not None:
+        dgamma, dbeta = norm_backward(x, x2, whole, norm, dx, dx2)
+    return dgamma, dbeta, dweight
+
+
+def _chunks(x: Tensor, weight: Tensor, chunk_rows: int) -> Iterator[Rows]:
+    """Whole samples for a 3x3; for a 3x1 evenly split columns of one sample with all its frames."""
+    M, H, W, _ = x.shape
+    if weight.shape[3] == 3:
+        step = max(1, chunk_rows // (H * W))
+        for m in range(0, M, step):
+            yield slice(m, min(m + step, M)), slice(0, H), slice(0, W)
+        return
+    num_chunks = -(-W // max(1, chunk_rows // H))
+    for m in range(M):
+        for i in range(num_chunks):
+            yield slice(m, m + 1), slice(0, H), slice(W * i // num_chunks, W * (i + 1) // num_chunks)
+
+
+def _at(x: Tensor, rows: Rows) -> Tensor:
+    return x[rows[0], rows[1], rows[2]]
+
+
+def _convolution(x: Tensor, weight: Tensor) -> _Convolution | _ShiftedProducts:
+    is_frames_on_cpu = weight.shape[3] == 1 and x.device.type == "cpu"
+    return _ShiftedProducts(weight) if is_frames_on_cpu else _Convolution(weight)
+
+
+class _Convolution:
+    """torch's convolution of one chunk after the other; weight (K, C, 3, 3) or (K, C, 3, 1)."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight.contiguous(memory_format=torch.channels_last)
+        self.padding = [1, weight.shape[3] // 2]
+        self.memory: Tensor | None = None
+        self.activation = weight  # the chunk's scratch, once there is one
+
+    def scratch(self, part: Tensor) -> Tensor:
+        """An uninitialised (m, H, W, C) for the activation of a chunk; the same memory for each."""
+        shape = (*part.shape[:3], self.weight.shape[1])
+        count = part.shape[:3].numel() * shape[3]
+        if self.memory is None or self.memory.numel() < count:
+            self.memory = torch.empty(count, dtype=self.weight.dtype, device=self.weight.device)
+        self.activation = self.memory[:count].view(shape)
+        return self.activation
+
+    def forward(self, bias: Tensor | None) -> Tensor:
+        """(m, H, W, K) of the chunk in the scratch."""
+        y = torch.conv2d(self.activation.permute(0, 3, 1, 2), self.weight, bias, padding=self.padding)
+        return y.permute(0, 2, 3, 1)
+
+    def backward(self, dy: Tensor, dweight: Tensor) -> Tensor:
+        """The gradient (m, H, W, C) of the chunk's activation; adds that of the weights to `dweight`."""
+        da, dw, _ = torch.ops.aten.convolution_backward(
+            dy.to(self.weight.dtype).permute(0, 3, 1, 2), self.activation.permute(0, 3, 1, 2), self.weight, None,
+            [1, 1], self.padding, [1, 1], False, [0, 0], 1, [True, True, False],
+        )  # fmt: skip
+        dweight += dw
+        return da.permute(0, 2, 3, 1).contiguous()
+
+
+class _ShiftedProducts:
+    """A 3x1 over frames as one product for each tap: frame f of the chunk's output reads frames f, f + 1, f + 2 of a
+    scratch (H + 2, W, C) whose first and last frame are zero, so each tap is a contiguous view of it."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.taps = weight[..., 0].permute(2, 0, 1).contiguous()  # (3, K, C)
+        self.memory: dict[str, Tensor] = {}
+        self.frames = (0, 0)
+
+    def scratch(self, part: Tensor) -> Tensor:
+        """An uninitialised (1, H, W, C) for the activation of a chunk of one sample; the same memory for each."""
+        self.frames = (part.shape[1], part.shape[2])
+        return self._padded("activation", self.taps.shape[2])[1:-1][None]
+
+    def forward(self, bias: Tensor | None) -> Tensor:
+        """(1, H, W, K) of the chunk in the scratch."""
+        y = self._rows("y", self.taps.shape[1])
+        first, *others = (self._shifted("activation", tap, self.taps.shape[2]) for tap in range(3))
+        if bias is None:
+            torch.mm(first, self.taps[0].t(), out=y)
+        else:
+            torch.addmm(bias, first, self.taps[0].t(), out=y)
+        for rows, tap in zip(others, self.taps[1:], strict=True):
+            y.addmm_(rows, tap.t())
+        return y.view(1, *self.frames, -1)
+
+    def backward(self, dy: Tensor, dweight: Tensor) -> Tensor:
+        """The gradient (1, H, W, C) of the chunk's activation; adds that of the weights (K, C, 3, 1) to `dweight`."""
+        K, C = self.taps.shape[1:]
+        self._padded("dy", K)[1:-1].copy_(dy[0])
+        da, rows_dy = self._rows("da", C), self._shifted("dy", 1, K)
+        for tap in range(3):
+            dweight[:, :, tap, 0] += torch.mm(rows_dy.t(), self._shifted("activation", tap, C))
+            shifted = self._shifted("dy", 2 - tap, K)
+            if tap == 0:
+                torch.mm(shifted, self.taps[tap], out=da)
+            else:
+                da.addmm_(shifted, self.taps[tap])
+        return da.view(1, *self.frames, C)
+
+    def _padded(self, name: str, width: int) -> Tensor:
+        H, W = self.frames
+        padded = self._take(name, (H + 2) * W * width).view(H + 2, W, width)
+        padded[0] = padded[-1] = 0
+        return padded
+
+    def _shifted(self, name: str, tap: int, width: int) -> Tensor:
+        H, W = self.frames
+        return self.memory[name][tap * W * width : (tap + H) * W * width].view(H * W, width)
+
+    def _rows(self, name: str, width: int) -> Tensor:
+        rows = self.frames[0] * self.frames[1]
+        return self._take(name, rows * width).view(rows, width)
+
+    def _take(self, name: str, count: int) -> Tensor:
+        if name not in self.memory or self.memory[name].numel() < count:
+            self.memory[name] = torch.empty(count, dtype=self.taps.dtype, device=self.taps.device)
+        return self.memory[name][:count]
