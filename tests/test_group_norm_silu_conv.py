@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from numerics import assert_within_budget
-from test_native import COMPILER, FLAGS, INSTRUCTION_SETS, ROOT, instruction_set, run
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
@@ -17,10 +16,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from mmkernels import extension
 from mmkernels.ops import group_norm_silu_conv as module
 from mmkernels.ops.group_norm_silu_conv import group_norm_silu_conv, reference, why_unsupported
+from tests.test_native import COMPILER, FLAGS, INSTRUCTION_SETS, ROOT, instruction_set, run
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 KERNEL = ROOT / "csrc/cpu/group_norm_silu.cpp"
 __all__ = ["instruction_set"]  # the fixture
+pytestmark = pytest.mark.op
+native_cpu = pytest.mark.only("cpu", "the native CPU kernels")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +58,7 @@ CASES = {
 EMPTY = {"no samples": Case(M=0), "no frames": Case(H=0, taps=(3, 1)), "no pixels": Case(W=0, extras=("residual",))}
 
 
-def build(case: Case, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Any], Tensor]:
+def build(case: Case, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Any], Tensor]:
     """Tensors by name, settings, and the gradient of the output."""
     torch.manual_seed(0)
     M, H, W, C, C2, K = case.M, case.H, case.W, case.C, case.C2, case.K
@@ -119,6 +121,7 @@ def test_output_and_gradients(case: Case, dtype: torch.dtype) -> None:
     check(case, dtype)
 
 
+@native_cpu
 @pytest.mark.parametrize("name", ["3x3, two inputs, one group over both", "3x1, two inputs, strided"])
 def test_formula_where_the_extension_is_not_built(name: str, monkeypatch) -> None:
     monkeypatch.setattr(extension, "available", lambda: False)
@@ -149,6 +152,7 @@ def test_gradcheck_in_float64(taps: tuple[int, int], C2: int) -> None:
     assert torch.allclose(function(*leaves), reference(**tensors, **settings))
 
 
+@native_cpu
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS, indirect=True)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_instruction_set(instruction_set: str, dtype: torch.dtype) -> None:
@@ -195,11 +199,12 @@ def test_every_output_is_written_and_nothing_else(dtype: torch.dtype) -> None:
         assert wide[..., view.shape[3] :].isnan().all()
     expected, expected2 = torch.empty_like(dx, dtype=torch.float32), torch.empty_like(dx2, dtype=torch.float32)
     sums = module._backward_formula(x, x2, da, norm, expected, expected2)
-    tolerance = {"rtol": 0.01, "atol": 0.01} if dtype != torch.float32 else {"rtol": 1e-4, "atol": 1e-5}
+    tolerance: dict[str, Any] = {"rtol": 0.01, "atol": 0.01} if dtype != torch.float32 else {"rtol": 1e-4, "atol": 1e-5}
     for actual, wanted in zip((dx, dx2, dgamma, dbeta), (expected, expected2, *sums), strict=True):
         torch.testing.assert_close(actual.float(), wanted, **tolerance)
 
 
+@native_cpu
 def test_native_bits_are_the_same_for_each_number_of_threads() -> None:
     """Statistics, activation and norm backward; torch's products may split their sums by threads."""
     x, x2, da = torch.randn(2, 40, 70, 20), torch.randn(2, 40, 70, 12), torch.randn(2, 40, 70, 32)
@@ -282,7 +287,7 @@ def test_says_why_plain_torch_computes_it() -> None:
 
 def test_rejects_tensors_that_do_not_fit() -> None:
     tensors, settings, _ = build(CASES["3x3, odd sizes"], torch.float32)
-    changes: dict[str, tuple[Tensor, str]] = {
+    changes: dict[str, tuple[Any, str]] = {
         "x": (torch.empty(2, 3, 21), "x has 3 dimensions, wanted 4"),
         "x2": (torch.empty(2, 3, 6, 7), r"x2 is \(2, 3, 6, 7\)"),
         "weight": (torch.empty(5, 21, 1, 3), r"wanted \(K, 21, 3, 3\) or \(K, 21, 3, 1\)"),
@@ -296,6 +301,7 @@ def test_rejects_tensors_that_do_not_fit() -> None:
         group_norm_silu_conv(**tensors, num_groups=4)
 
 
+@native_cpu
 def test_bad_native_arguments_are_named() -> None:
     entry = extension.native().group_norm_silu_statistics
     arguments = {"shape": [0, 2, 2, 8, 0, 2], "strides": [0] * 6, "dtype": "float32", "eps": 1e-5, "num_threads": 1}
@@ -311,6 +317,7 @@ def test_bad_native_arguments_are_named() -> None:
             entry(0, 0, 0, 0, *(arguments | change).values())
 
 
+@native_cpu
 @pytest.mark.skipif(not COMPILER, reason="no C++ compiler to build the check with")
 def test_clean_under_sanitizers(tmp_path) -> None:
     sanitize = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
@@ -328,6 +335,7 @@ def test_clean_under_sanitizers(tmp_path) -> None:
     assert "clean portable" in ran.stdout
 
 
+@native_cpu
 @pytest.mark.skipif(not COMPILER, reason="no C++ compiler to build the check with")
 def test_no_build_leaks_into_another(tmp_path) -> None:
     """A weak symbol of the AVX-512 build could be linked into the portable one, and crash an older CPU."""

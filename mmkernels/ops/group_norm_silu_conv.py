@@ -15,11 +15,12 @@ x, dz = da * silu'(z), and over the n elements of a group
     dgamma = sum(dz * u)     dbeta = sum(dz)     dweight = dy * a     dbias, dshift = sums of dy     dresidual = dy
 
 Statistics and sums are float32 and merged in a fixed order, never E[x^2] - mean^2. On the CPU native C++ normalises
-chunks that torch (oneDNN, MKL) convolves; see `why_unsupported` for the rest.
+chunks that torch (oneDNN, MKL) convolves; on CUDA Triton normalises them; see `why_unsupported` for the rest.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
@@ -92,6 +93,10 @@ def _statistics(x: Tensor, x2: Tensor | None, num_groups: int, eps: float) -> tu
     """mean and rstd, (M, G), at least float32."""
     if why_unsupported(x, x2) is not None:
         return _statistics_formula(x, x2, num_groups, eps)
+    if x.device.type == "cuda":
+        from mmkernels.ops import group_norm_silu_triton
+
+        return group_norm_silu_triton.statistics(x, x2, num_groups, eps)
     mean, rstd = (torch.empty(x.shape[0], num_groups, device=x.device) for _ in range(2))
     shape, strides = _geometry(num_groups, x, x2)
     extension.native().group_norm_silu_statistics(
@@ -107,6 +112,11 @@ def _activate(x: Tensor, x2: Tensor | None, norm: Norm, out: Tensor) -> None:
         _, z, weight, _ = _joined(x, x2, norm)
         out.copy_(z * weight)
         return
+    if x.device.type == "cuda":
+        from mmkernels.ops import group_norm_silu_triton
+
+        group_norm_silu_triton.activate(x, x2, *norm, out)
+        return
     shape, strides = _geometry(norm.mean.shape[1], x, x2, out)
     extension.native().group_norm_silu_activate(
         x.data_ptr(), _pointer(x2), out.data_ptr(), *(value.data_ptr() for value in norm), shape, strides,
@@ -120,6 +130,10 @@ def _norm_backward(
     """Write dx and dx2 for the gradient da of the activation (it may be dx where there is no x2): dgamma, dbeta."""
     if why_unsupported(x, x2) is not None:
         return _backward_formula(x, x2, da, norm, dx, dx2)
+    if x.device.type == "cuda":
+        from mmkernels.ops import group_norm_silu_triton
+
+        return group_norm_silu_triton.group_norm_silu_backward(x, x2, da, *norm, dx, dx2)
     dgamma, dbeta = (torch.empty_like(norm.gamma) for _ in range(2))
     shape, strides = _geometry(norm.mean.shape[1], x, x2, da, dx, dx2)
     pointers = (_pointer(value) for value in (x, x2, da, dx, dx2, *norm, dgamma, dbeta))
@@ -172,7 +186,8 @@ def _outputs(x: Tensor, weight: Tensor, residual: Tensor | None, num_groups: int
     dtype = weight.dtype if residual is None else torch.promote_types(weight.dtype, residual.dtype)
     wide = torch.promote_types(x.dtype, torch.float32)
     y = torch.empty((*x.shape[:3], weight.shape[0]), dtype=dtype, device=x.device)
-    return y, *(torch.empty((x.shape[0], num_groups), dtype=wide, device=x.device) for _ in range(2))
+    mean, rstd = (torch.empty((x.shape[0], num_groups), dtype=wide, device=x.device) for _ in range(2))
+    return y, mean, rstd
 
 
 @register_flop_formula(torch.ops.mmkernels.group_norm_silu_conv)
@@ -192,12 +207,14 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dx, dx2, *parameters = _gradients(x, x2, norm_weight, norm_bias, weight)
     if x.shape[:3].numel() == 0:
-        return dx, dx2, *(value.zero_() for value in parameters)
+        dgamma, dbeta, dweight = (value.zero_() for value in parameters)
+        return dx, dx2, dgamma, dbeta, dweight
     found = chunked.backward(
         dy, x, x2, _norm(mean, rstd, norm_weight, norm_bias), weight, dx, None if x2 is None else dx2,
         chunk_rows=chunk_rows, activate=_activate, norm_backward=_norm_backward,
     )  # fmt: skip
-    return dx, dx2, *(value.to(like.dtype) for value, like in zip(found, parameters, strict=True))
+    dgamma, dbeta, dweight = (value.to(like.dtype) for value, like in zip(found, parameters, strict=True))
+    return dx, dx2, dgamma, dbeta, dweight
 
 
 @_backward.register_fake
@@ -238,7 +255,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 
 def _differentiate(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    x, x2, *_, weight, _, _ = ctx.saved_tensors
+    x2 = ctx.saved_tensors[1]
     dx, dx2, dgamma, dbeta, dweight = _backward(dy, *ctx.saved_tensors, ctx.chunk_rows)
     dbias = dshift = None
     if ctx.bias_dtype is not None or ctx.shift is not None:
@@ -266,6 +283,8 @@ def why_unsupported(x: Tensor, x2: Tensor | None = None) -> str | None:
         return "the channels of x or x2 are not contiguous"
     if x.device.type == "cpu":
         return None if extension.available() else f"no native CPU kernels: {extension.why_not()}"
+    if x.device.type == "cuda":
+        return None if importlib.util.find_spec("triton") else "Triton is not installed; pip install triton"
     return f"no kernel for device {x.device.type}"
 
 
