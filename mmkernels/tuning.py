@@ -33,7 +33,7 @@ MOST_REPEATS = 50
 PACKAGES = ("torch", "triton", "mimicmotion-trainer")
 
 
-class NotOffered(ValueError):
+class NotOfferedError(ValueError):
     """MMKERNELS_VARIANT forces a variant that the op does not offer for this shape."""
 
 
@@ -152,7 +152,7 @@ def fastest(op: str, key: tuple[Hashable, ...], variants: Mapping[str, Variant],
 
     variants: name -> a call that runs it on scratch outputs; every call must do the same work. One variant, and any
     on the CPU, is returned untimed: the first. On CUDA the fastest by events is, timed when first seen. Raises
-    NotOffered for a forced variant that is not offered, RuntimeError where all fail, inside a trace, and where a CUDA
+    NotOfferedError for a forced variant that is not offered, RuntimeError where all fail, inside a trace, and where a CUDA
     graph is being captured before the shape was seen.
     """
     if not variants:
@@ -165,7 +165,7 @@ def fastest(op: str, key: tuple[Hashable, ...], variants: Mapping[str, Variant],
     forced = _forced(os.environ.get("MMKERNELS_VARIANT", "")).get(op)
     if forced is not None:
         if forced not in variants:
-            raise NotOffered(f"MMKERNELS_VARIANT wants {op}={forced}, got {', '.join(variants)} for {key}; change it")
+            raise NotOfferedError(f"MMKERNELS_VARIANT wants {op}={forced}, got {', '.join(variants)} for {key}; change it")
         return forced
     if len(variants) == 1:
         return first
@@ -188,10 +188,10 @@ def folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmkernels"
 
 
-def stored() -> dict[str, list[Choice]]:
-    """Every choice on disk, by GPU and versions."""
+def stored(where: Path | None = None) -> dict[str, list[Choice]]:
+    """Every choice on disk, in `where` or else in `folder()`, by GPU and versions."""
     found: dict[str, list[Choice]] = {}
-    for path in sorted(folder().glob("variants-*.json")):
+    for path in sorted((where or folder()).glob("variants-*.json")):
         if choices := _read(path, None):
             machine = json.loads(path.read_text())["machine"]
             found[", ".join(f"{name} {value}" for name, value in machine.items())] = list(choices.values())

@@ -54,5 +54,5 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     """Under MMKERNELS_VARIANT a case that the forced kernel does not take says so and is skipped."""
     try:
         yield
-    except tuning.NotOffered as reason:
+    except tuning.NotOfferedError as reason:
         pytest.skip(str(reason))

@@ -1,0 +1,128 @@
+"""How fast a card could do a computation at best: bytes that must move, over its bandwidth; products, over their rate.
+
+Nothing here is measured. A limit counts each input read once and each output written once, the products of the
+equation and of what has to be computed again because it is not saved, and takes the longer of the two times.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+# Latents of 72 frames of 1024x576 pixels at the UNet's first level.
+LEVEL_0 = {"batch": 1, "frames": 72, "height": 72, "width": 128, "channels": 320, "heads": 5}
+ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """A GPU as its data sheet has it: memory bandwidth, and dense bfloat16 or float16 products in tensor cores."""
+
+    name: str
+    device: str  # what the driver calls it; other cards of the family have other memory
+    bytes_per_s: float
+    flops_per_s: float
+
+
+CARDS = (
+    Card(name="A100", device="NVIDIA A100-SXM4-80GB", bytes_per_s=2.04e12, flops_per_s=312e12),
+    Card(name="H100", device="NVIDIA H100 80GB HBM3", bytes_per_s=3.35e12, flops_per_s=989e12),
+    Card(name="H200", device="NVIDIA H200", bytes_per_s=4.8e12, flops_per_s=989e12),
+)
+# One way between the host and the card, in bytes a second.
+LINKS = {"PCIe 4": 25e9, "PCIe 5": 55e9, "NVLink-C2C": 450e9}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """Bytes between memory and chip, and floating-point operations, of one pass."""
+
+    bytes: float
+    flops: float = 0.0
+
+    def limit_ms(self, card: Card) -> float:
+        """Milliseconds below which `card` cannot do it."""
+        return max(self.bytes / card.bytes_per_s, self.flops / card.flops_per_s) * 1e3
+
+
+Shape = Mapping[str, int]
+Passes = Mapping[str, Work]  # forward and backward, each a launch of its own or more
+
+
+def tensor_bytes(shape: Shape, dtype: str = "bfloat16") -> float:
+    """Bytes of one (B, F, P, C) tensor."""
+    return _tokens(shape) * shape["channels"] * ELEMENT_BYTES[dtype]
+
+
+def temporal_attention(shape: Shape, dtype: str) -> Passes:
+    """q, k, v -> o; q, k, v, do -> dq, dk, dv. The scores are computed again in backward."""
+    one, product = tensor_bytes(shape, dtype), _attention_product_flops(shape)
+    return {"forward": Work(bytes=4 * one, flops=2 * product), "backward": Work(bytes=7 * one, flops=5 * product)}
+
+
+def temporal_attention_block(shape: Shape, dtype: str) -> Passes:
+    """x -> norm, QKV, attention, projection, residual -> y, with x alone saved: QKV and attention run again."""
+    one, product = tensor_bytes(shape, dtype), _attention_product_flops(shape)
+    projection = 2 * _tokens(shape) * shape["channels"] ** 2
+    return {
+        "forward": Work(bytes=2 * one, flops=4 * projection + 2 * product),
+        "backward": Work(bytes=3 * one, flops=11 * projection + 6 * product),
+    }
+
+
+def group_norm_statistics(shape: Shape, dtype: str) -> Passes:
+    """x -> mean, rstd."""
+    return {"forward": Work(bytes=tensor_bytes(shape, dtype))}
+
+
+def convolution(shape: Shape, dtype: str, num_taps: int) -> Passes:
+    """A convolution of as many channels in as out; in backward its input's and its weight's gradient."""
+    one, product = tensor_bytes(shape, dtype), 2 * num_taps * _tokens(shape) * shape["channels"] ** 2
+    return {"forward": Work(bytes=2 * one, flops=product), "backward": Work(bytes=3 * one, flops=2 * product)}
+
+
+# The work that a bench's rows measure, by the rows' `bench`.
+WORK_OF_BENCH: Mapping[str, Callable[[Shape, str], Passes]] = {
+    "attn72/core": temporal_attention,
+    "attn72/sub-block": temporal_attention_block,
+}
+
+
+def limits_ms(bench: str, mode: str, shape: Shape, dtype: str) -> dict[str, float]:
+    """By card, the limit of what one row of a bench measures; empty where none is known for it."""
+    work_of = WORK_OF_BENCH.get(bench)
+    if work_of is None or ELEMENT_BYTES.get(dtype) != 2:
+        return {}
+    passes = work_of(shape, dtype)
+    names = ("forward", "backward") if mode == "both" else (mode,)
+    return {card.name: sum(passes[name].limit_ms(card) for name in names) for card in CARDS}
+
+
+def physical_limits() -> dict[str, dict[str, float]]:
+    """Limits in milliseconds at level 0 of 72 frames of 1024x576 in bfloat16, by work and by card or link."""
+    shape, dtype = LEVEL_0, "bfloat16"
+    attention, block = temporal_attention(shape, dtype), temporal_attention_block(shape, dtype)
+    works = {
+        "temporal attention forward": attention["forward"],
+        "temporal attention backward": attention["backward"],
+        "temporal attention sub-block forward": block["forward"],
+        "temporal attention sub-block backward": block["backward"],
+        "GroupNorm statistics": group_norm_statistics(shape, dtype)["forward"],
+        "3x3 convolution forward": convolution(shape, dtype, 9)["forward"],
+        "3x1x1 convolution forward": convolution(shape, dtype, 3)["forward"],
+    }
+    found = {name: {card.name: work.limit_ms(card) for card in CARDS} for name, work in works.items()}
+    one_ms = {link: tensor_bytes(shape, dtype) / rate * 1e3 for link, rate in LINKS.items()}
+    return found | {"offload of one tensor, one way": one_ms}
+
+
+def card_of(device: str) -> Card | None:
+    """The card of a device's name, or None where its limits are not known here."""
+    return next((card for card in CARDS if card.device == device), None)
+
+
+def _tokens(shape: Shape) -> int:
+    return shape["batch"] * shape["frames"] * shape["height"] * shape["width"]
+
+
+def _attention_product_flops(shape: Shape) -> int:
+    """One F x F x D product for each pixel and head."""
+    return 2 * _tokens(shape) * shape["frames"] * shape["channels"]
