@@ -13,13 +13,15 @@ export OMP_WAIT_POLICY ?= passive
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc ptxrun tests/native -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help setup demo test lint format clean
+.PHONY: help setup demo test verify-deep verify-gpu lint format clean
 
 help:
 	@echo "make demo   footage -> poses -> 72-frame training with fused kernels -> video, in $(DEMO)/"
 	@echo "make test   the test suite"
 	@echo "make lint   ruff, clang-format and pyright"
 	@echo "make setup  only the virtual environment, in $(VENV)/"
+	@echo "make verify-deep  long shapes, whole recounts, every pass of Triton's compiler; no GPU needed"
+	@echo "make verify-gpu   on a GPU: every op's tests, every variant, every bench, beside the card's limits"
 
 $(VENV)/.installed: pyproject.toml setup.py CMakeLists.txt $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
@@ -52,6 +54,13 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest
+
+verify-deep: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m deep --durations=0
+
+# Exit status 2, and make's error with it, means that no GPU was found: nothing was verified.
+verify-gpu: $(VENV)/.installed-test
+	$(BIN)/python bench/verify_gpu.py
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check
