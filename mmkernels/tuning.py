@@ -152,8 +152,8 @@ def fastest(op: str, key: tuple[Hashable, ...], variants: Mapping[str, Variant],
 
     variants: name -> a call that runs it on scratch outputs; every call must do the same work. One variant, and any
     on the CPU, is returned untimed: the first. On CUDA the fastest by events is, timed when first seen. Raises
-    NotOfferedError for a forced variant that is not offered, RuntimeError where all fail, inside a trace, and where a CUDA
-    graph is being captured before the shape was seen.
+    NotOfferedError for a forced variant that is not offered, RuntimeError where all fail, inside a trace, and where a
+    CUDA graph is being captured before the shape was seen.
     """
     if not variants:
         raise ValueError(f"{op} {key} offers no variant, wanted at least one; check its why_unsupported first")
@@ -165,7 +165,7 @@ def fastest(op: str, key: tuple[Hashable, ...], variants: Mapping[str, Variant],
     forced = _forced(os.environ.get("MMKERNELS_VARIANT", "")).get(op)
     if forced is not None:
         if forced not in variants:
-            raise NotOfferedError(f"MMKERNELS_VARIANT wants {op}={forced}, got {', '.join(variants)} for {key}; change it")
+            raise NotOfferedError(f"MMKERNELS_VARIANT has {op}={forced}, wanted {' or '.join(variants)} for {key}")
         return forced
     if len(variants) == 1:
         return first

@@ -13,6 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mmkernels.ops.blend_projection import blend_projection, reference
 
+pytestmark = pytest.mark.op
+
 NAMES: tuple[str, ...] = ("residual", "spatial", "temporal", "alpha", "weight", "bias")
 
 

@@ -13,6 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mmkernels.ops.group_norm_projection import group_norm_projection, reference
 
+pytestmark = pytest.mark.op
+
 NAMES: tuple[str, ...] = ("x", "gamma", "beta", "weight", "bias")
 
 

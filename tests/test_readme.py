@@ -25,6 +25,8 @@ HOW = {
     "make test": "dry run of make",
     "make lint": "dry run of make",
     "make format": "dry run of make",
+    "make verify-gpu": "dry run of make",
+    "make verify-deep": "dry run of make",
     "pip install -e .": "--dry-run --no-deps --no-build-isolation",
     "python -m mmkernels": "as typed",
     "torchrun mimicmotion/train.py --kernels fused": "--trainer.num-steps 2 --run-dir {tmp}/run",

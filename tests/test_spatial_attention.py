@@ -17,6 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from mmkernels.ops import spatial_attention as module
 from mmkernels.ops.spatial_attention import reference, spatial_attention, why_unsupported
 
+pytestmark = pytest.mark.op
+
 WEIGHTS = ("to_q", "to_k", "to_v", "out_weight", "out_bias")
 
 
@@ -95,6 +97,7 @@ def test_against_diffusers(case: Case) -> None:
     assert_within_budget(actual, plain, fp64)
 
 
+@pytest.mark.only("cpu", "torch's flash attention in float32")
 def test_reference_is_the_equation() -> None:
     inputs, dy = build(Case())
     wide = in_float64(inputs)
@@ -106,6 +109,7 @@ def test_reference_is_the_equation() -> None:
     assert torch.autograd.gradcheck(lambda *x: torch.ops.mmkernels.spatial_attention(*x)[0], leaves)
 
 
+@pytest.mark.only("cpu", "torch's flash attention in float32")
 def test_saves_its_input_the_output_of_attention_and_its_logsumexp() -> None:
     inputs, _ = build(Case(P=64))
     leaves = {name: value.requires_grad_() for name, value in inputs.items()}
@@ -136,6 +140,7 @@ def test_a_second_backward_through_a_kept_graph() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.only("cpu", "torch's flash attention in float32")
 def test_opcheck_and_compile() -> None:
     inputs, dy = build(Case())
     qkv_weight = torch.cat([inputs[name] for name in WEIGHTS[:3]])
@@ -150,6 +155,7 @@ def test_opcheck_and_compile() -> None:
         assert torch.equal(value, actual[name]), name
 
 
+@pytest.mark.only("cpu", "torch's flash attention in float32")
 def test_flops_are_counted() -> None:
     R, P, C = 3, 64, 64
     inputs, _ = build(Case(R=R, P=P))
@@ -171,6 +177,7 @@ def test_empty(shape: tuple[int, ...]) -> None:
     assert not gradients["dto_q"].any()
 
 
+@pytest.mark.only("cpu", "torch's flash attention in float32")
 def test_the_grid_of_the_attention_kernels_is_respected(monkeypatch) -> None:
     inputs, dy = build(Case())
     sizes = []
@@ -215,6 +222,7 @@ def _stand_in(name: str, monkeypatch) -> list[str]:
     return calls
 
 
+@pytest.mark.only("cpu", "torch's flash attention in float32")
 @pytest.mark.parametrize("backend", ["xformers", "flash-attn"])
 def test_a_library_asked_for_computes_the_attention(backend: str, monkeypatch) -> None:
     inputs, dy = build(Case())
@@ -227,6 +235,7 @@ def test_a_library_asked_for_computes_the_attention(backend: str, monkeypatch) -
     torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.only("cpu", "torch's flash attention in float32")
 def test_where_there_is_no_flash_attention_plain_torch_computes(monkeypatch) -> None:
     assert why_unsupported(torch.empty(1), torch.float32, 64) is None
     elsewhere = types.SimpleNamespace(device=torch.device("cuda"))
