@@ -32,7 +32,7 @@ _PARAMETER = re.compile(
     r"\.param\s+(?:\.align\s+(?P<align>\d+)\s+)?\.(?P<type>\w+)(?:\s+\.ptr[\w\s.]*?)?\s+(?P<name>[\w$]+)"
     r"(?:\[(?P<count>\d+)\])?",
 )
-_SKIPPED = re.compile(r"\.(?:loc|file)\b[^\n]*|\.(?:pragma|maxntid|minnctapersm|branchtargets)\b[^;\n]*;?")
+_SKIPPED = re.compile(r"\.(?:loc|file)\b[^\n]*|\.pragma\b[^;\n]*;")
 _LABEL = re.compile(r"([\w$]+)\s*:(?!:)")
 _ENTRY = r"\.entry\s+(?P<name>%s)\s*(?=[({])"
 

@@ -24,10 +24,10 @@ def _space(choices: Choices) -> list[int]:
 
 
 def _loads_and_stores() -> None:
-    spaces, vectors = "global shared shared::cta local const param", "v2 v4 v8"
+    spaces = "global shared shared::cta local const param"
     for bits, element in _BYTES.items():
         types = " ".join(x for x in _TYPES.split() if _bits(x) == bits)
-        slots = {"TYPE": types, "VEC": vectors, "EVICT": _EVICT, "PREFETCH": _PREFETCH}
+        slots = {"TYPE": types, "VEC": "v2 v4 v8" if bits == "32" else "v2 v4", "EVICT": _EVICT, "PREFETCH": _PREFETCH}
         ordered = slots | _ORDER | {"SPACE": spaces, "CACHE": "ca cg cs lu cv"}
         head, tail = "ld[.SEMANTICS][.SCOPE][.SPACE][.CACHE][.EVICT]", "[.PREFETCH][.VEC].TYPE"
         define(f"{head}{tail}", ">{TYPE} @", f"load<{element}>", _load, **ordered)
