@@ -35,6 +35,11 @@ PYBIND11_MODULE(_native, m) {
   m.def("instruction_set", [] { return std::string(mm::instruction_set().name); });
   m.def("supported_instruction_sets", mm::supported_instruction_sets);
   m.def("select_instruction_set", mm::select_instruction_set);
+  m.def("geglu_forward", mm::geglu_forward, no_gil);
+  m.def("geglu_backward", mm::geglu_backward, no_gil);
+  m.def("layer_norm_forward", mm::layer_norm_forward, no_gil);
+  m.def("layer_norm_backward", mm::layer_norm_backward, no_gil);
+  m.def("layer_norm_add_residual", mm::layer_norm_add_residual, no_gil);
   m.def("temporal_attention_forward", mm::temporal_attention_forward, no_gil);
   m.def("temporal_attention_backward", mm::temporal_attention_backward, no_gil);
   m.def("group_norm_silu_statistics", mm::group_norm_silu_statistics, no_gil);

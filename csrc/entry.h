@@ -9,6 +9,25 @@
 
 namespace mm {
 
+// csrc/entry/geglu.cpp; shape is (rows, half).
+void geglu_forward(uintptr_t u, uintptr_t bias, uintptr_t g, const std::vector<int64_t>& shape,
+                   const std::string& dtype, int num_threads);
+void geglu_backward(uintptr_t u, uintptr_t bias, uintptr_t dg, uintptr_t du, uintptr_t g, uintptr_t sums,
+                    const std::vector<int64_t>& shape, int64_t block_rows, const std::string& dtype, int num_threads);
+
+// csrc/entry/layer_norm.cpp; shape is (R, T, C), strides are R and T of each strided tensor, dtypes are those of the
+// strided tensors and of the others; a null shift is none.
+void layer_norm_forward(uintptr_t x, uintptr_t shift, uintptr_t weight, uintptr_t bias, uintptr_t out, uintptr_t mean,
+                        uintptr_t rstd, const std::vector<int64_t>& shape, const std::vector<int64_t>& strides,
+                        const std::vector<std::string>& dtypes, double eps, int num_threads);
+void layer_norm_backward(uintptr_t dout, uintptr_t x, uintptr_t shift, uintptr_t weight, uintptr_t mean, uintptr_t rstd,
+                         uintptr_t dy, uintptr_t dx, uintptr_t sums, const std::vector<int64_t>& shape,
+                         const std::vector<int64_t>& strides, const std::vector<std::string>& dtypes,
+                         int64_t block_tokens, int num_threads);
+void layer_norm_add_residual(uintptr_t x, uintptr_t shift, uintptr_t inner, uintptr_t bias, uintptr_t y,
+                             const std::vector<int64_t>& shape, const std::vector<int64_t>& strides,
+                             const std::vector<std::string>& dtypes, int num_threads);
+
 // csrc/entry/temporal_attention.cpp; a null o is not written.
 void temporal_attention_forward(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t o, const std::vector<int64_t>& shape,
                                 const std::vector<int64_t>& strides, const std::string& dtype, double scale,

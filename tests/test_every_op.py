@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mmkernels.blocks.temporal_attention import temporal_attention_block
+from mmkernels.ops.geglu_feed_forward import geglu_feed_forward
 from mmkernels.ops.temporal_attention import temporal_attention
 
 pytestmark = pytest.mark.op
@@ -52,7 +53,17 @@ def attention_block_inputs(P: int) -> Tensors:
     }
 
 
+def feed_forward_inputs(T: int) -> Tensors:
+    C, H = 320, 1280
+    weights = {"up_weight": normal(2 * H, C) / C**0.5, "down_weight": normal(C, H) / H**0.5}
+    vectors = {name: normal(C) for name in ("norm_weight", "norm_bias", "down_bias")}
+    return {"x": normal(2, T, C), "shift": normal(2, 1, C), "up_bias": normal(2 * H), **vectors, **weights}
+
+
 OPS = {
+    "geglu_feed_forward": Op(
+        make=feed_forward_inputs, call=geglu_feed_forward, long=("x",), axis=1, huge_rows=3_400_000
+    ),
     "temporal_attention": Op(
         make=attention_inputs, call=temporal_attention, long=("q", "k", "v"), axis=2, huge_rows=94_000
     ),

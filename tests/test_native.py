@@ -18,7 +18,7 @@ from mmkernels.ops.temporal_attention import reference, temporal_attention_backw
 from tests.numerics import assert_within_budget
 
 ROOT = Path(__file__).resolve().parent.parent
-KERNEL = ROOT / "csrc/cpu/temporal_attention.cpp"
+KERNELS = sorted(set((ROOT / "csrc/cpu").glob("*.cpp")) - {ROOT / "csrc/cpu/instruction_set.cpp"})
 # The flags that CMakeLists.txt gives each build of the kernels.
 INSTRUCTION_SETS = {
     "portable": [],
@@ -26,6 +26,7 @@ INSTRUCTION_SETS = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"],
 }
 FLAGS = ["-std=c++17", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", f"-I{ROOT / 'csrc'}"]
+SANITIZE = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or ""
 # The environment's own cmake before one on the PATH, which may be older than CMakeLists.txt asks for.
 CMAKE = shutil.which("cmake", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
@@ -136,31 +137,41 @@ def test_unknown_instruction_set_is_named() -> None:
         extension.native().select_instruction_set("sse9")
 
 
+def compile_kernel(kernel: Path, instruction_set: str, target: Path, *flags: str) -> str:
+    """Compile a kernel file for an instruction set as CMakeLists.txt does; returns the object's path."""
+    options = [*FLAGS, *INSTRUCTION_SETS[instruction_set], *flags, f"-DMM_ISA={instruction_set}"]
+    built = run([COMPILER, *options, "-c", str(kernel), "-o", str(target)])
+    assert built.returncode == 0, built.stderr
+    return str(target)
+
+
 @pytest.mark.skipif(not COMPILER, reason="no C++ compiler to build the check with")
-def test_no_build_leaks_into_another(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda path: path.stem)
+def test_no_build_leaks_into_another(kernel: Path, tmp_path: Path) -> None:
     """A weak symbol of the AVX-512 build could be linked into the portable one, and crash an older CPU."""
-    for name, flags in INSTRUCTION_SETS.items():
-        target = tmp_path / f"{name}.o"
-        command = [COMPILER, *FLAGS, *flags, "-O3", "-fopenmp", f"-DMM_ISA={name}", "-c", str(KERNEL)]
-        built = run([*command, "-o", str(target)])
-        assert built.returncode == 0, built.stderr
-        symbols = run(["nm", "-C", str(target)]).stdout.splitlines()
+    for name in INSTRUCTION_SETS:
+        target = compile_kernel(kernel, name, tmp_path / f"{name}.o", "-O3", "-fopenmp")
+        symbols = run(["nm", "-C", target]).stdout.splitlines()
         weak = [line for line in symbols if " W " in line or (" V " in line and "DW.ref." not in line)]
         assert [line for line in weak if f"mm::{name}::" not in line] == []  # a name of its own cannot be mixed up
 
 
+@pytest.fixture(scope="module")
+def sanitized_objects(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("sanitized")
+    return [
+        compile_kernel(kernel, name, folder / f"{kernel.stem}_{name}.o", *SANITIZE)
+        for kernel in KERNELS
+        for name in INSTRUCTION_SETS
+    ]
+
+
 @pytest.mark.skipif(not COMPILER, reason="no C++ compiler to build the check with")
-def test_clean_under_sanitizers(tmp_path: Path) -> None:
-    sanitize = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    objects = []
-    for name, flags in INSTRUCTION_SETS.items():
-        objects.append(str(tmp_path / f"{name}.o"))
-        command = [COMPILER, *FLAGS, *flags, *sanitize, f"-DMM_ISA={name}", "-c", str(KERNEL), "-o", objects[-1]]
-        built = run(command)
-        assert built.returncode == 0, built.stderr
-    sources = [str(ROOT / "csrc/cpu/instruction_set.cpp"), str(ROOT / "tests/native/temporal_attention_sanitized.cpp")]
+@pytest.mark.parametrize("source", sorted((ROOT / "tests/native").glob("*_sanitized.cpp")), ids=lambda path: path.stem)
+def test_clean_under_sanitizers(source: Path, sanitized_objects: list[str], tmp_path: Path) -> None:
+    sources = [str(ROOT / "csrc/cpu/instruction_set.cpp"), str(source)]
     program = str(tmp_path / "program")
-    built = run([COMPILER, *FLAGS, *sanitize, *sources, *objects, "-o", program])
+    built = run([COMPILER, *FLAGS, *SANITIZE, *sources, *sanitized_objects, "-o", program])
     assert built.returncode == 0, built.stderr
     ran = run([program], env={**os.environ, "LD_PRELOAD": ""})
     assert ran.returncode == 0, ran.stderr

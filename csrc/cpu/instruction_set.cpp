@@ -6,15 +6,21 @@ namespace mm {
 
 #if defined(__x86_64__)
 namespace avx512 {
+extern const GegluKernels kGeglu;
+extern const LayerNormKernels kLayerNorm;
 extern const TemporalAttentionKernels kTemporalAttention;
 extern const GroupNormSiluKernels kGroupNormSilu;
 }  // namespace avx512
 namespace avx2 {
+extern const GegluKernels kGeglu;
+extern const LayerNormKernels kLayerNorm;
 extern const TemporalAttentionKernels kTemporalAttention;
 extern const GroupNormSiluKernels kGroupNormSilu;
 }  // namespace avx2
 #endif
 namespace portable {
+extern const GegluKernels kGeglu;
+extern const LayerNormKernels kLayerNorm;
 extern const TemporalAttentionKernels kTemporalAttention;
 extern const GroupNormSiluKernels kGroupNormSilu;
 }  // namespace portable
@@ -28,11 +34,12 @@ const InstructionSet kInstructionSets[] = {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
      },
-     &avx512::kTemporalAttention, &avx512::kGroupNormSilu},
+     &avx512::kTemporalAttention, &avx512::kGroupNormSilu, &avx512::kGeglu, &avx512::kLayerNorm},
     {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, &avx2::kTemporalAttention,
-     &avx2::kGroupNormSilu},
+     &avx2::kGroupNormSilu, &avx2::kGeglu, &avx2::kLayerNorm},
 #endif
-    {"portable", [] { return true; }, &portable::kTemporalAttention, &portable::kGroupNormSilu},
+    {"portable", [] { return true; }, &portable::kTemporalAttention, &portable::kGroupNormSilu, &portable::kGeglu,
+     &portable::kLayerNorm},
 };
 
 const InstructionSet* selected = nullptr;

@@ -4,7 +4,9 @@
 #include <string>
 #include <vector>
 
+#include "geglu.h"
 #include "group_norm_silu.h"
+#include "layer_norm.h"
 #include "temporal_attention.h"
 
 namespace mm {
@@ -14,6 +16,8 @@ struct InstructionSet {
   bool (*is_supported)();
   const TemporalAttentionKernels* temporal_attention;
   const GroupNormSiluKernels* group_norm_silu;
+  const GegluKernels* geglu;
+  const LayerNormKernels* layer_norm;
 };
 
 std::vector<std::string> supported_instruction_sets();  // best first

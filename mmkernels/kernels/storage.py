@@ -1,0 +1,31 @@
+"""What the kernels of this package take: storage dtypes and devices."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from mmkernels import extension
+
+DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the arithmetic on tensors of `dtype`: at least float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def why_unsupported(x: Tensor, *other_dtypes: torch.dtype) -> str | None:
+    """Why plain torch would compute this instead of a kernel, given x and the other dtypes, or None."""
+    for dtype in (x.dtype, *other_dtypes):
+        if dtype not in DTYPE_NAMES:
+            return f"dtype {dtype}, the kernels take {', '.join(DTYPE_NAMES.values())}"
+    if x.stride(-1) != 1:
+        return f"the last axis of {tuple(x.shape)} is not contiguous"
+    if x.device.type == "cpu":
+        return None if extension.available() else f"no native CPU kernels: {extension.why_not()}"
+    if x.device.type == "cuda":
+        return None if importlib.util.find_spec("triton") else "Triton is not installed; pip install triton"
+    return f"no kernel for device {x.device.type}"

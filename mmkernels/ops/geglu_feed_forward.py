@@ -1,0 +1,305 @@
+"""The feed-forward of a transformer block, norm, GEGLU and residual included, saving only its input.
+
+    h = x + shift      u = LayerNorm(h) Wu^T + bu      y = h + (u[:H] * gelu(u[H:])) Wd^T + bd
+
+x and y are (R, T, C): T tokens in each of R rows, strided with C contiguous; shift (R, 1, C) or none, Wu (2H, C),
+Wd (C, H). gelu is the exact one, x * cdf(x) of the normal distribution, as in diffusers' GEGLU. Forward and backward
+walk over chunks of tokens, so the transients are those of a chunk. Backward recomputes the norm, the up-projection and
+the GEGLU of a chunk, never the down-projection; keep="up" saves u - bu as well and recomputes no matrix product. With
+g = u[:H] * gelu(u[H:]), all of it recomputed, dg = dy Wd and
+
+    du = (dg * gelu(u[H:]),  dg * u[:H] * gelu'(u[H:]))      gelu'(x) = cdf(x) + x * density(x)
+
+x may be wider than the weights (float32 tokens, bfloat16 weights, as under autocast): the norm is taken in x's dtype,
+the products in the weights', the residual in x's. Gradients of parameters are summed in float32.
+
+The matrix products are torch's; between them native C++ on the CPU, Triton on CUDA, plain torch elsewhere, see
+`why_unsupported`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import gelu, layer_norm, linear
+from torch.utils.flop_counter import register_flop_formula
+
+from mmkernels.kernels.geglu import geglu_backward_into, geglu_into
+from mmkernels.kernels.layer_norm import add_residual_into, layer_norm_backward_into, layer_norm_into
+from mmkernels.kernels.storage import why_unsupported as why_storage_unsupported
+from mmkernels.kernels.storage import wide_dtype
+
+Keep = Literal["input", "up"]
+
+# Bytes of the up-projection of a chunk: within the cache (CPU), or a transient of some hundred MB in all (GPU).
+_CHUNK_BYTES = {"cpu": 6 << 20, "cuda": 1 << 28}
+_MIN_CHUNK_TOKENS = 576  # fewer rows slow the products down
+
+
+# --- reference
+
+
+def reference(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, up_weight: Tensor, up_bias: Tensor, down_weight: Tensor,
+    down_bias: Tensor, *, eps: float = 1e-5, shift: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The equation of this file in plain torch; differentiable by autograd."""
+    h = x if shift is None else x + shift
+    normal = layer_norm(h, (h.shape[-1],), norm_weight.to(h.dtype), norm_bias.to(h.dtype), eps)
+    hidden, gate = linear(normal.to(up_weight.dtype), up_weight, up_bias).chunk(2, dim=-1)
+    return h + linear(hidden * gelu(gate), down_weight, down_bias)
+
+
+# --- chunks
+
+
+class _Chunks:
+    """Chunks of about `chunk_tokens` tokens: pieces of one row, or whole rows; and buffers they all reuse."""
+
+    def __init__(self, x: Tensor, dtype: torch.dtype, chunk_tokens: int) -> None:
+        R, T, _ = x.shape
+        self.x, self.dtype = x, dtype
+        self.tokens = _even(T, chunk_tokens)
+        self.rows = _even(R, max(1, chunk_tokens // max(1, T)))
+        self._buffers: dict[str, Tensor] = {}
+
+    def __iter__(self) -> Iterator[tuple[slice, slice, slice]]:
+        """(rows, tokens of them, those in the flat order r * T + t) of each chunk, in that order."""
+        R, T, _ = self.x.shape
+        for r in range(0, R, self.rows):
+            for t in range(0, T, self.tokens):
+                rows, tokens = slice(r, min(r + self.rows, R)), slice(t, min(t + self.tokens, T))
+                count = (rows.stop - rows.start) * (tokens.stop - tokens.start)
+                yield rows, tokens, slice(r * T + t, r * T + t + count)
+
+    def buffer(self, name: str, count: int, width: int, dtype: torch.dtype | None = None) -> Tensor:
+        """An uninitialised (count, width) buffer, by default in the products' dtype; the same memory for a name."""
+        if name not in self._buffers:
+            size = self.rows * self.tokens * width
+            self._buffers[name] = torch.empty(size, dtype=dtype or self.dtype, device=self.x.device)
+        return self._buffers[name][: count * width].view(count, width)
+
+    def norm(
+        self, x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """LayerNorm of a chunk of tokens (count, C) in the products' dtype, with mean and rstd (count)."""
+        count = x.shape[0] * x.shape[1]
+        normal = self.buffer("normal", count, x.shape[2])
+        mean, rstd = (self.buffer(name, count, 1, weight.dtype).view(-1) for name in ("mean", "rstd"))
+        layer_norm_into(x, shift, weight, bias, eps, normal, mean, rstd)
+        return normal, mean, rstd
+
+
+def _even(total: int, largest: int) -> int:
+    """The largest part where `total` is cut evenly into parts of at most `largest`."""
+    num_parts = max(1, -(-total // largest))
+    return max(1, -(-total // num_parts))
+
+
+# --- forward
+
+
+@torch.library.custom_op("mmkernels::geglu_feed_forward", mutates_args=())
+def _forward(
+    x: Tensor, shift: Tensor | None, norm_weight: Tensor, norm_bias: Tensor, up_weight: Tensor, up_bias: Tensor,
+    down_weight: Tensor, down_bias: Tensor, eps: float, chunk_tokens: int, keep_up: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    C, H = down_weight.shape
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    saved = torch.empty(_saved_shape(x, up_weight, keep_up), dtype=up_weight.dtype, device=x.device)
+    vectors = [vector.to(wide_dtype(x.dtype)) for vector in (norm_weight, norm_bias, up_bias, down_bias)]
+    shifts = _flat_shift(x, shift)
+    chunks = _Chunks(x, up_weight.dtype, chunk_tokens)
+    for rows, tokens, flat in chunks:
+        count, part = flat.stop - flat.start, x[rows, tokens]
+        chunk_shift = None if shifts is None else shifts[rows]
+        normal, _, _ = chunks.norm(part, chunk_shift, vectors[0], vectors[1], eps)
+        u = torch.mm(normal, up_weight.t(), out=saved[flat] if keep_up else chunks.buffer("u", count, 2 * H))
+        g = chunks.buffer("g", count, H)
+        geglu_into(u, vectors[2], g)
+        inner = torch.mm(g, down_weight.t(), out=normal)
+        add_residual_into(part, chunk_shift, inner, vectors[3], y[rows, tokens])
+    return y, saved
+
+
+def _saved_shape(x: Tensor, up_weight: Tensor, keep_up: bool) -> tuple[int, ...]:
+    return (x.shape[0] * x.shape[1], up_weight.shape[0]) if keep_up else (0, up_weight.shape[0])
+
+
+def _flat_shift(x: Tensor, shift: Tensor | None) -> Tensor | None:
+    return None if shift is None else shift.reshape(x.shape[0], x.shape[2]).to(wide_dtype(x.dtype)).contiguous()
+
+
+@_forward.register_fake
+def _forward_fake(
+    x: Tensor, shift: Tensor | None, norm_weight: Tensor, norm_bias: Tensor, up_weight: Tensor, up_bias: Tensor,
+    down_weight: Tensor, down_bias: Tensor, eps: float, chunk_tokens: int, keep_up: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return y, torch.empty(_saved_shape(x, up_weight, keep_up), dtype=up_weight.dtype, device=x.device)
+
+
+def _product_flops(x_shape: Sequence[int], up_shape: Sequence[int], products: int) -> int:
+    """Of `products` products of all tokens by a (C, H) matrix."""
+    R, T, C = x_shape
+    return 2 * products * R * T * C * (up_shape[0] // 2)
+
+
+@register_flop_formula(torch.ops.mmkernels.geglu_feed_forward)
+def _forward_flops(
+    x_shape: Sequence[int], _shift: Any, _weight: Any, _bias: Any, up_shape: Sequence[int], *_: Any, **__: Any
+) -> int:
+    return _product_flops(x_shape, up_shape, 3)
+
+
+# --- backward
+
+
+@torch.library.custom_op("mmkernels::geglu_feed_forward_backward", mutates_args=())
+def _backward(
+    dy: Tensor, x: Tensor, shift: Tensor | None, saved: Tensor, norm_weight: Tensor, norm_bias: Tensor,
+    up_weight: Tensor, up_bias: Tensor, down_weight: Tensor, eps: float, chunk_tokens: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x, shift (empty without one), up_weight, up_bias, down_weight, and the (3, C) of the other vectors.
+
+    Those of parameters are at least float32; autograd rounds them to the dtype of the parameter.
+    """
+    C, H = down_weight.shape
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    norm_weight, norm_bias, up_bias = (vector.to(wide_dtype(x.dtype)) for vector in (norm_weight, norm_bias, up_bias))
+    shifts = _flat_shift(x, shift)
+    up_sum, down_sum = (torch.zeros_like(w, dtype=wide_dtype(w.dtype)) for w in (up_weight, down_weight))
+    up_bias_sum, vector_sums = torch.zeros_like(up_bias), torch.zeros((3, C), dtype=up_bias.dtype, device=x.device)
+    chunks = _Chunks(x, up_weight.dtype, chunk_tokens)
+    for rows, tokens, flat in chunks:
+        count, part = flat.stop - flat.start, x[rows, tokens]
+        chunk_shift = None if shifts is None else shifts[rows]
+        normal, mean, rstd = chunks.norm(part, chunk_shift, norm_weight, norm_bias, eps)
+        du = chunks.buffer("u", count, 2 * H)
+        u = saved[flat] if saved.numel() else torch.mm(normal, up_weight.t(), out=du)
+        dinner = dy[rows, tokens].reshape(count, C).to(up_weight.dtype)
+        g = torch.mm(dinner, down_weight, out=chunks.buffer("g", count, H))  # dg first
+        up_bias_sum += geglu_backward_into(u, up_bias, g, du, g)
+        _add_product(down_sum, dinner, g)
+        _add_product(up_sum, du, normal)
+        dnormal = torch.mm(du, up_weight, out=normal)
+        vector_sums += layer_norm_backward_into(
+            dnormal, part, chunk_shift, norm_weight, mean, rstd, dy[rows, tokens], dx[rows, tokens]
+        )
+    wide = wide_dtype(x.dtype)
+    dshift = x.new_empty(0, dtype=wide) if shift is None else dx.sum(1, keepdim=True, dtype=wide)
+    return dx, dshift, up_sum, up_bias_sum, down_sum, vector_sums
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left^T right, both (count, width)."""
+    if total.dtype == left.dtype:
+        total.addmm_(left.t(), right)
+    else:
+        total.add_(left.t() @ right)
+
+
+@_backward.register_fake
+def _backward_fake(
+    dy: Tensor, x: Tensor, shift: Tensor | None, saved: Tensor, norm_weight: Tensor, norm_bias: Tensor,
+    up_weight: Tensor, up_bias: Tensor, down_weight: Tensor, eps: float, chunk_tokens: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    wide, product = wide_dtype(x.dtype), wide_dtype(up_weight.dtype)
+    R, _, C = x.shape
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dshift = x.new_empty((0,) if shift is None else (R, 1, C), dtype=wide)
+    dup, ddown = (torch.empty_like(weight, dtype=product) for weight in (up_weight, down_weight))
+    return dx, dshift, dup, x.new_empty(up_bias.shape, dtype=wide), ddown, x.new_empty((3, C), dtype=wide)
+
+
+@register_flop_formula(torch.ops.mmkernels.geglu_feed_forward_backward)
+def _backward_flops(
+    _dy: Any, x_shape: Sequence[int], _shift: Any, saved_shape: Sequence[int], _weight: Any, _bias: Any,
+    up_shape: Sequence[int], *_: Any, **__: Any,
+) -> int:  # fmt: skip
+    return _product_flops(x_shape, up_shape, 6 if saved_shape[0] else 8)  # two of them the recomputed up-projection
+
+
+# --- autograd
+
+
+def _save(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor]) -> None:
+    x, shift, norm_weight, norm_bias, up_weight, up_bias, down_weight, _, ctx.eps, ctx.chunk_tokens, _ = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x, shift, output[1], norm_weight, norm_bias, up_weight, up_bias, down_weight)
+
+
+def _differentiate(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    dx, dshift, dup, dup_bias, ddown, vectors = _backward(dy, *ctx.saved_tensors, ctx.eps, ctx.chunk_tokens)
+    dweight, dbias, ddown_bias = vectors.unbind()
+    shift_gradient = None if ctx.saved_tensors[1] is None else dshift
+    return dx, shift_gradient, dweight, dbias, dup, dup_bias, ddown, ddown_bias, None, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+# --- what is supported
+
+
+def default_chunk_tokens(x: Tensor, up_weight: Tensor) -> int:
+    """Tokens in a chunk of x (R, T, C) where the caller names none."""
+    token_bytes = max(1, up_weight.shape[0] * up_weight.element_size())
+    return max(_MIN_CHUNK_TOKENS, _CHUNK_BYTES.get(x.device.type, 1 << 28) // token_bytes)
+
+
+def why_unsupported(x: Tensor, up_weight: Tensor) -> str | None:
+    """Why plain torch would compute what is between the products instead of a kernel, or None where a kernel does."""
+    return why_storage_unsupported(x, up_weight.dtype)
+
+
+def geglu_feed_forward(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, up_weight: Tensor, up_bias: Tensor, down_weight: Tensor,
+    down_bias: Tensor, *, eps: float = 1e-5, shift: Tensor | None = None, chunk_tokens: int | None = None,
+    keep: Keep = "input",
+) -> Tensor:  # fmt: skip
+    """y = h + geglu(LayerNorm(h) Wu^T + bu) Wd^T + bd with h = x + shift; x and y (R, T, C), shift (R, 1, C).
+
+    Weights are (2H, C) and (C, H), as diffusers' GEGLU projection and the Linear after it hold them. Saves x and shift,
+    and with keep="up" also the up-projection's output. Plain torch computes the chunks where `why_unsupported` names
+    a reason. Raises ValueError where shapes or dtypes do not fit.
+    """
+    _check(x, norm_weight, norm_bias, up_weight, up_bias, down_weight, down_bias, shift)
+    if keep not in ("input", "up"):
+        raise ValueError(f"got keep={keep!r}, wanted 'input' or 'up'")
+    chunk = default_chunk_tokens(x, up_weight) if chunk_tokens is None else chunk_tokens
+    if chunk < 1:
+        raise ValueError(f"got chunk_tokens={chunk}, wanted at least 1")
+    y, _ = _forward(
+        x, shift, norm_weight, norm_bias, up_weight, up_bias, down_weight, down_bias, eps, chunk, keep == "up"
+    )
+    return y
+
+
+def _check(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, up_weight: Tensor, up_bias: Tensor, down_weight: Tensor,
+    down_bias: Tensor, shift: Tensor | None,
+) -> None:  # fmt: skip
+    if x.ndim != 3:
+        raise ValueError(f"x has {x.ndim} dimensions, wanted 3: (R, T, C); view the tokens so first")
+    R, C, H = x.shape[0], x.shape[2], down_weight.shape[-1]
+    wanted = {
+        "norm_weight": (norm_weight, (C,)), "norm_bias": (norm_bias, (C,)), "up_weight": (up_weight, (2 * H, C)),
+        "up_bias": (up_bias, (2 * H,)), "down_weight": (down_weight, (C, H)), "down_bias": (down_bias, (C,)),
+    }  # fmt: skip
+    if shift is not None:
+        wanted["shift"] = (shift, (R, 1, C))
+    for name, (tensor, shape) in wanted.items():
+        if tuple(tensor.shape) != shape or tensor.device != x.device:
+            raise ValueError(
+                f"{name} is {tuple(tensor.shape)} on {tensor.device}, wanted {shape} on {x.device} for x "
+                f"{tuple(x.shape)} and {H} hidden channels"
+            )
+    if up_weight.dtype != down_weight.dtype:
+        raise ValueError(f"up_weight is {up_weight.dtype} and down_weight {down_weight.dtype}, wanted one dtype")
+    for name, tensor in (("up_weight", up_weight), ("shift", shift)):
+        if tensor is not None and torch.promote_types(x.dtype, tensor.dtype) != x.dtype:
+            raise ValueError(f"{name} is {tensor.dtype}, wider than x's {x.dtype}; cast one of them")
