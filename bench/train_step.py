@@ -1,6 +1,7 @@
 """One training step of a preset, measured under torch, checkpoint and fused: time, interleaved, and peak memory.
 
     python bench/train_step.py [--preset demo] [--out runs/demo]
+    python bench/train_step.py --ways torch checkpoint fine-grained fine-grained-one-token fused   # and all the bars
 
 The step is the trainer's: noise, forward, loss, backward, clipping, AdamW, moving average, on one synthetic clip of the
 preset's shape (time and memory do not depend on what is in it). All ways share one process and one set of
@@ -13,7 +14,7 @@ Writes step_cost.json and step_cost.png.
 import copy
 import dataclasses
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -23,11 +24,12 @@ if not __package__:  # run as a file: import from the checkout, not from this fo
 
 import torch
 import tyro
+from rich.console import Console
 
-import mmkernels
 from bench import harness, report
 from bench.environment import tune_allocator
 from bench.harness import Outputs, Provider, Results, Spread
+from bench.placements import INCLUDES, Way, use
 from mimicmotion import config as presets
 from mimicmotion.model.unet import MimicMotionModel, build_model
 from mimicmotion.trainer import batch_loss, build_optimization, draw_samples
@@ -35,13 +37,13 @@ from mimicmotion.trainer import batch_loss, build_optimization, draw_samples
 BENCH = "train_step"
 GATE_PIXELS = 64  # a side; the UNet halves latents of an eighth of it three times
 MOST_ERROR = 1e-3  # of the scale of any one gradient; a wrong formula is off by far more
-Way = Literal["torch", "diffusers-checkpoint", "checkpoint", "fused"]
-INCLUDES: Mapping[Way, str] = {
-    "torch": "plain diffusers",
-    "diffusers-checkpoint": "diffusers' enable_gradient_checkpointing()",
-    "checkpoint": "every residual block and transformer under torch.utils.checkpoint",
-    "fused": "mmkernels.replace(unet, plan='fused')",
-}
+# (baseline, least speed over it, most of its peak) for fused, at 72 frames and a 16x16 latent on a CPU in float32
+BARS: tuple[tuple[Way, float, float | None], ...] = (
+    ("checkpoint", 1.2, None),
+    ("fine-grained", 1.1, 1.0),
+    ("fine-grained-one-token", 1.0, 1.0),
+    ("torch", 1 / 1.15, 0.2),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +95,7 @@ class TrainingStep:
 
     def step(self, way: Way) -> None:
         """The trainer's step: the loss, its gradients, clipping, AdamW and the moving average."""
-        undo = _use(self.model, way)
+        undo = use(self.model.unet, way)
         try:
             batch_loss(self.model, self.batch, self.draws, self.config).backward()
         finally:
@@ -103,7 +105,7 @@ class TrainingStep:
 
     def gradients(self, way: Way) -> Outputs:
         """The loss and the gradient of each trained parameter, by name."""
-        undo = _use(self.model, way)
+        undo = use(self.model.unet, way)
         try:
             return _gradients(self.model, self.batch, self)
         finally:
@@ -156,16 +158,6 @@ def _gradients(model: MimicMotionModel, batch: Mapping[str, torch.Tensor], step:
     return {"loss": loss.detach(), **dict(zip(live, gradients, strict=True))}
 
 
-def _use(model: MimicMotionModel, way: Way) -> Callable[[], None]:
-    """Make the UNet run this way; returns what undoes it. Takes milliseconds."""
-    if way == "torch":
-        return lambda: None
-    if way == "diffusers-checkpoint":
-        model.unet.enable_gradient_checkpointing()
-        return model.unet.disable_gradient_checkpointing
-    return mmkernels.replace(model.unet, plan=way)
-
-
 def _fill_zero_layers(model: MimicMotionModel) -> None:
     """Fresh weights with a layer of zeros hide the gradients before it from the gate: make them small instead."""
     for parameter in model.parameters():
@@ -209,12 +201,27 @@ def main(settings: Settings) -> int:
         num_warm_ups=0, resident_bytes=training.resident_bytes(), gate=why_wrong_step,
     )  # fmt: skip
     report.print_results(f"training step: {words}", results, console)
+    print_bars(results, console)
     rows = report.rows_of(results, bench=BENCH, mode="step", shape=shape, setting=setting)
     report.write_json(rows, settings.json or settings.out / "step_cost.json")
     picture = settings.picture or settings.out / "step_cost.png"
     draw(results, f"One training step, measured: {words}\n{setting.device}, {setting.threads} thread(s)", picture)
     console.print(f"rows and picture: {settings.json or settings.out / 'step_cost.json'}, {picture}")
     return int(bool(results.refused))
+
+
+def print_bars(results: Results, console: Console) -> None:
+    """How fused stands against each other way, and what the one-token shortcut alone does for fine-grained."""
+    measured = results.measured
+    for way, least_speed, most_peak in BARS:
+        if "fused" in measured and way in measured:
+            speed = measured["fused"].speed_over(measured[way]).median
+            peak = measured["fused"].peak_share_of(measured[way])
+            bar = f"at least {least_speed:.2f}x" + ("" if most_peak is None else f" at most {most_peak} of the peak")
+            console.print(f"fused against {way}: {speed:.2f}x at {peak:.3f} of the peak   bar: {bar}")
+    if {"fine-grained", "fine-grained-one-token"} <= measured.keys():
+        share = measured["fine-grained-one-token"].speed_over(measured["fine-grained"]).median
+        console.print(f"share of the one-token shortcut: fine-grained with it {share:.2f}x of fine-grained without")
 
 
 def draw(results: Results, title: str, path: Path) -> None:

@@ -8,8 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from spatio_temporal import run, small_unet, unet_inputs
 
+import mmkernels
 from bench import environment, harness, report, train_step
+from bench.placements import WAYS, use
+from mmkernels.memory.trace import trace
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -163,3 +167,33 @@ def test_the_training_step_gate_finds_one_wrong_gradient_among_many():
     assert "gate is off by 1.00e-02" in str(train_step.why_wrong_step(wrong, tiny, tiny))
     far = {name: value * (1 + 1e-4) for name, value in exact.items()}
     assert "of their norm" in str(train_step.why_wrong_step(far, plain, exact))
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if way not in ("torch", "fused")])
+def test_a_placement_of_checkpoints_changes_no_number_and_is_undone(way):
+    unet, inputs = small_unet(), unet_inputs()
+    before = {id(module): module.__dict__.get("forward") for module in unet.modules()}
+    plain = run(unet, inputs)
+    undo = use(unet, way)
+    placed = run(unet, inputs)
+    undo()
+    assert {id(module): module.__dict__.get("forward") for module in unet.modules()} == before
+    dead = mmkernels.dead_parameters(unet) if way.endswith("one-token") else set()
+    assert set(plain) - set(placed) == dead
+    for name, value in placed.items():
+        torch.testing.assert_close(value, plain[name], rtol=1e-3, atol=1e-4 * float(plain[name].abs().max()) + 1e-9)
+
+
+def test_fine_grained_keeps_and_computes_less_than_plain():
+    unet, sizes = small_unet(), (1, 12, 8, 16, 16)
+    traces = {}
+    for way in ("torch", "fine-grained", "fine-grained-one-token", "checkpoint"):
+        undo = use(unet, way)
+        inputs = unet_inputs() | {"sample": torch.randn(sizes), "timestep": torch.tensor([0.3])}
+        inputs |= {name: inputs[name][:1] for name in ("encoder_hidden_states", "added_time_ids")}
+        traces[way] = trace(lambda inputs=inputs: unet(**inputs).sample.square().mean().backward())
+        undo()
+    saved = [traces[way].saved_bytes for way in ("torch", "fine-grained", "fine-grained-one-token", "checkpoint")]
+    assert saved == sorted(saved, reverse=True)
+    assert traces["torch"].flops < traces["fine-grained"].flops < traces["checkpoint"].flops
+    assert traces["fine-grained-one-token"].flops < traces["fine-grained"].flops

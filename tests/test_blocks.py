@@ -15,6 +15,7 @@ from numerics import assert_within_budget
 from spatio_temporal import pool_scalars, run, run_in_float64, without
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from mmkernels.blocks import segment
@@ -71,6 +72,30 @@ def test_transformer(num_heads: int, num_tokens: int, dtype: torch.dtype) -> Non
     check(FusedTransformer, transformer(num_heads).to(dtype), transformer_inputs(num_tokens), indicator())
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_the_transformer_keeps_the_layout_of_its_input(memory_format: torch.memory_format) -> None:
+    fused = FusedTransformer.from_module(transformer())
+    inputs = transformer_inputs()
+    x = inputs["hidden_states"].to(memory_format=memory_format).requires_grad_()
+    output = fused(x, inputs["encoder_hidden_states"], indicator()).sample
+    assert output.stride() == x.stride()
+    expected = fused(inputs["hidden_states"], inputs["encoder_hidden_states"], indicator()).sample
+    torch.testing.assert_close(output, expected)
+    with Counter() as ops:
+        fused(x, inputs["encoder_hidden_states"], indicator()).sample.sum().backward()
+    assert ops.largest["aten::clone"] < x.numel(), "a copy as large as the tokens"
+
+
+def test_a_second_backward_through_a_kept_graph() -> None:
+    fused, inputs = FusedTransformer.from_module(transformer()), transformer_inputs(num_tokens=3)
+    leaves = {name: x.requires_grad_() for name, x in inputs.items()}
+    output = fused(**leaves, image_only_indicator=indicator()).sample
+    wanted = [*leaves.values(), *fused.parameters()]
+    first = torch.autograd.grad(output, wanted, torch.ones_like(output), retain_graph=True)
+    second = torch.autograd.grad(output, wanted, torch.ones_like(output))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
 def test_transformer_of_two_layers_with_an_image_among_the_frames() -> None:
     check(FusedTransformer, transformer(num_layers=2), transformer_inputs(), indicator(is_image=True))
 
@@ -97,15 +122,19 @@ def test_feed_forward_in_chunks_of_frames(monkeypatch) -> None:
 
 
 class Counter(TorchDispatchMode):
-    """Counts how often each operator runs."""
+    """Counts how often each operator runs, and how much it gives at most."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls = collections.Counter()
+        self.largest = collections.Counter()  # elements of its largest output
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.calls[func.name()] += 1
-        return func(*args, **(kwargs or {}))
+        output = func(*args, **(kwargs or {}))
+        sizes = [x.numel() for x in tree_leaves(output) if isinstance(x, Tensor)]
+        self.largest[func.name()] = max(self.largest[func.name()], *sizes, 0)
+        return output
 
 
 @pytest.mark.only("cpu", "the names of torch's CPU kernels")
@@ -113,7 +142,10 @@ def test_what_is_computed_again_in_backward() -> None:
     with Counter() as transformer_ops:
         block = FusedTransformer.from_module(transformer())
         run(block, transformer_inputs(), partial(block, image_only_indicator=indicator()))
-    assert transformer_ops.calls["aten::_scaled_dot_product_flash_attention_for_cpu"] == 1, "attention over pixels"
+    for name in ("spatial_attention", "temporal_attention_block", "group_norm_projection", "blend_projection"):
+        assert transformer_ops.calls[f"mmkernels::{name}"] == 1, name
+        assert transformer_ops.calls[f"mmkernels::{name}_backward"] == 1, name
+    assert not any("scaled_dot_product" in name for name in transformer_ops.calls)
     with Counter() as resnet_ops:
         block = FusedResBlock.from_module(resnet())
         run(block, resnet_inputs(), partial(block, image_only_indicator=indicator()))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from numerics import assert_within_budget
-from spatio_temporal import pool_scalars, run, run_in_float64, small_unet, unet_inputs, without
+from spatio_temporal import pool_draws, pool_scalars, run, run_in_float64, small_unet, unet_inputs, without
 from torch import nn
 
 import mmkernels
@@ -24,19 +24,33 @@ def identities(unet: nn.Module) -> list[tuple[str, int]]:
     return [(name, id(module)) for name, module in unet.named_modules()]
 
 
-@pytest.mark.parametrize("num_tokens", [1, 3])
-@pytest.mark.parametrize("num_heads", [(2, 8), (1, 2)], ids=["head dims 32 and 16", "head dim 64"])
-def test_every_plan_gives_the_same_output_and_gradients(num_heads: tuple[int, int], num_tokens: int) -> None:
-    unet, inputs = small_unet(num_heads), unet_inputs(num_tokens)
+@pytest.mark.parametrize(
+    ("num_heads", "num_tokens", "dtype"),
+    [
+        ((2, 8), 1, torch.float32),
+        ((1, 2), 3, torch.float32),
+        ((1, 2), 1, torch.bfloat16),
+        ((2, 8), 3, torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_every_plan_gives_the_same_output_and_gradients(
+    num_heads: tuple[int, int], num_tokens: int, dtype: torch.dtype
+) -> None:
+    unet = small_unet(num_heads)
+    for parameter in unet.parameters():
+        parameter.data = parameter.data.to(dtype)
     dead = mmkernels.dead_parameters(unet) if num_tokens == 1 else set()
-    fp64, plain = run_in_float64(unet, inputs), run(unet, inputs)
+    draws = [{name: x.to(dtype) for name, x in unet_inputs(num_tokens, seed).items()} for seed in (1, 2, 3, 4)]
+    fp64, plain = ([function(unet, inputs) for inputs in draws] for function in (run_in_float64, run))
     for plan in PLANS:
         undo = mmkernels.replace(unet, plan)
-        gradients = run(unet, inputs)
+        gradients = [run(unet, inputs) for inputs in draws]
         undo()
         # Under fused the dead parameters take no part at all; plain torch gives them gradients of rounding size.
-        assert set(plain) - set(gradients) == (dead if plan == "fused" else set())
-        assert_within_budget(*(pool_scalars(without(x, dead)) for x in (gradients, plain, fp64)))
+        assert set(plain[0]) - set(gradients[0]) == (dead if plan == "fused" else set())
+        pooled = ([pool_scalars(without(draw, dead)) for draw in draws] for draws in (gradients, plain, fp64))
+        assert_within_budget(*(pool_draws(draws) for draws in pooled))
 
 
 def test_dead_parameters_have_no_gradient_but_rounding() -> None:

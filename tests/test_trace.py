@@ -101,6 +101,19 @@ def test_checkpointing_lowers_the_peak_and_costs_flops():
     assert after.flops == before.flops + 16 * product
 
 
+def test_parts_are_counted_by_hand(tensors):
+    x = _square(16)
+    first, second = nn.Linear(256, 256, bias=False), nn.Sequential(nn.Linear(256, 256, bias=False), nn.SiLU())
+    parameters = [*first.parameters(), *second.parameters()]
+    found = trace(
+        lambda: second(first(first(x))).sum().backward(), [x, *parameters], {"first": [first], "second": [second]}
+    )
+    product = 2 * 16 * 256 * 256
+    assert (found.parts["first"].kept_bytes, found.parts["first"].forward_flops) == (2 * 16 * KIB, 2 * product)
+    assert (found.parts["second"].kept_bytes, found.parts["second"].forward_flops) == (2 * 16 * KIB, product)
+    assert not first._forward_hooks
+
+
 def test_a_custom_operator_is_counted():
     @torch.library.custom_op("mmkernels_test::twice", mutates_args=())
     def twice(x: torch.Tensor) -> torch.Tensor:

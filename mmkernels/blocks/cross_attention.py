@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from mmkernels.blocks.segment import segment
 
@@ -24,4 +25,19 @@ def one_token_value(block: Block, context: Tensor) -> Tensor | None:
 
 def attend_context(block: Block, tokens: Tensor, context: Tensor) -> Tensor:
     """tokens + attn2(norm2(tokens)) over every token of the context; tokens (rows, queries, C), saves them only."""
-    return segment(lambda x, c: x + block.attn2(block.norm2(x), encoder_hidden_states=c), tokens, context)
+
+    def attend(x: Tensor, context: Tensor) -> Tensor:
+        return x + block.attn2(normalise(block.norm2, x), encoder_hidden_states=context)
+
+    return segment(attend, tokens, context)
+
+
+def normalise(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    """norm(x), taken at least in float32 and rounded to the dtype of x.
+
+    In bfloat16 torch's CPU kernel adds the gradients of weight and bias up row after row in bfloat16, so that their
+    error depends on the order of the rows, which is another here than in diffusers.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    weight, bias = norm.weight.to(wide), norm.bias.to(wide)
+    return torch.nn.functional.layer_norm(x.to(wide), norm.normalized_shape, weight, bias, norm.eps).to(x.dtype)

@@ -168,17 +168,17 @@ def _why_not_spatial(block: Any) -> str | None:
 def _why_not_temporal(block: Any) -> str | None:
     if not block.is_res:
         return "has no residual around its feed-forwards"
-    attention = block.attn1
-    if any(linear.bias is not None for linear in (attention.to_q, attention.to_k, attention.to_v)):
-        return "attn1 has a bias on its query, key or value"
-    if attention.to_out[0].bias is None:
-        return "attn1.to_out has no bias"
     return _why_not_common(block)
 
 
 def _why_not_common(block: Any) -> str | None:
     if block._chunk_size is not None:
         return "feed-forward chunking is on"
+    attention = block.attn1
+    if any(linear.bias is not None for linear in (attention.to_q, attention.to_k, attention.to_v)):
+        return "attn1 has a bias on its query, key or value"
+    if attention.to_out[0].bias is None:
+        return "attn1.to_out has no bias"
     for name, attention in (("attn1", block.attn1), ("attn2", block.attn2)):
         if type(attention.processor) not in _PLAIN_PROCESSORS:
             return f"{name} has the processor {type(attention.processor).__name__}"

@@ -10,11 +10,13 @@ and fragmentation are not in it. PyTorch's own MemTracker tests allow 10% on the
 """
 
 import weakref
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils import flop_counter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -27,6 +29,14 @@ def allocated_bytes(num_bytes: int) -> int:
     return -(-num_bytes // ALLOCATION_GRAIN_BYTES) * ALLOCATION_GRAIN_BYTES
 
 
+@dataclass(kw_only=True)
+class Part:
+    """What the forward of some modules costs: bytes that it leaves alive, their outputs included, and FLOPs."""
+
+    kept_bytes: int = 0
+    forward_flops: int = 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Trace:
     """What one step costs, modelled.
@@ -37,6 +47,7 @@ class Trace:
         saved for backward, and the loss; 0 where no backward ran.
     end_bytes: bytes alive after the step, `resident_bytes` included; gradients that stay are among them.
     flops: floating point operations of the matrix products, convolutions and attention, backward included.
+    parts: what the forward of the modules named to `trace` cost, by their name there.
     """
 
     peak_bytes: int
@@ -44,6 +55,7 @@ class Trace:
     saved_bytes: int
     end_bytes: int
     flops: int
+    parts: Mapping[str, Part] = field(default_factory=dict)
 
     def __str__(self) -> str:
         gib = 2**30
@@ -55,18 +67,28 @@ class Trace:
         )
 
 
-def trace(step: Callable[[], object], resident: Iterable[torch.Tensor] = ()) -> Trace:
+def trace(
+    step: Callable[[], object],
+    resident: Iterable[torch.Tensor] = (),
+    parts: Mapping[str, Iterable[nn.Module]] | None = None,
+) -> Trace:
     """Run `step` once and return what it costs.
 
     step: forward, backward, optimizer: anything. Under FakeTensorMode nothing is computed, and fake CPU tensors
         stand for the device's (fake CUDA tensors cannot run backward without a driver). Real tensors work too.
     resident: tensors alive before the step that count into the peak: parameters, optimizer states, the batch.
         Tensors that the step uses and that are not named here count nothing.
+    parts: modules that stand beside each other, by a name for each group, whose forward is to be counted apart.
     """
     follower = _StorageFollower(resident)
     resident_bytes = follower.live_bytes
-    with follower:
-        result = step()
+    found = {name: Part() for name in parts or {}}
+    with ExitStack() as hooks:
+        for name, modules in (parts or {}).items():
+            for module in modules:
+                follower.count_forward(module, found[name], hooks)
+        with follower:
+            result = step()
     end_bytes = follower.live_bytes
     del result  # alive until end_bytes is read: what a step returns is still allocated after it
     return Trace(
@@ -75,6 +97,7 @@ def trace(step: Callable[[], object], resident: Iterable[torch.Tensor] = ()) -> 
         saved_bytes=max(0, follower.bytes_at_backward - resident_bytes),
         end_bytes=end_bytes,
         flops=follower.flops,
+        parts=found,
     )
 
 
@@ -93,6 +116,20 @@ class _StorageFollower(TorchDispatchMode):
         self._formulas = dict(flop_counter.flop_registry) | _missing_formulas()
         for tensor in resident:
             self._see(tensor, is_counted=True)
+
+    def count_forward(self, module: nn.Module, part: Part, hooks: ExitStack) -> None:
+        """Add what each forward of `module` leaves alive and computes to `part`, until `hooks` is closed."""
+
+        def before(*_: object) -> None:
+            part.kept_bytes -= self.live_bytes
+            part.forward_flops -= self.flops
+
+        def after(*_: object) -> None:
+            part.kept_bytes += self.live_bytes
+            part.forward_flops += self.flops
+
+        hooks.callback(module.register_forward_pre_hook(before).remove)
+        hooks.callback(module.register_forward_hook(after).remove)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
