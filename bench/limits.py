@@ -6,6 +6,7 @@ equation and of what has to be computed again because it is not saved, and takes
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 # Latents of 72 frames of 1024x576 pixels at the UNet's first level.
 LEVEL_0 = {"batch": 1, "frames": 72, "height": 72, "width": 128, "channels": 320, "heads": 5}
@@ -84,6 +85,21 @@ WORK_OF_BENCH: Mapping[str, Callable[[Shape, str], Passes]] = {
     "attn72/core": temporal_attention,
     "attn72/sub-block": temporal_attention_block,
 }
+
+# The work of the kernels of bench/results/ptx.json, by the rows' `kernel`; a pass may be a part, "forward statistics".
+WORK_OF_KERNEL: Mapping[str, Callable[[Shape, str], Passes]] = {"temporal_attention": temporal_attention}
+
+
+def pass_of(counts: Mapping[str, Any]) -> str:
+    """forward or backward, with the part of the pass where a kernel does only a part."""
+    part = counts.get("part")
+    return counts["direction"] if part is None else f"{counts['direction']} {part}"
+
+
+def work_of_kernel(counts: Mapping[str, Any]) -> Work | None:
+    """What the kernel of a row of counts does at level 0, 72 frames, in 2-byte dtypes; None where it is not known."""
+    work_of = WORK_OF_KERNEL.get(counts["kernel"])
+    return None if work_of is None else work_of(LEVEL_0, "bfloat16").get(pass_of(counts))
 
 
 def limits_ms(bench: str, mode: str, shape: Shape, dtype: str) -> dict[str, float]:

@@ -27,6 +27,7 @@ HOW = {
     "make format": "dry run of make",
     "make verify-gpu": "dry run of make",
     "make verify-deep": "dry run of make",
+    "python bench/modelled.py": "as typed",
     "pip install -e .": "--dry-run --no-deps --no-build-isolation",
     "python -m mmkernels": "as typed",
     "torchrun mimicmotion/train.py --kernels fused": "--trainer.num-steps 2 --run-dir {tmp}/run",
