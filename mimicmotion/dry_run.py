@@ -30,12 +30,13 @@ class DryRun:
                 f"preset {self.config.preset}, kernels {self.config.kernels}: {settings.micro_batch_size} clip(s) of "
                 f"{data.num_frames} frames, {data.height}x{data.width} pixels (height x width), {settings.precision}",
                 f"parameters: {self.num_parameters:,} ({self.num_trained:,} trained)",
-                f"memory at the peak of a step: {cost.peak_bytes / GIB:.2f} GiB (modelled)",
+                f"memory at the peak of a step: {cost.peak_bytes / GIB:.2f} GiB, reserved by the CUDA allocator: "
+                f"{cost.reserved_bytes / GIB:.2f} GiB (modelled)",
                 f"  weights, optimizer, moving average and batch: {cost.resident_bytes / GIB:.2f} GiB (modelled)",
                 f"  activations saved for backward: {cost.saved_bytes / GIB:.2f} GiB (modelled)",
                 f"work of a step: {cost.flops / 1e12:.2f} TFLOP (modelled)",
                 "modelled: counted over the operators of a step with fake CPU tensors; not measured on any device. "
-                "Workspaces of libraries, fragmentation and what autocast does otherwise on a GPU are not in it.",
+                "Workspaces of libraries, chunks inside operations and what autocast does otherwise on a GPU are not in it.",
             ]
         )
 

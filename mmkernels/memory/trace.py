@@ -2,11 +2,12 @@
 
 A dispatch mode sees every operator below autograd. It follows the storages that operators allocate until the
 last reference dies, each storage once however many tensors view it, and counts a storage as the CUDA caching
-allocator does: rounded up to a multiple of 512 bytes. FLOPs are those of `torch.utils.flop_counter` (a multiply
+allocator does: rounded up to a multiple of 512 bytes; what that allocator would reserve for the same sequence of
+requests, fragmentation included, is simulated. FLOPs are those of `torch.utils.flop_counter` (a multiply
 and an add are two), with the formulas that custom operators register there.
 
-Modelled, not measured: temporaries inside an operator (cuDNN workspaces), the allocator's 2 and 20 MiB segments
-and fragmentation are not in it. PyTorch's own MemTracker tests allow 10% on the peak for the same reasons.
+Modelled, not measured: temporaries inside an operator (cuDNN workspaces, the chunk of a fused one) are not in it.
+PyTorch's own MemTracker tests allow 10% on the peak for the same reasons.
 """
 
 import weakref
@@ -21,12 +22,7 @@ from torch.utils import flop_counter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-ALLOCATION_GRAIN_BYTES = 512  # CUDACachingAllocator's kMinBlockSize
-
-
-def allocated_bytes(num_bytes: int) -> int:
-    """Bytes the CUDA caching allocator hands out for a request of `num_bytes`; an empty one takes nothing."""
-    return -(-num_bytes // ALLOCATION_GRAIN_BYTES) * ALLOCATION_GRAIN_BYTES
+from mmkernels.memory.caching_allocator import CachingAllocator, allocated_bytes
 
 
 @dataclass(kw_only=True)
@@ -42,6 +38,7 @@ class Trace:
     """What one step costs, modelled.
 
     peak_bytes: most bytes alive at once, `resident_bytes` included.
+    reserved_bytes: what the CUDA caching allocator would have reserved from the device by the end.
     resident_bytes: bytes alive before the step: weights, optimizer states, the batch; whatever was passed.
     saved_bytes: bytes that the step holds when its first backward begins, beyond `resident_bytes`: activations
         saved for backward, and the loss; 0 where no backward ran.
@@ -51,6 +48,7 @@ class Trace:
     """
 
     peak_bytes: int
+    reserved_bytes: int
     resident_bytes: int
     saved_bytes: int
     end_bytes: int
@@ -60,7 +58,7 @@ class Trace:
     def __str__(self) -> str:
         gib = 2**30
         return (
-            f"modelled: peak {self.peak_bytes / gib:.2f} GiB"
+            f"modelled: peak {self.peak_bytes / gib:.2f} GiB, {self.reserved_bytes / gib:.2f} reserved"
             f" (resident before the step {self.resident_bytes / gib:.2f}, saved for backward"
             f" {self.saved_bytes / gib:.2f}, left after it {self.end_bytes / gib:.2f}),"
             f" {self.flops / 1e12:.4g} TFLOP"
@@ -93,6 +91,7 @@ def trace(
     del result  # alive until end_bytes is read: what a step returns is still allocated after it
     return Trace(
         peak_bytes=follower.peak_bytes,
+        reserved_bytes=follower.allocator.reserved_bytes,
         resident_bytes=resident_bytes,
         saved_bytes=max(0, follower.bytes_at_backward - resident_bytes),
         end_bytes=end_bytes,
@@ -110,6 +109,7 @@ class _StorageFollower(TorchDispatchMode):
         self.peak_bytes = 0
         self.bytes_at_backward = 0
         self.flops = 0
+        self.allocator = CachingAllocator()
         self._has_begun_backward = False
         # Keyed by the address of the storage; the weak reference's callback removes the key before it is reused.
         self._seen: dict[int, weakref.ref] = {}
@@ -157,12 +157,15 @@ class _StorageFollower(TorchDispatchMode):
         if key in self._seen:
             return
         num_bytes = allocated_bytes(storage.nbytes()) if is_counted else 0
-        self._seen[key] = weakref.ref(storage, lambda _, key=key, freed=num_bytes: self._forget(key, freed))
+        address = self.allocator.allocate(num_bytes) if num_bytes else None
+        self._seen[key] = weakref.ref(storage, lambda _: self._forget(key, num_bytes, address))
         self.live_bytes += num_bytes
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
 
-    def _forget(self, key: int, num_bytes: int) -> None:
+    def _forget(self, key: int, num_bytes: int, address: int | None) -> None:
         del self._seen[key]
+        if address is not None:
+            self.allocator.free(address)
         self.live_bytes -= num_bytes
 
 
