@@ -15,10 +15,13 @@ import torch.nn.functional as F
 from numerics import assert_within_budget
 from torch import Tensor
 
-from mmkernels.ops import group_norm_silu_triton
+from mmkernels.ops import group_norm_silu_conv_triton, group_norm_silu_triton
 
 # (M, H, W, C, C2, G): C/G = 10, 30 and 20, a group across two inputs, several splits of rows, one pixel.
 NORMS = ((2, 5, 7, 40, 0, 4), (1, 3, 150, 50, 40, 3), (2, 3, 4, 80, 20, 5), (1, 1, 1, 16, 0, 1))
+# (M, H, W, C, C2, K, G, KW): more columns than a tile's, rows and channels that fill none, two inputs, one pixel.
+CONVOLUTIONS = ((1, 6, 17, 40, 0, 24, 4, 3), (2, 3, 5, 20, 28, 16, 3, 3), (1, 6, 20, 40, 8, 72, 3, 1),
+                (1, 1, 1, 16, 0, 16, 1, 3))  # fmt: skip
 
 
 def check_norm(shape: tuple[int, ...], dtype: torch.dtype, launch: Any) -> dict[str, Tensor]:
@@ -39,6 +42,41 @@ def check_norm(shape: tuple[int, ...], dtype: torch.dtype, launch: Any) -> dict[
     fp64, plain = ({**_moments(joined.to(narrow), G), **_gradients(joined.to(wide), da, gamma, beta, G)}
                    for wide, narrow in ((torch.float64, torch.float64), (dtype, torch.float32)))  # fmt: skip
     assert_within_budget(actual, plain, fp64)
+    return actual
+
+
+def check_convolution(shape: tuple[int, ...], dtype: torch.dtype, launch: Any) -> dict[str, Tensor]:
+    """Forward, data gradient and weight gradient of one shape, outputs poisoned with NaN."""
+    M, H, W, C, C2, K, G, KW = shape
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*sizes: int) -> Tensor:
+        return torch.randn(sizes, generator=generator).to(dtype)
+
+    joined, gamma, beta, dy = random(M, H, W, C + C2) + 1, random(C + C2), random(C + C2), random(M, H, W, K)
+    weight, bias, residual = random(K, C + C2, 3, KW) / 8, random(K), random(M, H, W, K)
+    shift = random(M, H if KW == 1 else 1, K)
+    x, x2 = joined[..., :C], joined[..., C:] if C2 else None
+    moments = _moments(joined.double(), G)
+    mean, rstd = moments["mean"].float(), moments["rstd"].float()
+    weight_tck = weight.permute(2, 3, 1, 0).reshape(3 * KW, C + C2, K).contiguous()
+    y, da = torch.full_like(dy, float("nan")), torch.full_like(joined, float("nan"))
+    kernels = group_norm_silu_conv_triton
+    norm = (mean, rstd, gamma, beta)
+    kernels.forward(x, x2, *norm, weight_tck, bias, shift, residual, y, launch=launch)
+    kernels.data_gradient(dy, weight_tck, da, launch=launch)
+    dweight = kernels.weight_gradient(x, x2, *norm, dy, 3 * KW, launch=launch)
+
+    def by_torch(wide: torch.dtype) -> dict[str, Tensor]:
+        normal = F.group_norm(joined.to(wide).permute(0, 3, 1, 2), G, gamma.to(wide), beta.to(wide), 1e-5)
+        a, w = F.silu(normal).requires_grad_(), weight.to(wide).requires_grad_()
+        y = F.conv2d(a, w, bias.to(wide), padding=(1, KW // 2)).permute(0, 2, 3, 1)
+        y = y + shift.to(wide)[:, :, None] + residual.to(wide)
+        da, dw = torch.autograd.grad(y, (a, w), dy.to(wide))
+        return {"y": y.detach(), "da": da.permute(0, 2, 3, 1), "dweight": dw.permute(2, 3, 1, 0).reshape(3 * KW, -1, K)}
+
+    actual = {"y": y, "da": da, "dweight": dweight}
+    assert_within_budget(actual, by_torch(dtype), by_torch(torch.float64))
     return actual
 
 
@@ -67,9 +105,10 @@ def main() -> None:
     parser.add_argument("--dtypes", required=True, nargs="+", choices=("float32", "float16", "bfloat16"))
     # ttsem adds options of its own.
     for name in parser.parse_known_args()[0].dtypes:
-        for shape in NORMS:
-            check_norm(shape, getattr(torch, name), launch_directly)
-            print(f"ok {shape} {name}")
+        for check, shapes in ((check_norm, NORMS), (check_convolution, CONVOLUTIONS)):
+            for shape in shapes:
+                check(shape, getattr(torch, name), launch_directly)
+                print(f"ok {shape} {name}")
 
 
 if __name__ == "__main__":
