@@ -1,8 +1,9 @@
-"""What each Triton kernel needs on each NVIDIA architecture, from ahead-of-time compilation without a GPU.
+"""What each kernel needs on each NVIDIA architecture, from ahead-of-time compilation without a GPU: rung 3.
 
 `python tests/resources.py` compiles every kernel for every architecture and writes bench/results/resources.json, the
-budgets that tests/test_temporal_attention_triton.py holds new compilations to. Registers, spills and shared memory are
-what ptxas reports; instruction counts are static, in SASS for tensor cores and in PTX for memory accesses.
+budgets that tests/test_resources.py holds new compilations to; `--only temporal_attention` replaces one kernel's rows.
+Registers, spills and shared memory are what ptxas reports; instruction counts are static, in SASS for tensor cores and
+in PTX for memory accesses.
 """
 
 from __future__ import annotations
@@ -12,69 +13,119 @@ import json
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from mmkernels.ops import temporal_attention_triton
+from ptxrun import compile_triton
 
 BUDGETS = Path(__file__).parent.parent / "bench/results/resources.json"
+COMMAND = "python tests/resources.py"
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+DTYPES = (torch.bfloat16, torch.float16)
 # Bytes of shared memory that one block may ask for (CUDA programming guide, technical specifications).
 SHARED_LIMIT_BYTES = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
-KERNELS = {
-    "forward": (temporal_attention_triton.forward_kernel, 4),
-    "backward": (temporal_attention_triton.backward_kernel, 7),
-}
-_TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 _TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|UTCHMMA|OMMA|QMMA|BMMA)\b|\b(HMMA|HGMMA|UTCHMMA)\.")
+_ACCESS = re.compile(r"\b(?:ld|st)\.global[\w.:]*|\bcp\.async\.\w+\.shared\.global")
+_WIDE = re.compile(r"v4\.[bufs]32|v2\.[bufs]64|v8\.|cp\.async\.cg")
+Rows = list[dict[str, Any]]
 
 
-def compile_kernel(direction: str, architecture: int, dtype: torch.dtype, F: int = 72, D: int = 64) -> Any:
-    """The compiled kernel for F frames and head dim D, specialised as a launch on aligned tensors would be."""
-    kernel, num_tensors = KERNELS[direction]
-    tensor = torch.empty((1, F, 1, 1, D), dtype=dtype)
-    positional, constants = temporal_attention_triton.arguments((tensor,) * num_tensors, 1.0)
-    options = {"num_warps": constants.pop("num_warps")}
-    names = kernel.arg_names
-    signature = dict.fromkeys(names, "i32")
-    signature |= dict.fromkeys(names[:num_tensors], _TYPES[dtype])
-    signature |= {name: "fp32" for name, value in zip(names, positional, strict=False) if isinstance(value, float)}
-    signature |= dict.fromkeys(constants, "constexpr")
-    # Pointers and strides are divisible by 16 in every tensor of the model; P and N are not known to be.
-    aligned = {(i,): [["tt.divisibility", 16]] for i in range(num_tensors * 5)}
-    source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()}, aligned)
-    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+@dataclass(frozen=True)
+class TritonKernel:
+    """One Triton kernel of an op: arguments gives a launch's positional and keyword arguments for a dtype.
+
+    narrow_accesses is how many of its static global accesses may be of fewer than 128 bits.
+    """
+
+    op: str
+    direction: str
+    function: Any
+    arguments: Callable[[torch.dtype], tuple[list[Any], dict[str, Any]]]
+    shape: dict[str, int]
+    has_product: bool = True
+    narrow_accesses: int = 0
+    dtypes: tuple[torch.dtype, ...] = field(default=DTYPES)
+
+    def compiled(self, architecture: int, dtype: torch.dtype) -> Any:
+        """As a launch on tensors of these shapes would compile it."""
+        positional, constants = self.arguments(dtype)
+        return compile_triton(self.function, (1,), *positional, cap=architecture, **constants)
+
+    def measure(self, architecture: int, dtype: torch.dtype) -> dict[str, Any]:
+        """One row of the budgets."""
+        compiled = self.compiled(architecture, dtype)
+        entry = describe(compiled.asm["cubin"], compiled.asm["ptx"])
+        return {
+            "kernel": self.op,
+            "backend": "triton",
+            "part": self.function.__name__,
+            "direction": self.direction,
+            "arch": architecture,
+            "dtype": str(dtype).removeprefix("torch."),
+            "shape": self.shape,
+            "threads": 32 * compiled.metadata.num_warps,
+            **entry,
+            "shared_bytes": compiled.metadata.shared,
+            "has_product": self.has_product,
+            "narrow_accesses": self.narrow_accesses,
+            "compiler": f"triton {triton.__version__}",
+            "kind": "modelled",
+            "command": COMMAND,
+        }
 
 
-def measure(direction: str, architecture: int, dtype: torch.dtype) -> dict[str, Any]:
-    """One row of the budgets."""
-    compiled = compile_kernel(direction, architecture, dtype)
-    usage = _cuobjdump(compiled.asm["cubin"], "-res-usage")
-    sass = _cuobjdump(compiled.asm["cubin"], "-sass")
-    accesses = re.findall(r"\b(?:ld|st)\.global[\w.:]*|\bcp\.async\.\w+\.shared\.global", compiled.asm["ptx"])
-    wide = [x for x in accesses if "v4.b32" in x or "v4.u32" in x or "v2.b64" in x or "cp.async.cg" in x]
+def _attention(num_tensors: int, F: int = 72, D: int = 64) -> Callable[[torch.dtype], tuple[list[Any], dict[str, Any]]]:
+    def arguments(dtype: torch.dtype) -> tuple[list[Any], dict[str, Any]]:
+        # P and N are not divisible by 16, for code that takes any.
+        tensors = tuple(torch.empty((1, F, 9, 5, D), dtype=dtype) for _ in range(num_tensors))
+        return temporal_attention_triton.arguments(tensors, 0.125)
+
+    return arguments
+
+
+def temporal_attention(direction: str, F: int = 72, D: int = 64) -> TritonKernel:
+    """Forward or backward of F frames and head dim D."""
+    is_forward = direction == "forward"
+    function = temporal_attention_triton.forward_kernel if is_forward else temporal_attention_triton.backward_kernel
+    shape = {"F": F, "D": D}
+    return TritonKernel("temporal_attention", direction, function, _attention(4 if is_forward else 7, F, D), shape)
+
+
+TRITON: tuple[TritonKernel, ...] = (temporal_attention("forward"), temporal_attention("backward"))
+# CUDA kernels of an op: rows for an architecture and a dtype, with the keys of TritonKernel.measure.
+CUDA: dict[str, Callable[[int, torch.dtype], Rows]] = {}
+
+
+def measure(architectures: Iterable[int], dtypes: Iterable[torch.dtype], only: str | None = None) -> Rows:
+    """Rows of every kernel, or of one op's."""
+    pairs = [(architecture, dtype) for architecture in architectures for dtype in dtypes]
+    rows = [
+        kernel.measure(architecture, dtype)
+        for kernel in TRITON
+        for architecture, dtype in pairs
+        if only in (None, kernel.op) and dtype in kernel.dtypes
+    ]
+    cuda = [rows for op, rows in CUDA.items() if only in (None, op)]
+    return rows + [row for function in cuda for pair in pairs for row in function(*pair)]
+
+
+def describe(cubin: bytes, ptx: str, entry: str = r"\w+") -> dict[str, int]:
+    """What the tools say of one entry of a cubin and its PTX (by its mangled name where there are several)."""
+    usage = _section(_cuobjdump(cubin, "-res-usage"), rf"Function {entry}:\s*\n\s*.*")
+    sass = _section(_cuobjdump(cubin, "-sass"), rf"Function : {entry}\n[\s\S]*?(?=\n\s*Function : |\Z)")
+    accesses = _ACCESS.findall(_section(ptx, rf"\.entry\s+{entry}\s*\([\s\S]*?(?=\.entry|\Z)"))
     return {
-        "kernel": "temporal_attention",
-        "backend": "triton",
-        "direction": direction,
-        "arch": architecture,
-        "dtype": str(dtype).removeprefix("torch."),
-        "shape": {"F": 72, "D": 64},
-        "threads": 32 * compiled.metadata.num_warps,
         "registers": _number(r"REG:(\d+)", usage),
         "spills": _number(r"LOCAL:(\d+)", usage) + _number(r"STACK:(\d+)", usage),
-        "shared_bytes": compiled.metadata.shared,
         "tensor_core_instructions": sum(bool(_TENSOR_CORE.search(line)) for line in sass.splitlines()),
         "global_accesses": len(accesses),
-        "global_accesses_128_bit": len(wide),
-        "triton": triton.__version__,
-        "kind": "modelled",
-        "command": "python tests/resources.py",
+        "global_accesses_128_bit": sum(bool(_WIDE.search(access)) for access in accesses),
     }
 
 
@@ -86,6 +137,13 @@ def _cuobjdump(cubin: bytes, option: str) -> str:
         return subprocess.run([tool, option, file.name], check=True, capture_output=True, text=True).stdout
 
 
+def _section(text: str, pattern: str) -> str:
+    found = re.search(pattern, text)
+    if found is None:
+        raise ValueError(f"no {pattern} in\n{text[:500]}")
+    return found.group()
+
+
 def _number(pattern: str, text: str) -> int:
     found = re.search(pattern, text)
     if found is None:
@@ -93,20 +151,23 @@ def _number(pattern: str, text: str) -> int:
     return int(found.group(1))
 
 
+def stored() -> Rows:
+    """The budgets."""
+    return json.loads(BUDGETS.read_text())
+
+
 def main() -> None:
-    """Measure everything and write the budgets."""
+    """Measure everything, or one op's kernels, and write the budgets."""
+    ops = list(dict.fromkeys([*(kernel.op for kernel in TRITON), *CUDA]))
     parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--only", choices=ops)
     parser.add_argument("--json", type=Path, default=BUDGETS)
-    path: Path = parser.parse_args().json
-    rows = [
-        measure(direction, architecture, dtype)
-        for direction in KERNELS
-        for architecture in ARCHITECTURES
-        for dtype in (torch.bfloat16, torch.float16)
-    ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(rows, indent=1) + "\n")
-    print(f"wrote {path}")
+    options = parser.parse_args()
+    kept = [] if options.only is None else [row for row in stored() if row["kernel"] != options.only]
+    rows = kept + measure(ARCHITECTURES, DTYPES, options.only)
+    rows.sort(key=lambda row: (ops.index(row["kernel"]), row["backend"] == "cuda"))
+    options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    print(f"wrote {len(rows)} rows to {options.json}")
 
 
 if __name__ == "__main__":

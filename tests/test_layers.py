@@ -42,6 +42,7 @@ LAYERS = [
     ("mimicmotion.", 6),
     ("ptxrun.__init__", 8.9),
     ("ptxrun.triton_launching", 8.8),
+    ("ptxrun.mutations", 8.8),
     ("ptxrun.launching", 8.7),
     ("ptxrun.building", 8.6),
     ("ptxrun.assembler", 8.5),

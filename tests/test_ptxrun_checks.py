@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import ptxrun
+from ptxrun import mutations
 
 LANES = registry.LANES
 TWO_WARPS = """
@@ -97,6 +98,17 @@ def test_mutation() -> None:
     x = torch.zeros(64)
     ptxrun.launch_ptx(text, "test", (1,), (64,), 0, [x, 0, 0.0], mutate=lambda x: x.replace("[%d1], 1.0", "[%d1], 2.0"))
     assert torch.equal(x, torch.full((64,), 2.0))
+
+
+def test_ready_mutations() -> None:
+    body = "cp.async.ca.shared.global [%r2], [%d1], 4; cp.async.commit_group; cp.async.wait_group 0; bar.sync 1, 64;"
+    text = TWO_WARPS.format(body=body + "setp.lt.u32 %p0, %r0, 40;")
+    assert mutations.num_barriers(text) == 1
+    assert "bar.sync" not in mutations.without_barrier()(text)
+    assert "wait_group 1;" in mutations.looser_wait()(text)
+    assert "setp.lt.u32 %p0, %r0, 39;" in mutations.shifted_comparison(by=-1)(text)
+    with pytest.raises(ValueError, match=r"got 1 places.*wanted number 1"):
+        mutations.without_barrier(1)(text)
 
 
 def test_counts() -> None:

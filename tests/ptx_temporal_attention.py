@@ -1,0 +1,65 @@
+"""Temporal attention's Triton kernels as the PTX that Triton emits, executed on the CPU and counted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from temporal_attention_gradients import gradients
+
+import ptxrun
+from mmkernels.ops import temporal_attention_triton as kernels
+from ptxrun.launching import Mutation
+
+MMA_PRODUCTS = 16 * 8 * 16
+KERNELS = {"forward": kernels.forward_kernel, "backward": kernels.backward_kernel}
+P, N, D = 2, 2, 64
+
+
+class Inputs:
+    """q, k, v packed and do, random; their outputs and gradients in float64 and by plain torch."""
+
+    def __init__(self, F: int, dtype: torch.dtype = torch.bfloat16) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.qkv = torch.randn(1, F, P, 3, N, D, generator=generator).to(dtype)
+        self.do = torch.randn(1, F, P, N, D, generator=generator).to(dtype)
+        self.fp64, self.plain = (gradients(self.qkv.to(x), self.do.to(x)) for x in (torch.float64, dtype))
+
+
+def run(
+    inputs: Inputs, direction: str, architecture: int = 80, order: int = 0, mutate: Mutation | None = None
+) -> tuple[dict[str, torch.Tensor], ptxrun.Counts]:
+    """Outputs of a kernel, poisoned with NaN before, and what it did."""
+    names = ("o",) if direction == "forward" else ("dq", "dk", "dv")
+    outputs = {name: torch.full_like(inputs.do, float("nan")) for name in names}
+    given = (inputs.do,) if direction == "backward" else ()
+    tensors = (*inputs.qkv.unbind(3), *given, *outputs.values())
+    positional, constants = kernels.arguments(tensors, D**-0.5)
+    counts = ptxrun.launch_triton(
+        KERNELS[direction], (P * N,), *positional, cap=architecture, order=order, mutate=mutate, **constants
+    )
+    return outputs, counts
+
+
+def count() -> list[dict[str, Any]]:
+    """Rows at 72 frames: q, k, v, do read once, outputs written once; two products of F x F x D, and five backward."""
+    inputs = Inputs(72)
+    F = inputs.do.shape[1]
+    rows = []
+    for direction, num_tensors, products in (("forward", 4, 2), ("backward", 7, 5)):
+        _, counts = run(inputs, direction)
+        rows.append({
+            "kernel": "temporal_attention",
+            "backend": "triton",
+            "part": KERNELS[direction].__name__,
+            "arch": 80,
+            "direction": direction,
+            "shape": {"F": F, "P": P, "N": N, "D": D},
+            "dtype": "bfloat16",
+            "sectors": counts.sectors,
+            "least_sectors": num_tensors * inputs.do.nbytes // 32,
+            "mma": counts.mma,
+            "useful_mma": P * N * products * F * F * D / MMA_PRODUCTS,
+            "bank_conflicts": counts.bank_conflicts,
+        })  # fmt: skip
+    return rows
