@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
-import subprocess
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -48,12 +46,7 @@ def count(kernel: str, backend: str) -> Rows:
 
 def compiler(backend: str) -> str:
     """Who made the PTX: counts are those of one version."""
-    if backend == "triton":
-        return f"triton {version('triton')}"
-    printed = subprocess.run(["nvcc", "--version"], check=True, capture_output=True, text=True).stdout
-    found = re.search(r"release ([\d.]+)", printed)
-    assert found is not None, printed
-    return f"nvcc {found[1]}"
+    return f"triton {version('triton')}" if backend == "triton" else resources.nvcc_version()
 
 
 def _spills(row: dict[str, Any]) -> int:

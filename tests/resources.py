@@ -9,6 +9,7 @@ in PTX for memory accesses.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import re
 import subprocess
@@ -98,8 +99,8 @@ def temporal_attention(direction: str, F: int = 72, D: int = 64) -> TritonKernel
 
 
 TRITON: tuple[TritonKernel, ...] = (temporal_attention("forward"), temporal_attention("backward"))
-# CUDA kernels of an op: rows for an architecture and a dtype, with the keys of TritonKernel.measure.
-CUDA: dict[str, Callable[[int, torch.dtype], Rows]] = {}
+# CUDA kernels of an op: the module whose measure(architecture, dtype) gives rows with the keys of TritonKernel.measure.
+CUDA: dict[str, str] = {}
 
 
 def measure(architectures: Iterable[int], dtypes: Iterable[torch.dtype], only: str | None = None) -> Rows:
@@ -111,25 +112,36 @@ def measure(architectures: Iterable[int], dtypes: Iterable[torch.dtype], only: s
         for architecture, dtype in pairs
         if only in (None, kernel.op) and dtype in kernel.dtypes
     ]
-    cuda = [rows for op, rows in CUDA.items() if only in (None, op)]
-    return rows + [row for function in cuda for pair in pairs for row in function(*pair)]
+    return rows + [row for op in CUDA if only in (None, op) for pair in pairs for row in measure_cuda(op, *pair)]
+
+
+def measure_cuda(op: str, architecture: int, dtype: torch.dtype) -> Rows:
+    """Rows of an op's CUDA kernels."""
+    return importlib.import_module(CUDA[op]).measure(architecture, dtype)
+
+
+def nvcc_version() -> str:
+    """What the rows of CUDA kernels name as their compiler."""
+    printed = subprocess.run(["nvcc", "--version"], check=True, capture_output=True, text=True).stdout
+    return f"nvcc {_section(printed, r'(?<=release )[0-9.]+')}"
 
 
 def describe(cubin: bytes, ptx: str, entry: str = r"\w+") -> dict[str, int]:
     """What the tools say of one entry of a cubin and its PTX (by its mangled name where there are several)."""
-    usage = _section(_cuobjdump(cubin, "-res-usage"), rf"Function {entry}:\s*\n\s*.*")
-    sass = _section(_cuobjdump(cubin, "-sass"), rf"Function : {entry}\n[\s\S]*?(?=\n\s*Function : |\Z)")
+    usage = _section(cuobjdump(cubin, "-res-usage"), rf"Function {entry}:\s*\n\s*.*")
+    sass = _section(cuobjdump(cubin, "-sass"), rf"Function : {entry}\n[\s\S]*?(?=\n\s*Function : |\Z)")
     accesses = _ACCESS.findall(_section(ptx, rf"\.entry\s+{entry}\s*\([\s\S]*?(?=\.entry|\Z)"))
     return {
-        "registers": _number(r"REG:(\d+)", usage),
-        "spills": _number(r"LOCAL:(\d+)", usage) + _number(r"STACK:(\d+)", usage),
+        "registers": number(r"REG:(\d+)", usage),
+        "spills": number(r"LOCAL:(\d+)", usage) + number(r"STACK:(\d+)", usage),
         "tensor_core_instructions": sum(bool(_TENSOR_CORE.search(line)) for line in sass.splitlines()),
         "global_accesses": len(accesses),
         "global_accesses_128_bit": sum(bool(_WIDE.search(access)) for access in accesses),
     }
 
 
-def _cuobjdump(cubin: bytes, option: str) -> str:
+def cuobjdump(cubin: bytes, option: str) -> str:
+    """What the tool of Triton's wheel prints."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -144,7 +156,8 @@ def _section(text: str, pattern: str) -> str:
     return found.group()
 
 
-def _number(pattern: str, text: str) -> int:
+def number(pattern: str, text: str) -> int:
+    """The number that a pattern's group finds. ValueError where there is none."""
     found = re.search(pattern, text)
     if found is None:
         raise ValueError(f"no {pattern} in what cuobjdump printed:\n{text[:500]}")

@@ -64,7 +64,7 @@ def test_triton_kernel(kernel: resources.TritonKernel, architecture: int) -> Non
 def test_cuda_kernels(op: str) -> None:
     if shutil.which("nvcc") is None:
         pytest.skip("no nvcc to compile the CUDA kernels with")
-    for row in resources.CUDA[op](80, torch.bfloat16):
+    for row in resources.measure_cuda(op, 80, torch.bfloat16):
         check(row)
 
 
