@@ -12,13 +12,12 @@ from diffusers.models.attention_processor import Attention, SlicedAttnProcessor
 from diffusers.models.resnet import SpatioTemporalResBlock
 from diffusers.models.transformers.transformer_temporal import TransformerSpatioTemporalModel
 from numerics import assert_within_budget
-from spatio_temporal import pool_scalars, run, run_in_float64, without
+from spatio_temporal import pool_draws, pool_scalars, run, run_in_float64, without
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from mmkernels.blocks import segment
 from mmkernels.blocks.exactness import why_not_resnet, why_not_transformer
 from mmkernels.blocks.resnet import FusedResBlock
 from mmkernels.blocks.transformer import FusedTransformer
@@ -58,12 +57,17 @@ def indicator(is_image: bool = False) -> Tensor:
 
 
 def check(kind, original: nn.Module, inputs: dict[str, Tensor], marks: Tensor) -> None:
+    """Three draws of the inputs: the error of the few scalars is chance in one."""
     dead = dead_parameters(original) if inputs.get("encoder_hidden_states", marks).shape[1] == 1 else set()
-    fp64 = run_in_float64(original, inputs, lambda m, **x: m(**x, image_only_indicator=marks))
-    plain = run(original, inputs, partial(original, image_only_indicator=marks))
-    fused = run(original, inputs, partial(kind.from_module(original), image_only_indicator=marks))
-    assert not dead & set(fused), "a dead parameter has a gradient"
-    assert_within_budget(*(pool_scalars(without(x, dead)) for x in (fused, plain, fp64)))
+    draws = [inputs, *({name: torch.randn_like(x) for name, x in inputs.items()} for _ in range(2))]
+    block = kind.from_module(original)
+    fp64 = [run_in_float64(original, x, lambda m, **x: m(**x, image_only_indicator=marks)) for x in draws]
+    plain, fused = (
+        [run(original, x, partial(module, image_only_indicator=marks)) for x in draws] for module in (original, block)
+    )
+    assert not dead & set(fused[0]), "a dead parameter has a gradient"
+    pooled = ([pool_scalars(without(draw, dead)) for draw in found] for found in (fused, plain, fp64))
+    assert_within_budget(*(pool_draws(found) for found in pooled))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -84,6 +88,32 @@ def test_the_transformer_keeps_the_layout_of_its_input(memory_format: torch.memo
     with Counter() as ops:
         fused(x, inputs["encoder_hidden_states"], indicator()).sample.sum().backward()
     assert ops.largest["aten::clone"] < x.numel(), "a copy as large as the tokens"
+
+
+@pytest.mark.parametrize("is_autocast", [False, True], ids=["bfloat16", "autocast"])
+@pytest.mark.parametrize(("num_tokens", "units"), [(1, 8), (3, 10)])
+def test_what_is_kept_for_backward(num_tokens: int, units: int, is_autocast: bool) -> None:
+    """Block input, proj_in output, attention output, after attention, feed-forward, ff_in, attention, temporal output.
+
+    A context of several tokens adds the streams after it: one over pixels and one over frames.
+    """
+    dtype = torch.float32 if is_autocast else torch.bfloat16
+    fused = FusedTransformer.from_module(transformer().to(dtype))
+    x, context = (x.to(torch.bfloat16).requires_grad_() for x in transformer_inputs(num_tokens).values())
+    kept: dict[int, Tensor] = {}
+    known = {p.untyped_storage().data_ptr() for p in fused.parameters()}
+
+    def pack(saved: Tensor) -> Tensor:
+        if saved.untyped_storage().data_ptr() not in known:
+            kept[saved.untyped_storage().data_ptr()] = saved
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), torch.autocast("cpu", enabled=is_autocast):
+        fused(x, context, indicator())
+    found = collections.Counter(saved.numel() * saved.element_size() for saved in kept.values() if saved.ndim > 2)
+    assert found[x.nbytes] == units
+    assert found[B * F * 2 * H * W * 4] == 1, "the logsumexp of two heads"
+    assert all(size == x.nbytes or size < 0.1 * x.nbytes for size in found), "nothing else but per-frame vectors"
 
 
 def test_a_second_backward_through_a_kept_graph() -> None:
@@ -108,17 +138,6 @@ def test_resnet(out_channels: int, dtype: torch.dtype) -> None:
 
 def test_resnet_without_a_time_embedding() -> None:
     check(FusedResBlock, resnet(temb_channels=None), {"hidden_states": torch.randn(B * F, C, H, W)}, indicator())
-
-
-def test_feed_forward_in_chunks_of_frames(monkeypatch) -> None:
-    monkeypatch.setattr(segment, "MIN_CHUNK_TOKENS", 1)
-    original, calls = transformer(), []
-    original.transformer_blocks[0].norm3.register_forward_hook(lambda *_: calls.append(1))
-    tokens = torch.randn(B * F, H * W, C)
-    norm = original.transformer_blocks[0].norm3
-    torch.testing.assert_close(segment.segment_in_chunks(norm, tokens.requires_grad_()), norm(tokens))
-    assert len(calls) == 5 + 1, "10 frames in chunks of 2, and once whole"
-    check(FusedTransformer, transformer(), transformer_inputs(), indicator())
 
 
 class Counter(TorchDispatchMode):
@@ -242,6 +261,11 @@ TRANSFORMER_REASONS = {
     "weight of its own": (
         lambda m: m.transformer_blocks[0].register_parameter("gate", nn.Parameter(torch.ones(1))),
         "has parameters of its own: gate",
+    ),
+    "no bias": (_set(f"{SPATIAL}.ff.net.2.bias", None), "ff has a layer without bias"),
+    "query bias": (
+        _set(f"{SPATIAL}.attn1.to_q", lambda _: nn.Linear(C, C)),
+        "attn1 has a bias on its query, key or value",
     ),
     "scale": (_set(f"{SPATIAL}.attn1.scale", 1.0), "has another scale"),
 }

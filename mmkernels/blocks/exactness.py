@@ -179,6 +179,10 @@ def _why_not_common(block: Any) -> str | None:
         return "attn1 has a bias on its query, key or value"
     if attention.to_out[0].bias is None:
         return "attn1.to_out has no bias"
+    for name, child in block.named_children():
+        layers: Any = child.net if type(child) is FeedForward else None
+        if layers is not None and (layers[0].proj.bias is None or layers[2].bias is None):
+            return f"{name} has a layer without bias"
     for name, attention in (("attn1", block.attn1), ("attn2", block.attn2)):
         if type(attention.processor) not in _PLAIN_PROCESSORS:
             return f"{name} has the processor {type(attention.processor).__name__}"

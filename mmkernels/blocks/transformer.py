@@ -20,12 +20,13 @@ from diffusers.models.transformers.transformer_temporal import (
 )
 from torch import Tensor, nn
 
-from mmkernels.blocks.cross_attention import Block, attend_context, normalise, one_token_value
+from mmkernels.blocks.cross_attention import Block, attend_context, one_token_value
 from mmkernels.blocks.drop_in import FusedBlock
 from mmkernels.blocks.exactness import why_not_transformer
-from mmkernels.blocks.segment import segment, segment_in_chunks
+from mmkernels.blocks.segment import segment
 from mmkernels.blocks.temporal_attention import temporal_attention_block
 from mmkernels.ops.blend_projection import blend_projection
+from mmkernels.ops.geglu_feed_forward import geglu_feed_forward
 from mmkernels.ops.group_norm_projection import group_norm_projection
 from mmkernels.ops.spatial_attention import spatial_attention
 
@@ -120,14 +121,11 @@ def _temporal(block: Block, tokens: Tensor, frame_embedding: Tensor, context: Te
     return _feed_forward(block.norm3, block.ff, tokens.reshape(BF, P, C), value)
 
 
-def _feed_forward(norm: nn.LayerNorm, feed_forward: nn.Module, tokens: Tensor, shift: Tensor | None) -> Tensor:
+def _feed_forward(norm: nn.LayerNorm, feed_forward: Block, tokens: Tensor, shift: Tensor | None) -> Tensor:
     """h + ff(norm(h)) with h = tokens + shift; tokens (B*F, P, C), shift (B*F, 1, C)."""
-
-    def feed(tokens: Tensor, *shift: Tensor) -> Tensor:
-        h = sum(shift, tokens)
-        return h + feed_forward(normalise(norm, h))
-
-    return segment_in_chunks(feed, tokens, *(() if shift is None else (shift,)))
+    up, down = _linear(feed_forward.net[0].proj, tokens), _linear(feed_forward.net[2], tokens)
+    shift = None if shift is None else shift.to(tokens.dtype)
+    return geglu_feed_forward(tokens, norm.weight, norm.bias, *up, *down, eps=norm.eps, shift=shift)
 
 
 def _projections(attention: Block, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -233,9 +233,10 @@ def _save(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor]) -> Non
 
 
 def _differentiate(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    dx, dshift, dup, dup_bias, ddown, vectors = _backward(dy, *ctx.saved_tensors, ctx.eps, ctx.chunk_tokens)
+    saved = ctx.saved_tensors  # read once: under an outer checkpoint a second time is an error
+    dx, dshift, dup, dup_bias, ddown, vectors = _backward(dy, *saved, ctx.eps, ctx.chunk_tokens)
     dweight, dbias, ddown_bias = vectors.unbind()
-    shift_gradient = None if ctx.saved_tensors[1] is None else dshift
+    shift_gradient = None if saved[1] is None else dshift
     return dx, shift_gradient, dweight, dbias, dup, dup_bias, ddown, ddown_bias, None, None, None
 
 

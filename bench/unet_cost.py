@@ -1,0 +1,127 @@
+"""What one step of the released 1.5B UNet keeps and computes, by the way it runs and the kind of block. Modelled.
+
+    python bench/unet_cost.py [--ways torch checkpoint fine-grained fused] [--precision autocast] [--json FILE]
+
+Forward and backward of the UNet alone, counted over its operators with fake CPU tensors: no GPU and no memory needed,
+about a minute a way. Kept: bytes that wait for backward when it begins; peak: most bytes at once, weights not
+included, gradients included; work: matrix products, convolutions and attention, recomputation included. The kept bytes
+of a block are those that its forward leaves alive, its output with them.
+"""
+
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+if not __package__:  # run as a file: import from the checkout, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+import tyro
+from diffusers import UNetSpatioTemporalConditionModel
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import mmkernels
+from bench import report
+from bench.placements import INCLUDES, Way, use
+from mmkernels.blocks.drop_in import DropIn
+from mmkernels.memory.trace import Trace, trace
+
+BENCH = "unet_cost"
+GIB, TERA = 2**30, 1e12
+Precision = Literal["bf16", "autocast"]
+KINDS = ("SpatioTemporalResBlock", "TransformerSpatioTemporalModel")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The step; defaults are those of the limits: fused keeps at most 53 GiB and does at most 760 TFLOP."""
+
+    ways: tuple[Way, ...] = ("torch", "checkpoint", "fine-grained", "fine-grained-one-token", "fused")
+    precision: Precision = "bf16"  # bf16: weights and all in it; autocast: float32 weights under torch.autocast
+    batch: int = 1  # clips
+    frames: int = 72
+    height: int = 576  # pixels
+    width: int = 1024  # pixels
+    json: Path | None = None  # write one row per figure here
+
+
+def cost(way: Way, settings: Settings) -> Trace:
+    """Forward and backward of the UNet run this way, its dead parameters not trained; parts by kind of block."""
+    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+    with FakeTensorMode():
+        unet: Any = UNetSpatioTemporalConditionModel(num_attention_heads=(5, 10, 20, 20))
+        for parameter in unet.parameters():
+            parameter.data = parameter.data.to(dtype)
+        for name in mmkernels.dead_parameters(unet):
+            unet.get_parameter(name).requires_grad_(False)
+        use(unet, way)
+        B, F = settings.batch, settings.frames
+        sample = torch.empty(B, F, 8, settings.height // 8, settings.width // 8, dtype=dtype)
+        context, time_ids = torch.empty(B, 1, 1024, dtype=dtype), torch.empty(B, 3, dtype=dtype)
+
+        def step() -> None:
+            with torch.autocast("cpu", torch.bfloat16, enabled=settings.precision == "autocast"):
+                output = unet(sample, torch.empty(B), context, time_ids, return_dict=False)[0]
+            output.float().square().mean().backward()
+
+        return trace(step, unet.parameters(), blocks_by_kind(unet))
+
+
+def blocks_by_kind(unet: nn.Module) -> dict[str, list[nn.Module]]:
+    """The spatio-temporal blocks of the UNet, or what stands in their place, by their class in diffusers."""
+    found: dict[str, list[nn.Module]] = {kind: [] for kind in KINDS}
+    for module in unet.modules():
+        original = module.original if isinstance(module, DropIn) else module
+        if type(original).__name__ in found:
+            found[type(original).__name__].append(module)
+    return found
+
+
+def main(settings: Settings) -> int:
+    """Count, print, write."""
+    console = report.make_console()
+    setting = report.Setting(dtype=settings.precision, threads=1, device="none: fake tensors")
+    shape = {name: getattr(settings, name) for name in ("batch", "frames", "height", "width")}
+    console.print(f"{BENCH}, modelled: {shape}, {settings.precision}")
+    found: dict[Way, Trace] = {way: cost(way, settings) for way in settings.ways}
+    print_costs(found, console)
+    rows = []
+    for way, one in found.items():
+        peak_bytes = one.peak_bytes - one.resident_bytes
+        values = {"saved_bytes": one.saved_bytes, "peak_bytes": peak_bytes, "flops": one.flops}
+        for part, kept in one.parts.items():
+            values |= {f"saved_bytes/{part}": kept.kept_bytes, f"forward_flops/{part}": kept.forward_flops}
+        rows += [
+            report.Row(bench=BENCH, provider=way, mode="both", metric=metric, median=value, low=value, high=value,
+                       kind="modelled", shape=shape, includes=INCLUDES[way], **asdict(setting))
+            for metric, value in values.items()
+        ]  # fmt: skip
+    if settings.json:
+        report.write_json(rows, settings.json)
+        console.print(f"rows: {settings.json}")
+    return 0
+
+
+def print_costs(found: dict[Way, Trace], console: Console) -> None:
+    """One line for each way: whole step, then what the blocks of each kind keep."""
+    table = Table(title="one step of the UNet, forward + backward (modelled)", title_justify="left")
+    table.add_column("way", no_wrap=True)
+    headings = ("kept, GiB", "peak over weights, GiB", "TFLOP", "kept by res blocks", "by transformers", "by the rest")
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    for way, one in found.items():
+        kept = [one.parts[kind].kept_bytes for kind in KINDS]
+        rest = one.saved_bytes - sum(kept)
+        peak_bytes = one.peak_bytes - one.resident_bytes
+        cells = [f"{value / GIB:.1f}" for value in (one.saved_bytes, peak_bytes)]
+        cells += [f"{one.flops / TERA:.0f}", *(f"{value / GIB:.1f}" for value in (*kept, rest))]
+        table.add_row(way, *cells)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Settings, description=__doc__)))
