@@ -1,37 +1,84 @@
 """One launch of one Triton kernel, for a tool that follows it through every pass of Triton's compiler.
 
-`LAUNCH=temporal_attention/forward python -m ttsem.validate --device cpu --cc 90 tests/one_launch.py` with tests/ in
-PYTHONPATH. The tool takes no arguments for the program and mixes up several launches: hence one, by environment. Its
-reference is Triton's interpreter, so float16.
+`LAUNCH=temporal_attention/forward_kernel python -m ttsem.validate --device cpu --cc 90 tests/one_launch.py` with tests/
+in PYTHONPATH. The tool takes no arguments for the program and mixes up several launches: hence one, named in the
+environment. Its reference is Triton's interpreter, so float16. What a kernel means is checked elsewhere: here it gets
+random numbers for every tensor.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from group_norm_silu_conv_program import check_norm
+from triton_geglu_program import run_geglu, run_norm
 
 from mmkernels.ops import temporal_attention_triton
 
-
-def _temporal_attention(num_tensors: int) -> None:
-    kernels = {4: temporal_attention_triton.forward_kernel, 7: temporal_attention_triton.backward_kernel}
-    tensors = tuple(torch.randn(1, 72, 1, 1, 64).half() for _ in range(num_tensors))
-    positional, constants = temporal_attention_triton.arguments(tensors, 0.125)
-    kernels[num_tensors][(1,)](*positional, **constants)
+Launch = Callable[[Any, int, list[Any], dict[str, Any]], None]  # kernel, programs, arguments, constants
+HALF = torch.float16
 
 
-LAUNCHES: dict[str, Callable[[], None]] = {
-    "temporal_attention/forward": lambda: _temporal_attention(4),
-    "temporal_attention/backward": lambda: _temporal_attention(7),
-}
+class Launched(Exception):  # noqa: N818  it ends the program, nothing has failed
+    """The launch asked for has been made."""
+
+
+def temporal_attention(launch: Launch) -> None:
+    tensors = tuple(torch.empty(1, 72, 1, 1, 64, dtype=HALF) for _ in range(7))
+    for kernel, count in (
+        (temporal_attention_triton.forward_kernel, 4),
+        (temporal_attention_triton.backward_kernel, 7),
+    ):
+        launch(kernel, 1, *temporal_attention_triton.arguments(tensors[:count], 0.125))
+
+
+def group_norm_silu(launch: Launch) -> None:
+    check_norm((1, 3, 5, 40, 0, 4), HALF, launch)
+
+
+def layer_norm(launch: Launch) -> None:
+    run_norm((1, 3, 80, True), (HALF, HALF), lambda x: launch(x.kernel, x.num_programs, x.positional, x.constants))
+
+
+def geglu(launch: Launch) -> None:
+    run_geglu((3, 48), HALF, lambda x: launch(x.kernel, x.num_programs, x.positional, x.constants))
+
+
+# Every Triton kernel, with the program that launches it.
+KERNELS: dict[Callable[[Launch], None], tuple[str, ...]] = {
+    temporal_attention: ("forward_kernel", "backward_kernel"),
+    group_norm_silu: (
+        "partial_statistics_kernel", "merge_statistics_kernel", "activate_kernel",
+        "partial_backward_kernel", "merge_backward_kernel", "input_gradient_kernel",
+    ),
+    layer_norm: ("forward_kernel", "backward_kernel", "residual_kernel"),
+    geglu: ("forward_kernel", "backward_kernel"),
+}  # fmt: skip
+LAUNCHES = {f"{program.__name__}/{kernel}": (program, kernel) for program, names in KERNELS.items() for kernel in names}
 
 
 def main() -> None:
-    """The launch that LAUNCH names."""
-    torch.manual_seed(0)
-    LAUNCHES[os.environ["LAUNCH"]]()
+    """The launch that LAUNCH names, as program/kernel."""
+    program, name = LAUNCHES[os.environ["LAUNCH"]]
+
+    def launch(kernel: Any, num_programs: int, arguments: list[Any], constants: dict[str, Any]) -> None:
+        if kernel.fn.__name__ != name:
+            return
+        torch.manual_seed(0)
+        for x in arguments:
+            if isinstance(x, torch.Tensor):
+                x.copy_(torch.rand(x.shape))  # positive: some are variances
+        kernel[(num_programs,)](*arguments, **constants)
+        raise Launched
+
+    try:
+        program(launch)
+    except Launched:
+        return
+    raise ValueError(f"{program.__name__} does not launch {name}; correct KERNELS")
 
 
 if __name__ == "__main__":
