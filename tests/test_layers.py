@@ -111,7 +111,7 @@ def forbidden(importer: str, imported: str) -> str | None:
         return "ptxrun stands alone"
     if layer(imported) < layer(importer):
         return None
-    if imported.endswith("_triton") and importer.startswith(imported.removesuffix("_triton")):
+    if any(imported.endswith(x) and importer.startswith(imported.removesuffix(x)) for x in ("_triton", "_cuda")):
         return None  # one op in several files
     if imported.startswith(f"{importer}_"):
         return None  # the op itself, and the parts that bear its name

@@ -146,6 +146,12 @@ MM_DEVICE float exponential_2(float x) {
   return y;
 }
 
+MM_DEVICE float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 }  // namespace mm::cuda
 #else
 #include "cuda_host.h"

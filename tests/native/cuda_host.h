@@ -286,5 +286,6 @@ Value exchange(Value value) {
 }
 
 inline float exponential_2(float x) { return __builtin_exp2f(x); }
+inline float reciprocal(float x) { return 1 / x; }
 
 }  // namespace mm::cuda

@@ -1,0 +1,158 @@
+"""CUDA C++ kernels of group_norm_silu_conv: the tensors, scratch and launches of csrc/cuda/group_norm_silu_conv.cu.
+
+x (M, H, W, C) and x2 (M, H, W, C2) or None stand side by side on the channel axis; y (M, H, W, K). All are bfloat16 or
+float16 of one dtype with contiguous channels and addresses and strides of whole 16 bytes, so C, C2 and K are multiples
+of 8: copies into shared memory and the tensor cores take nothing else. mean and rstd are float32 (M, G). Weights are
+(taps, C + C2, K) of x's dtype, 9 taps of a 3x3 in rows or 3 of a 3x1. Everything is deterministic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mmkernels.extension import native
+
+# The kernels' tiles (csrc/cuda/group_norm_silu_conv.h).
+TILE_ROWS, TILE_COLUMNS, STEP_CHANNELS, TILE_OUTPUTS = 8, 16, 32, 160
+SLAB_CHANNELS = 64
+
+
+def why_unsupported(x: Tensor, x2: Tensor | None, num_outputs: int) -> str | None:
+    """Why these kernels cannot take inputs x and x2 and K = num_outputs, or None where they can."""
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        return f"the CUDA kernels take bfloat16 and float16, since they use the tensor cores; got {x.dtype}"
+    for name, tensor in (("x", x), ("x2", x2)):
+        if tensor is not None and (why := _why_unaligned(tensor)):
+            return f"{name}: {why}"
+    if num_outputs % 8:
+        return f"the CUDA kernels copy 8 channels at a time; got K = {num_outputs}"
+    return None
+
+
+def statistics(x: Tensor, x2: Tensor | None, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    """Mean and 1 / sqrt(variance + eps) over (H, W, C / G) of each frame and group, float32 (M, G); x is read once."""
+    M, C = x.shape[0], _channels(x, x2)
+    splits = slab_splits(x, x2)
+    partial = x.new_empty((M, splits, C, 2), dtype=torch.float32)
+    mean, rstd = (x.new_empty((M, num_groups), dtype=torch.float32) for _ in range(2))
+    _call("statistics", (x, x2, partial, mean, rstd), _shape(x, x2, num_groups), (x, x2), splits, eps, x=x)
+    return mean, rstd
+
+
+def forward(
+    x: Tensor, x2: Tensor | None, mean: Tensor, rstd: Tensor, gamma: Tensor, beta: Tensor, weight_tck: Tensor,
+    bias: Tensor | None, shift: Tensor | None, residual: Tensor | None, out: Tensor,
+) -> None:  # fmt: skip
+    """out = conv(silu(group_norm(x))) + bias + shift + residual; shift (M, H or 1, K), residual, out (M, H, W, K)."""
+    affine = (mean, rstd, gamma.float().contiguous(), beta.float().contiguous())
+    _convolve(x, x2, affine, weight_tck, bias, shift, residual, out)
+
+
+def data_gradient(dy: Tensor, weight_tck: Tensor, da: Tensor) -> None:
+    """da (M, H, W, C + C2), the gradient by the activation: dy convolved with the flipped, transposed weights."""
+    flipped = weight_tck.flip(0).transpose(1, 2).contiguous()
+    _convolve(dy, None, (None,) * 4, flipped, None, None, None, da)
+
+
+def weight_gradient(
+    x: Tensor, x2: Tensor | None, mean: Tensor, rstd: Tensor, gamma: Tensor, beta: Tensor, dy: Tensor, num_taps: int
+) -> Tensor:  # fmt: skip
+    """dweight (taps, C + C2, K) in float32, the activation recomputed; summed in two stages in fixed order."""
+    C, K = _channels(x, x2), dy.shape[-1]
+    splits = pixel_splits(x, x2, K)
+    dweight = x.new_empty((num_taps, C, K), dtype=torch.float32)
+    if x.numel() == 0:
+        return dweight.zero_()
+    partial = x.new_empty((splits, *dweight.shape), dtype=torch.float32) if splits > 1 else dweight
+    tensors = (x, x2, mean, rstd, gamma.float().contiguous(), beta.float().contiguous(), dy, partial, dweight)
+    shape = [*_shape(x, x2, mean.shape[1]), K, num_taps]
+    _call("weight_gradient", tensors, shape, (x, x2, dy), splits, x=x)
+    return dweight
+
+
+def group_norm_silu_backward(
+    x: Tensor, x2: Tensor | None, da: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor, beta: Tensor,
+    dx: Tensor, dx2: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Write dx and dx2 from da, the gradient by silu(group_norm(x)), and return dgamma and dbeta in float32."""
+    M, G, C = *mean.shape, _channels(x, x2)
+    splits = slab_splits(x, x2)
+    partial = x.new_empty((M, splits, C, 2), dtype=torch.float32)
+    group_sums = x.new_empty((M, G, 2), dtype=torch.float32)
+    dgamma, dbeta = (x.new_empty(C, dtype=torch.float32) for _ in range(2))
+    if x.numel() == 0:
+        return dgamma.zero_(), dbeta.zero_()
+    affine = (mean, rstd, gamma.float().contiguous(), beta.float().contiguous())
+    tensors = (x, x2, *affine, da, dx, dx2, partial, group_sums, dgamma, dbeta)
+    _call("norm_backward", tensors, _shape(x, x2, G), (x, x2, da, dx, dx2), splits, x=x)
+    return dgamma, dbeta
+
+
+def slab_splits(x: Tensor, x2: Tensor | None) -> int:
+    """Blocks that share the pixels of a frame in a reduction: enough to fill any card, at least 256 pixels each."""
+    M, H, W, _ = x.shape
+    slabs = M * -(-_channels(x, x2) // SLAB_CHANNELS)
+    return max(1, min(-(-2048 // max(slabs, 1)), -(-H * W // 256)))
+
+
+def pixel_splits(x: Tensor, x2: Tensor | None, num_outputs: int) -> int:
+    """Partial sums of the weight gradient: enough to fill any card, and the same on every card."""
+    M, H, W, _ = x.shape
+    tiles = M * -(-H // TILE_ROWS) * -(-W // TILE_COLUMNS)
+    blocks = -(-_channels(x, x2) // STEP_CHANNELS) * -(-num_outputs // TILE_OUTPUTS)
+    return max(1, min(-(-264 // blocks), tiles))
+
+
+def _convolve(
+    x: Tensor, x2: Tensor | None, affine: Sequence[Tensor | None], weight: Tensor,
+    bias: Tensor | None, shift: Tensor | None, residual: Tensor | None, out: Tensor,
+) -> None:  # fmt: skip
+    M, H, _, K = out.shape
+    if shift is not None:
+        shift = shift.float().contiguous()
+        shift_strides = [shift.shape[1] * K, K if shift.shape[1] > 1 else 0]
+    else:
+        shift_strides = [0, 0]
+    bias = None if bias is None else bias.float().contiguous()
+    G = 1 if affine[0] is None else affine[0].shape[1]
+    shape = [*_shape(x, x2, G), K, weight.shape[0]]
+    tensors = (x, x2, *affine, weight, bias, shift, residual, out)
+    _call("forward", tensors, shape, (x, x2, residual, out), shift_strides, x=x)
+
+
+def _channels(x: Tensor, x2: Tensor | None) -> int:
+    return x.shape[-1] + (0 if x2 is None else x2.shape[-1])
+
+
+def _shape(x: Tensor, x2: Tensor | None, num_groups: int) -> list[int]:
+    return [*x.shape, 0 if x2 is None else x2.shape[-1], num_groups]
+
+
+def frame_strides(tensor: Tensor | None) -> list[int]:
+    """Strides of M, H, W in elements; 0 where the size is 1, whose stride means nothing."""
+    if tensor is None:
+        return [0, 0, 0]
+    return [stride if size > 1 else 0 for size, stride in zip(tensor.shape[:3], tensor.stride()[:3], strict=True)]
+
+
+def _why_unaligned(tensor: Tensor) -> str | None:
+    """The innermost stride and 16-byte alignment that cp.async and 128-bit stores need."""
+    strides = [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
+    if tensor.shape[-1] % 8 or (tensor.shape[-1] > 1 and tensor.stride(-1) != 1):
+        return f"the CUDA kernels copy 8 contiguous channels at a time; got {tuple(tensor.shape)}, {tensor.stride()}"
+    if tensor.data_ptr() % 16 or any(stride % 8 for stride in strides[:-1]):
+        return f"the CUDA kernels need 16-byte alignment; got address {tensor.data_ptr()}, strides {tensor.stride()}"
+    return None
+
+
+def _call(operation: str, tensors: Sequence[Tensor | None], shape: list[int], strided: Sequence[Tensor | None],
+          *rest: object, x: Tensor) -> None:  # fmt: skip
+    """The native entry on x's device and current stream, with strides (m, h, w) of each strided tensor, 0 of None."""
+    strides = [stride for tensor in strided for stride in frame_strides(tensor)]
+    pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    dtype, stream = str(x.dtype).removeprefix("torch."), torch.cuda.current_stream(x.device).cuda_stream
+    entry = getattr(native(), f"group_norm_silu_conv_{operation}_cuda")
+    entry(pointers, shape, strides, *rest, dtype, x.device.index, stream)

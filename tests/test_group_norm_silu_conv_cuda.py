@@ -1,0 +1,223 @@
+"""The CUDA C++ kernels of group_norm_silu_conv, without a GPU: compiled, their PTX executed, run on the host."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from numerics import assert_within_budget
+from torch import Tensor
+
+from mmkernels import extension
+from mmkernels.ops import group_norm_silu_conv_cuda as kernels
+
+pytest.importorskip("triton", reason="Triton's wheel brings the cuobjdump to look into cubins with")
+import resources_group_norm_silu_conv_cuda as resources
+from ptx_group_norm_silu_conv import Emulator, count, emulated
+
+import ptxrun
+
+ROOT = Path(__file__).resolve().parent.parent
+COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or ""
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc to compile the CUDA kernels with")
+ORDERS = (0, 1, 7)  # warps forward, in reverse, shuffled by this seed
+# (M, H, W, C, C2, G, K, taps, shift's rows): ragged tiles, steps and output tiles, C/G = 10 across x and x2; one pixel.
+CASES = {
+    "3x3 bfloat16": (torch.bfloat16, (1, 9, 17, 24, 16, 4, 168, 9, 1)),
+    "3x1 float16": (torch.float16, (2, 11, 5, 40, 0, 4, 16, 3, 11)),
+    "3x1 bfloat16": (torch.bfloat16, (1, 9, 3, 40, 24, 2, 8, 3, 1)),
+    "3x3 float16, one pixel": (torch.float16, (1, 1, 1, 16, 0, 4, 8, 9, 1)),
+}
+# Each breaks the forward kernel's source in one place, and must be found.
+MUTATIONS = {
+    "no barrier": ("copy_async_wait<1>();\n      __syncthreads();", "copy_async_wait<1>();"),
+    "loosened wait": ("copy_async_wait<1>();\n      __syncthreads();", "copy_async_wait<2>();\n      __syncthreads();"),
+    "shifted mask": ("y < in.H && x < in.W && k < conv.K", "y < in.H && x <= in.W && k < conv.K"),
+    "shifted tap": ("(row + tap / 3) * kWidth", "(row + tap % 3) * kWidth"),
+    "padding activated": ("if (!find(in, place, i / 4, y, x)) continue;", "find(in, place, i / 4, y, x);"),
+}  # fmt: skip
+
+
+class Case:
+    """Inputs of one case, and the output and gradients of plain torch in a dtype."""
+
+    def __init__(self, dtype: torch.dtype, sizes: tuple[int, ...]) -> None:
+        M, H, W, C, C2, self.G, K, self.taps, shift_rows = sizes
+        generator = torch.Generator().manual_seed(0)
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator)
+
+        # x is a part of a wider tensor, away from zero.
+        self.x = (random(M, H, W, C + 8) * 2 + 1).to(dtype)[..., :C]
+        self.x2 = random(M, H, W, C2).to(dtype) if C2 else None
+        self.gamma, self.beta, self.bias = (random(n).to(dtype) for n in (C + C2, C + C2, K))
+        self.weight = (random(self.taps, C + C2, K) / (self.taps * (C + C2)) ** 0.5).to(dtype)
+        self.shift, self.residual, self.dy = (
+            random(*shape).to(dtype) for shape in ((M, shift_rows, K), (M, H, W, K), (M, H, W, K))
+        )
+
+    def plain(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """By torch's own operations, statistics in float32 or better."""
+        inputs = [self.x, torch.empty((*self.x.shape[:3], 0)) if self.x2 is None else self.x2]
+        x, x2, gamma, beta, weight = (
+            tensor.to(dtype).requires_grad_() for tensor in (*inputs, self.gamma, self.beta, self.weight)
+        )
+        joined = torch.cat([x, x2], -1)
+        a = F.silu(torch.group_norm(joined.permute(0, 3, 1, 2), self.G, gamma, beta, 1e-5))
+        kernel = weight.permute(2, 1, 0).reshape(*weight.shape[:0:-1], 3, self.taps // 3)
+        y = F.conv2d(a, kernel, self.bias.to(dtype), padding=(1, self.taps // 9)).permute(0, 2, 3, 1)
+        y = y + self.shift.to(dtype)[:, :, None] + self.residual.to(dtype)
+        names = ("dx", "dx2", "dgamma", "dbeta", "dweight")
+        gradients = torch.autograd.grad(y, (x, x2, gamma, beta, weight), self.dy.to(dtype))
+        return {"y": y.detach()} | dict(zip(names, gradients, strict=True))
+
+    def fused(self) -> dict[str, Tensor]:
+        """By the kernels, outputs poisoned with NaN."""
+        x, x2 = self.x, self.x2
+        norm = (*kernels.statistics(x, x2, self.G, 1e-5), self.gamma, self.beta)
+        y, da, dx = (poisoned(self.dy, n) for n in (self.dy.shape[-1], self.weight.shape[1], x.shape[-1]))
+        dx2 = poisoned(self.dy, 0 if x2 is None else x2.shape[-1])
+        kernels.forward(x, x2, *norm, self.weight, self.bias, self.shift, self.residual, y)
+        kernels.data_gradient(self.dy, self.weight, da)
+        dweight = kernels.weight_gradient(x, x2, *norm, self.dy, self.taps)
+        given = None if x2 is None else dx2
+        dgamma, dbeta = kernels.group_norm_silu_backward(x, x2, da, *norm, dx, given)
+        return {"y": y, "dx": dx, "dx2": dx2, "dgamma": dgamma, "dbeta": dbeta, "dweight": dweight}
+
+
+def poisoned(like: Tensor, channels: int) -> Tensor:
+    return like.new_full((*like.shape[:3], channels), float("nan"))
+
+
+@needs_nvcc
+@pytest.mark.parametrize("name", CASES)
+def test_emitted_ptx(name: str) -> None:
+    dtype, sizes = CASES[name]
+    case, emulator = Case(dtype, sizes), Emulator()
+    fp64, plain = case.plain(torch.float64), case.plain(dtype)
+    first: Mapping[str, Tensor] | None = None
+    for emulator.order in ORDERS:
+        with emulated(emulator):
+            outputs = case.fused()
+        assert_within_budget(outputs, plain, fp64)
+        first = first or outputs
+        assert all(torch.equal(outputs[key], value) for key, value in first.items()), "bits depend on the warp order"
+
+
+@needs_nvcc
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_mutation_is_found(name: str, tmp_path: Path) -> None:
+    folder, changed, (before, after) = tmp_path / "cuda", 0, MUTATIONS[name]
+    shutil.copytree(resources.CUDA, folder)
+    shutil.copy(resources.CUDA.parent / "data_type.h", tmp_path)
+    for path in (folder / "group_norm_silu_conv.cuh", folder / "group_norm_silu_halo.cuh"):
+        source = path.read_text()
+        changed += source.count(before)
+        path.write_text(source.replace(before, after))
+    assert changed == 1, "the mutation no longer fits the source"
+    dtype, sizes = CASES["3x3 bfloat16"]
+    case = Case(dtype, sizes)
+    x, x2 = case.x.contiguous(), case.x2
+    fp64, plain = ({"y": case.plain(wide)["y"]} for wide in (torch.float64, dtype))
+    with emulated(Emulator()):
+        norm = (*kernels.statistics(x, x2, case.G, 1e-5), case.gamma, case.beta)
+    y = poisoned(case.dy, case.dy.shape[-1])
+    with emulated(Emulator(folder)), pytest.raises((AssertionError, ptxrun.FaultError)):
+        kernels.forward(x, x2, *norm, case.weight, case.bias, case.shift, case.residual, y)
+        assert_within_budget({"y": y}, plain, fp64)
+
+
+@needs_nvcc
+def test_counts_within_budget() -> None:
+    rows = {row["part"]: row for row in count()}
+    assert rows["partial_moments"]["sectors"] <= 1.05 * rows["partial_moments"]["least_sectors"]
+    for part in ("convolve<9>", "convolve<3>", "weight_gradient<9>", "weight_gradient<3>"):
+        row = rows[part]
+        assert row["x_sectors"] <= 1.5 * row["least_x_sectors"]
+        assert row["activations_per_element"] <= 1.6
+        assert row["mma"] == row["useful_mma"]
+
+
+@needs_nvcc
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_resources_within_budget(architecture: int) -> None:
+    rows = resources.measure(architecture, torch.bfloat16)
+    stored = json.loads(resources.BUDGETS.read_text())
+    budgets = {x["part"]: x for x in stored if (x["arch"], x["dtype"]) == (architecture, "bfloat16")}
+    assert {row["part"] for row in rows} == set(budgets)
+    for row in rows:
+        budget = budgets[row["part"]]
+        if row["nvcc"] == budget["nvcc"]:
+            assert row == budget | {"command": row["command"]}
+        check_gate(row)
+
+
+def test_stored_budgets_pass_the_gate() -> None:
+    rows = json.loads(resources.BUDGETS.read_text())
+    found = {(row["arch"], row["dtype"]) for row in rows}
+    assert found == {(arch, dtype) for arch in resources.ARCHITECTURES for dtype in ("bfloat16", "float16")}
+    for row in rows:
+        check_gate(row)
+
+
+def check_gate(row: dict) -> None:
+    assert row["spills"] == 0
+    assert row["shared_bytes"] <= 101_376
+    has_product = row["part"].startswith(("convolve", "weight_gradient"))
+    assert (row["tensor_core_instructions"] > 0) == has_product
+    if has_product:
+        assert row["global_accesses_128_bit"] > 0
+
+
+@pytest.mark.skipif(not COMPILER, reason="no C++ compiler to build the check with")
+def test_source_under_sanitizers(tmp_path: Path) -> None:
+    program = str(tmp_path / "program")
+    flags = ["-std=c++17", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    includes = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests/native'}"]
+    source = str(ROOT / "tests/native/group_norm_silu_conv_host.cpp")
+    for command in ([COMPILER, *flags, *includes, source, "-o", program], [program]):
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, env={**os.environ, "LD_PRELOAD": ""}
+        )
+        assert done.returncode == 0, done.stderr[:4000]
+    assert "clean" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tensors": [0] * 10}, "10 pointers, wanted 11"),
+        ({"shape": [0, 1, 1, 12, 0, 1, 8, 9]}, "C = 12, C2 = 0, wanted multiples of 8"),
+        ({"shape": [0, 1, 1, 16, 8, 5, 8, 9]}, "24 channels, wanted a multiple of G = 5"),
+        ({"shape": [0, 1, 1, 8, 0, 1, 4, 9]}, "K = 4 output channels"),
+        ({"shape": [0, 1, 1, 8, 0, 1, 8, 5]}, "5 taps, wanted 9"),
+        ({"strides": [4] * 12}, "stride of 4 elements"),
+        ({"dtype": "float32"}, "dtype float32, wanted bfloat16 or float16"),
+    ],
+)
+def test_bad_arguments_are_named(change: dict, message: str) -> None:
+    entry = getattr(extension.native(), "group_norm_silu_conv_forward_cuda", None)
+    if entry is None:
+        pytest.skip(f"built without CUDA: {extension.native().cuda_why_not}")
+    arguments = {"tensors": [0] * 11, "shape": [0, 1, 1, 8, 0, 1, 8, 9], "strides": [0] * 12, "shift": [0, 0]}
+    arguments |= {"dtype": "bfloat16", "device": 0, "stream": 0}
+    entry(*arguments.values())  # an empty picture is no error
+    with pytest.raises(ValueError, match=message):
+        entry(*(arguments | change).values())
+
+
+def test_what_is_unsupported_is_said() -> None:
+    x = torch.zeros(1, 2, 2, 16, dtype=torch.bfloat16)
+    assert kernels.why_unsupported(x, None, 8) is None
+    assert "float32" in (kernels.why_unsupported(x.float(), None, 8) or "")
+    assert "K = 4" in (kernels.why_unsupported(x, None, 4) or "")
+    assert "x2" in (kernels.why_unsupported(x, x[..., 1:9], 8) or "")
+    assert "contiguous" in (kernels.why_unsupported(x.transpose(-1, -2), None, 8) or "")
