@@ -11,8 +11,10 @@ On a GPU it is max_memory_allocated.
 """
 
 import gc
+import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -202,3 +204,37 @@ def allocator_peak_bytes(step: Callable[[], object], device: torch.device) -> in
             live_bytes += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue]  torch's stub lacks it
             peak_bytes = max(peak_bytes, live_bytes)
     return peak_bytes
+
+
+def compile_time_s(first_call: Callable[[], object], limit_s: float) -> tuple[float, str | None]:
+    """Seconds that the first call of a compiled function takes, and why to leave it out, or None.
+
+    It is left out past `limit_s` seconds, with a limit of 0, and where torch cannot compile here.
+    """
+    if limit_s <= 0:
+        return 0.0, "left out (--compile-limit-s 0)"
+    start_s = time.perf_counter()
+    try:
+        with _time_limit(limit_s):
+            first_call()
+    except TimeoutError:
+        return limit_s, f"not compiled within {limit_s:.0f} s (--compile-limit-s)"
+    except RuntimeError as error:  # torch._inductor raises it where no C++ compiler is found
+        return 0.0, f"does not compile here: {str(error).strip().splitlines()[0]}"
+    return time.perf_counter() - start_s, None
+
+
+@contextmanager
+def _time_limit(limit_s: float) -> Iterator[None]:
+    """Raise TimeoutError in the body after `limit_s` seconds."""
+
+    def expire(*_: object) -> None:
+        raise TimeoutError(f"took longer than {limit_s} s")
+
+    previous = signal.signal(signal.SIGALRM, expire)
+    signal.setitimer(signal.ITIMER_REAL, limit_s)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)

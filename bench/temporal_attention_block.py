@@ -6,10 +6,7 @@ three more sub-blocks; so the `-no-permute` ways start and end in (B*P, F, C) an
 """
 
 import importlib.util
-import signal
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -17,6 +14,7 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from bench import harness
 from bench.harness import Outputs, Provider
 from bench.shapes import TemporalShape
 from mmkernels.blocks.temporal_attention import Keep, default_chunk_pixels, temporal_attention_block
@@ -151,21 +149,12 @@ class SubBlock:
         return Provider(name=name, step=step, includes=includes)
 
     def _compile(self, limit_s: float) -> tuple[Function, float] | None:
-        if limit_s <= 0:
-            self.skipped["compile"] = "left out (--compile-limit-s 0)"
-            return None
         function = torch.compile(self.module)
-        start_s = time.perf_counter()
-        try:
-            with _time_limit(limit_s):
-                self._run(function, "both")
-        except TimeoutError:
-            self.skipped["compile"] = f"not compiled within {limit_s:.0f} s (--compile-limit-s)"
+        took_s, reason = harness.compile_time_s(lambda: self._run(function, "both"), limit_s)
+        if reason is not None:
+            self.skipped["compile"] = reason
             return None
-        except RuntimeError as error:  # torch._inductor raises it where no C++ compiler is found
-            self.skipped["compile"] = f"does not compile here: {str(error).strip().splitlines()[0]}"
-            return None
-        return function, time.perf_counter() - start_s
+        return function, took_s
 
     def _why_no_library(self, name: str) -> str | None:
         if importlib.util.find_spec(name.replace("-", "_")) is None:
@@ -198,19 +187,3 @@ class SubBlock:
             return {"y": y.detach()}
         gradients = torch.autograd.grad(y, (x, *parameters.values()), dy)
         return {"y": y.detach(), **dict(zip(("dx", *(f"d {name}" for name in parameters)), gradients, strict=True))}
-
-
-@contextmanager
-def _time_limit(limit_s: float) -> Iterator[None]:
-    """Raise TimeoutError in the body after `limit_s` seconds."""
-
-    def expire(*_: object) -> None:
-        raise TimeoutError(f"took longer than {limit_s} s")
-
-    previous = signal.signal(signal.SIGALRM, expire)
-    signal.setitimer(signal.ITIMER_REAL, limit_s)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)

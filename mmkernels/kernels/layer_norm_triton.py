@@ -20,7 +20,7 @@ from torch import Tensor
 from mmkernels.kernels.launch import Launch
 
 _TILE_ELEMENTS = 2048  # of one tile of tokens by channels: 16 a thread
-_BLOCK_TOKENS = 64  # tokens that a program of backward sums over
+_BLOCK_TOKENS = 64  # tokens of a program
 
 
 # --- kernels
@@ -40,23 +40,23 @@ def forward_kernel(
     x, shift, weight, bias,
     out, mean, rstd,
     x_r, x_t, T, num_tokens, eps,
-    C: tl.constexpr, C_TILE: tl.constexpr, TOKENS: tl.constexpr, HAS_SHIFT: tl.constexpr,
+    C: tl.constexpr, C_TILE: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr, HAS_SHIFT: tl.constexpr,
 ):  # fmt: skip
-    """Norm of TOKENS tokens; strides (r, t) in elements, everything but x is contiguous."""
-    i = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    """Norm of BLOCK tokens; strides (r, t) in elements, everything but x is contiguous."""
     c = tl.arange(0, C_TILE)
-    mask = (i < num_tokens)[:, None] & (c < C)[None, :]
-    h = _load_shifted(x, shift, i, c, mask, x_r, x_t, T, C, HAS_SHIFT)  # (TOKENS, C_TILE)
-    w = tl.load(weight + c, mask=c < C, other=0.0)  # (C_TILE)
-    b = tl.load(bias + c, mask=c < C, other=0.0)
-
-    center = tl.sum(h, 1) / C
-    difference = tl.where((c < C)[None, :], h - center[:, None], 0.0)
-    scale = tl.rsqrt(tl.sum(difference * difference, 1) / C + eps)
-    normal = difference * scale[:, None] * w[None, :] + b[None, :]
-    tl.store(out + i[:, None] * C + c[None, :], normal.to(out.dtype.element_ty), mask=mask)
-    tl.store(mean + i, center, mask=i < num_tokens)
-    tl.store(rstd + i, scale, mask=i < num_tokens)
+    w = tl.load(weight + c, mask=c < C, other=0.0)[None, :]  # (1, C_TILE)
+    b = tl.load(bias + c, mask=c < C, other=0.0)[None, :]
+    for step in range(0, BLOCK, TOKENS):
+        i = tl.program_id(0).to(tl.int64) * BLOCK + step + tl.arange(0, TOKENS)
+        mask = (i < num_tokens)[:, None] & (c < C)[None, :]
+        h = _load_shifted(x, shift, i, c, mask, x_r, x_t, T, C, HAS_SHIFT)  # (TOKENS, C_TILE)
+        center = tl.sum(h, 1) / C
+        difference = tl.where((c < C)[None, :], h - center[:, None], 0.0)
+        scale = tl.rsqrt(tl.sum(difference * difference, 1) / C + eps)
+        normal = difference * scale[:, None] * w + b
+        tl.store(out + i[:, None] * C + c[None, :], normal.to(out.dtype.element_ty), mask=mask)
+        tl.store(mean + i, center, mask=i < num_tokens)
+        tl.store(rstd + i, scale, mask=i < num_tokens)
 
 
 @triton.jit
@@ -104,26 +104,28 @@ def residual_kernel(
     x, shift, inner, bias,
     y,
     x_r, x_t, y_r, y_t, T, num_tokens,
-    C: tl.constexpr, C_TILE: tl.constexpr, TOKENS: tl.constexpr, HAS_SHIFT: tl.constexpr,
+    C: tl.constexpr, C_TILE: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr, HAS_SHIFT: tl.constexpr,
 ):  # fmt: skip
-    """y = x + shift + inner + bias of TOKENS tokens."""
-    i = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    """y = x + shift + inner + bias of BLOCK tokens."""
     c = tl.arange(0, C_TILE)
-    mask = (i < num_tokens)[:, None] & (c < C)[None, :]
-    h = _load_shifted(x, shift, i, c, mask, x_r, x_t, T, C, HAS_SHIFT)  # (TOKENS, C_TILE)
-    b = tl.load(bias + c, mask=c < C, other=0.0)[None, :]
-    h += tl.load(inner + i[:, None] * C + c[None, :], mask=mask, other=0.0).to(tl.float32) + b
-    at = (i // T * y_r + i % T * y_t)[:, None] + c[None, :]
-    tl.store(y + at, h.to(y.dtype.element_ty), mask=mask)
+    b = tl.load(bias + c, mask=c < C, other=0.0)[None, :]  # (1, C_TILE)
+    for step in range(0, BLOCK, TOKENS):
+        i = tl.program_id(0).to(tl.int64) * BLOCK + step + tl.arange(0, TOKENS)
+        mask = (i < num_tokens)[:, None] & (c < C)[None, :]
+        h = _load_shifted(x, shift, i, c, mask, x_r, x_t, T, C, HAS_SHIFT)  # (TOKENS, C_TILE)
+        h += tl.load(inner + i[:, None] * C + c[None, :], mask=mask, other=0.0).to(tl.float32) + b
+        at = (i // T * y_r + i % T * y_t)[:, None] + c[None, :]
+        tl.store(y + at, h.to(y.dtype.element_ty), mask=mask)
 
 
 # --- launches
 
 
-def _tile(C: int) -> dict[str, int]:
+def _tile(C: int, shift: Tensor | None) -> dict[str, Any]:
     c_tile = triton.next_power_of_2(C)
     num_warps = min(16, max(4, c_tile * 4 // _TILE_ELEMENTS))
-    return {"C": C, "C_TILE": c_tile, "TOKENS": max(1, _TILE_ELEMENTS // c_tile), "num_warps": num_warps}
+    tile = {"C": C, "C_TILE": c_tile, "TOKENS": max(1, _TILE_ELEMENTS // c_tile), "BLOCK": _BLOCK_TOKENS}
+    return tile | {"HAS_SHIFT": shift is not None, "num_warps": num_warps}
 
 
 def forward_launch(
@@ -131,10 +133,9 @@ def forward_launch(
 ) -> Launch:  # fmt: skip
     """The launch that `forward` makes."""
     R, T, C = x.shape
-    constants: dict[str, Any] = _tile(C) | {"HAS_SHIFT": shift is not None}
     tensors = [x, x if shift is None else shift, weight, bias, out, mean, rstd]
     sizes = [*x.stride()[:2], T, R * T, eps]
-    return Launch(forward_kernel, triton.cdiv(R * T, constants["TOKENS"]), [*tensors, *sizes], constants)
+    return Launch(forward_kernel, triton.cdiv(R * T, _BLOCK_TOKENS), [*tensors, *sizes], _tile(C, shift))
 
 
 def backward_launch(
@@ -144,19 +145,17 @@ def backward_launch(
     R, T, C = x.shape
     num_programs = triton.cdiv(R * T, _BLOCK_TOKENS)
     sums = torch.empty((num_programs, 3, C), dtype=torch.float32, device=x.device)
-    constants = _tile(C) | {"BLOCK": _BLOCK_TOKENS, "HAS_SHIFT": shift is not None}
     tensors = [dout, x, x if shift is None else shift, weight, mean, rstd, dy, dx, sums]
     strides = [stride for tensor in (x, dy, dx) for stride in tensor.stride()[:2]]
-    return Launch(backward_kernel, num_programs, [*tensors, *strides, T, R * T], constants), sums
+    return Launch(backward_kernel, num_programs, [*tensors, *strides, T, R * T], _tile(C, shift)), sums
 
 
 def residual_launch(x: Tensor, shift: Tensor | None, inner: Tensor, inner_bias: Tensor, y: Tensor) -> Launch:
     """The launch that `add_residual` makes."""
     R, T, C = x.shape
-    constants: dict[str, Any] = _tile(C) | {"HAS_SHIFT": shift is not None}
     tensors = [x, x if shift is None else shift, inner, inner_bias, y]
     sizes = [*x.stride()[:2], *y.stride()[:2], T, R * T]
-    return Launch(residual_kernel, triton.cdiv(R * T, constants["TOKENS"]), [*tensors, *sizes], constants)
+    return Launch(residual_kernel, triton.cdiv(R * T, _BLOCK_TOKENS), [*tensors, *sizes], _tile(C, shift))
 
 
 def forward(
