@@ -2,13 +2,13 @@
 
     python bench/geglu_feed_forward.py [--threads 2] [--json FILE] [--picture FILE]
 
-x (R, T, C) to y = x + FeedForward(LayerNorm(x)), diffusers' own modules in the torch ways. Gradients go to x and to
+x (B*F, P, C) to y = x + FeedForward(LayerNorm(x)), diffusers' own modules in the torch ways. Gradients go to x and to
 every parameter. On a GPU the same command measures with CUDA events and max_memory_allocated.
 """
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -35,14 +35,16 @@ Function = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class FeedForwardShape:
-    """R rows of T tokens of C channels; the hidden layer is 4C wide, as in every block of the UNet."""
+    """B clips of F frames of height x width latent pixels, C channels; hidden layers are 4C wide as in the UNet."""
 
-    rows: int = 72
-    tokens: int = 384
+    batch: int = 1
+    frames: int = 72
+    height: int = 16
+    width: int = 24
     channels: int = 320
 
     def __str__(self) -> str:
-        return f"R={self.rows} T={self.tokens} C={self.channels}"
+        return f"B={self.batch} F={self.frames} P={self.height}x{self.width} C={self.channels}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +53,10 @@ class Settings:
 
     json: Path | None = None  # write one row per result here
     picture: Path | None = None  # draw the results here
-    rows: int = 72  # R, frames of a clip
-    tokens: int = 384  # T, latent pixels of a frame: 16 x 24
+    batch: int = 1  # B, clips
+    frames: int = 72  # F, frames of a clip
+    height: int = 16  # latent pixels
+    width: int = 24  # latent pixels
     channels: int = 320  # C
     threads: int = 1  # CPU threads of every provider
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -64,13 +68,13 @@ class Settings:
     compile_limit_s: float = 180.0  # leave torch.compile out where it takes longer; 0: leave it out
 
     def __post_init__(self) -> None:
-        for name in ("rows", "tokens", "channels", "threads", "rounds", "eager_chunk_tokens"):
+        for name in ("batch", "frames", "height", "width", "channels", "threads", "rounds", "eager_chunk_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
     def shape(self) -> FeedForwardShape:
         """The shape flags as one value."""
-        return FeedForwardShape(rows=self.rows, tokens=self.tokens, channels=self.channels)
+        return FeedForwardShape(**{f.name: getattr(self, f.name) for f in fields(FeedForwardShape)})
 
 
 class DiffusersFeedForward(nn.Module):
@@ -82,7 +86,7 @@ class DiffusersFeedForward(nn.Module):
         self.ff = FeedForward(channels, activation_fn="geglu")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x + ff(norm3(x)) of (R, T, C)."""
+        """x + ff(norm3(x)) of (B*F, P, C)."""
         return self.ff(self.norm3(x)) + x
 
 
@@ -93,7 +97,7 @@ class SubBlock:
         torch.manual_seed(0)
         self.device, self.channels = device, shape.channels
         self.module = DiffusersFeedForward(shape.channels).to(device, dtype)
-        size = (shape.rows, shape.tokens, shape.channels)
+        size = (shape.batch * shape.frames, shape.height * shape.width, shape.channels)
         self.x = torch.randn(size).to(device, dtype).requires_grad_()
         self.dy = torch.randn(size).to(device, dtype)
         self.skipped: dict[str, str] = {}

@@ -69,6 +69,12 @@ def temporal_attention_block(shape: Shape, dtype: str) -> Passes:
     }
 
 
+def geglu_feed_forward(shape: Shape, dtype: str) -> Passes:
+    """x -> norm, up-projection, GEGLU, down-projection, residual -> y, x alone saved."""
+    one, product = tensor_bytes(shape, dtype), 2 * _tokens(shape) * 4 * shape["channels"] ** 2  # C by 4C
+    return {"forward": Work(bytes=2 * one, flops=3 * product), "backward": Work(bytes=3 * one, flops=8 * product)}
+
+
 def group_norm_statistics(shape: Shape, dtype: str) -> Passes:
     """x -> mean, rstd."""
     return {"forward": Work(bytes=tensor_bytes(shape, dtype))}
@@ -84,6 +90,7 @@ def convolution(shape: Shape, dtype: str, num_taps: int) -> Passes:
 WORK_OF_BENCH: Mapping[str, Callable[[Shape, str], Passes]] = {
     "attn72/core": temporal_attention,
     "attn72/sub-block": temporal_attention_block,
+    "geglu_feed_forward": geglu_feed_forward,
 }
 
 # The work of the kernels of bench/results/ptx.json, by the rows' `kernel`; a pass may be a part, "forward statistics".

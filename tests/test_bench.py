@@ -197,3 +197,28 @@ def test_fine_grained_keeps_and_computes_less_than_plain():
     assert saved == sorted(saved, reverse=True)
     assert traces["torch"].flops < traces["fine-grained"].flops < traces["checkpoint"].flops
     assert traces["fine-grained-one-token"].flops < traces["fine-grained"].flops
+
+
+def test_feed_forward_bench_runs_as_typed_and_prints_its_bar(tmp_path):
+    sizes: dict[str, int] = {
+        "frames": 3,
+        "height": 4,
+        "width": 5,
+        "channels": 32,
+        "rounds": 1,
+        "compile-limit-s": 0,
+        "threads": 1,
+    }
+    flags = [part for name, size in sizes.items() for part in (f"--{name}", str(size))]
+    files = ["--json", str(tmp_path / "rows.json"), "--picture", str(tmp_path / "bars.png")]
+    arguments = [sys.executable, "bench/geglu_feed_forward.py", *flags, "--device", "cpu", *files]
+    ran = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "bar: at least 1.05x and at most 0.25 of the peak" in ran.stdout
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    providers = {"torch", "checkpoint", "checkpoint-chunked", "fused", "fused-keep-up"}
+    assert {(row["bench"], row["mode"], row["provider"]) for row in rows} == {
+        ("geglu_feed_forward", mode, provider) for mode in ("forward", "both") for provider in providers
+    }
+    assert all(row.keys() >= ROW_KEYS and row["median"] > 0 for row in rows)
+    assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")

@@ -34,6 +34,7 @@ HOW = {
     "python mimicmotion/sample.py --check-pose-order": "--run-dir {tmp}/run --num-steps 2",
     "python mimicmotion/evaluate.py": "--run-dir {tmp}/run --num-clips 1",
     "python bench/attn72.py": "--height 2 --width 4 --frames 8 --rounds 1 --compile-limit-s 0",
+    "python bench/geglu_feed_forward.py": "--height 2 --width 4 --frames 8 --rounds 1 --compile-limit-s 0",
     "python bench/train_step.py": SHORT_STEP,
     "python mimicmotion/train.py --preset mimicmotion-72 --dry-run": "as typed",
     "python mimicmotion/prepare.py --preset mimicmotion-72 --videos my_videos": "--help",
