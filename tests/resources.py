@@ -100,7 +100,7 @@ def temporal_attention(direction: str, F: int = 72, D: int = 64) -> TritonKernel
 
 TRITON: tuple[TritonKernel, ...] = (temporal_attention("forward"), temporal_attention("backward"))
 # CUDA kernels of an op: the module whose measure(architecture, dtype) gives rows with the keys of TritonKernel.measure.
-CUDA: dict[str, str] = {}
+CUDA: dict[str, str] = {"group_norm_silu_conv": "resources_group_norm_silu_conv_cuda"}
 
 
 def measure(architectures: Iterable[int], dtypes: Iterable[torch.dtype], only: str | None = None) -> Rows:

@@ -1,31 +1,36 @@
-"""What the CUDA kernels of group_norm_silu_conv need on each architecture, from nvcc without a GPU.
+"""What the CUDA kernels of group_norm_silu_conv need on each architecture, from nvcc without a GPU, for resources.py.
 
-`python tests/resources_group_norm_silu_conv_cuda.py` compiles every kernel for every architecture and writes
-bench/results/resources-group_norm_silu_conv-cuda.json, the budgets that tests/test_group_norm_silu_conv_cuda.py holds
-new compilations to. Registers and spills are what ptxas reports, shared memory is what the launch asks for; instruction
-counts are static.
+Registers and spills are what ptxas reports, shared memory is what the launch asks for; instruction counts are static.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import re
 import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import resources
 import torch
-import triton
 
 from mmkernels.ops import group_norm_silu_conv_cuda as kernels
 
-BUDGETS = Path(__file__).parent.parent / "bench/results/resources-group_norm_silu_conv-cuda.json"
-ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 CUDA = Path(__file__).resolve().parents[1] / "csrc/cuda"
 TYPES = {torch.bfloat16: "BFloat16", torch.float16: "Float16"}
 FORWARD = ("convolve", "partial_moments", "group_statistics")
+ONE_WARP = ("group_statistics", "norm_backward_groups", "norm_backward_parameters")
+# Static accesses of fewer than 128 bits: mean, rstd, gamma and beta of a channel, and sums of one channel or group.
+NARROW_ACCESSES = {
+    "convolve": 8,
+    "weight_gradient": 8,
+    "partial_moments": 2,
+    "group_statistics": 12,
+    "norm_backward_sums": 18,
+    "norm_backward_inputs": 32,
+    "norm_backward_groups": 23,
+    "norm_backward_parameters": 60,
+}
 # What is instantiated of each file, for a dtype T; the kernels that are no templates come with the file.
 KERNELS = {
     "group_norm_silu_conv.cuh": [
@@ -88,39 +93,32 @@ def shared_bytes(part: str) -> int:
 
 
 def measure(architecture: int, dtype: torch.dtype) -> list[dict[str, Any]]:
-    """The rows of every kernel for one architecture and dtype."""
+    """Rows of every kernel for one architecture and dtype, with the keys of resources.TritonKernel.measure."""
     return [row for file in KERNELS for row in _measure_file(file, architecture, dtype)]
 
 
 def _measure_file(file: str, architecture: int, dtype: torch.dtype) -> list[dict[str, Any]]:
-    ptx, binary = compile_cuda(file, dtype, architecture)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(binary)
-        cubin.flush()
-        usage, sass = (_run(_cuobjdump(), option, cubin.name) for option in ("-res-usage", "-sass"))
-    bodies = dict(re.findall(r"Function : (\w+)\n(.*?)(?=\n\s*Function : |\Z)", sass, re.DOTALL))
-    entries = {x[0]: x[1] for x in re.findall(r"\.entry (\w+)\((.*?)\n\}", ptx, re.DOTALL)}
+    ptx, cubin = compile_cuda(file, dtype, architecture)
     rows = []
-    for name, used in re.findall(r"Function (\w+):\s*\n\s*(.*)", usage):
-        accesses = re.findall(r"\b(?:ld|st)\.global[\w.:]*|\bcp\.async\.\w+\.shared\.global", entries[name])
-        wide = [x for x in accesses if ".v4" in x or ".v2.b64" in x or "cp.async.cg" in x]
-        part = _part(name)
+    for entry in re.findall(r"\.entry\s+(\w+)", ptx):
+        part = _part(entry)
+        name = part.split("<")[0]
         rows.append({
             "kernel": "group_norm_silu_conv",
             "backend": "cuda",
             "part": part,
-            "direction": "forward" if part.startswith(FORWARD) else "backward",
+            "direction": "forward" if name in FORWARD else "backward",
             "arch": architecture,
             "dtype": str(dtype).removeprefix("torch."),
-            "registers": _number(r"REG:(\d+)", used),
-            "spills": _number(r"LOCAL:(\d+)", used) + _number(r"STACK:(\d+)", used),
+            "shape": {},
+            "threads": 32 if name in ONE_WARP else 256,
+            **resources.describe(cubin, ptx, entry),
             "shared_bytes": shared_bytes(part),
-            "tensor_core_instructions": len(re.findall(r"\bHMMA\b", bodies[name])),
-            "global_accesses": len(accesses),
-            "global_accesses_128_bit": len(wide),
-            "nvcc": _run("nvcc", "--version").splitlines()[-1],
+            "has_product": name in ("convolve", "weight_gradient"),
+            "narrow_accesses": NARROW_ACCESSES.get(name, 0),
+            "compiler": resources.nvcc_version(),
             "kind": "modelled",
-            "command": "python tests/resources_group_norm_silu_conv_cuda.py",
+            "command": resources.COMMAND,
         })  # fmt: skip
     return rows
 
@@ -133,34 +131,3 @@ def _part(entry: str) -> str:
     name = entry[length.end() : length.end() + int(length.group(1))]
     taps = re.search(r"Li(\d)E", entry)
     return f"{name}<{taps.group(1)}>" if taps else name
-
-
-def _cuobjdump() -> str:
-    """The one of Triton's wheel: nvcc may come without."""
-    return str(Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump")
-
-
-def _run(*command: str) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-
-def _number(pattern: str, text: str) -> int:
-    found = re.search(pattern, text)
-    if found is None:
-        raise ValueError(f"no {pattern} in what cuobjdump printed: {text[:500]}")
-    return int(found.group(1))
-
-
-def main() -> None:
-    """Measure everything and write the budgets."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--json", type=Path, default=BUDGETS)
-    path: Path = parser.parse_args().json
-    types = (torch.bfloat16, torch.float16)
-    rows = [row for architecture in ARCHITECTURES for dtype in types for row in measure(architecture, dtype)]
-    path.write_text(json.dumps(rows, indent=1) + "\n")
-    print(f"wrote {path}")
-
-
-if __name__ == "__main__":
-    main()
