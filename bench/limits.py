@@ -93,20 +93,28 @@ WORK_OF_BENCH: Mapping[str, Callable[[Shape, str], Passes]] = {
     "geglu_feed_forward": geglu_feed_forward,
 }
 
-# The work of the kernels of bench/results/ptx.json, by the rows' `kernel`; a pass may be a part, "forward statistics".
-WORK_OF_KERNEL: Mapping[str, Callable[[Shape, str], Passes]] = {"temporal_attention": temporal_attention}
-
-
-def pass_of(counts: Mapping[str, Any]) -> str:
-    """forward or backward, with the part of the pass where a kernel does only a part."""
-    part = counts.get("part")
-    return counts["direction"] if part is None else f"{counts['direction']} {part}"
+# Of a kernel that does a part of group_norm_silu_conv: tensors of tokens that it moves, taps of its convolution.
+CONVOLUTION_PARTS: Mapping[str, tuple[int, int]] = {
+    "partial_statistics_kernel": (1, 0), "partial_moments": (1, 0),
+    "activate_kernel": (2, 0),
+    "partial_backward_kernel": (2, 0), "norm_backward_sums": (2, 0),
+    "input_gradient_kernel": (3, 0), "norm_backward_inputs": (3, 0),
+    "forward_3x3": (2, 9), "convolve<9>": (2, 9), "forward_3x1x1": (2, 3), "convolve<3>": (2, 3),
+    "data_gradient_3x3": (2, 9), "data_gradient_3x1x1": (2, 3),
+    "weight_gradient_3x3": (2, 9), "weight_gradient<9>": (2, 9),
+    "weight_gradient_3x1x1": (2, 3), "weight_gradient<3>": (2, 3),
+}  # fmt: skip
 
 
 def work_of_kernel(counts: Mapping[str, Any]) -> Work | None:
-    """What the kernel of a row of counts does at level 0, 72 frames, in 2-byte dtypes; None where it is not known."""
-    work_of = WORK_OF_KERNEL.get(counts["kernel"])
-    return None if work_of is None else work_of(LEVEL_0, "bfloat16").get(pass_of(counts))
+    """What the kernel of a row of bench/results/ptx.json does at level 0 in bfloat16; None where it is not known."""
+    if counts["kernel"] == "temporal_attention":
+        return temporal_attention(LEVEL_0, "bfloat16")[counts["direction"]]
+    if counts["kernel"] == "group_norm_silu_conv" and counts.get("part") in CONVOLUTION_PARTS:
+        num_tensors, num_taps = CONVOLUTION_PARTS[counts["part"]]
+        products = convolution(LEVEL_0, "bfloat16", num_taps)["forward"].flops
+        return Work(bytes=num_tensors * tensor_bytes(LEVEL_0), flops=products)
+    return None
 
 
 def limits_ms(bench: str, mode: str, shape: Shape, dtype: str) -> dict[str, float]:

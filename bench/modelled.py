@@ -1,12 +1,12 @@
-"""What is known of the GPU kernels without a GPU: how many blocks fit on a multiprocessor, and a time they cannot beat.
+"""What is known of the GPU kernels without a GPU: how many blocks fit on a multiprocessor, and their roofline.
 
     python bench/modelled.py [--json FILE]
 
 Modelled, never measured. Occupancy follows from registers, shared memory and threads of a block, as compiled
-(bench/results/resources.json). The lower bound in time takes what the kernel really moves and multiplies, counted by
-executing its PTX (bench/results/ptx.json), at level 0 of 72 frames of 1024x576: the limit of bench/limits.py with its
-bytes times sectors / least_sectors and its products times mma / useful_mma. A kernel may well be slower; it cannot be
-faster.
+(bench/results/resources.json). The roofline takes what the kernel really asks for and multiplies, counted by executing
+its PTX (bench/results/ptx.json), at level 0 of 72 frames of 1024x576: the limit of bench/limits.py with its bytes times
+sectors / least_sectors and its products times mma / useful_mma. A kernel is slower than that, unless it asks for the
+same sectors more than once and the second-level cache has them.
 """
 
 import dataclasses
@@ -78,8 +78,8 @@ def blocks_at_once(architecture: int, *, registers: int, shared_bytes: int, thre
     return by[limiter], limiter
 
 
-def lower_bound_ms(work: Work, counts: Counts, card: Card) -> float:
-    """Milliseconds below which this kernel, as counted, cannot do `work` on `card`."""
+def roofline_ms(work: Work, counts: Counts, card: Card) -> float:
+    """Milliseconds that `work` takes at the full rates of `card` with the sectors and products as counted."""
     useful = counts["useful_mma"]
     moved = work.bytes * counts["sectors"] / counts["least_sectors"]
     multiplied = work.flops * counts["mma"] / useful if useful else 0.0
@@ -103,15 +103,15 @@ def occupancy_rows(resources: Sequence[Counts], setting: report.Setting) -> list
     return rows
 
 
-def bound_rows(ptx: Sequence[Counts], setting: report.Setting) -> list[report.Row]:
-    """One row for each counted kernel and card: the lower bound in ms, with the physical limit as its baseline."""
+def roofline_rows(ptx: Sequence[Counts], setting: report.Setting) -> list[report.Row]:
+    """One row for each counted kernel and card: its roofline in ms, with the physical limit as the baseline."""
     rows = []
     for found in ptx:
         work = limits.work_of_kernel(found)
+        if work is None:
+            continue
         for card in (card for card in limits.CARDS if card.name in CARDS_OF.get(found["arch"], ())):
-            if work is None:
-                continue
-            bound = lower_bound_ms(work, found, card)
+            bound = roofline_ms(work, found, card)
             includes = f"{found['sectors'] / found['least_sectors']:.3f}x the least sectors"
             if found["useful_mma"]:
                 includes += f", {found['mma'] / found['useful_mma']:.3f}x the useful mma"
@@ -126,14 +126,19 @@ def _row(
 ) -> report.Row:  # fmt: skip
     own = dataclasses.replace(setting, device=device, dtype=found.get("dtype", "bfloat16"))
     return report.Row(
-        bench=f"modelled/{found['kernel']}", provider=found["backend"], mode=limits.pass_of(found), metric=metric,
+        bench=f"modelled/{found['kernel']}", provider=found["backend"], mode=_pass_of(found), metric=metric,
         kind="modelled", median=value, low=value, high=value, shape=shape, includes=includes, **asdict(own),
     )  # fmt: skip
 
 
+def _pass_of(found: Counts) -> str:
+    """forward or backward, with the kernel where it does a part of the pass."""
+    return " ".join(part for part in (found["direction"], found.get("part")) if part)
+
+
 def print_rows(rows: Sequence[report.Row], console: Console) -> None:
-    """Print occupancies, then lower bounds beside the physical limits."""
-    for metric, heading in (("occupancy", "threads in flight"), ("time_ms", "not faster than, ms")):
+    """Print occupancies, then rooflines beside the physical limits."""
+    for metric, heading in (("occupancy", "threads in flight"), ("time_ms", "roofline, ms")):
         table = Table(title=f"{heading} (modelled)", title_justify="left")
         for name in ("kernel", "backend", "pass", "dtype", "device", heading, "of the limit", "from"):
             table.add_column(name)
@@ -150,7 +155,7 @@ def main(settings: Settings) -> int:
     console = report.make_console()
     setting = report.Setting(dtype="", threads=0, device="")
     rows: list[report.Row] = []
-    for path, rows_from in ((settings.resources, occupancy_rows), (settings.ptx, bound_rows)):
+    for path, rows_from in ((settings.resources, occupancy_rows), (settings.ptx, roofline_rows)):
         if path.exists():
             rows += rows_from(json.loads(path.read_text()), setting)
         else:

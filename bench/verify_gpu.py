@@ -38,7 +38,6 @@ TESTS = ("-m", "pytest", "-m", "op and not deep", "--device", "cuda")
 LEVEL_0 = ("--height", "72", "--width", "128", "--dtype", "bfloat16")
 # Arguments of a bench beside --device and --json: the size of level 0 at 1024x576 pixels where it has a choice.
 ARGUMENTS = {"attn72": LEVEL_0}
-NOT_BENCHES = ("verify_gpu", "modelled")
 
 
 @dataclass(kw_only=True)
@@ -59,9 +58,11 @@ def why_no_gpu() -> str | None:
 
 
 def benches() -> list[str]:
-    """Names of the files here that are run as a command."""
-    files = sorted((ROOT / "bench").glob("*.py"))
-    return [x.stem for x in files if x.stem not in NOT_BENCHES and '__name__ == "__main__"' in x.read_text()]
+    """Names of the files here that are run as a command and take a device."""
+    files = {path.stem: path.read_text() for path in sorted((ROOT / "bench").glob("*.py"))}
+    return [
+        name for name, text in files.items() if '__name__ == "__main__"' in text and "\n    device: Literal[" in text
+    ]
 
 
 def verify(run: Runner, names: Iterable[str], folder: Path, setting: report.Setting) -> Outcome:

@@ -1,4 +1,4 @@
-"""Rung 9: occupancy and lower bounds, against figures worked out by hand."""
+"""Rung 9: occupancy and rooflines, against figures worked out by hand."""
 
 from __future__ import annotations
 
@@ -36,22 +36,25 @@ def test_blocks_at_once(
     assert found == (blocks, limiter)
 
 
-def test_lower_bound_counts_what_the_kernel_really_does() -> None:
+def test_the_roofline_counts_what_the_kernel_really_does() -> None:
     card = Card(name="x", device="x", bytes_per_s=1e12, flops_per_s=1e14)
-    assert math.isclose(modelled.lower_bound_ms(Work(bytes=1e9), COUNTS, card), 1.05)
-    assert math.isclose(modelled.lower_bound_ms(Work(bytes=1e6, flops=1e11), COUNTS, card), 1.5)
-    assert math.isclose(modelled.lower_bound_ms(Work(bytes=1e9), COUNTS | {"mma": 0, "useful_mma": 0}, card), 1.05)
+    assert math.isclose(modelled.roofline_ms(Work(bytes=1e9), COUNTS, card), 1.05)
+    assert math.isclose(modelled.roofline_ms(Work(bytes=1e6, flops=1e11), COUNTS, card), 1.5)
+    assert math.isclose(modelled.roofline_ms(Work(bytes=1e9), COUNTS | {"mma": 0, "useful_mma": 0}, card), 1.05)
 
 
 def test_rows_are_modelled_and_stand_beside_the_limit() -> None:
     setting = report.Setting(dtype="", threads=0, device="")
-    (row,) = modelled.bound_rows([COUNTS], setting)
+    (row,) = modelled.roofline_rows([COUNTS], setting)
     assert (row.kind, row.device, row.baseline, row.metric) == ("modelled", "A100", "physical limit", "time_ms")
     assert round(row.median, 3) == round(1.05 * limits.physical_limits()["temporal attention forward"]["A100"], 3)
     assert row.ratio is not None
     assert round(row.ratio, 3) == round(1 / 1.05, 3)
-    assert modelled.bound_rows([COUNTS | {"kernel": "unknown"}], setting) == []
-    assert modelled.bound_rows([COUNTS | {"part": "statistics"}], setting) == []
+    assert modelled.roofline_rows([COUNTS | {"kernel": "unknown"}], setting) == []
+    convolution = COUNTS | {"kernel": "group_norm_silu_conv", "part": "convolve<9>", "mma": 11}
+    (row,) = modelled.roofline_rows([convolution], setting)
+    assert round(row.median, 2) == round(1.1 * limits.physical_limits()["3x3 convolution forward"]["A100"], 2)
+    assert row.mode == "forward convolve<9>"
 
 
 def test_the_stored_budgets_make_rows(tmp_path: Path, capsys) -> None:
