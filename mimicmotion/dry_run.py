@@ -36,7 +36,7 @@ class DryRun:
                 f"  activations saved for backward: {cost.saved_bytes / GIB:.2f} GiB (modelled)",
                 f"work of a step: {cost.flops / 1e12:.2f} TFLOP (modelled)",
                 "modelled: counted over the operators of a step with fake CPU tensors; not measured on any device. "
-                "Workspaces of libraries, chunks inside operations and what autocast does otherwise on a GPU are not in it.",
+                "Workspaces of libraries, chunks inside operations and what autocast does on a GPU only are not in it.",
             ]
         )
 

@@ -7,8 +7,8 @@ backward walk over chunks of pixels, so the transients are those of a chunk; bac
 projection and the softmax of a chunk, never the output projection. keep="qkv" saves q, k, v as well and recomputes the
 norm and the softmax only.
 
-x may be wider than the weights (float32 tokens, bfloat16 weights, as under autocast): the norm is taken in x's dtype,
-the products in the weights', the residual in x's.
+x may be wider than the weights (float32 tokens, bfloat16 weights, as under autocast): the norm and the residual are
+taken at least in float32, the products in the weights' dtype.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from mmkernels.kernels.layer_norm import add_residual_into, layer_norm_backward_into, layer_norm_into
+from mmkernels.kernels.storage import wide_dtype
 from mmkernels.ops.temporal_attention import temporal_attention_backward_into, temporal_attention_into
 
 Keep = Literal["input", "qkv"]
@@ -50,12 +52,12 @@ class _Chunk:
             for begin in range(0, P, self.chunk_pixels):
                 yield b, slice(begin, min(begin + self.chunk_pixels, P))
 
-    def buffer(self, name: str, pixels: slice, width: int, dtype: torch.dtype) -> Tensor:
-        """An uninitialised (R, width) buffer; the same memory for the same name."""
+    def buffer(self, name: str, pixels: slice, width: int, dtype: torch.dtype | None = None) -> Tensor:
+        """An uninitialised (R, width) buffer, by default in the products' dtype; the same memory for the same name."""
         F = self.x.shape[1]
         if name not in self._buffers:
             rows = F * min(self.chunk_pixels, self.x.shape[2])
-            self._buffers[name] = torch.empty(rows * width, dtype=dtype, device=self.x.device)
+            self._buffers[name] = torch.empty(rows * width, dtype=dtype or self.dtype, device=self.x.device)
         rows = F * (pixels.stop - pixels.start)
         return self._buffers[name][: rows * width].view(rows, width)
 
@@ -71,18 +73,14 @@ class _Chunk:
         begin = b * self.x.shape[2] + pixels.start
         return saved[3 * C * F * begin : 3 * C * F * (begin + pixels.stop - pixels.start)].view(-1, 3 * C)
 
-    def rows(self, name: str, source: Tensor, b: int, pixels: slice) -> Tensor:
-        """The chunk of `source` (B, F, P, C) as contiguous (R, C)."""
-        F, C = source.shape[1], source.shape[3]
-        rows = self.buffer(name, pixels, C, source.dtype)
-        rows.view(F, -1, C).copy_(source[b, :, pixels])
-        return rows
-
-    def norm(self, rows: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        """LayerNorm of (R, C) rows in the dtype of the products; with mean and rstd."""
-        weight, bias = weight.to(rows.dtype), bias.to(rows.dtype)
-        h, mean, rstd = torch.native_layer_norm(rows, (rows.shape[-1],), weight, bias, eps)
-        return h.to(self.dtype), mean, rstd
+    def norm(
+        self, b: int, pixels: slice, weight: Tensor, bias: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """LayerNorm of the chunk (R, C) in the dtype of the products; with mean and rstd (R)."""
+        h = self.buffer("h", pixels, self.x.shape[3])
+        mean, rstd = (self.buffer(name, pixels, 1, weight.dtype).view(-1) for name in ("mean", "rstd"))
+        layer_norm_into(self.x[b, :, pixels], None, weight, bias, eps, h, mean, rstd)
+        return h, mean, rstd
 
 
 @torch.library.custom_op("mmkernels::temporal_attention_block", mutates_args=())
@@ -90,20 +88,20 @@ def _forward(
     x: Tensor, norm_weight: Tensor, norm_bias: Tensor, qkv_weight: Tensor, out_weight: Tensor, out_bias: Tensor,
     num_heads: int, eps: float, chunk_pixels: int, keep_qkv: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    B, F, P, C = x.shape
+    C = x.shape[3]
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     saved = torch.empty(_saved_shape(x, keep_qkv), dtype=qkv_weight.dtype, device=x.device)
+    norm_weight, norm_bias, out_bias = (vector.to(wide_dtype(x.dtype)) for vector in (norm_weight, norm_bias, out_bias))
     chunk = _Chunk(x, qkv_weight.dtype, num_heads, chunk_pixels)
     for b, pixels in chunk:
-        rows = chunk.rows("x", x, b, pixels)
-        h, _, _ = chunk.norm(rows, norm_weight, norm_bias, eps)
-        target = chunk.saved(saved, b, pixels) if keep_qkv else chunk.buffer("qkv", pixels, 3 * C, chunk.dtype)
+        h, _, _ = chunk.norm(b, pixels, norm_weight, norm_bias, eps)
+        target = chunk.saved(saved, b, pixels) if keep_qkv else chunk.buffer("qkv", pixels, 3 * C)
         qkv = torch.mm(h, qkv_weight.t(), out=target)
-        o = chunk.buffer("o", pixels, C, chunk.dtype)
+        o = chunk.buffer("o", pixels, C)
         (q, k, v), (o_heads,) = chunk.heads(qkv, 3), chunk.heads(o, 1)
         temporal_attention_into(q, k, v, o_heads)
-        projected = torch.addmm(out_bias, o, out_weight.t())
-        torch.add(rows.view(F, -1, C), projected.view(F, -1, C), out=y[b, :, pixels])
+        inner = torch.mm(o, out_weight.t(), out=h)
+        add_residual_into(x[b, :, pixels], None, inner, out_bias, y[b, :, pixels])
     return y, saved
 
 
@@ -124,75 +122,55 @@ def _forward_fake(
 def _backward(
     dy: Tensor, x: Tensor, saved: Tensor, norm_weight: Tensor, norm_bias: Tensor, qkv_weight: Tensor,
     out_weight: Tensor, num_heads: int, eps: float, chunk_pixels: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    B, F, P, C = x.shape
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x, qkv_weight, out_weight, and the (3, C) of norm_weight, norm_bias and out_bias.
+
+    Those of parameters are at least float32; autograd rounds them to the dtype of the parameter.
+    """
+    C, wide = x.shape[3], wide_dtype(x.dtype)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    sums = _GradientSums(norm_weight, qkv_weight, out_weight)
+    norm_weight, norm_bias = norm_weight.to(wide), norm_bias.to(wide)
+    qkv_sum, out_sum = (torch.zeros_like(w, dtype=wide_dtype(w.dtype)) for w in (qkv_weight, out_weight))
+    vector_sums = torch.zeros((3, C), dtype=wide, device=x.device)
     chunk = _Chunk(x, qkv_weight.dtype, num_heads, chunk_pixels)
     for b, pixels in chunk:
-        rows = chunk.rows("x", x, b, pixels)
-        h, mean, rstd = chunk.norm(rows, norm_weight, norm_bias, eps)
+        h, mean, rstd = chunk.norm(b, pixels, norm_weight, norm_bias, eps)
         if saved.numel():
             qkv = chunk.saved(saved, b, pixels)
         else:
-            qkv = torch.mm(h, qkv_weight.t(), out=chunk.buffer("qkv", pixels, 3 * C, chunk.dtype))
-        dy_rows = chunk.rows("dy", dy, b, pixels)
-        dout = dy_rows.to(chunk.dtype)
-        do = torch.mm(dout, out_weight, out=chunk.buffer("do", pixels, C, chunk.dtype))
-        o = chunk.buffer("o", pixels, C, chunk.dtype)
-        dqkv = chunk.buffer("dqkv", pixels, 3 * C, chunk.dtype)
+            qkv = torch.mm(h, qkv_weight.t(), out=chunk.buffer("qkv", pixels, 3 * C))
+        dinner = chunk.buffer("dinner", pixels, C)
+        dinner.view(dy[b, :, pixels].shape).copy_(dy[b, :, pixels])
+        do = torch.mm(dinner, out_weight, out=chunk.buffer("do", pixels, C))
+        o, dqkv = chunk.buffer("o", pixels, C), chunk.buffer("dqkv", pixels, 3 * C)
         (do_heads,), (o_heads,) = chunk.heads(do, 1), chunk.heads(o, 1)
         q, k, v, dq, dk, dv = *chunk.heads(qkv, 3), *chunk.heads(dqkv, 3)
         temporal_attention_backward_into(q, k, v, do_heads, dq, dk, dv, o=o_heads)
-        dh = torch.mm(dqkv, qkv_weight, out=do).to(x.dtype)
-        sums.add_products(dout, o, dqkv, h)
-        drows = sums.add_norm(dh, rows, mean, rstd, norm_weight, norm_bias)
-        torch.add(drows.view(F, -1, C), dy_rows.view(F, -1, C), out=dx[b, :, pixels])
-    norm, product = norm_weight.dtype, qkv_weight.dtype
-    dnorm = (sums.norm_weight.to(norm), sums.norm_bias.to(norm))
-    return dx, *dnorm, sums.qkv_weight.to(product), sums.out_weight.to(product), sums.out_bias.to(product)
-
-
-class _GradientSums:
-    """Gradients of the parameters, summed over chunks in float32 and in the order of the chunks."""
-
-    def __init__(self, norm_weight: Tensor, qkv_weight: Tensor, out_weight: Tensor) -> None:
-        wide = torch.promote_types(qkv_weight.dtype, torch.float32)
-        self.norm_weight = torch.zeros_like(norm_weight, dtype=wide)
-        self.norm_bias = torch.zeros_like(self.norm_weight)
-        self.qkv_weight = torch.zeros_like(qkv_weight, dtype=wide)
-        self.out_weight = torch.zeros_like(out_weight, dtype=wide)
-        self.out_bias = torch.zeros_like(self.norm_weight)
-
-    def add_products(self, dout: Tensor, o: Tensor, dqkv: Tensor, h: Tensor) -> None:
-        """Add the chunk's gradients of the two projections; all (R, width)."""
-        for total, left, right in ((self.qkv_weight, dqkv, h), (self.out_weight, dout, o)):
-            if total.dtype == left.dtype:
-                total.addmm_(left.t(), right)
-            else:
-                total.add_(left.t() @ right)
-        self.out_bias.add_(dout.sum(0, dtype=self.out_bias.dtype))
-
-    def add_norm(self, dh: Tensor, rows: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """Add the chunk's gradients of the norm; returns that of its input (R, C)."""
-        weight, bias = weight.to(rows.dtype), bias.to(rows.dtype)
-        drows, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
-            dh, rows, [rows.shape[-1]], mean, rstd, weight, bias, [True, True, True]
+        _add_product(out_sum, dinner, o)
+        _add_product(qkv_sum, dqkv, h)
+        dh = torch.mm(dqkv, qkv_weight, out=do)
+        vector_sums += layer_norm_backward_into(
+            dh, x[b, :, pixels], None, norm_weight, mean, rstd, dy[b, :, pixels], dx[b, :, pixels]
         )
-        self.norm_weight.add_(dweight)
-        self.norm_bias.add_(dbias)
-        return drows
+    return dx, qkv_sum, out_sum, vector_sums
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left^T right, both (R, width), summed in float32 and in the order of the chunks."""
+    if total.dtype == left.dtype:
+        total.addmm_(left.t(), right)
+    else:
+        total.add_(left.t() @ right)
 
 
 @_backward.register_fake
 def _backward_fake(
     dy: Tensor, x: Tensor, saved: Tensor, norm_weight: Tensor, norm_bias: Tensor, qkv_weight: Tensor,
     out_weight: Tensor, num_heads: int, eps: float, chunk_pixels: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    empty = torch.empty_like
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    out_bias = torch.empty(out_weight.shape[:1], dtype=out_weight.dtype, device=x.device)
-    return dx, empty(norm_weight), empty(norm_bias), empty(qkv_weight), empty(out_weight), out_bias
+    dqkv, dout = (torch.empty_like(w, dtype=wide_dtype(w.dtype)) for w in (qkv_weight, out_weight))
+    return dx, dqkv, dout, x.new_empty((3, x.shape[3]), dtype=wide_dtype(x.dtype))
 
 
 def _save(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor]) -> None:
@@ -205,8 +183,9 @@ def _save(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor]) -> Non
 def _differentiate(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 10
-    gradients = _backward(dy, *ctx.saved_tensors, ctx.num_heads, ctx.eps, ctx.chunk_pixels)
-    return *gradients, None, None, None, None
+    dx, dqkv, dout, vectors = _backward(dy, *ctx.saved_tensors, ctx.num_heads, ctx.eps, ctx.chunk_pixels)
+    dnorm_weight, dnorm_bias, dout_bias = vectors.unbind()
+    return dx, dnorm_weight, dnorm_bias, dqkv, dout, dout_bias, None, None, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
