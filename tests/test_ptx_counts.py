@@ -110,6 +110,19 @@ def test_temporal_attention_of_odd_lengths(direction: str, frames: int, dtype: t
     within_budget(inputs, attention.run(inputs, direction, order=7)[0])
 
 
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("architecture", [86, 89, 120])
+def test_temporal_attention_on_other_architectures(
+    inputs: attention.Inputs, direction: str, architecture: int
+) -> None:  # fmt: skip
+    """The same to the last bit of bfloat16: a dropped operand once hid inside every tolerance."""
+    first, _ = attention.run(inputs, direction)
+    outputs, _ = attention.run(inputs, direction, architecture)
+    within_budget(inputs, outputs)
+    for name, value in outputs.items():
+        torch.testing.assert_close(value, first[name], rtol=2**-7, atol=1e-5)
+
+
 def is_found(inputs: attention.Inputs, direction: str, mutate: Mutation) -> bool:
     """Does one of the orders fault or give wrong numbers?"""
     for order in ORDERS:
