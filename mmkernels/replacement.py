@@ -9,16 +9,23 @@ import torch
 from diffusers.models.attention import BasicTransformerBlock, TemporalBasicTransformerBlock
 from diffusers.models.resnet import SpatioTemporalResBlock
 from diffusers.models.transformers.transformer_temporal import TransformerSpatioTemporalModel
+from diffusers.models.unets.unet_3d_blocks import CrossAttnUpBlockSpatioTemporal, UpBlockSpatioTemporal
 from torch import nn
 
-from mmkernels.blocks.drop_in import CheckpointedBlock, DropIn
-from mmkernels.blocks.exactness import why_not_resnet, why_not_transformer
+from mmkernels.blocks.drop_in import CheckpointedBlock, DropIn, FusedBlock
 from mmkernels.blocks.resnet import FusedResBlock
 from mmkernels.blocks.transformer import FusedTransformer
+from mmkernels.blocks.up_block import FusedUpBlock
 from mmkernels.ops.temporal_attention import why_unsupported
 
 PLANS = ("fused", "checkpoint")
-_KINDS = (SpatioTemporalResBlock, TransformerSpatioTemporalModel)
+_FUSED: dict[type[nn.Module], type[FusedBlock]] = {
+    SpatioTemporalResBlock: FusedResBlock,
+    TransformerSpatioTemporalModel: FusedTransformer,
+    CrossAttnUpBlockSpatioTemporal: FusedUpBlock,  # an up block only calls the others: it reads skips by the side
+    UpBlockSpatioTemporal: FusedUpBlock,
+}
+_CHECKPOINTED = (SpatioTemporalResBlock, TransformerSpatioTemporalModel)
 
 
 @dataclass(frozen=True)
@@ -67,10 +74,10 @@ def replace(unet: nn.Module, plan: str = "fused") -> Callable[[], None]:
     swaps = []
     for _, owner, parent, child_name, block in blocks:
         if plan == "checkpoint":
-            swaps.append((parent, child_name, CheckpointedBlock(block)))
+            if isinstance(block, _CHECKPOINTED):
+                swaps.append((parent, child_name, CheckpointedBlock(block)))
         elif _why_not(block, owner) is None:
-            is_resnet = isinstance(block, SpatioTemporalResBlock)
-            swaps.append((parent, child_name, FusedResBlock(block) if is_resnet else FusedTransformer(block)))
+            swaps.append((parent, child_name, _fused_kind(block)(block)))
     for parent, child_name, drop_in in swaps:
         parent._modules[child_name] = drop_in
     return _undo_of(swaps)
@@ -128,14 +135,18 @@ def _blocks(unet: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module, str, n
         is_list = isinstance(parent, nn.ModuleList)
         owner = unet.get_submodule(parent_name.rpartition(".")[0]) if is_list else parent
         for child_name, child in parent.named_children():
-            if isinstance(child, (*_KINDS, DropIn)):
+            if isinstance(child, (*_FUSED, DropIn)):
                 yield f"{parent_name}.{child_name}".lstrip("."), owner, parent, child_name, child
 
 
 def _why_not(block: nn.Module, owner: nn.Module) -> str | None:
     if getattr(owner, "gradient_checkpointing", False):
         return "diffusers' gradient checkpointing is on; call disable_gradient_checkpointing() first"
-    return why_not_resnet(block) if isinstance(block, SpatioTemporalResBlock) else why_not_transformer(block)
+    return _fused_kind(block).why_not(block)
+
+
+def _fused_kind(block: nn.Module) -> type[FusedBlock]:
+    return next(fused for kind, fused in _FUSED.items() if isinstance(block, kind))
 
 
 def _why_plain_attention(block: TransformerSpatioTemporalModel) -> str:

@@ -14,6 +14,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor, AttnP
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.resnet import AlphaBlender, ResnetBlock2D, SpatioTemporalResBlock, TemporalResnetBlock
 from diffusers.models.transformers.transformer_temporal import TransformerSpatioTemporalModel
+from diffusers.models.unets.unet_3d_blocks import CrossAttnUpBlockSpatioTemporal, UpBlockSpatioTemporal
 from torch import nn
 
 _PLAIN_PROCESSORS = (AttnProcessor, AttnProcessor2_0)
@@ -60,9 +61,34 @@ def why_not_resnet(module: Any) -> str | None:
     if temporal.conv_shortcut is not None:
         return "temporal_res_block changes the number of channels"
     for conv in (temporal.conv1, temporal.conv2):
-        shape = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
-        if shape != ((3, 1, 1), (1, 1, 1), (1, 0, 0), (1, 1, 1), 1, "zeros"):
+        if _geometry(conv) != ((3, 1, 1), (1, 1, 1), (1, 0, 0), (1, 1, 1), 1, "zeros"):
             return f"temporal_res_block has another convolution over frames: {conv}"
+    for conv in (spatial.conv1, spatial.conv2):
+        if _geometry(conv) != ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros"):
+            return f"spatial_res_block has another convolution over pixels: {conv}"
+    shortcut = spatial.conv_shortcut
+    if shortcut is not None and _geometry(shortcut) != ((1, 1), (1, 1), (0, 0), (1, 1), 1, "zeros"):
+        return f"spatial_res_block has another shortcut: {shortcut}"
+    return None
+
+
+def _geometry(conv: Any) -> tuple[Any, ...]:
+    return conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode
+
+
+def why_not_up_block(module: Any) -> str | None:
+    """Why `module` is not exactly an up block as SVD has it, its residual blocks and transformers aside, or None."""
+    if type(module) not in (CrossAttnUpBlockSpatioTemporal, UpBlockSpatioTemporal):
+        return f"is a {type(module).__name__}, not a CrossAttnUpBlockSpatioTemporal or UpBlockSpatioTemporal"
+    if module.gradient_checkpointing:
+        return "diffusers' gradient checkpointing is on; call disable_gradient_checkpointing() first"
+    names = {"resnets", "attentions", "upsamplers"}
+    for name, child in (("", module), *module.named_children()):
+        if name and name not in names:
+            return f"has an extra module {name}, {type(child).__name__}"
+        reason = _why_not_called(child)
+        if reason is not None:
+            return f"{name or 'it'} {reason}"
     return None
 
 

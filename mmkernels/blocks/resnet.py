@@ -1,8 +1,8 @@
-"""SpatioTemporalResBlock in three segments, each computed again in backward from its input.
+"""SpatioTemporalResBlock on `group_norm_silu_conv`, channels last from end to end.
 
-Kept are the block's input, the output of its first convolution and that of the spatial half; the 3x3 convolutions are
-not run again, since each ends its segment. A convolution over frames runs as a 2-d one over (F, P), which torch has
-faster kernels for than for the 3-d one.
+Kept for backward are five tensors of its size, and the statistics of the norms: its input, the outputs of the first
+convolution and of the whole of each half. Every activation is computed again, no convolution is. An input with
+channels-last strides is read as it lies; any other is brought into that order once.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ from __future__ import annotations
 import torch
 from diffusers.models.resnet import AlphaBlender, ResnetBlock2D, TemporalResnetBlock
 from torch import Tensor, nn
+from torch.nn import functional
 
 from mmkernels.blocks.drop_in import FusedBlock
 from mmkernels.blocks.exactness import why_not_resnet
-from mmkernels.blocks.segment import segment
+from mmkernels.ops.blend import blend
+from mmkernels.ops.group_norm_silu_conv import group_norm_silu_conv
 
 
 class FusedResBlock(FusedBlock):
@@ -25,53 +27,84 @@ class FusedResBlock(FusedBlock):
     time_mixer: AlphaBlender
 
     def forward(
-        self, hidden_states: Tensor, temb: Tensor | None = None, image_only_indicator: Tensor | None = None
+        self,
+        hidden_states: Tensor,
+        temb: Tensor | None = None,
+        image_only_indicator: Tensor | None = None,
+        skip: Tensor | None = None,
     ) -> Tensor:
-        """hidden_states (B*F, C, H, W), temb (B*F, C_time), image_only_indicator (B, F) -> (B*F, C_out, H, W)."""
+        """hidden_states (B*F, C, H, W), temb (B*F, C_time), image_only_indicator (B, F) -> (B*F, C_out, H, W).
+
+        skip (B*F, C_skip, H, W), if given, is read beside hidden_states, as if both had been concatenated.
+        """
         self.check_unchanged()
         if image_only_indicator is None:
             raise ValueError("image_only_indicator is None, wanted (B, F): its last axis is the number of frames")
-        hidden_states = _spatial(self.spatial_res_block, hidden_states, temb)
-        return segment(self._temporal_and_mix, hidden_states, temb, image_only_indicator)
-
-    def _temporal_and_mix(self, hidden_states: Tensor, temb: Tensor | None, image_only_indicator: Tensor) -> Tensor:
-        BF, C, H, W = hidden_states.shape
+        spatial = _spatial(self.spatial_res_block, hidden_states, skip, temb)  # (B*F, H, W, C)
+        BF, H, W, C = spatial.shape
         F = image_only_indicator.shape[-1]
-        frames = hidden_states.reshape(BF // F, F, C, H * W).transpose(1, 2).contiguous()  # (B, C, F, P)
-        temb = None if temb is None else temb.reshape(BF // F, F, -1)
-        mixed = self.time_mixer(
-            x_spatial=frames[..., None],
-            x_temporal=_temporal(self.temporal_res_block, frames, temb)[..., None],
-            image_only_indicator=image_only_indicator,
-        )
-        return mixed.squeeze(-1).transpose(1, 2).reshape(BF, C, H, W)
+        frames = spatial.view(BF // F, F, H * W, C)
+        temporal = _temporal(self.temporal_res_block, frames, temb)
+        alpha = self.time_mixer.get_alpha(image_only_indicator, 3).flatten().expand(BF)
+        alpha = 1 - alpha if self.time_mixer.switch_spatial_to_temporal_mix else alpha
+        mixed = blend(spatial.view(BF, H * W, C), temporal.view(BF, H * W, C), alpha)
+        return mixed.view(BF, H, W, C).permute(0, 3, 1, 2)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """x (M, C, H, W) as a contiguous (M, H, W, C): a view where it lies so already, else a copy."""
+    return x.permute(0, 2, 3, 1).contiguous()
+
+
+def _spatial(block: ResnetBlock2D, hidden_states: Tensor, skip: Tensor | None, temb: Tensor | None) -> Tensor:
+    x, x2 = channels_last(hidden_states), None
+    if skip is not None:
+        dtype = torch.promote_types(hidden_states.dtype, skip.dtype)
+        x, x2 = x.to(dtype), channels_last(skip).to(dtype)
+    shift = _shift(block, temb)
+    hidden = _norm_silu_conv(block.norm1, block.conv1, x, x2=x2, shift=None if shift is None else shift[:, None])
+    return _norm_silu_conv(block.norm2, block.conv2, hidden, residual=_shortcut(block.conv_shortcut, x, x2))
 
 
 def _temporal(block: TemporalResnetBlock, x: Tensor, temb: Tensor | None) -> Tensor:
-    """The block over frames on x (B, C, F, P), temb (B, F, C_time): its 3x1x1 convolutions are 3x1 over (F, P)."""
-    h = _convolve_frames(block.conv1, block.nonlinearity(block.norm1(x)))
-    if block.time_emb_proj is not None:
-        assert temb is not None
-        h = h + block.time_emb_proj(block.nonlinearity(temb)).transpose(1, 2)[..., None]
-    return x + _convolve_frames(block.conv2, block.nonlinearity(block.norm2(h)))
+    """The block over frames on x (B, F, P, C), temb (B*F, C_time): its 3x1x1 convolutions are 3x1 over (F, P)."""
+    shift = _shift(block, temb)
+    hidden = _norm_silu_conv(block.norm1, block.conv1, x, shift=None if shift is None else shift.unflatten(0, x.shape[:2]))
+    return _norm_silu_conv(block.norm2, block.conv2, hidden, residual=x)
 
 
-def _convolve_frames(conv: nn.Conv3d, x: Tensor) -> Tensor:
-    return torch.nn.functional.conv2d(x, conv.weight[..., 0], conv.bias, padding=(1, 0))
+def _norm_silu_conv(
+    norm: nn.GroupNorm,
+    conv: nn.Conv2d | nn.Conv3d,
+    x: Tensor,
+    *,
+    x2: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    weight = conv.weight if conv.weight.ndim == 4 else conv.weight[..., 0]
+    bias = conv.bias
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    return group_norm_silu_conv(
+        x, norm.weight, norm.bias, weight, bias,
+        num_groups=norm.num_groups, eps=norm.eps, x2=x2, shift=shift, residual=residual,
+    )  # fmt: skip
 
 
-def _spatial(block: ResnetBlock2D, x: Tensor, temb: Tensor | None) -> Tensor:
-    shift = None
-    if block.time_emb_proj is not None:
-        shift = block.time_emb_proj(block.nonlinearity(temb))[:, :, None, None]
-    # The shortcut is kept out of the segments: it saves only x, which the first one saves anyway.
-    shortcut = x if block.conv_shortcut is None else block.conv_shortcut(x.contiguous() if block.training else x)
+def _shift(block: ResnetBlock2D | TemporalResnetBlock, temb: Tensor | None) -> Tensor | None:
+    """What the time embedding adds to every pixel of a frame, (B*F, C)."""
+    return None if block.time_emb_proj is None else block.time_emb_proj(block.nonlinearity(temb))
 
-    def first(x: Tensor) -> Tensor:
-        return block.conv1(block.nonlinearity(block.norm1(x)))
 
-    def second(h: Tensor, shift: Tensor | None) -> Tensor:
-        h = h if shift is None else h + shift
-        return block.conv2(block.nonlinearity(block.norm2(h)))
-
-    return shortcut + segment(second, segment(first, x), shift)
+def _shortcut(conv: nn.Conv2d | None, x: Tensor, x2: Tensor | None) -> Tensor:
+    """The residual (M, H, W, C_out): x itself, or its 1x1 convolution, which saves only x and x2."""
+    if conv is None:
+        return x if x2 is None else torch.cat([x, x2], -1)
+    weight = conv.weight.flatten(1)  # (C_out, C + C2)
+    if x2 is None:
+        return functional.linear(x, weight, conv.bias)
+    first, second = weight.split([x.shape[-1], x2.shape[-1]], dim=1)
+    rows = functional.linear(x.flatten(0, 2), first, conv.bias)
+    return torch.addmm(rows, x2.flatten(0, 2), second.t()).view(*x.shape[:3], -1)

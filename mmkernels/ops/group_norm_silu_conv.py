@@ -169,7 +169,8 @@ def _forward(
     if x.shape[:3].numel():
         mean, rstd = _statistics(x, x2, num_groups, eps)
         norm = _norm(mean, rstd, norm_weight, norm_bias)
-        chunked.forward(x, x2, norm, weight, bias, shift, residual, y, chunk_rows=chunk_rows, activate=_activate)
+        with torch.autocast(x.device.type, enabled=False):  # the dtypes of the products are chosen by hand
+            chunked.forward(x, x2, norm, weight, bias, shift, residual, y, chunk_rows=chunk_rows, activate=_activate)
     return y, mean, rstd
 
 
@@ -209,10 +210,12 @@ def _backward(
     if x.shape[:3].numel() == 0:
         dgamma, dbeta, dweight = (value.zero_() for value in parameters)
         return dx, dx2, dgamma, dbeta, dweight
-    found = chunked.backward(
-        dy, x, x2, _norm(mean, rstd, norm_weight, norm_bias), weight, dx, None if x2 is None else dx2,
-        chunk_rows=chunk_rows, activate=_activate, norm_backward=_norm_backward,
-    )  # fmt: skip
+    norm = _norm(mean, rstd, norm_weight, norm_bias)
+    with torch.autocast(x.device.type, enabled=False):
+        found = chunked.backward(
+            dy, x, x2, norm, weight, dx, None if x2 is None else dx2,
+            chunk_rows=chunk_rows, activate=_activate, norm_backward=_norm_backward,
+        )  # fmt: skip
     dgamma, dbeta, dweight = (value.to(like.dtype) for value, like in zip(found, parameters, strict=True))
     return dx, dx2, dgamma, dbeta, dweight
 
@@ -255,8 +258,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 
 def _differentiate(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    x2 = ctx.saved_tensors[1]
-    dx, dx2, dgamma, dbeta, dweight = _backward(dy, *ctx.saved_tensors, ctx.chunk_rows)
+    saved = ctx.saved_tensors  # unpacked once: torch.utils.checkpoint allows no more
+    dx, dx2, dgamma, dbeta, dweight = _backward(dy, *saved, ctx.chunk_rows)
     dbias = dshift = None
     if ctx.bias_dtype is not None or ctx.shift is not None:
         sums = dy.sum(2, dtype=torch.promote_types(dy.dtype, torch.float32))  # (M, H, K)
@@ -266,7 +269,7 @@ def _differentiate(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...
         if ctx.bias_dtype is not None:
             dbias = sums.sum((0, 1)).to(ctx.bias_dtype)
     dresidual = None if ctx.residual_dtype is None else dy.to(ctx.residual_dtype)
-    return dx, None if x2 is None else dx2, dgamma, dbeta, dweight, dbias, dshift, dresidual, None, None, None
+    return dx, None if saved[1] is None else dx2, dgamma, dbeta, dweight, dbias, dshift, dresidual, None, None, None
 
 
 torch.library.register_autograd("mmkernels::group_norm_silu_conv", _differentiate, setup_context=_save)

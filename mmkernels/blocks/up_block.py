@@ -1,0 +1,60 @@
+"""The up blocks: their residual blocks read the skip beside the hidden states, so nothing is concatenated."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mmkernels.blocks.drop_in import FusedBlock
+from mmkernels.blocks.exactness import why_not_up_block
+from mmkernels.blocks.resnet import FusedResBlock
+from mmkernels.blocks.segment import segment
+
+
+class FusedUpBlock(FusedBlock):
+    """Stands for a CrossAttnUpBlockSpatioTemporal or an UpBlockSpatioTemporal; its blocks run as they were replaced.
+
+    The upsampler saves its small input: the enlarged picture is made again in backward, its convolution is not run
+    again.
+    """
+
+    why_not = staticmethod(why_not_up_block)
+    resnets: nn.ModuleList
+    upsamplers: nn.ModuleList | None
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__(original)
+        self.has_cross_attention = getattr(original, "has_cross_attention", False)  # the UNet asks for it
+        if "upsamplers" not in self._modules:
+            self.upsamplers = None
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        res_hidden_states_tuple: tuple[Tensor, ...],
+        temb: Tensor | None = None,
+        *,
+        encoder_hidden_states: Tensor | None = None,
+        image_only_indicator: Tensor | None = None,
+        upsample_size: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """hidden_states (B*F, C, H, W) and one skip (B*F, C_skip, H, W) for each residual block, the last one first."""
+        self.check_unchanged()
+        attentions = self.attentions if self.has_cross_attention else [None] * len(self.resnets)
+        skips = reversed(res_hidden_states_tuple)
+        for resnet, attention, skip in zip(self.resnets, attentions, skips, strict=False):
+            if isinstance(resnet, FusedResBlock):
+                hidden_states = resnet(hidden_states, temb, image_only_indicator, skip=skip)
+            else:
+                joined = torch.cat([hidden_states, skip], dim=1)
+                hidden_states = resnet(joined, temb, image_only_indicator=image_only_indicator)
+            if attention is not None:
+                hidden_states = attention(
+                    hidden_states,
+                    encoder_hidden_states=encoder_hidden_states,
+                    image_only_indicator=image_only_indicator,
+                    return_dict=False,
+                )[0]
+        for upsampler in self.upsamplers or ():
+            hidden_states = segment(lambda x, run=upsampler: run(x, upsample_size), hidden_states)
+        return hidden_states

@@ -1,0 +1,85 @@
+"""The blend of two streams of tokens, as diffusers' AlphaBlender has it at the end of a residual block.
+
+    y = alpha * s + (1 - alpha) * t      s, t, y (R, P, C), alpha (R), one number for each frame
+
+Saved for backward are s and t; with dy the gradient of y
+
+    ds = alpha * dy     dt = (1 - alpha) * dy     dalpha = sum over a frame of dy * (s - t)
+
+Taken at least in float32, forward and backward in chunks of frames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmkernels.rows import chunks, default_chunk, wide
+
+
+def reference(spatial: Tensor, temporal: Tensor, alpha: Tensor) -> Tensor:
+    """The equation of this file in plain torch; differentiable by autograd."""
+    alpha = alpha[:, None, None]
+    return (alpha * spatial + (1 - alpha) * temporal).to(spatial.dtype)
+
+
+@torch.library.custom_op("mmkernels::blend", mutates_args=())
+def _forward(spatial: Tensor, temporal: Tensor, alpha: Tensor) -> Tensor:
+    y, dtype = torch.empty_like(spatial), wide(spatial.dtype)
+    for chunk in chunks(spatial, default_chunk(spatial)):
+        share = alpha[chunk][:, None, None].to(dtype)
+        y[chunk] = torch.lerp(temporal[chunk].to(dtype), spatial[chunk].to(dtype), share)
+    return y
+
+
+@_forward.register_fake
+def _forward_fake(spatial: Tensor, temporal: Tensor, alpha: Tensor) -> Tensor:
+    return torch.empty_like(spatial)
+
+
+@torch.library.custom_op("mmkernels::blend_backward", mutates_args=())
+def _backward(dy: Tensor, spatial: Tensor, temporal: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    dspatial, dtemporal, dalpha = _gradients(spatial, temporal, alpha)
+    dtype = wide(spatial.dtype)
+    for chunk in chunks(spatial, default_chunk(spatial)):
+        share, wide_dy = alpha[chunk][:, None, None].to(dtype), dy[chunk].to(dtype)
+        dalpha[chunk] = ((spatial[chunk].to(dtype) - temporal[chunk]) * wide_dy).sum((1, 2))
+        dspatial[chunk] = wide_dy * share
+        dtemporal[chunk] = wide_dy * (1 - share)
+    return dspatial, dtemporal, dalpha
+
+
+@_backward.register_fake
+def _backward_fake(dy: Tensor, spatial: Tensor, temporal: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _gradients(spatial, temporal, alpha)
+
+
+def _gradients(spatial: Tensor, temporal: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(spatial), torch.empty_like(temporal), torch.zeros_like(alpha)
+
+
+def _save(ctx: Any, inputs: Sequence[Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _backward(dy, *ctx.saved_tensors)
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+def blend(spatial: Tensor, temporal: Tensor, alpha: Tensor) -> Tensor:
+    """alpha s + (1 - alpha) t; s, t and the result (R, P, C) of one dtype, alpha (R). Saves s and t.
+
+    Torch computes it on every device. Raises ValueError where shapes or dtypes do not fit.
+    """
+    if spatial.ndim != 3 or temporal.shape != spatial.shape or temporal.dtype != spatial.dtype:
+        got = f"{tuple(spatial.shape)} {spatial.dtype} and {tuple(temporal.shape)} {temporal.dtype}"
+        raise ValueError(f"spatial and temporal are {got}, wanted two (R, P, C) of one dtype")
+    if alpha.shape != spatial.shape[:1]:
+        raise ValueError(f"alpha is {tuple(alpha.shape)}, wanted {tuple(spatial.shape[:1])}: one for each frame")
+    return _forward(spatial, temporal, alpha)
