@@ -69,7 +69,9 @@ def _spatial(block: ResnetBlock2D, hidden_states: Tensor, skip: Tensor | None, t
 def _temporal(block: TemporalResnetBlock, x: Tensor, temb: Tensor | None) -> Tensor:
     """The block over frames on x (B, F, P, C), temb (B*F, C_time): its 3x1x1 convolutions are 3x1 over (F, P)."""
     shift = _shift(block, temb)
-    hidden = _norm_silu_conv(block.norm1, block.conv1, x, shift=None if shift is None else shift.unflatten(0, x.shape[:2]))
+    hidden = _norm_silu_conv(
+        block.norm1, block.conv1, x, shift=None if shift is None else shift.unflatten(0, x.shape[:2])
+    )
     return _norm_silu_conv(block.norm2, block.conv2, hidden, residual=x)
 
 

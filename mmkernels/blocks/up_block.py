@@ -20,6 +20,7 @@ class FusedUpBlock(FusedBlock):
 
     why_not = staticmethod(why_not_up_block)
     resnets: nn.ModuleList
+    attentions: nn.ModuleList
     upsamplers: nn.ModuleList | None
 
     def __init__(self, original: nn.Module) -> None:
@@ -40,7 +41,7 @@ class FusedUpBlock(FusedBlock):
     ) -> Tensor:
         """hidden_states (B*F, C, H, W) and one skip (B*F, C_skip, H, W) for each residual block, the last one first."""
         self.check_unchanged()
-        attentions = self.attentions if self.has_cross_attention else [None] * len(self.resnets)
+        attentions = list(self.attentions) if self.has_cross_attention else [None] * len(self.resnets)
         skips = reversed(res_hidden_states_tuple)
         for resnet, attention, skip in zip(self.resnets, attentions, skips, strict=False):
             if isinstance(resnet, FusedResBlock):
