@@ -63,7 +63,7 @@ def run_in_float64(module: nn.Module, inputs: dict[str, Tensor], call: Callable 
 
 
 def channels_last(module: nn.Module) -> nn.Module:
-    """A copy whose 2-d convolutions torch runs channels last, the layout of the fused blocks: plain torch's error there.
+    """A copy whose 2-d convolutions torch runs channels last, as the fused blocks do: plain torch's error there.
 
     oneDNN sums a channels-last convolution in one long chain; its error is twice that of the other layout over a UNet.
     """

@@ -36,6 +36,9 @@ def _gradients(config, kernels, dtype, sample_ids):
     build_optimization(model, config, scales_loss=False)  # for the dead parameters alone
     use_kernels(model, kernels)
     model.to(dtype)
+    for parameter in model.unet.parameters():
+        if parameter.ndim == 4:  # the layout of the fused blocks, in which oneDNN's error is twice the other's
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     clips = [NoiseClips(config=config).sample(0, i) for i in sample_ids]
     fields = ("latents", "reference_latent", "image_embedding", "pose", "loss_weight")
     batch = {name: torch.stack([clip[name] for clip in clips]).to(dtype) for name in fields}
