@@ -58,7 +58,7 @@ def _by_kind(gradients, fp64):
     kinds = {}
     for name, gradient in gradients.items():
         single = gradient.numel() == 1
-        kind = "single" if single and name != "loss" else re.sub(r".*(resnets|attentions)\.\d+\.", "", name)
+        kind = "single" if single and name != "loss" else re.sub(r".*(resnets|attentions|conv_layers)\.\d+\.", "", name)
         scale = 1.0 if single else fp64[name].abs().max().to(gradient.dtype)
         kinds.setdefault(kind, []).append((gradient / scale).flatten())
     return {kind: torch.cat(parts) for kind, parts in kinds.items()}
