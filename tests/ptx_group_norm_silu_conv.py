@@ -65,19 +65,11 @@ NormBackward = _structure(
 
 
 class Emulator:
-    """Executes the kernels' PTX for sm_80; `order` is the warps', `counts` what each kernel's last launch did."""
+    """Executes the kernels' PTX for an architecture in an order of warps; `counts` is of each kernel's last launch."""
 
-    def __init__(self, folder: Path = CUDA) -> None:
-        self.folder = folder
-        self.order = 0
+    def __init__(self, folder: Path = CUDA, architecture: int = 80, order: int = 0) -> None:
+        self.folder, self.architecture, self.order = folder, architecture, order
         self.counts: dict[str, ptxrun.Counts] = {}
-        self._ptx: dict[tuple[str, torch.dtype], str] = {}
-
-    def ptx(self, file: str, dtype: torch.dtype) -> str:
-        """The PTX of a file's kernels, compiled once."""
-        if (file, dtype) not in self._ptx:
-            self._ptx[file, dtype] = compile_cuda(file, dtype, 80, self.folder)[0]
-        return self._ptx[file, dtype]
 
     def call(self, operation: str, tensors: Sequence[Tensor | None], shape: list[int],
              strided: Sequence[Tensor | None], *rest: Any, x: Tensor) -> None:  # fmt: skip
@@ -90,7 +82,8 @@ class Emulator:
         tiles = M * -(-H // kernels.TILE_ROWS) * -(-W // kernels.TILE_COLUMNS)
 
         def launch(name: str, grid: int, *arguments: Any, threads: int = THREADS, shared: int = 0) -> None:
-            ptx = self.ptx(FILE_OF.get(name, "group_norm_silu_backward.cuh"), x.dtype)
+            file = FILE_OF.get(name, "group_norm_silu_backward.cuh")
+            ptx, _ = compile_cuda(file, x.dtype, self.architecture, self.folder)
             entries = [entry for entry in re.findall(r"\.entry\s+(\w+)", ptx) if f"{len(name)}{name}" in entry]
             entry = entries[0] if len(entries) == 1 else next(x for x in entries if f"Li{shape[-1]}E" in x)
             packed = [bytes(x) if isinstance(x, ctypes.Structure) else x for x in arguments]

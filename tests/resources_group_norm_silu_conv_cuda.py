@@ -5,6 +5,7 @@ Registers and spills are what ptxas reports, shared memory is what the launch as
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 import tempfile
@@ -49,6 +50,7 @@ KERNELS = {
 }  # fmt: skip
 
 
+@functools.cache
 def compile_cuda(file: str, dtype: torch.dtype, architecture: int, folder: Path = CUDA) -> tuple[str, bytes]:
     """PTX and cubin of the kernels of one file of `folder` for one dtype."""
     lines = [f'#include "{file}"', "namespace mm::cuda {"]

@@ -34,14 +34,25 @@ CASES = {
     "3x1 bfloat16": (torch.bfloat16, (1, 9, 3, 40, 24, 2, 8, 3, 1)),
     "3x3 float16, one pixel": (torch.float16, (1, 1, 1, 16, 0, 4, 8, 9, 1)),
 }
-# Each breaks the forward kernel's source in one place, and must be found.
+# Each breaks the source of one file in one place, and must be found.
+CONV, HALO, REDUCTIONS = "group_norm_silu_conv.cuh", "group_norm_silu_halo.cuh", "group_norm_reductions.cuh"
+WEIGHT_GRADIENT, BACKWARD = "group_norm_silu_weight_gradient.cuh", "group_norm_silu_backward.cuh"
+CONV_BARRIER = "copy_async_wait<1>();\n      __syncthreads();"
+GRADIENT_BARRIER = "\n    copy_async_wait<0>();\n    __syncthreads();"
+BACKWARD_LOOP = "p < share.last; p += slabs::kRows) {\n      float"
 MUTATIONS = {
-    "no barrier": ("copy_async_wait<1>();\n      __syncthreads();", "copy_async_wait<1>();"),
-    "loosened wait": ("copy_async_wait<1>();\n      __syncthreads();", "copy_async_wait<2>();\n      __syncthreads();"),
-    "shifted mask": ("y < in.H && x < in.W && k < conv.K", "y < in.H && x <= in.W && k < conv.K"),
-    "shifted tap": ("(row + tap / 3) * kWidth", "(row + tap % 3) * kWidth"),
-    "padding activated": ("if (!find(in, place, i / 4, y, x)) continue;", "find(in, place, i / 4, y, x);"),
-}  # fmt: skip
+    "forward without a barrier": (CONV, CONV_BARRIER, CONV_BARRIER.split("\n")[0]),
+    "forward with a loosened wait": (CONV, CONV_BARRIER, CONV_BARRIER.replace("1", "2")),
+    "forward with a shifted mask": (CONV, "x < in.W && k < conv.K", "x <= in.W && k < conv.K"),
+    "shifted tap": (HALO, "(row + tap / 3) * kWidth", "(row + tap % 3) * kWidth"),
+    "padding activated": (HALO, "if (!find(in, place, i / 4, y, x)) continue;", "find(in, place, i / 4, y, x);"),
+    "gradient without a barrier": (WEIGHT_GRADIENT, GRADIENT_BARRIER, GRADIENT_BARRIER.rsplit("\n", 1)[0]),
+    "gradient with a loosened wait": (WEIGHT_GRADIENT, GRADIENT_BARRIER, GRADIENT_BARRIER.replace("0", "1")),
+    "gradient with a shifted mask": (WEIGHT_GRADIENT, "x < in.W && k < op.K", "x <= in.W && k < op.K"),
+    "reduction without a barrier": (REDUCTIONS, "= total;\n  __syncthreads();", "= total;"),
+    "statistics with a shifted mask": (REDUCTIONS, "p < share.last", "p <= share.last"),
+    "backward with a shifted mask": (BACKWARD, BACKWARD_LOOP, BACKWARD_LOOP.replace("<", "<=")),
+}
 
 
 class Case:
@@ -49,7 +60,7 @@ class Case:
 
     def __init__(self, dtype: torch.dtype, sizes: tuple[int, ...]) -> None:
         M, H, W, C, C2, self.G, K, self.taps, shift_rows = sizes
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(torch.get_default_device()).manual_seed(0)
 
         def random(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator)
@@ -96,42 +107,60 @@ def poisoned(like: Tensor, channels: int) -> Tensor:
     return like.new_full((*like.shape[:3], channels), float("nan"))
 
 
+@pytest.fixture
+def few_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several tiles a split and several splits a frame, as in large pictures."""
+    splits = kernels.pixel_splits
+    monkeypatch.setattr(kernels, "pixel_splits", lambda *arguments: min(2, splits(*arguments)))
+    monkeypatch.setattr(kernels, "slab_splits", lambda *_: 3)
+
+
 @needs_nvcc
+@pytest.mark.usefixtures("few_splits")
 @pytest.mark.parametrize("name", CASES)
 def test_emitted_ptx(name: str) -> None:
     dtype, sizes = CASES[name]
-    case, emulator = Case(dtype, sizes), Emulator()
+    case = Case(dtype, sizes)
     fp64, plain = case.plain(torch.float64), case.plain(dtype)
+    runs = [Emulator(order=order) for order in ORDERS]
+    if name == "3x3 bfloat16":
+        runs += [Emulator(architecture=90), Emulator(architecture=120)]
     first: Mapping[str, Tensor] | None = None
-    for emulator.order in ORDERS:
+    for emulator in runs:
         with emulated(emulator):
             outputs = case.fused()
         assert_within_budget(outputs, plain, fp64)
         first = first or outputs
-        assert all(torch.equal(outputs[key], value) for key, value in first.items()), "bits depend on the warp order"
+        for key, value in first.items():
+            assert torch.equal(outputs[key], value), f"the bits of {key} depend on the order or the architecture"
 
 
 @needs_nvcc
+@pytest.mark.usefixtures("few_splits")
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_mutation_is_found(name: str, tmp_path: Path) -> None:
-    folder, changed, (before, after) = tmp_path / "cuda", 0, MUTATIONS[name]
+    file, before, after = MUTATIONS[name]
+    folder = tmp_path / "cuda"
     shutil.copytree(CUDA, folder)
     shutil.copy(CUDA.parent / "data_type.h", tmp_path)
-    for path in (folder / "group_norm_silu_conv.cuh", folder / "group_norm_silu_halo.cuh"):
-        source = path.read_text()
-        changed += source.count(before)
-        path.write_text(source.replace(before, after))
-    assert changed == 1, "the mutation no longer fits the source"
-    dtype, sizes = CASES["3x3 bfloat16"]
-    case = Case(dtype, sizes)
-    x, x2 = case.x.contiguous(), case.x2
-    fp64, plain = ({"y": case.plain(wide)["y"]} for wide in (torch.float64, dtype))
-    with emulated(Emulator()):
-        norm = (*kernels.statistics(x, x2, case.G, 1e-5), case.gamma, case.beta)
-    y = poisoned(case.dy, case.dy.shape[-1])
+    source = (folder / file).read_text()
+    assert source.count(before) == 1, "the mutation no longer fits the source"
+    (folder / file).write_text(source.replace(before, after))
+    case = Case(torch.bfloat16, (2, 9, 3, 40, 0, 4, 8, 9, 1))
+    fp64, plain = case.plain(torch.float64), case.plain(torch.bfloat16)
     with emulated(Emulator(folder)), pytest.raises((AssertionError, ptxrun.FaultError)):
-        kernels.forward(x, x2, *norm, case.weight, case.bias, case.shift, case.residual, y)
-        assert_within_budget({"y": y}, plain, fp64)
+        assert_within_budget(case.fused(), plain, fp64)
+
+
+@pytest.mark.op
+@pytest.mark.only("cuda", "the kernels themselves")
+@pytest.mark.parametrize("name", CASES)
+def test_on_the_device(name: str) -> None:
+    dtype, sizes = CASES[name]
+    case = Case(dtype, sizes)
+    outputs, again = case.fused(), case.fused()
+    assert_within_budget(outputs, case.plain(dtype), case.plain(torch.float64))
+    assert all(torch.equal(again[key], value) for key, value in outputs.items())
 
 
 @pytest.mark.skipif(not COMPILER, reason="no C++ compiler to build the check with")

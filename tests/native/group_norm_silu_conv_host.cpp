@@ -105,8 +105,8 @@ void compare(const Shape& s) {
 }  // namespace
 
 int main() {
-  // Ragged tiles, steps and output tiles; a group across x and x2; one pixel.
-  compare<cuda::BFloat16, 9>({1, 9, 3, 24, 16, 4, 8, 9, 2});
+  // Ragged tiles, steps and output tiles; several tiles of a split; a group across x and x2; one pixel.
+  compare<cuda::BFloat16, 9>({1, 17, 3, 24, 16, 4, 8, 9, 1});
   compare<cuda::Float16, 3>({1, 3, 17, 40, 0, 4, 168, 3, 2});
   compare<cuda::Float16, 9>({1, 1, 1, 16, 0, 4, 8, 9, 1});
   std::printf("clean\n");
