@@ -168,6 +168,12 @@ def test_the_last_rows_are_those_of_the_op_on_them_alone(op: Op) -> None:
     compare_last_rows(op, op.make(3 * op.small_rows + 1))
 
 
+@pytest.mark.deep
+@every_op
+def test_a_long_shape(op: Op) -> None:
+    compare_last_rows(op, op.make(op.huge_rows // 200))
+
+
 @on_a_gpu
 @every_op
 def test_tensors_past_2_to_the_31(op: Op) -> None:

@@ -63,8 +63,16 @@ def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return o.reshape(B, P, N, F, D).permute(0, 3, 1, 2, 4)
 
 
+# The width of a released UNet's levels 0 to 2, with as many pixels as a clip of 512x256 has there.
+LONG_CASES = {
+    "level 0": ((1, 72, 2048, 5, 64), True),
+    "level 1": ((1, 72, 512, 10, 64), True),
+    "level 2, two clips": ((2, 71, 128, 20, 64), True),
+}
+
+
 def check(function, case: str, dtype: torch.dtype) -> None:
-    inputs = tensors(*CASES[case], dtype)
+    inputs = tensors(*(CASES | LONG_CASES)[case], dtype)
     fp64 = gradients(reference, *(x.double() for x in inputs))
     if inputs[0].numel() == 0:
         assert all(x.shape == inputs[0].shape for x in gradients(function, *inputs).values())
@@ -75,6 +83,13 @@ def check(function, case: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_output_and_gradients(case: str, dtype: torch.dtype) -> None:
+    check(temporal_attention, case, dtype)
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", LONG_CASES)
+def test_long_shapes(case: str, dtype: torch.dtype) -> None:
     check(temporal_attention, case, dtype)
 
 
