@@ -35,9 +35,8 @@ Runner = Callable[[Sequence[str], Mapping[str, str]], int]  # arguments of Pytho
 Rows = list[dict[str, Any]]
 
 TESTS = ("-m", "pytest", "-m", "op and not deep", "--device", "cuda")
-LEVEL_0 = ("--height", "72", "--width", "128", "--dtype", "bfloat16")
-# Arguments of a bench beside --device and --json: the size of level 0 at 1024x576 pixels where it has a choice.
-ARGUMENTS = {"attn72": LEVEL_0}
+# The latents of 1024x576 pixels at level 0, for a bench that takes a size of latents and a dtype.
+LEVEL_0 = {"height": "72", "width": "128", "dtype": "bfloat16"}
 
 
 @dataclass(kw_only=True)
@@ -65,6 +64,14 @@ def benches() -> list[str]:
     ]
 
 
+def arguments_of(name: str) -> list[str]:
+    """Arguments of a bench beside --device and --json."""
+    text = (ROOT / f"bench/{name}.py").read_text()
+    if "\n    dtype: Literal[" not in text:
+        return []
+    return [part for flag, value in LEVEL_0.items() if f"\n    {flag}: " in text for part in (f"--{flag}", value)]
+
+
 def verify(run: Runner, names: Iterable[str], folder: Path, setting: report.Setting) -> Outcome:
     """Run all of it, leaving JSON and the choices of kernels in `folder`; it starts empty: variants are timed anew."""
     outcome = Outcome()
@@ -73,7 +80,7 @@ def verify(run: Runner, names: Iterable[str], folder: Path, setting: report.Sett
         outcome.failures.append(f"tests of the ops: exit status {status}")
     for name in names:
         path = of_benches / f"{name}.json"
-        arguments = [f"bench/{name}.py", *ARGUMENTS.get(name, ()), "--device", "cuda", "--json", str(path)]
+        arguments = [f"bench/{name}.py", *arguments_of(name), "--device", "cuda", "--json", str(path)]
         if status := run(arguments, _remembering(of_benches)):
             outcome.failures.append(f"bench {name}: exit status {status}")
         if path.exists():

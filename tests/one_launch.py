@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from group_norm_silu_conv_program import check_norm
+from group_norm_silu_conv_program import check_convolution, check_norm
 from triton_geglu_program import run_geglu, run_norm
 
 from mmkernels.ops import temporal_attention_triton
@@ -39,6 +39,10 @@ def group_norm_silu(launch: Launch) -> None:
     check_norm((1, 3, 5, 40, 0, 4), HALF, launch)
 
 
+def group_norm_silu_conv(launch: Launch) -> None:
+    check_convolution((1, 3, 5, 32, 0, 16, 2, 3), HALF, launch)
+
+
 def layer_norm(launch: Launch) -> None:
     run_norm((1, 3, 80, True), (HALF, HALF), lambda x: launch(x.kernel, x.num_programs, x.positional, x.constants))
 
@@ -54,6 +58,7 @@ KERNELS: dict[Callable[[Launch], None], tuple[str, ...]] = {
         "partial_statistics_kernel", "merge_statistics_kernel", "activate_kernel",
         "partial_backward_kernel", "merge_backward_kernel", "input_gradient_kernel",
     ),
+    group_norm_silu_conv: ("convolve_kernel", "weight_gradient_kernel"),
     layer_norm: ("forward_kernel", "backward_kernel", "residual_kernel"),
     geglu: ("forward_kernel", "backward_kernel"),
 }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
@@ -15,6 +16,16 @@ pytest.importorskip("ttsem", reason="ttsem is not installed: see the Makefile")
 from one_launch import LAUNCHES
 
 HERE = Path(__file__).parent
+
+
+def test_every_triton_kernel_has_its_launch() -> None:
+    defined = sorted(
+        node.name
+        for path in (HERE.parent / "mmkernels").rglob("*_triton.py")
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel") and node.decorator_list
+    )
+    assert sorted(launch.split("/")[1] for launch in LAUNCHES) == defined, "correct KERNELS in tests/one_launch.py"
 
 
 @pytest.mark.deep

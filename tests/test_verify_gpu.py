@@ -143,6 +143,7 @@ def test_table_shows_the_share_of_the_limit() -> None:
 def test_main_writes_one_file_for_the_device(tmp_path: Path, monkeypatch, capsys) -> None:
     (tmp_path / "bench/results").mkdir(parents=True)
     monkeypatch.setattr(verify_gpu, "ROOT", tmp_path)
+    monkeypatch.setattr(verify_gpu, "arguments_of", lambda _: [])
     monkeypatch.setattr(verify_gpu, "benches", lambda: ["attn72"])
     monkeypatch.setattr(verify_gpu, "why_no_gpu", lambda: None)
     monkeypatch.setattr(verify_gpu, "run_python", Runner())
@@ -156,12 +157,13 @@ def test_main_writes_one_file_for_the_device(tmp_path: Path, monkeypatch, capsys
 def test_every_bench_is_found_and_takes_its_arguments() -> None:
     names = verify_gpu.benches()
     assert {"attn72", "train_step"} <= set(names)
-    assert set(verify_gpu.ARGUMENTS) <= set(names)
     for name in names:
         settings = importlib.import_module(f"bench.{name}").Settings
         flags = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(settings)}
-        wanted = {part for part in verify_gpu.ARGUMENTS.get(name, ()) if part.startswith("--")}
+        wanted = {part for part in verify_gpu.arguments_of(name) if part.startswith("--")}
         assert wanted | {"--device", "--json"} <= flags, f"bench/{name}.py"
+    assert verify_gpu.arguments_of("train_step") == []
+    assert verify_gpu.arguments_of("attn72") == ["--height", "72", "--width", "128", "--dtype", "bfloat16"]
 
 
 @without_a_gpu
