@@ -18,6 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import ptx_geglu_feed_forward
 import ptx_group_norm_silu_conv
 import ptx_temporal_attention
 import resources
@@ -33,6 +34,8 @@ KEYS = (
 # An op's kernels in one backend: who counts them.
 KERNELS: dict[tuple[str, str], Callable[[], Rows]] = {
     ("temporal_attention", "triton"): ptx_temporal_attention.count,
+    ("layer_norm", "triton"): ptx_geglu_feed_forward.count_layer_norm,
+    ("geglu", "triton"): ptx_geglu_feed_forward.count_geglu,
     ("group_norm_silu_conv", "cuda"): ptx_group_norm_silu_conv.count,
 }
 # Of those, the ones that take more than seconds: left to `make verify-deep`.

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import triton
+from triton_geglu_program import level_0_launches
 
 from mmkernels.ops import temporal_attention_triton
 from ptxrun import compile_triton
@@ -98,7 +99,29 @@ def temporal_attention(direction: str, F: int = 72, D: int = 64) -> TritonKernel
     return TritonKernel("temporal_attention", direction, function, _attention(4 if is_forward else 7, F, D), shape)
 
 
-TRITON: tuple[TritonKernel, ...] = (temporal_attention("forward"), temporal_attention("backward"))
+def launched(op: str, name: str, narrow_accesses: int) -> TritonKernel:
+    """A kernel around the feed-forward's products at level 0: `name` of triton_geglu_program.level_0_launches."""
+
+    def arguments(dtype: torch.dtype) -> tuple[list[Any], dict[str, Any]]:
+        launch = level_0_launches(dtype)[op, name]
+        return launch.positional, launch.constants
+
+    return TritonKernel(
+        op, name.split()[0], level_0_launches(torch.bfloat16)[op, name].kernel, arguments, {"C": 320, "H": 1280},
+        has_product=False, narrow_accesses=narrow_accesses,
+    )  # fmt: skip
+
+
+TRITON: tuple[TritonKernel, ...] = (
+    temporal_attention("forward"),
+    temporal_attention("backward"),
+    # The statistics of a token; the vectors of a tile of columns, which every row of it shares.
+    launched("layer_norm", "forward", narrow_accesses=2),
+    launched("layer_norm", "backward", narrow_accesses=4),
+    launched("layer_norm", "forward residual", narrow_accesses=0),
+    launched("geglu", "forward", narrow_accesses=2),
+    launched("geglu", "backward", narrow_accesses=4),
+)
 # CUDA kernels of an op: the module whose measure(architecture, dtype) gives rows with the keys of TritonKernel.measure.
 CUDA: dict[str, str] = {"group_norm_silu_conv": "resources_group_norm_silu_conv_cuda"}
 

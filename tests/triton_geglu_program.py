@@ -106,6 +106,24 @@ def run_geglu(shape: tuple[int, int], dtype: torch.dtype, run: Run, in_place: bo
     return actual
 
 
+def level_0_launches(dtype: torch.dtype) -> dict[tuple[str, str], Launch]:
+    """Every kernel's launch at level 0 of the UNet, by (kernel, direction), on tensors that hold nothing."""
+    R, T, C, H = 2, 33, 320, 1280
+    x, y = torch.empty(2, R, T, C, dtype=dtype)
+    shift, (weight, bias), (mean, rstd) = torch.empty(R, C), torch.empty(2, C), torch.empty(2, R * T)
+    inner, u = torch.empty(R * T, C, dtype=dtype), torch.empty(R * T, 2 * H, dtype=dtype)
+    g, up_bias = torch.empty(R * T, H, dtype=dtype), torch.empty(2 * H)
+    norm_backward, _ = layer_norm_triton.backward_launch(inner, x, shift, weight, mean, rstd, y, y)
+    geglu_backward, _ = geglu_triton.backward_launch(u, up_bias, g, u, g)
+    return {
+        ("layer_norm", "forward"): layer_norm_triton.forward_launch(x, shift, weight, bias, 1e-5, inner, mean, rstd),
+        ("layer_norm", "backward"): norm_backward,
+        ("layer_norm", "forward residual"): layer_norm_triton.residual_launch(x, shift, inner, bias, y),
+        ("geglu", "forward"): geglu_triton.forward_launch(u, up_bias, g),
+        ("geglu", "backward"): geglu_backward,
+    }
+
+
 def main() -> None:
     """Run every shape in the dtypes named on the command line."""
     parser = argparse.ArgumentParser(description=main.__doc__)
