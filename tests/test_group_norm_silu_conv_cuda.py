@@ -207,3 +207,11 @@ def test_what_is_unsupported_is_said() -> None:
     assert "K = 4" in (kernels.why_unsupported(x, None, 4) or "")
     assert "x2" in (kernels.why_unsupported(x, x[..., 1:9], 8) or "")
     assert "contiguous" in (kernels.why_unsupported(x.transpose(-1, -2), None, 8) or "")
+
+
+def test_unaligned_tensors_are_refused() -> None:
+    x = torch.zeros(1, 2, 2, 16, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="8 contiguous channels"):
+        kernels.data_gradient(x.transpose(-1, -2), torch.zeros(9, 8, 2, dtype=x.dtype), x)
+    with pytest.raises(ValueError, match="16-byte alignment"):
+        kernels.statistics(torch.zeros(1, 2, 2, 9, dtype=x.dtype)[..., :8], None, 1, 1e-5)

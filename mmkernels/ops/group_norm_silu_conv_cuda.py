@@ -24,6 +24,8 @@ def why_unsupported(x: Tensor, x2: Tensor | None, num_outputs: int) -> str | Non
     """Why these kernels cannot take inputs x and x2 and K = num_outputs, or None where they can."""
     if x.dtype not in (torch.bfloat16, torch.float16):
         return f"the CUDA kernels take bfloat16 and float16, since they use the tensor cores; got {x.dtype}"
+    if x.is_cuda and (capability := torch.cuda.get_device_capability(x.device)) < (8, 0):
+        return f"the CUDA kernels need compute capability 8.0; this device has {'.'.join(map(str, capability))}"
     for name, tensor in (("x", x), ("x2", x2)):
         if tensor is not None and (why := _why_unaligned(tensor)):
             return f"{name}: {why}"
@@ -150,7 +152,13 @@ def _why_unaligned(tensor: Tensor) -> str | None:
 
 def _call(operation: str, tensors: Sequence[Tensor | None], shape: list[int], strided: Sequence[Tensor | None],
           *rest: object, x: Tensor) -> None:  # fmt: skip
-    """The native entry on x's device and current stream, with strides (m, h, w) of each strided tensor, 0 of None."""
+    """The native entry on x's device and current stream, with strides (m, h, w) of each strided tensor, 0 of None.
+
+    Raises ValueError where one of those is not aligned.
+    """
+    for tensor in strided:
+        if tensor is not None and (why := _why_unaligned(tensor)):
+            raise ValueError(f"{why}; lay it out anew with .contiguous()")
     strides = [stride for tensor in strided for stride in frame_strides(tensor)]
     pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
     dtype, stream = str(x.dtype).removeprefix("torch."), torch.cuda.current_stream(x.device).cuda_stream
