@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 # Bytes of one (R, C) tensor of a chunk: within the cache (CPU), or a transient of some hundred MB in all (GPU).
-_CHUNK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 26}
+_CHUNK_BYTES = {"cpu": 1 << 22, "cuda": 1 << 26}
 _MIN_CHUNK_TOKENS = 576  # fewer rows slow the products down
 
 

@@ -72,7 +72,7 @@ class FusedTransformer(FusedBlock):
             if streams is not None:
                 tokens = segment(_blend, *streams, alpha)
             tokens = _spatial(spatial, tokens, context)
-            streams = tokens, _temporal(temporal, tokens, frame_embedding, first_context, F)
+            streams = tokens, temporal_transformer_block(temporal, tokens, frame_embedding, first_context, F)
         assert streams is not None
         output = blend_projection(x, *streams, alpha, *_linear(self.proj_out, x))
         output = output.unflatten(1, (H, W)).permute(0, 3, 1, 2)  # laid out as the input is
@@ -104,7 +104,9 @@ def _spatial(block: Block, tokens: Tensor, context: Tensor) -> Tensor:
     return _feed_forward(block.norm3, block.ff, tokens, value)
 
 
-def _temporal(block: Block, tokens: Tensor, frame_embedding: Tensor, context: Tensor, F: int) -> Tensor:
+def temporal_transformer_block(
+    block: Block, tokens: Tensor, frame_embedding: Tensor, context: Tensor, F: int
+) -> Tensor:
     """The transformer block over frames; tokens (B*F, P, C), frame_embedding (B*F, 1, C), context (B, T, C_context)."""
     BF, P, C = tokens.shape
     tokens = _feed_forward(block.norm_in, block.ff_in, tokens, frame_embedding).view(BF // F, F, P, C)
