@@ -101,6 +101,13 @@ def imports(tree: ast.AST) -> set[str]:
     return found
 
 
+def op_of(module: str) -> str | None:
+    """The op that a module of mmkernels.ops is, or bears the name of."""
+    stems = sorted((path.stem for path in (ROOT / "mmkernels/ops").glob("[a-z]*.py")), key=len)
+    name = module.removeprefix("mmkernels.ops.")
+    return next((s for s in stems if name == s or name.startswith(f"{s}_")), None) if name != module else None
+
+
 def forbidden(importer: str, imported: str) -> str | None:
     """Why this arrow may not be, or None."""
     if imported.endswith("__init__") and importer.startswith(imported.removesuffix("__init__")):
@@ -113,8 +120,8 @@ def forbidden(importer: str, imported: str) -> str | None:
         return None
     if any(imported.endswith(x) and importer.startswith(imported.removesuffix(x)) for x in ("_triton", "_cuda")):
         return None  # one op in several files
-    if imported.startswith(f"{importer}_"):
-        return None  # the op itself, and the parts that bear its name
+    if op_of(imported) is not None and op_of(imported) == op_of(importer):
+        return None  # an op and the parts that bear its name
     same_subject = any(importer.startswith(s) and imported.startswith(s) for s in SUBJECTS)
     if layer(imported) == layer(importer) and same_subject:
         return None

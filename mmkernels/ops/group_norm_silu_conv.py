@@ -21,7 +21,8 @@ chunks that torch (oneDNN, MKL) convolves; on CUDA Triton normalises them; see `
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,9 +30,12 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.flop_counter import register_flop_formula
 
-from mmkernels import extension
+from mmkernels import extension, tuning
 from mmkernels.ops import group_norm_silu_conv_chunked as chunked
+from mmkernels.ops import group_norm_silu_conv_formula as formula
+from mmkernels.ops import group_norm_silu_conv_implicit as implicit
 from mmkernels.ops.group_norm_silu_conv_chunked import Norm
+from mmkernels.ops.group_norm_silu_conv_implicit import Kernels
 
 _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 # Pixels of a chunk. On the CPU enough to pay for oneDNN's reordering of the weights; on a GPU about an L2's worth.
@@ -53,46 +57,13 @@ def reference(
     return y if residual is None else y + residual
 
 
-def _joined(x: Tensor, x2: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Normalised u and its z = u * gamma + beta, (M, H, W, C + C2), sigmoid(z), and rstd as wide."""
-    wide = norm.mean.dtype
-    x = (x if x2 is None else torch.cat([x, x2], -1)).to(wide)
-    group = x.shape[-1] // norm.mean.shape[1]
-    mean, rstd = (value.repeat_interleave(group, 1)[:, None, None] for value in (norm.mean, norm.rstd))
-    u = (x - mean) * rstd
-    z = u * norm.gamma + norm.beta
-    return u, z, z.sigmoid(), rstd
-
-
-def _statistics_formula(x: Tensor, x2: Tensor | None, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
-    x = x if x2 is None else torch.cat([x, x2], -1)
-    groups = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (num_groups, -1))
-    variance, mean = torch.var_mean(groups, (1, 2, 4), correction=0)
-    return mean, (variance + eps).rsqrt()
-
-
-def _backward_formula(
-    x: Tensor, x2: Tensor | None, da: Tensor, norm: Norm, dx: Tensor, dx2: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    u, z, weight, rstd = _joined(x, x2, norm)
-    dz = da * (weight + weight * z * (1 - weight))
-    scaled = (norm.gamma * dz).unflatten(-1, (norm.mean.shape[1], -1))
-    u_groups = u.unflatten(-1, (norm.mean.shape[1], -1))
-    shift, slope = (v.mean((1, 2, 4), keepdim=True) for v in (scaled, scaled * u_groups))
-    joined = (scaled - shift - u_groups * slope).flatten(-2) * rstd
-    dx.copy_(joined[..., : dx.shape[-1]])
-    if dx2 is not None:
-        dx2.copy_(joined[..., dx.shape[-1] :])
-    return (dz * u).sum((0, 1, 2)), dz.sum((0, 1, 2))
-
-
 # --- kernels, by device
 
 
 def _statistics(x: Tensor, x2: Tensor | None, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
     """mean and rstd, (M, G), at least float32."""
     if why_unsupported(x, x2) is not None:
-        return _statistics_formula(x, x2, num_groups, eps)
+        return formula.statistics(x, x2, num_groups, eps)
     if x.device.type == "cuda":
         from mmkernels.ops import group_norm_silu_triton
 
@@ -109,8 +80,7 @@ def _statistics(x: Tensor, x2: Tensor | None, num_groups: int, eps: float) -> tu
 def _activate(x: Tensor, x2: Tensor | None, norm: Norm, out: Tensor) -> None:
     """Write silu of the normalised input into out (M, H, W, C + C2)."""
     if why_unsupported(x, x2) is not None:
-        _, z, weight, _ = _joined(x, x2, norm)
-        out.copy_(z * weight)
+        formula.activate(x, x2, norm, out)
         return
     if x.device.type == "cuda":
         from mmkernels.ops import group_norm_silu_triton
@@ -129,7 +99,7 @@ def _norm_backward(
 ) -> tuple[Tensor, Tensor]:
     """Write dx and dx2 for the gradient da of the activation (it may be dx where there is no x2): dgamma, dbeta."""
     if why_unsupported(x, x2) is not None:
-        return _backward_formula(x, x2, da, norm, dx, dx2)
+        return formula.norm_backward(x, x2, da, norm, dx, dx2)
     if x.device.type == "cuda":
         from mmkernels.ops import group_norm_silu_triton
 
@@ -140,6 +110,35 @@ def _norm_backward(
     names = _DTYPE_NAMES[x.dtype], _DTYPE_NAMES[da.dtype]
     extension.native().group_norm_silu_backward(*pointers, shape, strides, *names, torch.get_num_threads())
     return dgamma, dbeta
+
+
+def _variants(x: Tensor, x2: Tensor | None, weight: Tensor, others: Sequence[Tensor]) -> dict[str, Kernels | None]:
+    """Ways to run the op on x's device, None for the chunked one; the others take tensors of one dtype."""
+    found: dict[str, Kernels | None] = {"chunked": None}
+    if x.device.type != "cuda" or why_unsupported(x, x2) or any(v.dtype != x.dtype for v in (weight, *others)):
+        return found
+    from mmkernels.ops import group_norm_silu_conv_cuda, group_norm_silu_conv_triton
+
+    found["triton"] = group_norm_silu_conv_triton
+    has_cuda = extension.available() and extension.native().cuda_architectures
+    if has_cuda and group_norm_silu_conv_cuda.why_unsupported(x, x2, weight.shape[0]) is None:
+        found["cuda"] = group_norm_silu_conv_cuda
+    return found
+
+
+def _fastest(
+    direction: str, run: Callable[..., Any], x: Tensor, x2: Tensor | None, weight: Tensor, outputs: Sequence[Tensor],
+    *others: Tensor,
+) -> Kernels | None:  # fmt: skip
+    """The kernels that `run` is fastest with, None for the chunked way; timed on scratch outputs where first seen."""
+    variants = _variants(x, x2, weight, (*outputs, *others))
+    if len(variants) == 1:
+        return None
+    scratch = [torch.empty_like(value) for value in outputs]
+    calls = {name: partial(run, kernels, *scratch) for name, kernels in variants.items()}
+    channels_2 = 0 if x2 is None else x2.shape[3]
+    key = (direction, *x.shape, channels_2, *weight.shape, str(x.dtype))
+    return variants[tuning.fastest("group_norm_silu_conv", key, calls, x.device)]
 
 
 def _geometry(num_groups: int, x: Tensor, x2: Tensor | None, *others: Tensor | None) -> tuple[list[int], list[int]]:
@@ -169,8 +168,15 @@ def _forward(
     if x.shape[:3].numel():
         mean, rstd = _statistics(x, x2, num_groups, eps)
         norm = _norm(mean, rstd, norm_weight, norm_bias)
-        with torch.autocast(x.device.type, enabled=False):  # the dtypes of the products are chosen by hand
+
+        def run(kernels: Kernels | None, y: Tensor) -> None:
+            if kernels is not None:
+                implicit.forward(kernels, x, x2, norm, weight, bias, shift, residual, y)
+                return
             chunked.forward(x, x2, norm, weight, bias, shift, residual, y, chunk_rows=chunk_rows, activate=_activate)
+
+        with torch.autocast(x.device.type, enabled=False):  # the dtypes of the products are chosen by hand
+            run(_fastest("forward", run, x, x2, weight, (y,)), y)
     return y, mean, rstd
 
 
@@ -211,11 +217,18 @@ def _backward(
         dgamma, dbeta, dweight = (value.zero_() for value in parameters)
         return dx, dx2, dgamma, dbeta, dweight
     norm = _norm(mean, rstd, norm_weight, norm_bias)
-    with torch.autocast(x.device.type, enabled=False):
-        found = chunked.backward(
-            dy, x, x2, norm, weight, dx, None if x2 is None else dx2,
+
+    def run(kernels: Kernels | None, dx: Tensor, dx2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        second = None if x2 is None else dx2
+        if kernels is not None:
+            return implicit.backward(kernels, dy, x, x2, norm, weight, dx, second)
+        return chunked.backward(
+            dy, x, x2, norm, weight, dx, second,
             chunk_rows=chunk_rows, activate=_activate, norm_backward=_norm_backward,
         )  # fmt: skip
+
+    with torch.autocast(x.device.type, enabled=False):
+        found = run(_fastest("backward", run, x, x2, weight, (dx, dx2), dy), dx, dx2)
     dgamma, dbeta, dweight = (value.to(like.dtype) for value, like in zip(found, parameters, strict=True))
     return dx, dx2, dgamma, dbeta, dweight
 

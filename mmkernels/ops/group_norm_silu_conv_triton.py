@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmkernels.ops.group_norm_silu_triton import Launch, launch_on_device, sigmoid
+from mmkernels.ops.group_norm_silu_triton import group_norm_silu_backward as group_norm_silu_backward  # offered as well
 
 WEIGHT_PROGRAMS = 512  # of a weight gradient, at least, where there is work for them
 
