@@ -229,6 +229,7 @@ def _backward_flops(
 def _save(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor]) -> None:
     x, shift, norm_weight, norm_bias, up_weight, up_bias, down_weight, _, ctx.eps, ctx.chunk_tokens, _ = inputs
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # otherwise backward begins by zeroing a gradient as large as the kept one
     ctx.save_for_backward(x, shift, output[1], norm_weight, norm_bias, up_weight, up_bias, down_weight)
 
 
