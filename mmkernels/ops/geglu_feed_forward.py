@@ -233,7 +233,9 @@ def _save(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor]) -> Non
     ctx.save_for_backward(x, shift, output[1], norm_weight, norm_bias, up_weight, up_bias, down_weight)
 
 
-def _differentiate(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 11
     saved = ctx.saved_tensors  # read once: under an outer checkpoint a second time is an error
     dx, dshift, dup, dup_bias, ddown, vectors = _backward(dy, *saved, ctx.eps, ctx.chunk_tokens)
     dweight, dbias, ddown_bias = vectors.unbind()
