@@ -201,7 +201,7 @@ def main(settings: Settings) -> int:
         num_warm_ups=0, resident_bytes=training.resident_bytes(), gate=why_wrong_step,
     )  # fmt: skip
     report.print_results(f"training step: {words}", results, console)
-    print_bars(results, console)
+    print_bars(results, console, resident_bytes=training.resident_bytes())
     rows = report.rows_of(results, bench=BENCH, mode="step", shape=shape, setting=setting)
     report.write_json(rows, settings.json or settings.out / "step_cost.json")
     picture = settings.picture or settings.out / "step_cost.png"
@@ -210,15 +210,22 @@ def main(settings: Settings) -> int:
     return int(bool(results.refused))
 
 
-def print_bars(results: Results, console: Console) -> None:
-    """How fused stands against each other way, and what the one-token shortcut alone does for fine-grained."""
+def print_bars(results: Results, console: Console, *, resident_bytes: int) -> None:
+    """How fused stands against each other way, and what the one-token shortcut alone does for fine-grained.
+
+    The share of the peak is given of all of it and of what is above the weights, optimizer states and batch.
+    """
     measured = results.measured
     for way, least_speed, most_peak in BARS:
         if "fused" in measured and way in measured:
             speed = measured["fused"].speed_over(measured[way]).median
             peak = measured["fused"].peak_share_of(measured[way])
+            above = (measured["fused"].peak_bytes - resident_bytes) / (measured[way].peak_bytes - resident_bytes)
             bar = f"at least {least_speed:.2f}x" + ("" if most_peak is None else f" at most {most_peak} of the peak")
-            console.print(f"fused against {way}: {speed:.2f}x at {peak:.3f} of the peak   bar: {bar}")
+            console.print(
+                f"fused against {way}: {speed:.2f}x at {peak:.3f} of the peak, {above:.3f} of what is above the weights"
+                f"   bar: {bar}"
+            )
     if {"fine-grained", "fine-grained-one-token"} <= measured.keys():
         share = measured["fine-grained-one-token"].speed_over(measured["fine-grained"]).median
         console.print(f"share of the one-token shortcut: fine-grained with it {share:.2f}x of fine-grained without")
