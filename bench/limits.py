@@ -75,6 +75,16 @@ def geglu_feed_forward(shape: Shape, dtype: str) -> Passes:
     return {"forward": Work(bytes=2 * one, flops=3 * product), "backward": Work(bytes=3 * one, flops=8 * product)}
 
 
+def spatial_attention(shape: Shape, dtype: str) -> Passes:
+    """x -> norm, QKV, attention over P, projection, residual -> y, with the output of attention saved as well."""
+    one, projection = tensor_bytes(shape, dtype), 2 * _tokens(shape) * shape["channels"] ** 2
+    product = 2 * _tokens(shape) * shape["height"] * shape["width"] * shape["channels"]
+    return {
+        "forward": Work(bytes=3 * one, flops=4 * projection + 2 * product),
+        "backward": Work(bytes=4 * one, flops=11 * projection + 5 * product),
+    }
+
+
 def group_norm_statistics(shape: Shape, dtype: str) -> Passes:
     """x -> mean, rstd."""
     return {"forward": Work(bytes=tensor_bytes(shape, dtype))}
@@ -91,7 +101,14 @@ WORK_OF_BENCH: Mapping[str, Callable[[Shape, str], Passes]] = {
     "attn72/core": temporal_attention,
     "attn72/sub-block": temporal_attention_block,
     "geglu_feed_forward": geglu_feed_forward,
+    "spatial_attention": spatial_attention,
 }
+
+# Tensors of tokens that an elementwise kernel moves; GEGLU's inner tensors are eight and four channels wide for one.
+ELEMENTWISE_PARTS: Mapping[tuple[str, str], int] = {
+    ("layer_norm", "forward_kernel"): 2, ("layer_norm", "backward_kernel"): 4, ("layer_norm", "residual_kernel"): 3,
+    ("geglu", "forward_kernel"): 12, ("geglu", "backward_kernel"): 24,
+}  # fmt: skip
 
 # Of a kernel that does a part of group_norm_silu_conv: tensors of tokens that it moves, taps of its convolution.
 CONVOLUTION_PARTS: Mapping[str, tuple[int, int]] = {
@@ -114,7 +131,8 @@ def work_of_kernel(counts: Mapping[str, Any]) -> Work | None:
         num_tensors, num_taps = CONVOLUTION_PARTS[counts["part"]]
         products = convolution(LEVEL_0, "bfloat16", num_taps)["forward"].flops
         return Work(bytes=num_tensors * tensor_bytes(LEVEL_0), flops=products)
-    return None
+    num_tensors = ELEMENTWISE_PARTS.get((counts["kernel"], counts.get("part", "")))
+    return None if num_tensors is None else Work(bytes=num_tensors * tensor_bytes(LEVEL_0))
 
 
 def limits_ms(bench: str, mode: str, shape: Shape, dtype: str) -> dict[str, float]:

@@ -9,6 +9,7 @@ well, 1 where something failed (named, the rest goes on), 2 where there is no GP
 """
 
 import dataclasses
+import importlib
 import json
 import os
 import re
@@ -58,18 +59,21 @@ def why_no_gpu() -> str | None:
 
 def benches() -> list[str]:
     """Names of the files here that are run as a command and take a device."""
-    files = {path.stem: path.read_text() for path in sorted((ROOT / "bench").glob("*.py"))}
-    return [
-        name for name, text in files.items() if '__name__ == "__main__"' in text and "\n    device: Literal[" in text
-    ]
+    names = sorted(path.stem for path in (ROOT / "bench").glob("*.py") if '__name__ == "__main__"' in path.read_text())
+    return [name for name in names if "device" in flags_of(name)]
+
+
+def flags_of(name: str) -> set[str]:
+    """Fields of a bench's Settings, which are its flags; none where it has no Settings."""
+    settings = getattr(importlib.import_module(f"bench.{name}"), "Settings", None)
+    return set() if settings is None else {item.name for item in dataclasses.fields(settings)}
 
 
 def arguments_of(name: str) -> list[str]:
     """Arguments of a bench beside --device and --json."""
-    text = (ROOT / f"bench/{name}.py").read_text()
-    if "\n    dtype: Literal[" not in text:
-        return []
-    return [part for flag, value in LEVEL_0.items() if f"\n    {flag}: " in text for part in (f"--{flag}", value)]
+    flags = flags_of(name)
+    known = LEVEL_0.items() if "dtype" in flags else ()
+    return [part for flag, value in known if flag in flags for part in (f"--{flag}", value)]
 
 
 def verify(run: Runner, names: Iterable[str], folder: Path, setting: report.Setting) -> Outcome:
