@@ -134,11 +134,9 @@ def _fastest(
     variants = _variants(x, x2, weight, (*outputs, *others))
     if len(variants) == 1:
         return None
-
-    def run_on_scratch(kernels: Kernels | None) -> None:  # allocated for the timing alone
-        run(kernels, *(torch.empty_like(value) for value in outputs))
-
-    calls = {name: partial(run_on_scratch, kernels) for name, kernels in variants.items()}
+    calls = {
+        name: partial(lambda way: run(way, *map(torch.empty_like, outputs)), way) for name, way in variants.items()
+    }
     channels_2 = 0 if x2 is None else x2.shape[3]
     key = (direction, *x.shape, channels_2, *weight.shape, str(x.dtype))
     return variants[tuning.fastest("group_norm_silu_conv", key, calls, x.device)]
