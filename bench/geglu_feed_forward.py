@@ -108,11 +108,17 @@ class SubBlock:
         return self._run(self.module, mode)
 
     def exact(self, mode: str) -> Outputs:
-        """The same in float64."""
+        """The same in float64, a few rows at a time: all of them at once would not fit where the providers do."""
         module = DiffusersFeedForward(self.channels).to(self.device).double()
         module.load_state_dict({name: value.double() for name, value in self.module.state_dict().items()})
-        x = self.x.detach().double().requires_grad_()
-        return _gradients(module(x), x, module, self.dy.double(), mode)
+        parts = []
+        for x, dy in zip(self.x.detach().split(8), self.dy.split(8), strict=True):
+            rows = x.double().requires_grad_()
+            parts.append(_gradients(module(rows), rows, module, dy.double(), mode))
+        return {
+            name: torch.cat([part[name] for part in parts]) if name in ("y", "dx") else sum_of(parts, name)
+            for name in parts[0]
+        }
 
     def providers(self, mode: str, settings: Settings) -> list[Provider]:
         """Every way that this device and installation have; the reasons for the others are in `skipped`."""
@@ -167,6 +173,11 @@ class SubBlock:
 
     def _run(self, function: Function, mode: str) -> Outputs:
         return _gradients(function(self.x), self.x, self.module, self.dy, mode)
+
+
+def sum_of(parts: Sequence[Outputs], name: str) -> torch.Tensor:
+    """The gradient of a parameter over all rows."""
+    return torch.stack([part[name] for part in parts]).sum(0)
 
 
 def _gradients(y: torch.Tensor, x: torch.Tensor, module: nn.Module, dy: torch.Tensor, mode: str) -> Outputs:
