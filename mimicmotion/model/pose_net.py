@@ -44,4 +44,5 @@ class PoseNet(nn.Module):
 
     def forward(self, pose: Tensor) -> Tensor:
         """Features of the pictures; shapes in the class."""
-        return self.final_proj(self.conv_layers(pose)) * self.scale
+        features = self.final_proj(self.conv_layers(pose))
+        return (features * self.scale).to(features.dtype)  # under autocast scale would make the UNet's stream float32
