@@ -224,6 +224,23 @@ def test_feed_forward_bench_runs_as_typed_and_prints_its_bar(tmp_path):
     assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("kernel", ["3x3", "3x1x1"])
+def test_convolution_bench_runs_as_typed_and_prints_its_bar(kernel, tmp_path):
+    sizes = {"frames": 5, "height": 4, "width": 3, "channels": 64, "rounds": 1, "compile-limit-s": 0}
+    flags = [part for size, value in sizes.items() for part in (f"--{size}", str(value))]
+    outputs = ["--json", str(tmp_path / "rows.json"), "--picture", str(tmp_path / "bars.png")]
+    command = [sys.executable, "bench/group_norm_silu_conv.py", "--kernel", kernel, *flags, "--device", "cpu", *outputs]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "bar in float32 on a CPU: at least" in ran.stdout
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert {(row["bench"], row["mode"]) for row in rows} == {
+        (f"group_norm_silu_conv {kernel}", mode) for mode in ("forward", "both")
+    }
+    assert {row["provider"] for row in rows} >= {"torch", "checkpoint", "fused"}
+    assert (tmp_path / "bars.png").exists()
+
+
 @pytest.mark.parametrize("name", ["spatial_attention", "temporal_transformer_block"])
 def test_a_sub_block_bench_runs_as_typed_and_prints_its_bar(name, tmp_path):
     sizes = {"frames": 5, "height": 2, "width": 3, "channels": 64, "heads": 2, "rounds": 1}

@@ -34,6 +34,7 @@ HOW = {
     "python mimicmotion/sample.py --check-pose-order": "--run-dir {tmp}/run --num-steps 2",
     "python mimicmotion/evaluate.py": "--run-dir {tmp}/run --num-clips 1",
     "python bench/attn72.py": "--height 2 --width 4 --frames 8 --rounds 1 --compile-limit-s 0",
+    "python bench/group_norm_silu_conv.py": "--height 2 --width 4 --frames 8 --rounds 1 --compile-limit-s 0",
     "python bench/geglu_feed_forward.py": "--height 2 --width 4 --frames 8 --rounds 1 --compile-limit-s 0",
     "python bench/spatial_attention.py": "--height 2 --width 4 --frames 8 --rounds 1",
     "python bench/temporal_transformer_block.py": "--height 2 --width 4 --frames 8 --rounds 1",
