@@ -45,8 +45,10 @@ def check_norm(shape: tuple[int, ...], dtype: torch.dtype, launch: Any) -> dict[
     return actual
 
 
-def check_convolution(shape: tuple[int, ...], dtype: torch.dtype, launch: Any) -> dict[str, Tensor]:
-    """Forward, data gradient and weight gradient of one shape, outputs poisoned with NaN."""
+def check_convolution(
+    shape: tuple[int, ...], dtype: torch.dtype, launch: Any, *, is_plain: bool = False
+) -> dict[str, Tensor]:  # fmt: skip
+    """Forward, data gradient and weight gradient of one shape, outputs poisoned with NaN; plain: nothing is added."""
     M, H, W, C, C2, K, G, KW = shape
     generator = torch.Generator().manual_seed(0)
 
@@ -63,15 +65,17 @@ def check_convolution(shape: tuple[int, ...], dtype: torch.dtype, launch: Any) -
     y, da = torch.full_like(dy, float("nan")), torch.full_like(joined, float("nan"))
     kernels = group_norm_silu_conv_triton
     norm = (mean, rstd, gamma, beta)
-    kernels.forward(x, x2, *norm, weight_tck, bias, shift, residual, y, launch=launch)
+    added = (None,) * 3 if is_plain else (bias, shift, residual)
+    kernels.forward(x, x2, *norm, weight_tck, *added, y, launch=launch)
     kernels.data_gradient(dy, weight_tck, da, launch=launch)
     dweight = kernels.weight_gradient(x, x2, *norm, dy, 3 * KW, launch=launch)
 
     def by_torch(wide: torch.dtype) -> dict[str, Tensor]:
         normal = F.group_norm(joined.to(wide).permute(0, 3, 1, 2), G, gamma.to(wide), beta.to(wide), 1e-5)
         a, w = F.silu(normal).requires_grad_(), weight.to(wide).requires_grad_()
-        y = F.conv2d(a, w, bias.to(wide), padding=(1, KW // 2)).permute(0, 2, 3, 1)
-        y = y + shift.to(wide)[:, :, None] + residual.to(wide)
+        y = F.conv2d(a, w, None if is_plain else bias.to(wide), padding=(1, KW // 2)).permute(0, 2, 3, 1)
+        if not is_plain:
+            y = y + shift.to(wide)[:, :, None] + residual.to(wide)
         da, dw = torch.autograd.grad(y, (a, w), dy.to(wide))
         return {"y": y.detach(), "da": da.permute(0, 2, 3, 1), "dweight": dw.permute(2, 3, 1, 0).reshape(3 * KW, -1, K)}
 

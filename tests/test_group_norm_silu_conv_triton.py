@@ -5,11 +5,23 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
+
+from group_norm_silu_conv_program import check_convolution, check_norm
+from ptx_group_norm_silu_conv_triton import launcher
+from torch import Tensor
+
+import ptxrun
+from mmkernels.ops.group_norm_silu_triton import Launch
+from ptxrun import mutations
+from ptxrun.launching import Mutation
 
 HERE = Path(__file__).parent
 PROGRAM = str(HERE / "group_norm_silu_conv_program.py")
@@ -32,3 +44,42 @@ def test_compiler_ir_in_bfloat16() -> None:
     out = run("-m", "ttsem.sanitize", "--cc", "80", PROGRAM, "--", "--dtypes", "bfloat16")
     assert out.count("ok (") == 8
     assert "ok: 46 launch(es)" in out
+
+
+# As in the counts, of several tiles in every direction; the 3x1x1 with all that may be added.
+PTX: dict[str, Callable[[Launch], dict[str, Tensor]]] = {
+    "norm": lambda launch: check_norm((1, 12, 32, 64, 0, 4), torch.bfloat16, launch),
+    "3x3": lambda launch: check_convolution((1, 10, 32, 64, 0, 64, 4, 3), torch.bfloat16, launch, is_plain=True),
+    "3x1x1": lambda launch: check_convolution((1, 7, 16, 64, 32, 64, 4, 1), torch.bfloat16, launch),
+}
+
+
+@pytest.mark.parametrize("kernels", PTX)
+def test_ptx_in_three_warp_orders(kernels: str) -> None:
+    first, *others = (PTX[kernels](launcher(order)) for order in (0, 1, 7))
+    for other in others:
+        assert all(torch.equal(other[name], value) for name, value in first.items()), "bits depend on warp order"
+
+
+@pytest.mark.parametrize(
+    ("kernels", "kernel", "mutation"),
+    [
+        ("norm", "partial_statistics_kernel", mutations.without_barrier(1)),
+        ("norm", "merge_statistics_kernel", mutations.without_barrier(1)),
+        ("norm", "partial_backward_kernel", mutations.without_barrier(1)),
+        ("norm", "merge_backward_kernel", mutations.without_barrier(1)),
+        ("3x3", "convolve_kernel", mutations.without_barrier(1)),
+        ("3x3", "convolve_kernel", mutations.looser_wait(0)),
+        ("3x3", "convolve_kernel", mutations.shifted_comparison(1)),
+        ("3x3", "weight_gradient_kernel", mutations.without_barrier(1)),
+        ("3x3", "weight_gradient_kernel", mutations.looser_wait(0)),
+    ],
+)
+def test_broken_ptx_is_found(kernels: str, kernel: str, mutation: Mutation) -> None:
+    whole, broken = launcher(), launcher(mutate=mutation)
+
+    def launch(function: Any, *arguments: Any) -> None:
+        (broken if function.__name__ == kernel else whole)(function, *arguments)
+
+    with pytest.raises((AssertionError, ptxrun.FaultError)):
+        PTX[kernels](launch)

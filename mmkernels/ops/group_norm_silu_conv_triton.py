@@ -25,7 +25,9 @@ from torch import Tensor
 from mmkernels.ops.group_norm_silu_triton import Launch, launch_on_device, sigmoid
 from mmkernels.ops.group_norm_silu_triton import group_norm_silu_backward as group_norm_silu_backward  # offered as well
 
-WEIGHT_PROGRAMS = 512  # of a weight gradient, at least, where there is work for them
+WEIGHT_PROGRAMS = 512  # of a weight gradient, where each still has this many tiles of pixels:
+LEAST_SPLIT_TILES = 16
+MOST_REGISTERS = 248  # said where ptxas would else spill to fit more programs on a processor
 
 
 # --- kernels
@@ -148,28 +150,29 @@ def weight_gradient_kernel(
     k = pid % k_blocks * TILE_K + tl.arange(0, TILE_K)
     c = pid // k_blocks % c_blocks * TILE_C + tl.arange(0, TILE_C)
     split = pid // k_blocks // c_blocks
-    tiles = tl.cdiv(H * W, TILE_P)
+    w_tiles = tl.cdiv(W, TILE_P)
     table += joined
 
     sums = ()
     for _ in tl.static_range(3 * KW):
         sums += (tl.zeros((TILE_C, TILE_K), tl.float32),)
-    for tile in tl.range(split * split_tiles, tl.minimum((split + 1) * split_tiles, M * tiles), num_stages=STAGES):
-        m = (tile // tiles).to(tl.int64)
-        p = tile % tiles * TILE_P + tl.arange(0, TILE_P)
-        h, w = p // W, p % W
-        source = x + m * x_m + h.to(tl.int64)[:, None] * x_h + w.to(tl.int64)[:, None] * x_w + c[None, :]
-        mask = (h < H)[:, None] & (c < C)[None, :]
+    for tile in tl.range(
+        split * split_tiles, tl.minimum((split + 1) * split_tiles, M * H * w_tiles), num_stages=STAGES
+    ):
+        w = tile % w_tiles * TILE_P + tl.arange(0, TILE_P)
+        h, m = tile // w_tiles % H, (tile // w_tiles // H).to(tl.int64)
+        source = x + m * x_m + tl.cast(h, tl.int64) * x_h + w.to(tl.int64)[:, None] * x_w + c[None, :]
+        mask = (w < W)[:, None] & (c < C)[None, :]
         a = tl.load(source, mask=mask, other=0.0)  # (TILE_P, TILE_C)
         scale = tl.load(table + m * 2 * channels + c, mask=c < C, other=0.0)[None, :]
         offset = tl.load(table + (m * 2 + 1) * channels + c, mask=c < C, other=0.0)[None, :]
         z = a.to(tl.float32) * scale + offset
         a = tl.trans(tl.where(mask, z * sigmoid(z), 0.0).to(a.dtype))
-        source = dy + m * dy_m + h.to(tl.int64)[:, None] * dy_h + w.to(tl.int64)[:, None] * dy_w + k[None, :]
+        source = dy + m * dy_m + tl.cast(h, tl.int64) * dy_h + w.to(tl.int64)[:, None] * dy_w + k[None, :]
         updated = ()
         for tap in tl.static_range(3 * KW):
             down, right = tap // KW - 1, tap % KW - KW // 2
-            reached = (h < H) & (h >= down) & (h - down < H) & (w >= right) & (w - right < W)
+            reached = (h >= down) & (h - down < H) & (w >= right) & (w - right < W)
             step = tl.cast(dy_h, tl.int64) * down + tl.cast(dy_w, tl.int64) * right
             gradient = tl.load(source - step, mask=reached[:, None] & (k < K)[None, :], other=0.0)  # (TILE_P, TILE_K)
             updated += (tl.dot(a, gradient, sums[tap], input_precision=PRECISION),)
@@ -208,12 +211,13 @@ def weight_gradient(
     M, H, W, K = dy.shape
     table = affine(mean, rstd, gamma, beta)
     channels = table.shape[2]
-    tile_p, tile_c, tile_k = (64, 64, 32) if num_taps == 9 else (32, 64, 64)
+    tile_p, tile_c, tile_k = 32, 32 if num_taps == 9 else 64, 64
     constants = {"KW": num_taps // 3, "TILE_P": tile_p, "TILE_C": tile_c, "TILE_K": tile_k}
-    constants |= {"PRECISION": _precision(x.dtype), "STAGES": 2, "num_warps": 8}
-    total = M * triton.cdiv(H * W, tile_p)
+    limit = MOST_REGISTERS if num_taps == 9 else None
+    constants |= {"PRECISION": _precision(x.dtype), "STAGES": 2, "num_warps": 8, "maxnreg": limit}
+    total = M * H * triton.cdiv(W, tile_p)
     blocks = triton.cdiv(channels, tile_c) * triton.cdiv(K, tile_k)
-    split_tiles = triton.cdiv(total, min(total, triton.cdiv(WEIGHT_PROGRAMS, blocks))) if total else 1
+    split_tiles = max(LEAST_SPLIT_TILES, triton.cdiv(total, triton.cdiv(WEIGHT_PROGRAMS, blocks)))
     num_splits = max(1, triton.cdiv(total, split_tiles))
     partial = x.new_empty((num_splits, num_taps, channels, K), dtype=torch.float32)
     for side, joined in ((x, 0), (x2, x.shape[3])):
@@ -265,9 +269,11 @@ def _pack(weight: Tensor, tile: int) -> Tensor:
 
 def tiles(KW: int, dtype: torch.dtype, *, is_activated: bool) -> dict[str, Any]:
     """The compile-time arguments for KW column taps, and the number of warps: what ptxas takes without a spill."""
-    shape = {"ROWS": 5, "KW": 3, "TILE_W": 32, "TILE_C": 16, "TILE_K": 64, "num_warps": 8}
-    if KW == 1:
-        shape = {"ROWS": 5 if is_activated else 4, "KW": 1, "TILE_W": 32, "TILE_C": 32, "TILE_K": 64, "num_warps": 4}
+    if KW == 3:
+        shape = {"ROWS": 5, "KW": 3, "TILE_W": 32, "TILE_C": 16, "TILE_K": 64, "num_warps": 8, "maxnreg": None}
+    else:
+        rows, limit = (5, None) if is_activated else (4, MOST_REGISTERS)
+        shape = {"ROWS": rows, "KW": 1, "TILE_W": 32, "TILE_C": 32, "TILE_K": 64, "num_warps": 4, "maxnreg": limit}
     return shape | {"PRECISION": _precision(dtype), "STAGES": 2}
 
 

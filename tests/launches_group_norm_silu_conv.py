@@ -1,0 +1,52 @@
+"""Every launch of group_norm_silu_conv's Triton kernels, as arguments: for what compiles them one by one."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from mmkernels.ops import group_norm_silu_conv_triton, group_norm_silu_triton
+from mmkernels.ops.group_norm_silu_triton import Launch
+
+C, K, GROUPS = 320, 320, 32
+SHAPE = (1, 16, 16, C)
+
+
+class Recorded(NamedTuple):
+    """part names the kernel in bench/results, as tests/ptx_group_norm_silu_conv_triton.py does."""
+
+    part: str
+    direction: str
+    kernel: Any
+    num_programs: int
+    arguments: list[Any]
+    constants: dict[str, Any]
+
+
+def launches(dtype: torch.dtype) -> list[Recorded]:
+    """One for each part, of 320 channels in and out, with everything that a convolution may add."""
+    recorded: list[Recorded] = []
+
+    def recorder(part: str = "", direction: str = "") -> Launch:
+        def launch(kernel: Any, num_programs: int, arguments: list[Any], constants: dict[str, Any]) -> None:
+            name = part or kernel.__name__
+            where = direction or ("backward" if "backward" in name or "gradient" in name else "forward")
+            recorded.append(Recorded(name, where, kernel, num_programs, arguments, constants))
+
+        return launch
+
+    x, gamma = torch.zeros(SHAPE, dtype=dtype), torch.zeros(C, dtype=dtype)
+    norm = (torch.zeros(1, GROUPS), torch.ones(1, GROUPS), gamma, gamma)
+    group_norm_silu_triton.statistics(x, None, GROUPS, 1e-5, launch=recorder())
+    group_norm_silu_triton.activate(x, None, *norm, x, launch=recorder())
+    group_norm_silu_triton.group_norm_silu_backward(x, None, x, *norm, x, None, launch=recorder())
+    kernels = group_norm_silu_conv_triton
+    for num_taps, name in ((9, "3x3"), (3, "3x1x1")):
+        weight = torch.zeros(num_taps, C, K, dtype=dtype)
+        kernels.forward(
+            x, None, *norm, weight, gamma, x[:, :, 0], x, x, launch=recorder(f"forward_{name}", "forward")
+        )  # fmt: skip
+        kernels.data_gradient(x, weight, x, launch=recorder(f"data_gradient_{name}", "backward"))
+        kernels.weight_gradient(x, None, *norm, x, num_taps, launch=recorder(f"weight_gradient_{name}", "backward"))
+    return recorded
