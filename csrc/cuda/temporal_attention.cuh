@@ -26,6 +26,10 @@ struct AttentionShape {
 constexpr float kLog2E = 1.4426950408889634f;
 
 MM_BOTH constexpr int num_warps(int F) { return (F + 15) / 16; }
+// Blocks at once on a multiprocessor that registers must allow: about this many warps with heads of 64.
+MM_BOTH constexpr int least_blocks(int warps, int tiles, int columns) {
+  return columns > 64 ? 1 : warps / num_warps(8 * tiles);
+}
 // Tiles of eight frames that are computed.
 template <int TILES>
 MM_DEVICE int num_tiles(int F) {
@@ -177,7 +181,7 @@ MM_DEVICE void store_frames(const Frames<T>& x, const float (&value)[D / 8][4], 
 MM_BOTH constexpr int forward_shared_bytes(int tiles, int columns) { return 3 * 8 * tiles * columns * 2; }
 
 template <class T, int D, int TILES>
-__global__ void __launch_bounds__(32 * num_warps(8 * TILES))
+__global__ void __launch_bounds__(32 * num_warps(8 * TILES), least_blocks(20, TILES, D))
     temporal_attention_forward(Frames<T> q, Frames<T> k, Frames<T> v, Frames<T> o, AttentionShape shape) {
   const int tiles = num_tiles<TILES>(shape.F);
   T* q_tile = reinterpret_cast<T*>(dynamic_shared());  // (8 tiles, D) each
@@ -266,7 +270,7 @@ MM_BOTH constexpr int backward_shared_bytes(int tiles, int columns) {
 }
 
 template <class T, int D, int TILES>
-__global__ void __launch_bounds__(32 * num_warps(8 * TILES))
+__global__ void __launch_bounds__(32 * num_warps(8 * TILES), least_blocks(15, TILES, D))
     temporal_attention_backward(Frames<T> q, Frames<T> k, Frames<T> v, Frames<T> grad_o, Frames<T> dq, Frames<T> dk,
                                 Frames<T> dv, AttentionShape shape) {
   const int tiles = num_tiles<TILES>(shape.F);

@@ -125,13 +125,18 @@ MM_DEVICE void unpack<Float16>(uint32_t pair, float& low, float& high) {
       : "r"(pair));
 }
 
+// Of global memory. Plain vector types would be taken apart by the compiler here and there.
 MM_DEVICE void load_16_bytes(uint32_t (&words)[4], const void* from) {
-  const uint4 x = *static_cast<const uint4*>(from);
-  words[0] = x.x, words[1] = x.y, words[2] = x.z, words[3] = x.w;
+  asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "l"(from)
+               : "memory");
 }
 
 MM_DEVICE void store_16_bytes(void* to, const uint32_t (&words)[4]) {
-  *static_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(words[0]), "r"(words[1]), "r"(words[2]),
+               "r"(words[3])
+               : "memory");
 }
 
 // The value of the lane whose number differs by the bits of MASK; every lane of the warp must call it.
