@@ -50,6 +50,9 @@ PYBIND11_MODULE(_native, m) {
   m.def("group_norm_silu_conv_forward_cuda", mm::group_norm_silu_conv_forward_cuda, no_gil);
   m.def("group_norm_silu_conv_weight_gradient_cuda", mm::group_norm_silu_conv_weight_gradient_cuda, no_gil);
   m.def("group_norm_silu_conv_norm_backward_cuda", mm::group_norm_silu_conv_norm_backward_cuda, no_gil);
+  m.def("temporal_attention_forward_cuda", mm::temporal_attention_forward_cuda, no_gil);
+  m.def("temporal_attention_backward_cuda", mm::temporal_attention_backward_cuda, no_gil);
+  m.def("temporal_attention_shared_bytes_cuda", mm::temporal_attention_shared_bytes_cuda);
 #endif
   m.def("cuda_devices", mm::cuda_devices);
   m.attr("compiler") = MM_COMPILER;

@@ -18,12 +18,9 @@ def _native_row() -> str:
 
 
 def _cuda_row() -> str:
-    if (reason := extension.why_not()) is not None:
+    if (reason := extension.why_no_cuda()) is not None:
         return f"no: {reason}"
-    native = extension.native()
-    if native.cuda_architectures:
-        return f"yes: built for {native.cuda_architectures}"
-    return f"no: {native.cuda_why_not}; install the CUDA toolkit and run `pip install -e .` again"
+    return f"yes: built for {extension.native().cuda_architectures}"
 
 
 def _triton_row() -> str:
@@ -55,7 +52,7 @@ def _gpu_rows() -> list[str]:
 
 
 def _driver_reason() -> str:
-    if not extension.available() or not extension.native().cuda_architectures:
+    if extension.why_no_cuda() is not None:
         return ""
     _, reason = extension.native().cuda_devices()
     return f" ({reason})" if reason else ""

@@ -25,6 +25,16 @@ def why_not() -> str | None:
     return _load()[1]
 
 
+def why_no_cuda() -> str | None:
+    """Why the native module has no CUDA kernels, with what to do about it; None where it has them."""
+    module, reason = _load()
+    if module is None:
+        return reason
+    if module.cuda_architectures:
+        return None
+    return f"{module.cuda_why_not}; install the CUDA toolkit and run `pip install -e .` again"
+
+
 def native() -> ModuleType:
     """The native module; its entries take pointers, shapes and strides (csrc/bindings.cpp).
 

@@ -1,19 +1,35 @@
-"""The CUDA C++ kernels of temporal attention, without a GPU."""
+"""The CUDA C++ kernels of temporal attention, without a GPU: compiled, their PTX executed, run on the host."""
 
 from __future__ import annotations
 
+import functools
+import json
 import os
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from numerics import assert_within_budget
 from temporal_attention_gradients import gradients
 
+from mmkernels import extension, tuning
+from mmkernels.ops import temporal_attention, temporal_attention_cuda
+
+pytest.importorskip("triton", reason="Triton's wheel brings the cuobjdump to look into cubins with")
+import ptx_temporal_attention_cuda as ptx
+import resources_temporal_attention_cuda as resources
+from resources import ARCHITECTURES, BUDGETS, SHARED_LIMIT_BYTES
+from resources_temporal_attention_cuda import CUDA, Instance, compile_cuda
+
+import ptxrun
+
 ROOT = Path(__file__).resolve().parent.parent
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or ""
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc to compile the CUDA kernels with")
+ORDERS = (0, 1, 7)  # warps forward, in reverse, shuffled by this seed
 # (B, F, P, N, D): every instantiation, one frame, odd frames and pixels, head dims that do not fill a tile.
 SHAPES = (
     (1, 1, 1, 2, 16),
@@ -24,6 +40,130 @@ SHAPES = (
     (1, 100, 1, 1, 64),
     (1, 128, 1, 1, 128),
 )
+BARRIER = "  __syncthreads();"
+FIRST_WAIT, LAST_WAIT = f"  copy_async_wait<1>();\n{BARRIER}", f"  copy_async_wait<0>();\n{BARRIER}"
+# Each breaks the source in one place, the given occurrence of a text, and must be found.
+MUTATIONS = {
+    "forward, no barrier before the scores": (FIRST_WAIT, "  copy_async_wait<1>();", 0),
+    "forward, no barrier before the values": (LAST_WAIT, "  copy_async_wait<0>();", 0),
+    "forward, loosened first wait": (FIRST_WAIT, f"  copy_async_wait<2>();\n{BARRIER}", 0),
+    "forward, loosened last wait": (LAST_WAIT, f"  copy_async_wait<1>();\n{BARRIER}", 0),
+    "backward, loosened last wait": (LAST_WAIT, f"  copy_async_wait<1>();\n{BARRIER}", 1),
+    "backward, no barrier before v is overwritten": (f"{BARRIER}  // v has been read\n", "", 0),
+    "backward, no barrier before the transposed scores": (f"{BARRIER}\n  load_tran", "  load_tran", 0),
+    "mask of the keys shifted": ("e % 2 >= shape.F", "e % 2 > shape.F", 0),
+    "mask of the stores shifted": ("if (f < shape.F && column", "if (f <= shape.F && column", 0),
+    "tail of the contraction left out": ("if (TILES % 2) {", "if (false) {", 0),
+}  # fmt: skip
+
+
+@functools.cache
+def compiled(instance: Instance, architecture: int = 80) -> str:
+    return compile_cuda(instance, architecture)[0]
+
+
+def inputs(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """q, k, v packed, and do."""
+    B, F, P, N, D = shape
+    return torch.randn(B, F, P, 3, N, D).to(dtype), torch.randn(shape).to(dtype)
+
+
+def check(actual: dict[str, torch.Tensor], qkv: torch.Tensor, do: torch.Tensor) -> None:
+    fp64, plain = (gradients(qkv.to(wide), do.to(wide)) for wide in (torch.float64, qkv.dtype))
+    assert_within_budget(actual, plain, fp64)
+
+
+def assert_same_bits(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert [name for name, value in expected.items() if not torch.equal(actual[name], value)] == []
+
+
+# --- the emitted code, executed
+
+
+@needs_nvcc
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_emitted_ptx(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    qkv, do = inputs(shape, dtype)
+    text = compiled(Instance.of(dtype, shape[1], shape[-1]))
+    first, *others = (ptx.run(text, qkv, do, order) for order in ORDERS)
+    check(first, qkv, do)
+    for other in others:
+        assert_same_bits(other, first)
+
+
+@needs_nvcc
+@pytest.mark.parametrize("architecture", [90, 120])
+def test_architectures_give_the_same_bits(architecture: int) -> None:
+    qkv, do = inputs((1, 72, 1, 1, 64), torch.bfloat16)
+    instance = Instance.of(torch.bfloat16)
+    assert_same_bits(ptx.run(compiled(instance, architecture), qkv, do), ptx.run(compiled(instance), qkv, do))
+
+
+@needs_nvcc
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_mutation_is_found(name: str, tmp_path: Path) -> None:
+    before, after, occurrence = MUTATIONS[name]
+    folder = tmp_path / "csrc/cuda"
+    shutil.copytree(CUDA.parent, folder.parent)
+    source = folder / "temporal_attention.cuh"
+    parts = source.read_text().split(before)
+    assert len(parts) > occurrence + 1, "the source has changed: give the mutation its new text"
+    halves = before.join(parts[: occurrence + 1]), before.join(parts[occurrence + 1 :])
+    source.write_text(after.join(halves))
+    qkv, do = inputs((1, 71, 1, 2, 64), torch.bfloat16)
+    text, _ = compile_cuda(Instance.of(torch.bfloat16, 71), 80, folder)
+    with pytest.raises((ptxrun.FaultError, AssertionError)):
+        check(ptx.run(text, qkv, do), qkv, do)
+
+
+@needs_nvcc
+def test_counts_at_72_frames() -> None:
+    for row in ptx.count():
+        assert row["least_sectors"] <= row["sectors"] <= 1.05 * row["least_sectors"]
+        assert row["useful_mma"] <= row["mma"] <= 1.15 * row["useful_mma"]
+        assert row["bank_conflicts"] == row["spills"] == 0
+
+
+# --- what each architecture needs
+
+
+@needs_nvcc
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_resources_within_budget(architecture: int) -> None:
+    budgets = {(row["direction"], row["arch"], row["dtype"]): row for row in stored_budgets()}
+    for row in resources.measure(architecture, torch.bfloat16):
+        budget = budgets[row["direction"], row["arch"], row["dtype"]]
+        if row["nvcc"] == budget["nvcc"]:
+            assert row == budget
+        check_gate(row)
+
+
+def test_stored_budgets_pass_the_gate() -> None:
+    rows = stored_budgets()
+    assert {(row["direction"], row["arch"], row["dtype"]) for row in rows} == {
+        (direction, architecture, dtype)
+        for direction in resources.DIRECTIONS
+        for architecture in ARCHITECTURES
+        for dtype in ("bfloat16", "float16")
+    }
+    for row in rows:
+        check_gate(row)
+
+
+def stored_budgets() -> list[dict]:
+    rows = json.loads(BUDGETS.read_text())
+    return [row for row in rows if (row["kernel"], row["backend"]) == ("temporal_attention", "cuda")]
+
+
+def check_gate(row: dict) -> None:
+    assert row["spills"] == 0
+    assert row["shared_bytes"] <= SHARED_LIMIT_BYTES[row["arch"]]
+    assert row["tensor_core_instructions"] > 0
+    assert row["global_accesses_128_bit"] == row["global_accesses"] > 0
+
+
+# --- the source, under sanitizers
 
 
 def run(*command: str) -> None:
@@ -48,13 +188,100 @@ def host_program(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_source_under_sanitizers(
     host_program: str, shape: tuple[int, ...], dtype: torch.dtype, tmp_path: Path
 ) -> None:  # fmt: skip
-    B, F, P, N, D = shape
-    qkv, do = torch.randn(B, F, P, 3, N, D).to(dtype), torch.randn(shape).to(dtype)
+    qkv, do = inputs(shape, dtype)
     given, got = tmp_path / "given", tmp_path / "got"
     given.write_bytes(b"".join(x.view(torch.int16).numpy().tobytes() for x in (qkv, do)))
-    is_reversed = F % 2  # threads from the last to the first
+    is_reversed = shape[1] % 2  # warps from the last to the first
     name = str(dtype).removeprefix("torch.")
     run(host_program, *map(str, shape), name, str(is_reversed), str(given), str(got))
     outputs = torch.frombuffer(bytearray(got.read_bytes()), dtype=dtype).view(4, *shape)
-    fp64, plain = (gradients(qkv.to(wide), do.to(wide)) for wide in (torch.float64, dtype))
-    assert_within_budget(dict(zip(("o", "dq", "dk", "dv"), outputs, strict=True)), plain, fp64)
+    check(dict(zip(("o", "dq", "dk", "dv"), outputs, strict=True)), qkv, do)
+
+
+# --- the native entries and who calls them
+
+
+@pytest.fixture
+def cuda_build():
+    if (reason := extension.why_no_cuda()) is not None:
+        pytest.skip(reason)
+    return extension.native()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": "float32"}, "got dtype float32, the CUDA kernels take bfloat16"),
+        ({"shape": [1, 129, 1, 1, 64]}, "F = 129, wanted at most 128"),
+        ({"shape": [1, 2, 2**31, 1, 64]}, "wanted less than 2.31"),
+        ({"shape": [1, 2, 2**16, 2**16, 64]}, "one launch takes less than 2.31"),
+        ({"strides": [8] * 15 + [4]}, "stride of 4 elements, wanted multiples of 8"),
+        ({"strides": [8] * 28}, "28 strides, wanted 16"),
+    ],
+)
+def test_bad_arguments_are_named(cuda_build, change: dict, message: str) -> None:
+    arguments = {"shape": [0, 2, 1, 1, 64], "strides": [8] * 16, "dtype": "bfloat16"}
+    entry = cuda_build.temporal_attention_forward_cuda
+    entry(0, 0, 0, 0, *arguments.values(), 1.0, 0, 0)  # an empty tensor is no error
+    with pytest.raises(ValueError, match=message):
+        entry(0, 0, 0, 0, *(arguments | change).values(), 1.0, 0, 0)
+    with pytest.raises(ValueError, match="not aligned to 16 bytes"):
+        entry(0, 0, 8, 0, *arguments.values(), 1.0, 0, 0)
+
+
+def test_shared_memory_of_every_shape(cuda_build) -> None:
+    for F in (1, 16, 64, 65, 72, 73, 112, 128):
+        for D in (16, 64, 80, 128):
+            needed = cuda_build.temporal_attention_shared_bytes_cuda(F, D)
+            assert needed == Instance.of(torch.bfloat16, F, D).shared_bytes("backward", F)
+
+
+def test_which_build_runs_on_which_gpu() -> None:
+    runs = temporal_attention_cuda.has_code_for
+    assert runs(80, "80-real 90") and runs(86, "80-real 90") and runs(90, "80-real 90") and runs(120, "80-real 90")
+    assert not runs(75, "80-real 90") and not runs(100, "80-real 90-real") and not runs(80, "86-real")
+    assert runs(100, "80-virtual") and not runs(90, "90a")
+
+
+def test_what_the_kernels_do_not_take(cuda_build, monkeypatch: pytest.MonkeyPatch) -> None:
+    a100 = SimpleNamespace(major=8, minor=0, shared_memory_per_block_optin=SHARED_LIMIT_BYTES[80])
+    ada = SimpleNamespace(major=8, minor=9, shared_memory_per_block_optin=SHARED_LIMIT_BYTES[89])
+    turing = SimpleNamespace(major=7, minor=5, shared_memory_per_block_optin=65_536)
+
+    def why(gpu: SimpleNamespace, shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16, offset: int = 0) -> str:
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+        row = torch.empty(256, dtype=dtype)[offset:].as_strided(shape, (0, 0, 0, 0, 1))
+        return str(temporal_attention_cuda.why_unsupported([row] * 4))
+
+    assert why(a100, (1, 72, 1, 1, 64)) == why(ada, (1, 72, 1, 1, 128)) == why(ada, (1, 64, 3, 1, 16)) == "None"
+    assert "dtype torch.float32" in why(a100, (1, 72, 1, 1, 64), torch.float32)
+    assert "aligned to 16 bytes" in why(a100, (1, 72, 1, 1, 64), offset=4)
+    assert "rows of frames" in why(a100, (2**10, 72, 2**18, 2**4, 64))
+    assert "this GPU is sm_75" in why(turing, (1, 16, 1, 1, 64))
+    assert "bytes of shared memory" in why(ada, (1, 128, 1, 1, 64))
+
+
+def test_variants_are_timed_on_outputs_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def variant(name: str) -> SimpleNamespace:
+        def forward(q, k, v, o, scale) -> None:
+            calls.append((name, o.data_ptr()))
+            o.fill_(scale)
+
+        return SimpleNamespace(forward=forward)
+
+    def fastest(op, key, variants, device) -> str:
+        assert (op, key[:2], device.type) == ("temporal_attention", ("forward", (1, 2, 1, 1, 16)), "cpu")
+        for call in variants.values():
+            call()
+        return "b"
+
+    q = torch.zeros(1, 2, 1, 1, 16)
+    o = torch.empty_like(q)
+    monkeypatch.setattr(temporal_attention, "_gpu_variants", lambda _: ({"a": variant("a"), "b": variant("b")}, {}))
+    monkeypatch.setattr(tuning, "fastest", fastest)
+    temporal_attention._launch_fastest("forward", (q, q, q), (o,), 3.0)
+    assert [name for name, _ in calls] == ["a", "b", "b"]
+    assert [where == o.data_ptr() for _, where in calls] == [False, False, True]
+    assert (o == 3.0).all()

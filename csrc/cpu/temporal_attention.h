@@ -1,26 +1,9 @@
-// Attention over the frames of each pixel and head, read and written by stride from (B, F, P, N, D).
+// The CPU kernels of temporal attention.
 #pragma once
 
-#include <cstdint>
-
-#include "../data_type.h"
+#include "../temporal_attention.h"
 
 namespace mm {
-
-// Element strides of B, F, P and N; D is contiguous.
-struct Strided {
-  void* data;
-  int64_t b, f, p, n;
-};
-
-struct TemporalAttention {
-  int64_t B, F, P, N, D;
-  DataType dtype;
-  float scale;
-  int num_threads;
-};
-
-constexpr int64_t kMaxFrames = 128, kMaxHeadDim = 128, kHeadDimStep = 16;
 
 // One build of the kernels for an instruction set.
 struct TemporalAttentionKernels {

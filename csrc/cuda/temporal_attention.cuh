@@ -6,16 +6,10 @@
 // 8 TILES, rounded up to 16. Frames past F are zeros in shared memory, have no probability as keys and are not stored.
 #pragma once
 
+#include "../temporal_attention.h"
 #include "tile.cuh"
 
 namespace mm::cuda {
-
-// A tensor (B, F, P, N, D) by its element strides, D contiguous; rows are aligned to 16 bytes.
-template <class T>
-struct Frames {
-  T* data;
-  int64_t b, f, p, n;
-};
 
 struct AttentionShape {
   uint32_t P, N;
@@ -32,21 +26,21 @@ MM_BOTH constexpr int least_blocks(int warps, int tiles, int columns) {
 }
 // Tiles of eight frames that are computed.
 template <int TILES>
-MM_DEVICE int num_tiles(int F) {
+MM_BOTH constexpr int num_tiles(int F) {
   return TILES % 2 ? TILES : 2 * num_warps(F);
 }
 
 // The first frame of this block's row.
 template <class T>
-MM_DEVICE T* row_of(const Frames<T>& x, const AttentionShape& shape) {
+MM_DEVICE T* row_of(const Strided& x, const AttentionShape& shape) {
   const uint32_t n = blockIdx.x % shape.N, bp = blockIdx.x / shape.N;
-  return x.data + bp / shape.P * x.b + bp % shape.P * x.p + n * x.n;
+  return static_cast<T*>(x.data) + bp / shape.P * x.b + bp % shape.P * x.p + n * x.n;
 }
 
 // Starts copying a row into a tile of 8 tiles frames by D columns, zero past F and past the true D.
-template <int D, class T>
-MM_DEVICE void copy_frames(T* tile, int tiles, const Frames<T>& x, const AttentionShape& shape) {
-  const T* row = row_of(x, shape);
+template <class T, int D>
+MM_DEVICE void copy_frames(T* tile, int tiles, const Strided& x, const AttentionShape& shape) {
+  const T* row = row_of<T>(x, shape);
   for (int i = threadIdx.x; i < tiles * D; i += blockDim.x) {
     const int f = i / (D / 8), chunk = i % (D / 8);
     const bool is_inside = f < shape.F && 8 * chunk < shape.D;
@@ -159,9 +153,9 @@ MM_DEVICE void pack_tiles(uint32_t (&packed)[TILES][2], const float (&x)[TILES][
 
 // Writes this warp's 16 frames of a row, each times the factor of its half.
 template <class T, int D>
-MM_DEVICE void store_frames(const Frames<T>& x, const float (&value)[D / 8][4], float upper, float lower,
+MM_DEVICE void store_frames(const Strided& x, const float (&value)[D / 8][4], float upper, float lower,
                             const AttentionShape& shape) {
-  T* row = row_of(x, shape);
+  T* row = row_of<T>(x, shape);
 #pragma unroll
   for (int c = 0; c < D / 8; c += 4)
 #pragma unroll
@@ -182,15 +176,15 @@ MM_BOTH constexpr int forward_shared_bytes(int tiles, int columns) { return 3 * 
 
 template <class T, int D, int TILES>
 __global__ void __launch_bounds__(32 * num_warps(8 * TILES), least_blocks(20, TILES, D))
-    temporal_attention_forward(Frames<T> q, Frames<T> k, Frames<T> v, Frames<T> o, AttentionShape shape) {
+    temporal_attention_forward_kernel(Strided q, Strided k, Strided v, Strided o, AttentionShape shape) {
   const int tiles = num_tiles<TILES>(shape.F);
   T* q_tile = reinterpret_cast<T*>(dynamic_shared());  // (8 tiles, D) each
   T* k_tile = q_tile + 8 * tiles * D;
   T* v_tile = k_tile + 8 * tiles * D;
-  copy_frames<D>(q_tile, tiles, q, shape);
-  copy_frames<D>(k_tile, tiles, k, shape);
+  copy_frames<T, D>(q_tile, tiles, q, shape);
+  copy_frames<T, D>(k_tile, tiles, k, shape);
   copy_async_commit();
-  copy_frames<D>(v_tile, tiles, v, shape);
+  copy_frames<T, D>(v_tile, tiles, v, shape);
   copy_async_commit();
 
   copy_async_wait<1>();
@@ -271,8 +265,8 @@ MM_BOTH constexpr int backward_shared_bytes(int tiles, int columns) {
 
 template <class T, int D, int TILES>
 __global__ void __launch_bounds__(32 * num_warps(8 * TILES), least_blocks(15, TILES, D))
-    temporal_attention_backward(Frames<T> q, Frames<T> k, Frames<T> v, Frames<T> grad_o, Frames<T> dq, Frames<T> dk,
-                                Frames<T> dv, AttentionShape shape) {
+    temporal_attention_backward_kernel(Strided q, Strided k, Strided v, Strided grad_o, Strided dq, Strided dk,
+                                       Strided dv, AttentionShape shape) {
   const int tiles = num_tiles<TILES>(shape.F);
   T* q_tile = reinterpret_cast<T*>(dynamic_shared());  // (8 tiles, D) each
   T* k_tile = q_tile + 8 * tiles * D;
@@ -280,11 +274,11 @@ __global__ void __launch_bounds__(32 * num_warps(8 * TILES), least_blocks(15, TI
   T* v_tile = do_tile + 8 * tiles * D;
   T* p_tile = v_tile;  // (8 tiles, score_stride) each
   T* ds_tile = p_tile + 8 * tiles * score_stride(tiles);
-  copy_frames<D>(q_tile, tiles, q, shape);
-  copy_frames<D>(k_tile, tiles, k, shape);
+  copy_frames<T, D>(q_tile, tiles, q, shape);
+  copy_frames<T, D>(k_tile, tiles, k, shape);
   copy_async_commit();
-  copy_frames<D>(do_tile, tiles, grad_o, shape);
-  copy_frames<D>(v_tile, tiles, v, shape);
+  copy_frames<T, D>(do_tile, tiles, grad_o, shape);
+  copy_frames<T, D>(v_tile, tiles, v, shape);
   copy_async_commit();
 
   copy_async_wait<1>();
@@ -317,13 +311,14 @@ __global__ void __launch_bounds__(32 * num_warps(8 * TILES), least_blocks(15, TI
   store_frames<T, D>(dk, product, 1.0f, 1.0f, shape);
 }
 
-// Calls call(columns, tiles) with the types of the instantiation for F frames of head dim D: the whole set of them.
 template <int VALUE>
 struct Constant {
   static constexpr int value = VALUE;
 };
+
+// Calls call(columns, tiles) with the constants of the instantiation for F frames of head dim D: all that there are.
 template <class Call>
-void with_instantiation(int F, int D, Call call) {
+auto with_instantiation(int64_t F, int64_t D, Call call) {
   const auto with_columns = [&](auto columns) {
     if (F <= 64) return call(columns, Constant<8>());
     if (F <= 72) return call(columns, Constant<9>());

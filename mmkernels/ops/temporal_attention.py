@@ -9,20 +9,22 @@ bits. Backward, with p the softmax and dp = do v^T, recomputes p and takes
 
     ds = p * (dp - sum(p * dp)) * scale     dq = ds k     dk = ds^T q     dv = p^T do
 
-Native C++ on the CPU, Triton on CUDA, the formula above in plain torch elsewhere; see `why_unsupported`.
+Native C++ on the CPU; Triton or CUDA C++ on a GPU, whichever is faster there for the shape (mmkernels/tuning.py); the
+formula above in plain torch elsewhere: see `why_unsupported`.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from mmkernels import extension
+from mmkernels import extension, tuning
 
 MAX_FRAMES = 128
 MAX_HEAD_DIM = 128
@@ -82,14 +84,12 @@ def temporal_attention_into(q: Tensor, k: Tensor, v: Tensor, o: Tensor, scale: f
     if q.numel() == 0:
         return
     with torch.no_grad():
-        if why_unsupported(q, k, v) is not None or o.stride(-1) != 1:
+        if _why_unsupported(q, k, v, o) is not None:
             o.copy_(reference(q, k, v, scale))
         elif q.device.type == "cpu":
             extension.native().temporal_attention_forward(*_native_arguments((q, k, v, o), scale))
         else:
-            from mmkernels.ops import temporal_attention_triton
-
-            temporal_attention_triton.forward(q, k, v, o, scale)
+            _launch_fastest("forward", (q, k, v), (o,), scale)
 
 
 def temporal_attention_backward_into(
@@ -107,7 +107,7 @@ def temporal_attention_backward_into(
         return
     tensors = (q, k, v, do, dq, dk, dv, *output.values())
     with torch.no_grad():
-        if why_unsupported(q, k, v) is not None or any(x.stride(-1) != 1 for x in tensors):
+        if _why_unsupported(*tensors) is not None:
             for target, value in zip((dq, dk, dv), _reference_backward(q, k, v, do, scale), strict=True):
                 target.copy_(value)
             if o is not None:
@@ -115,11 +115,45 @@ def temporal_attention_backward_into(
         elif q.device.type == "cpu":
             extension.native().temporal_attention_backward(*_native_arguments(tensors, scale, count=8))
         else:
-            from mmkernels.ops import temporal_attention_triton
-
             if o is not None:
-                temporal_attention_triton.forward(q, k, v, o, scale)
-            temporal_attention_triton.backward(q, k, v, do, dq, dk, dv, scale)
+                _launch_fastest("forward", (q, k, v), (o,), scale)
+            _launch_fastest("backward", (q, k, v, do), (dq, dk, dv), scale)
+
+
+def _launch_fastest(direction: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor], scale: float) -> None:
+    """Run `direction` of the variant that is fastest for this shape; variants are timed on outputs of their own."""
+    kernels, _ = _gpu_variants((*inputs, *outputs))
+    launches = {name: getattr(module, direction) for name, module in kernels.items()}
+
+    def on_scratch(name: str) -> Callable[[], None]:
+        return lambda: launches[name](*inputs, *(torch.empty_like(x) for x in outputs), scale)
+
+    q = inputs[0]
+    key = (direction, tuple(q.shape), q.stride(), str(q.dtype))
+    name = tuning.fastest("temporal_attention", key, {name: on_scratch(name) for name in launches}, q.device)
+    launches[name](*inputs, *outputs, scale)
+
+
+def _gpu_variants(tensors: Sequence[Tensor]) -> tuple[dict[str, ModuleType], dict[str, str]]:
+    """The kernels that take these tensors, by name, and why the others do not."""
+    from mmkernels.ops import temporal_attention_cuda
+
+    kernels: dict[str, ModuleType] = {}
+    reasons: dict[str, str] = {}
+    if importlib.util.find_spec("triton") is None:
+        reasons["triton"] = "it is not installed; pip install triton"
+    else:
+        from mmkernels.ops import temporal_attention_triton
+
+        if (reason := temporal_attention_triton.why_too_large(tensors[0])) is None:
+            kernels["triton"] = temporal_attention_triton
+        else:
+            reasons["triton"] = reason
+    if (reason := temporal_attention_cuda.why_unsupported(tensors)) is None:
+        kernels["cuda"] = temporal_attention_cuda
+    else:
+        reasons["cuda"] = reason
+    return kernels, reasons
 
 
 def _native_arguments(tensors: Sequence[Tensor], scale: float, count: int = 4) -> list[Any]:
@@ -204,7 +238,7 @@ torch.library.register_autograd("mmkernels::temporal_attention", _differentiate,
 # --- what is supported
 
 
-def _why_shape_unsupported(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+def _why_shape_unsupported(q: Tensor, *others: Tensor) -> str | None:
     F, D = q.shape[1], q.shape[-1]
     if F > MAX_FRAMES:
         return f"{F} frames, the kernels take up to {MAX_FRAMES}"
@@ -212,25 +246,26 @@ def _why_shape_unsupported(q: Tensor, k: Tensor, v: Tensor) -> str | None:
         return f"head dim {D}, the kernels take multiples of 16 up to {MAX_HEAD_DIM}"
     if q.dtype not in _DTYPE_NAMES:
         return f"dtype {q.dtype}, the kernels take {', '.join(_DTYPE_NAMES.values())}"
-    if any(x.stride(-1) != 1 for x in (q, k, v)):
-        return "the head dim of q, k or v is not contiguous"
+    if any(x.stride(-1) != 1 for x in (q, *others)):
+        return "the head dim of a tensor is not contiguous"
     return None
 
 
-def why_unsupported(q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    """Why plain torch would compute this instead of a kernel, or None where a kernel does."""
-    reason = _why_shape_unsupported(q, k, v)
+def _why_unsupported(q: Tensor, *others: Tensor) -> str | None:
+    reason = _why_shape_unsupported(q, *others)
     if reason is not None:
         return reason
     if q.device.type == "cpu":
         return None if extension.available() else f"no native CPU kernels: {extension.why_not()}"
     if q.device.type == "cuda":
-        if importlib.util.find_spec("triton") is None:
-            return "Triton is not installed; pip install triton"
-        from mmkernels.ops import temporal_attention_triton
-
-        return temporal_attention_triton.why_too_large(q)
+        kernels, reasons = _gpu_variants((q, *others))
+        return None if kernels else "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     return f"no kernel for device {q.device.type}"
+
+
+def why_unsupported(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """Why plain torch would compute this instead of a kernel, or None where a kernel does."""
+    return _why_unsupported(q, k, v)
 
 
 def temporal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:

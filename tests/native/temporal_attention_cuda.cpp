@@ -19,24 +19,24 @@ void run(int64_t B, int64_t F, int64_t P, int64_t N, int64_t D, bool reversed, c
   input.read(reinterpret_cast<char*>(qkv.data()), 3 * count * sizeof(T));
   input.read(reinterpret_cast<char*>(grad_o.data()), count * sizeof(T));
   const auto packed = [&](int i) {
-    return Frames<T>{qkv.data() + i * N * D, F * P * 3 * N * D, P * 3 * N * D, 3 * N * D, D};
+    return mm::Strided{qkv.data() + i * N * D, F * P * 3 * N * D, P * 3 * N * D, 3 * N * D, D};
   };
   const auto whole = [&](std::vector<T>& x) {
     x.resize(count);
-    return Frames<T>{x.data(), F * P * N * D, P * N * D, N * D, D};
+    return mm::Strided{x.data(), F * P * N * D, P * N * D, N * D, D};
   };
   const AttentionShape shape{uint32_t(P), uint32_t(N), int(F), int(D), 1.0f / std::sqrt(float(D))};
   const auto q = packed(0), k = packed(1), v = packed(2), do_ = whole(grad_o);
   const auto o = whole(outputs[0]), dq = whole(outputs[1]), dk = whole(outputs[2]), dv = whole(outputs[3]);
-  with_instantiation(int(F), int(D), [&](auto columns, auto most_tiles) {
+  with_instantiation(F, D, [&](auto columns, auto most_tiles) {
     constexpr int kColumns = decltype(columns)::value, kTiles = decltype(most_tiles)::value;
     const int tiles = num_tiles<kTiles>(int(F));
     const mm::host::Dim3 grid{unsigned(B * P * N)};
     const unsigned threads = 32 * num_warps(int(F));
     mm::host::launch(grid, threads, forward_shared_bytes(tiles, kColumns), reversed,
-                     [=] { temporal_attention_forward<T, kColumns, kTiles>(q, k, v, o, shape); });
+                     [=] { temporal_attention_forward_kernel<T, kColumns, kTiles>(q, k, v, o, shape); });
     mm::host::launch(grid, threads, backward_shared_bytes(tiles, kColumns), reversed,
-                     [=] { temporal_attention_backward<T, kColumns, kTiles>(q, k, v, do_, dq, dk, dv, shape); });
+                     [=] { temporal_attention_backward_kernel<T, kColumns, kTiles>(q, k, v, do_, dq, dk, dv, shape); });
   });
   std::ofstream output(out, std::ios::binary);
   for (const auto& x : outputs) output.write(reinterpret_cast<const char*>(x.data()), count * sizeof(T));
