@@ -89,6 +89,7 @@ def measure(architecture: int, dtype: torch.dtype) -> list[dict[str, Any]]:
             "arch": architecture,
             "dtype": str(dtype).removeprefix("torch."),
             "shape": {"F": 72, "D": 64},
+            "threads": 160,
             "registers": number(r"REG:(\d+)", used),
             "spills": number(r"LOCAL:(\d+)", used) + number(r"STACK:(\d+)", used),
             "shared_bytes": instance.shared_bytes(direction, 72),
