@@ -21,6 +21,7 @@ from typing import Any
 import ptx_geglu_feed_forward
 import ptx_group_norm_silu_conv
 import ptx_temporal_attention
+import ptx_temporal_attention_cuda
 import resources
 
 BUDGETS = Path(__file__).parent.parent / "bench/results/ptx.json"
@@ -36,6 +37,7 @@ KERNELS: dict[tuple[str, str], Callable[[], Rows]] = {
     ("temporal_attention", "triton"): ptx_temporal_attention.count,
     ("layer_norm", "triton"): ptx_geglu_feed_forward.count_layer_norm,
     ("geglu", "triton"): ptx_geglu_feed_forward.count_geglu,
+    ("temporal_attention", "cuda"): ptx_temporal_attention_cuda.count,
     ("group_norm_silu_conv", "cuda"): ptx_group_norm_silu_conv.count,
 }
 # Of those, the ones that take more than seconds: left to `make verify-deep`.

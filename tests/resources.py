@@ -123,7 +123,10 @@ TRITON: tuple[TritonKernel, ...] = (
     launched("geglu", "backward", narrow_accesses=4),
 )
 # CUDA kernels of an op: the module whose measure(architecture, dtype) gives rows with the keys of TritonKernel.measure.
-CUDA: dict[str, str] = {"group_norm_silu_conv": "resources_group_norm_silu_conv_cuda"}
+CUDA: dict[str, str] = {
+    "temporal_attention": "resources_temporal_attention_cuda",
+    "group_norm_silu_conv": "resources_group_norm_silu_conv_cuda",
+}
 
 
 def measure(architectures: Iterable[int], dtypes: Iterable[torch.dtype], only: str | None = None) -> Rows:

@@ -1,14 +1,11 @@
-"""What the CUDA kernels of temporal attention need on each architecture, from nvcc without a GPU.
+"""What the CUDA kernels of temporal attention need on each architecture, from nvcc without a GPU, for resources.py.
 
-`python tests/resources_temporal_attention_cuda.py` compiles the instantiation for 72 frames of head dim 64 and writes
-its rows into bench/results/resources.json, the budgets that tests/test_temporal_attention_cuda.py holds new
-compilations to. Registers and spills are what ptxas reports, shared memory is what the launch asks for.
+The instantiation for 72 frames of head dim 64. Registers and spills are what ptxas reports, shared memory is what the
+launch asks for.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import re
 import subprocess
 import tempfile
@@ -16,13 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import resources
 import torch
-from resources import ARCHITECTURES, BUDGETS, cuobjdump, number
 
 CUDA = Path(__file__).resolve().parents[1] / "csrc/cuda"
 TYPES = {torch.bfloat16: "BFloat16", torch.float16: "Float16"}
 DIRECTIONS = ("forward", "backward")
-_KEY = {"kernel": "temporal_attention", "backend": "cuda"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,49 +66,26 @@ def entry(ptx: str, direction: str) -> str:
 
 
 def measure(architecture: int, dtype: torch.dtype) -> list[dict[str, Any]]:
-    """A row for the forward and one for the backward."""
+    """A row for the forward and one for the backward, with the keys of resources.TritonKernel.measure."""
     instance = Instance.of(dtype)
     ptx, cubin = compile_cuda(instance, architecture)
-    usage, sass = cuobjdump(cubin, "-res-usage"), cuobjdump(cubin, "-sass")
-    version = subprocess.run(["nvcc", "--version"], check=True, capture_output=True, text=True).stdout
-    rows = []
-    for direction in DIRECTIONS:
-        name = entry(ptx, direction)
-        used = usage[usage.index(f"Function {name}") :].splitlines()[1]
-        body = sass[sass.index(f"Function : {name}") :].split("Function : ")[1]
-        text = ptx[ptx.index(f".entry {name}") :].split(".entry ")[1]
-        accesses = re.findall(r"\b(?:ld|st)\.global[\w.:]*|\bcp\.async\.\w+\.shared\.global[^;]*", text)
-        wide = [x for x in accesses if ".v4.b32" in x or ("cp.async.cg" in x and " 16," in x)]
-        rows.append({
-            **_KEY,
+    return [
+        {
+            "kernel": "temporal_attention",
+            "backend": "cuda",
+            "part": f"{direction}_kernel",
             "direction": direction,
             "arch": architecture,
             "dtype": str(dtype).removeprefix("torch."),
             "shape": {"F": 72, "D": 64},
             "threads": 160,
-            "registers": number(r"REG:(\d+)", used),
-            "spills": number(r"LOCAL:(\d+)", used) + number(r"STACK:(\d+)", used),
+            **resources.describe(cubin, ptx, entry(ptx, direction)),
             "shared_bytes": instance.shared_bytes(direction, 72),
-            "tensor_core_instructions": len(re.findall(r"\bHMMA\b", body)),
-            "global_accesses": len(accesses),
-            "global_accesses_128_bit": len(wide),
-            "nvcc": version.splitlines()[-1],
+            "has_product": True,
+            "narrow_accesses": 0,
+            "compiler": resources.nvcc_version(),
             "kind": "modelled",
-            "command": "python tests/resources_temporal_attention_cuda.py",
-        })  # fmt: skip
-    return rows
-
-
-def main() -> None:
-    """Measure everything and write its rows into the budgets, beside those of other kernels."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--json", type=Path, default=BUDGETS)
-    path: Path = parser.parse_args().json
-    others = [row for row in json.loads(path.read_text()) if not _KEY.items() <= row.items()]
-    rows = [row for architecture in ARCHITECTURES for dtype in TYPES for row in measure(architecture, dtype)]
-    path.write_text(json.dumps(others + rows, indent=1) + "\n")
-    print(f"wrote {path}")
-
-
-if __name__ == "__main__":
-    main()
+            "command": resources.COMMAND,
+        }
+        for direction in DIRECTIONS
+    ]

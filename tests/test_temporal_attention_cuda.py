@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 import shutil
 import subprocess
@@ -20,8 +19,7 @@ from mmkernels.ops import temporal_attention, temporal_attention_cuda
 
 pytest.importorskip("triton", reason="Triton's wheel brings the cuobjdump to look into cubins with")
 import ptx_temporal_attention_cuda as ptx
-import resources_temporal_attention_cuda as resources
-from resources import ARCHITECTURES, BUDGETS, SHARED_LIMIT_BYTES
+from resources import SHARED_LIMIT_BYTES
 from resources_temporal_attention_cuda import CUDA, Instance, compile_cuda
 
 import ptxrun
@@ -115,52 +113,6 @@ def test_mutation_is_found(name: str, tmp_path: Path) -> None:
     text, _ = compile_cuda(Instance.of(torch.bfloat16, 71), 80, folder)
     with pytest.raises((ptxrun.FaultError, AssertionError)):
         check(ptx.run(text, qkv, do), qkv, do)
-
-
-@needs_nvcc
-def test_counts_at_72_frames() -> None:
-    for row in ptx.count():
-        assert row["least_sectors"] <= row["sectors"] <= 1.05 * row["least_sectors"]
-        assert row["useful_mma"] <= row["mma"] <= 1.15 * row["useful_mma"]
-        assert row["bank_conflicts"] == row["spills"] == 0
-
-
-# --- what each architecture needs
-
-
-@needs_nvcc
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_resources_within_budget(architecture: int) -> None:
-    budgets = {(row["direction"], row["arch"], row["dtype"]): row for row in stored_budgets()}
-    for row in resources.measure(architecture, torch.bfloat16):
-        budget = budgets[row["direction"], row["arch"], row["dtype"]]
-        if row["nvcc"] == budget["nvcc"]:
-            assert row == budget
-        check_gate(row)
-
-
-def test_stored_budgets_pass_the_gate() -> None:
-    rows = stored_budgets()
-    assert {(row["direction"], row["arch"], row["dtype"]) for row in rows} == {
-        (direction, architecture, dtype)
-        for direction in resources.DIRECTIONS
-        for architecture in ARCHITECTURES
-        for dtype in ("bfloat16", "float16")
-    }
-    for row in rows:
-        check_gate(row)
-
-
-def stored_budgets() -> list[dict]:
-    rows = json.loads(BUDGETS.read_text())
-    return [row for row in rows if (row["kernel"], row["backend"]) == ("temporal_attention", "cuda")]
-
-
-def check_gate(row: dict) -> None:
-    assert row["spills"] == 0
-    assert row["shared_bytes"] <= SHARED_LIMIT_BYTES[row["arch"]]
-    assert row["tensor_core_instructions"] > 0
-    assert row["global_accesses_128_bit"] == row["global_accesses"] > 0
 
 
 # --- the source, under sanitizers
