@@ -35,9 +35,9 @@ KEYS = (
 # An op's kernels in one backend: who counts them.
 KERNELS: dict[tuple[str, str], Callable[[], Rows]] = {
     ("temporal_attention", "triton"): ptx_temporal_attention.count,
+    ("temporal_attention", "cuda"): ptx_temporal_attention_cuda.count,
     ("layer_norm", "triton"): ptx_geglu_feed_forward.count_layer_norm,
     ("geglu", "triton"): ptx_geglu_feed_forward.count_geglu,
-    ("temporal_attention", "cuda"): ptx_temporal_attention_cuda.count,
     ("group_norm_silu_conv", "cuda"): ptx_group_norm_silu_conv.count,
 }
 # Of those, the ones that take more than seconds: left to `make verify-deep`.
