@@ -20,6 +20,7 @@ from typing import Any
 
 import ptx_geglu_feed_forward
 import ptx_group_norm_silu_conv
+import ptx_group_norm_silu_conv_triton
 import ptx_temporal_attention
 import ptx_temporal_attention_cuda
 import resources
@@ -38,6 +39,7 @@ KERNELS: dict[tuple[str, str], Callable[[], Rows]] = {
     ("temporal_attention", "cuda"): ptx_temporal_attention_cuda.count,
     ("layer_norm", "triton"): ptx_geglu_feed_forward.count_layer_norm,
     ("geglu", "triton"): ptx_geglu_feed_forward.count_geglu,
+    ("group_norm_silu_conv", "triton"): ptx_group_norm_silu_conv_triton.count,
     ("group_norm_silu_conv", "cuda"): ptx_group_norm_silu_conv.count,
 }
 # Of those, the ones that take more than seconds: left to `make verify-deep`.

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import triton
+from launches_group_norm_silu_conv import Recorded, launches
 from triton_geglu_program import level_0_launches
 
 from mmkernels.ops import temporal_attention_triton
@@ -42,7 +43,8 @@ Rows = list[dict[str, Any]]
 class TritonKernel:
     """One Triton kernel of an op: arguments gives a launch's positional and keyword arguments for a dtype.
 
-    narrow_accesses is how many of its static global accesses may be of fewer than 128 bits.
+    narrow_accesses is how many of its static global accesses may be of fewer than 128 bits; part names a launch where
+    several are of one kernel.
     """
 
     op: str
@@ -53,6 +55,12 @@ class TritonKernel:
     has_product: bool = True
     narrow_accesses: int = 0
     dtypes: tuple[torch.dtype, ...] = field(default=DTYPES)
+    part: str = ""
+
+    @property
+    def name(self) -> str:
+        """What the rows call it."""
+        return self.part or self.function.__name__
 
     def compiled(self, architecture: int, dtype: torch.dtype) -> Any:
         """As a launch on tensors of these shapes would compile it."""
@@ -66,7 +74,7 @@ class TritonKernel:
         return {
             "kernel": self.op,
             "backend": "triton",
-            "part": self.function.__name__,
+            "part": self.name,
             "direction": self.direction,
             "arch": architecture,
             "dtype": str(dtype).removeprefix("torch."),
@@ -112,6 +120,28 @@ def launched(op: str, name: str, narrow_accesses: int) -> TritonKernel:
     )  # fmt: skip
 
 
+def _group_norm_silu_conv(part: str, narrow_accesses: int) -> TritonKernel:
+    def recorded(dtype: torch.dtype) -> Recorded:
+        return next(x for x in launches(dtype) if x.part == part)
+
+    def arguments(dtype: torch.dtype) -> tuple[list[Any], dict[str, Any]]:
+        return recorded(dtype).arguments, recorded(dtype).constants
+
+    _, direction, kernel, *_ = recorded(torch.bfloat16)
+    shape = {"M": 1, "H": 16, "W": 16, "C": 320, "K": 320}
+    has_product = kernel.__name__ in ("convolve_kernel", "weight_gradient_kernel")
+    return TritonKernel(
+        "group_norm_silu_conv", direction, kernel, arguments, shape, has_product, narrow_accesses, part=part
+    )  # fmt: skip
+
+
+# Narrow: numbers by channel in float32, and where a thread's share of a tile is less than 16 bytes, the 3x3 kernels' x.
+GROUP_NORM_SILU_CONV = {
+    "partial_statistics_kernel": 2, "merge_statistics_kernel": 34, "activate_kernel": 16,
+    "partial_backward_kernel": 18, "merge_backward_kernel": 35, "input_gradient_kernel": 32,
+    "forward_3x3": 41, "data_gradient_3x3": 32, "weight_gradient_3x3": 6,
+    "forward_3x1x1": 14, "data_gradient_3x1x1": 0, "weight_gradient_3x1x1": 6,
+}  # fmt: skip
 TRITON: tuple[TritonKernel, ...] = (
     temporal_attention("forward"),
     temporal_attention("backward"),
@@ -121,6 +151,7 @@ TRITON: tuple[TritonKernel, ...] = (
     launched("layer_norm", "forward residual", narrow_accesses=0),
     launched("geglu", "forward", narrow_accesses=2),
     launched("geglu", "backward", narrow_accesses=4),
+    *(_group_norm_silu_conv(*item) for item in GROUP_NORM_SILU_CONV.items()),
 )
 # CUDA kernels of an op: the module whose measure(architecture, dtype) gives rows with the keys of TritonKernel.measure.
 CUDA: dict[str, str] = {

@@ -42,7 +42,7 @@ def test_stored_budget(row: dict[str, Any]) -> None:
 
 def test_every_kernel_and_architecture_is_stored() -> None:
     wanted = {
-        (kernel.op, "triton", kernel.function.__name__, kernel.direction, architecture, str(dtype).split(".")[1])
+        (kernel.op, "triton", kernel.name, kernel.direction, architecture, str(dtype).split(".")[1])
         for kernel in resources.TRITON
         for architecture in resources.ARCHITECTURES
         for dtype in kernel.dtypes
@@ -55,7 +55,7 @@ def test_every_kernel_and_architecture_is_stored() -> None:
 
 
 @pytest.mark.parametrize("architecture", FAST)
-@pytest.mark.parametrize("kernel", resources.TRITON, ids=lambda kernel: f"{kernel.op} {kernel.function.__name__}")
+@pytest.mark.parametrize("kernel", resources.TRITON, ids=lambda kernel: f"{kernel.op} {kernel.name}")
 def test_triton_kernel(kernel: resources.TritonKernel, architecture: int) -> None:
     check(kernel.measure(architecture, kernel.dtypes[0]))
 
