@@ -65,7 +65,7 @@ def check_convolution(
     y, da = torch.full_like(dy, float("nan")), torch.full_like(joined, float("nan"))
     kernels = group_norm_silu_conv_triton
     norm = (mean, rstd, gamma, beta)
-    added = (None,) * 3 if is_plain else (bias, shift, residual)
+    added = (None, None, None) if is_plain else (bias, shift, residual)
     kernels.forward(x, x2, *norm, weight_tck, *added, y, launch=launch)
     kernels.data_gradient(dy, weight_tck, da, launch=launch)
     dweight = kernels.weight_gradient(x, x2, *norm, dy, 3 * KW, launch=launch)

@@ -77,9 +77,10 @@ def test_outputs_larger_than_the_caches_have_the_same_bits() -> None:
     whole, halves = (torch.full((4, B, F, P, N, D), float("nan")) for _ in range(2))
     for out, parts in ((whole, [slice(0, P)]), (halves, [slice(0, P // 2), slice(P // 2, P)])):
         for part in parts:
-            inputs, (o, *gradients) = [x[:, :, part] for x in (q, k, v)], [x[:, :, part] for x in out]
-            temporal_attention_into(*inputs, o)
-            temporal_attention_backward_into(*inputs, do[:, :, part], *gradients)
+            q_part, k_part, v_part, do_part = (x[:, :, part] for x in (q, k, v, do))
+            o, dq, dk, dv = (x[:, :, part] for x in out)
+            temporal_attention_into(q_part, k_part, v_part, o)
+            temporal_attention_backward_into(q_part, k_part, v_part, do_part, dq, dk, dv)
     assert torch.equal(whole, halves)
 
 
