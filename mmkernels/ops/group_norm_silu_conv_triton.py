@@ -211,7 +211,7 @@ def weight_gradient(
     M, H, W, K = dy.shape
     table = affine(mean, rstd, gamma, beta)
     channels = table.shape[2]
-    tile_p, tile_c, tile_k = 32, 32 if num_taps == 9 else 64, 64
+    tile_p, tile_c, tile_k = 32, 32, 64
     constants = {"KW": num_taps // 3, "TILE_P": tile_p, "TILE_C": tile_c, "TILE_K": tile_k}
     limit = MOST_REGISTERS if num_taps == 9 else None
     constants |= {"PRECISION": _precision(x.dtype), "STAGES": 2, "num_warps": 8, "maxnreg": limit}
