@@ -137,7 +137,7 @@ struct Halo {
       if (!find(in, place, i / 4, y, x)) continue;
       uint16_t* chunk = halo + offset(i / 4, i % 4);
       uint32_t words[4];
-      load_16_bytes(words, chunk);
+      load_16_bytes_shared(words, chunk);
 #pragma unroll
       for (int j = 0; j < 4; j++) {
         float low, high;
@@ -146,7 +146,7 @@ struct Halo {
         high = silu(high * own[2 * j + 1].scale + own[2 * j + 1].offset);
         words[j] = pack<T>(low, high);
       }
-      store_16_bytes(chunk, words);
+      store_16_bytes_shared(chunk, words);
     }
   }
 };

@@ -139,6 +139,20 @@ MM_DEVICE void store_16_bytes(void* to, const uint32_t (&words)[4]) {
                : "memory");
 }
 
+// The same of shared memory.
+MM_DEVICE void load_16_bytes_shared(uint32_t (&words)[4], const void* from) {
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(shared_address(from))
+               : "memory");
+}
+
+MM_DEVICE void store_16_bytes_shared(void* to, const uint32_t (&words)[4]) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(to)), "r"(words[0]), "r"(words[1]),
+               "r"(words[2]), "r"(words[3])
+               : "memory");
+}
+
 // The value of the lane whose number differs by the bits of MASK; every lane of the warp must call it.
 template <int MASK, class Value>
 MM_DEVICE Value exchange(Value value) {

@@ -276,6 +276,9 @@ inline void store_16_bytes(void* to, const uint32_t (&words)[4]) {
   std::memcpy(to, words, 16);
 }
 
+inline void load_16_bytes_shared(uint32_t (&words)[4], const void* from) { load_16_bytes(words, from); }
+inline void store_16_bytes_shared(void* to, const uint32_t (&words)[4]) { store_16_bytes(to, words); }
+
 template <int MASK, class Value>
 Value exchange(Value value) {
   Value got;
