@@ -1,20 +1,20 @@
 """One training step of a preset, measured under torch, checkpoint and fused: time, interleaved, and peak memory.
 
     python bench/train_step.py [--preset demo] [--out runs/demo]
-    python bench/train_step.py --ways torch checkpoint fine-grained fine-grained-one-token fused   # and all the bars
+    python bench/train_step.py --part unet --ways torch checkpoint fine-grained fine-grained-one-token fused  # all bars
 
 The step is the trainer's: noise, forward, loss, backward, clipping, AdamW, moving average, on one synthetic clip of the
-preset's shape (time and memory do not depend on what is in it). All ways share one process and one set of
-weights. Peak memory is the allocator's count of a step, plus the weights, optimizer states, moving average and batch
-that are there before it. Nothing is timed before its loss and every gradient pass the gate against float64, on a
-clip of as many frames and at most 64x64 pixels (float64 at full size would take longer than the measurement).
-Writes step_cost.json and step_cost.png.
+preset's shape (time and memory do not depend on what is in it). `--part unet` is the UNet's forward and backward alone,
+without PoseNet, optimizer states and moving average. All ways share one process and one set of weights. Peak memory is
+the allocator's count of a step, plus the weights, optimizer states, moving average and batch that are there before it.
+Nothing is timed before its loss and every gradient pass the gate against float64, on a clip of as many frames and at
+most 64x64 pixels (float64 at full size would take longer than the measurement). Writes step_cost.json and .png.
 """
 
 import copy
 import dataclasses
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -31,7 +31,7 @@ from bench.environment import tune_allocator
 from bench.harness import Outputs, Provider, Results, Spread
 from bench.placements import INCLUDES, Way, use
 from mimicmotion import config as presets
-from mimicmotion.model.unet import MimicMotionModel, build_model
+from mimicmotion.model.unet import MimicMotionModel, build_model, image_latents, model_input
 from mimicmotion.trainer import batch_loss, build_optimization, draw_samples
 
 BENCH = "train_step"
@@ -55,6 +55,7 @@ class Settings:
     json: Path | None = None  # rows go here instead of OUT/step_cost.json
     picture: Path | None = None  # the picture goes here instead of OUT/step_cost.png
     ways: tuple[Way, ...] = ("torch", "checkpoint", "fused")  # the first is the baseline
+    part: Literal["step", "unet"] = "step"  # unet: forward and backward of the UNet alone
     frames: int | None = None  # instead of the preset's
     height: int | None = None  # pixels, instead of the preset's
     width: int | None = None  # pixels, instead of the preset's
@@ -73,9 +74,9 @@ class Settings:
 class TrainingStep:
     """Model, optimizer and one synthetic micro-batch; each way runs on the same weights."""
 
-    def __init__(self, config: presets.Config, device: torch.device) -> None:
+    def __init__(self, config: presets.Config, device: torch.device, part: str = "step") -> None:
         torch.manual_seed(config.trainer.seed)
-        self.config = config
+        self.config, self.part = config, part
         self.model = build_model(config.model).to(device).train()
         _fill_zero_layers(self.model)
         self.optimization = build_optimization(self.model, config, scales_loss=False)
@@ -95,19 +96,35 @@ class TrainingStep:
 
     def step(self, way: Way) -> None:
         """The trainer's step: the loss, its gradients, clipping, AdamW and the moving average."""
-        undo = use(self.model.unet, way)
+        undo = self._use(way)
         try:
-            batch_loss(self.model, self.batch, self.draws, self.config).backward()
+            self._loss(self.model, self.batch).backward()
         finally:
             undo()
+        if self.part == "unet":
+            self.model.zero_grad(set_to_none=True)
+            return
         self.optimization.gradient_norm()
         self.optimization.step(is_finite=True)
 
+    def _use(self, way: Way) -> Callable[[], None]:
+        undo = use(self.model.unet, way)
+        self.model.pose_net.recomputes_activations = way == "fused"  # as `--kernels fused` does
+        return undo
+
+    def _loss(self, model: MimicMotionModel, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        if self.part == "step":
+            return batch_loss(model, dict(batch), self.draws, self.config)
+        latents, embedding = batch["latents"], batch["image_embedding"]
+        sample = model_input(latents, image_latents(batch["reference_latent"], latents.shape[1]))
+        ones = torch.ones(latents.shape[0], 3, dtype=latents.dtype, device=latents.device)
+        return model.unet(sample, ones[:, 0], embedding, ones, return_dict=False)[0].square().mean()
+
     def gradients(self, way: Way) -> Outputs:
         """The loss and the gradient of each trained parameter, by name."""
-        undo = use(self.model.unet, way)
+        undo = self._use(way)
         try:
-            return _gradients(self.model, self.batch, self)
+            return self._gradients(self.model, self.batch)
         finally:
             undo()
 
@@ -115,10 +132,20 @@ class TrainingStep:
         """Loss and gradients of plain diffusers in float64."""
         model = copy.deepcopy(self.model).double()
         batch = {name: tensor.double() for name, tensor in self.batch.items()}
-        return _gradients(model, batch, self)
+        return self._gradients(model, batch)
+
+    def _gradients(self, model: MimicMotionModel, batch: Mapping[str, torch.Tensor]) -> Outputs:
+        loss = self._loss(model, batch)
+        trained: torch.nn.Module = model if self.part == "step" else model.unet
+        live = {name: value for name, value in trained.named_parameters() if value.requires_grad}
+        gradients = torch.autograd.grad(loss, list(live.values()))
+        return {"loss": loss.detach(), **dict(zip(live, gradients, strict=True))}
 
     def resident_bytes(self) -> int:
         """Bytes there before a step: weights, optimizer states, moving average, batch; read after a first step."""
+        if self.part == "unet":
+            inputs = (self.batch[name] for name in ("latents", "reference_latent", "image_embedding"))
+            return sum(tensor.nbytes for tensor in [*self.model.unet.parameters(), *inputs])
         groups = self.optimization.tensors().values()
         states = [tensor for group in groups for tensor in group.values()]
         return sum(tensor.nbytes for tensor in [*self.model.parameters(), *states, *self.batch.values()])
@@ -151,13 +178,6 @@ def _vector_error(actual: Outputs, exact: Outputs) -> float:
     return float((squares.sum() / scale.sum()).sqrt())
 
 
-def _gradients(model: MimicMotionModel, batch: Mapping[str, torch.Tensor], step: TrainingStep) -> Outputs:
-    loss = batch_loss(model, dict(batch), step.draws, step.config)
-    live = {name: value for name, value in model.named_parameters() if value.requires_grad}
-    gradients = torch.autograd.grad(loss, list(live.values()))
-    return {"loss": loss.detach(), **dict(zip(live, gradients, strict=True))}
-
-
 def _fill_zero_layers(model: MimicMotionModel) -> None:
     """Fresh weights with a layer of zeros hide the gradients before it from the gate: make them small instead."""
     for parameter in model.parameters():
@@ -177,15 +197,17 @@ def main(settings: Settings) -> int:
     setting = dataclasses.replace(report.Setting.of(device, torch.float32), dtype=config.trainer.precision)
     data, model = config.data, config.model
     shape = {
-        "preset": config.preset, "batch": config.trainer.micro_batch_size, "frames": data.num_frames,
-        "height": data.height, "width": data.width, "block_out_channels": list(model.block_out_channels),
+        "preset": config.preset, "part": settings.part, "batch": config.trainer.micro_batch_size,
+        "frames": data.num_frames, "height": data.height, "width": data.width,
+        "block_out_channels": list(model.block_out_channels),
     }  # fmt: skip
-    words = f"{config.preset}, {data.num_frames} frames of {data.height}x{data.width} pixels, {setting.dtype}"
+    size = f"{data.num_frames} frames of {data.height}x{data.width} pixels"
+    words = f"{config.preset}, {settings.part}, {size}, {setting.dtype}"
     baseline = settings.ways[0]
     console.print(f"{BENCH}, measured: {words}, {setting.threads} thread(s), {setting.device}")
     small = dataclasses.replace(data, height=min(data.height, GATE_PIXELS), width=min(data.width, GATE_PIXELS))
-    gate = TrainingStep(dataclasses.replace(config, data=small), device)
-    training = TrainingStep(config, device)
+    gate = TrainingStep(dataclasses.replace(config, data=small), device, settings.part)
+    training = TrainingStep(config, device, settings.part)
     training.step(baseline)  # from here on the optimizer's states exist
     providers = [
         Provider(

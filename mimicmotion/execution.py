@@ -10,7 +10,8 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def use_kernels(model: MimicMotionModel, kernels: str) -> str:
-    """Put the chosen kernels into the UNet, in place; returns the report of which block runs how."""
+    """Put the chosen kernels into the model, in place; returns the report of which block of the UNet runs how."""
+    model.pose_net.recomputes_activations = kernels == "fused"
     if kernels == "torch":
         return "torch: plain diffusers, nothing replaced"
     mmkernels.replace(model.unet, plan=kernels)

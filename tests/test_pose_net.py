@@ -48,3 +48,23 @@ def test_features_keep_the_dtype_of_the_products_under_autocast():
     """In float32 they would make every residual of the UNet's first level float32: 9 GiB at 72 frames."""
     with torch.autocast("cpu", torch.bfloat16):
         assert PoseNet(32)(torch.randn(1, 3, 32, 32)).dtype == torch.bfloat16
+
+
+def test_recomputed_activations_give_the_same_bits_and_halve_what_is_kept():
+    torch.manual_seed(0)
+    net, x = PoseNet(32), torch.rand(2, 3, 64, 48) * 2 - 1
+    torch.nn.init.normal_(net.final_proj.weight)
+    results, kept = [], []
+    for net.recomputes_activations in (False, True):
+        saved = {}
+        hooks = torch.autograd.graph.saved_tensors_hooks(
+            lambda t, saved=saved: saved.setdefault(t.data_ptr(), t), lambda t: t
+        )
+        with hooks:
+            y = net(x)
+        kept.append(sum(t.numel() for t in saved.values() if t.ndim == 4 and t.shape[0] == 2))
+        results.append([y, *torch.autograd.grad(y.square().sum(), list(net.parameters()))])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    outputs = 2 * 64 * 48 * (3 + 3 + 16 / 4 + 16 / 4 + 32 / 16 + 32 / 16 + 64 / 64 + 64 / 64 + 128 / 64)
+    assert kept[1] <= outputs + 2 * 8 * 6 * 32  # the picture, each convolution's output once, and the features
+    assert kept[0] > 1.7 * outputs

@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from mmkernels.blocks.segment import segment
+
 # (channels in, channels out, kernel, stride) of each convolution; padding 1, SiLU after each
 _LAYERS = (
     (3, 3, 3, 1),
@@ -32,6 +34,7 @@ class PoseNet(nn.Module):
         for channels_in, channels_out, kernel, stride in _LAYERS:
             layers += [nn.Conv2d(channels_in, channels_out, kernel, stride, padding=1), nn.SiLU()]
         self.conv_layers = nn.Sequential(*layers)
+        self.recomputes_activations = False  # where set, only what each convolution gives is kept for backward
         self.final_proj = nn.Conv2d(_LAYERS[-1][1], out_channels, kernel_size=1)
         self.scale = nn.Parameter(torch.full((1,), 2.0))
         for layer in self.conv_layers:
@@ -44,5 +47,9 @@ class PoseNet(nn.Module):
 
     def forward(self, pose: Tensor) -> Tensor:
         """Features of the pictures; shapes in the class."""
-        features = self.final_proj(self.conv_layers(pose))
+        first, *rest = [*self.conv_layers, self.final_proj]
+        stages = [first, *(nn.Sequential(*pair) for pair in zip(rest[::2], rest[1::2], strict=True))]
+        features = pose
+        for stage in stages:
+            features = segment(stage, features) if self.recomputes_activations else stage(features)
         return (features * self.scale).to(features.dtype)  # under autocast scale would make the UNet's stream float32
