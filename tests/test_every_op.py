@@ -195,4 +195,8 @@ def compare_last_rows(op: Op, inputs: Tensors) -> None:
 
     alone = gradients(op, {name: end(x) if name in op.long else x for name, x in inputs.items()})
     for name in ("y", *op.long):
-        torch.testing.assert_close(end(whole[name]), alone[name], msg=lambda text, name=name: f"{name}: {text}")
+        # bfloat16's spacing at the largest value: products of other sizes round in another order.
+        spacing = torch.finfo(alone[name].dtype).eps * alone[name].abs().max().item()
+        torch.testing.assert_close(
+            end(whole[name]), alone[name], rtol=0, atol=spacing, msg=lambda text, name=name: f"{name}: {text}"
+        )
