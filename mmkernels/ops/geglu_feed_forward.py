@@ -35,7 +35,7 @@ from mmkernels.kernels.storage import wide_dtype
 Keep = Literal["input", "up"]
 
 # Bytes of the up-projection of a chunk: within the cache (CPU), or a transient of some hundred MB in all (GPU).
-_CHUNK_BYTES = {"cpu": 12 << 20, "cuda": 1 << 28}
+_CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 1 << 28}
 _MIN_CHUNK_TOKENS = 1024  # fewer rows slow the products down
 
 

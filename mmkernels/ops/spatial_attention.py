@@ -155,6 +155,18 @@ def _product_flops(x_shape: Sequence[int], qkv_shape: Sequence[int], products: i
 # --- backward
 
 
+def _packed_gradient(
+    h: Tensor, dout: Tensor, o: Tensor, logsumexp: Tensor, qkv_weight: Tensor, out_weight: Tensor, num_heads: int,
+    backend: str,
+) -> Tensor:  # fmt: skip
+    """The gradient (r * P, 3 * N * D) of a chunk's q, k, v, which are computed again and dropped here."""
+    q, k, v = _heads((h @ qkv_weight.t()).view(*o.shape[:2], -1), 3, num_heads)
+    (do,), (o,) = _heads((dout @ out_weight).view_as(o), 1, num_heads), _heads(o, 1, num_heads)
+    gradients = _attend_backward(do, q, k, v, o, logsumexp, backend)
+    del q, k, v, do
+    return rows_of(torch.stack(gradients, 2).flatten(2))
+
+
 @torch.library.custom_op("mmkernels::spatial_attention_backward", mutates_args=())
 def _backward(
     dy: Tensor, x: Tensor, o: Tensor, logsumexp: Tensor, norm_weight: Tensor, norm_bias: Tensor, qkv_weight: Tensor,
@@ -166,14 +178,9 @@ def _backward(
         part, o_part = x[chunk], o[chunk]
         norm = LayerNormRows(rows_of(part), norm_weight, norm_bias, eps)
         h = norm.output.to(qkv_weight.dtype)
-        qkv = (h @ qkv_weight.t()).view(*part.shape[:2], -1)
         dy_rows = rows_of(dy[chunk])
         dout = dy_rows.to(out_weight.dtype)
-        do = (dout @ out_weight).view_as(o_part)
-        q, k, v = _heads(qkv, 3, num_heads)
-        (do_heads,), (o_heads,) = _heads(do, 1, num_heads), _heads(o_part, 1, num_heads)
-        dqkv = _attend_backward(do_heads, q, k, v, o_heads, logsumexp[chunk], backend)
-        packed = rows_of(torch.stack(dqkv, 2).flatten(2))  # (r * P, 3 * N * D)
+        packed = _packed_gradient(h, dout, o_part, logsumexp[chunk], qkv_weight, out_weight, num_heads, backend)
         sums.add_product(2, packed, h)
         sums.add_product(3, dout, rows_of(o_part))
         sums.add_rows(4, dout)
