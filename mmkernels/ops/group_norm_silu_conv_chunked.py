@@ -65,8 +65,6 @@ def backward(
     """Write dx and dx2; returns dgamma, dbeta and dweight, added up over chunks at least in float32."""
     dtype = product_dtype(x, weight)
     convolution = _convolution(x, weight.to(dtype))
-    wide = torch.promote_types(dtype, torch.float32)
-    dweight = torch.zeros(weight.shape, dtype=wide, device=x.device)
     dgamma, dbeta = (torch.zeros_like(norm.gamma) for _ in range(2))
     is_whole = weight.shape[3] == 3  # a chunk is whole samples, so that its norm is differentiated at once
     whole: Tensor | None = None
@@ -75,7 +73,7 @@ def backward(
     for rows in _chunks(x, weight, chunk_rows):
         part, part2 = _at(x, rows), None if x2 is None else _at(x2, rows)
         activate(part, part2, norm.of(rows), convolution.scratch(part))
-        da = convolution.backward(_at(dy, rows), dweight)
+        da = convolution.backward(_at(dy, rows))
         if whole is not None:
             _at(whole, rows).copy_(da)
             continue
@@ -85,7 +83,7 @@ def backward(
         dbeta += sums[1]
     if whole is not None:
         dgamma, dbeta = norm_backward(x, x2, whole, norm, dx, dx2)
-    return dgamma, dbeta, dweight
+    return dgamma, dbeta, convolution.weight_gradient()
 
 
 def _chunks(x: Tensor, weight: Tensor, chunk_rows: int) -> Iterator[Rows]:
@@ -119,6 +117,7 @@ class _Convolution:
         self.padding = [1, weight.shape[3] // 2]
         self.memory: Tensor | None = None
         self.activation = weight  # the chunk's scratch, once there is one
+        self.dweight: Tensor | None = None  # laid out as what is added to it
 
     def scratch(self, part: Tensor) -> Tensor:
         """An uninitialised (m, H, W, C) for the activation of a chunk; the same memory for each."""
@@ -134,14 +133,22 @@ class _Convolution:
         y = torch.conv2d(self.activation.permute(0, 3, 1, 2), self.weight, bias, padding=self.padding)
         return y.permute(0, 2, 3, 1)
 
-    def backward(self, dy: Tensor, dweight: Tensor) -> Tensor:
-        """The gradient (m, H, W, C) of the chunk's activation; adds that of the weights to `dweight`."""
+    def backward(self, dy: Tensor) -> Tensor:
+        """The gradient (m, H, W, C) of the chunk's activation; adds up that of the weights."""
         da, dw, _ = torch.ops.aten.convolution_backward(
             dy.to(self.weight.dtype).permute(0, 3, 1, 2), self.activation.permute(0, 3, 1, 2), self.weight, None,
             [1, 1], self.padding, [1, 1], False, [0, 0], 1, [True, True, False],
         )  # fmt: skip
-        dweight += dw
+        wide = torch.promote_types(dw.dtype, torch.float32)
+        self.dweight = dw.to(wide) if self.dweight is None else self.dweight.add_(dw)
         return da.permute(0, 2, 3, 1).contiguous()
+
+    def weight_gradient(self) -> Tensor:
+        """The sum over the chunks, at least float32, shaped as the weight."""
+        if self.dweight is None:
+            wide = torch.promote_types(self.weight.dtype, torch.float32)
+            return torch.zeros(self.weight.shape, dtype=wide, device=self.weight.device)
+        return self.dweight.contiguous()
 
 
 class _ShiftedProducts:
@@ -152,6 +159,7 @@ class _ShiftedProducts:
         self.taps = weight[..., 0].permute(2, 0, 1).contiguous()  # (3, K, C)
         self.memory: dict[str, Tensor] = {}
         self.frames = (0, 0)
+        self.dtaps = torch.zeros_like(self.taps)
 
     def scratch(self, part: Tensor) -> Tensor:
         """An uninitialised (1, H, W, C) for the activation of a chunk of one sample; the same memory for each."""
@@ -170,19 +178,23 @@ class _ShiftedProducts:
             y.addmm_(rows, tap.t())
         return y.view(1, *self.frames, -1)
 
-    def backward(self, dy: Tensor, dweight: Tensor) -> Tensor:
-        """The gradient (1, H, W, C) of the chunk's activation; adds that of the weights (K, C, 3, 1) to `dweight`."""
+    def backward(self, dy: Tensor) -> Tensor:
+        """The gradient (1, H, W, C) of the chunk's activation; adds up that of the weights."""
         K, C = self.taps.shape[1:]
         self._padded("dy", K)[1:-1].copy_(dy[0])
         da, rows_dy = self._rows("da", C), self._shifted("dy", 1, K)
         for tap in range(3):
-            dweight[:, :, tap, 0] += torch.mm(rows_dy.t(), self._shifted("activation", tap, C))
+            self.dtaps[tap].addmm_(rows_dy.t(), self._shifted("activation", tap, C))
             shifted = self._shifted("dy", 2 - tap, K)
             if tap == 0:
                 torch.mm(shifted, self.taps[tap], out=da)
             else:
                 da.addmm_(shifted, self.taps[tap])
         return da.view(1, *self.frames, C)
+
+    def weight_gradient(self) -> Tensor:
+        """The sum over the chunks, (K, C, 3, 1)."""
+        return self.dtaps.permute(1, 2, 0)[..., None].contiguous()
 
     def _padded(self, name: str, width: int) -> Tensor:
         H, W = self.frames
