@@ -39,7 +39,7 @@ from mmkernels.ops.group_norm_silu_conv_implicit import Kernels
 
 _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 # Pixels of a chunk. On the CPU enough to pay for oneDNN's reordering of the weights; on a GPU about an L2's worth.
-_CHUNK_ROWS = {"cpu": 2048, "cuda": 32768}
+_CHUNK_ROWS = {"cpu": 4096, "cuda": 32768}
 
 
 # --- reference

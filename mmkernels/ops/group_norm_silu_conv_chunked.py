@@ -72,7 +72,9 @@ def backward(
         whole = dx if x2 is None else torch.empty((*x.shape[:3], weight.shape[1]), dtype=x.dtype, device=x.device)
     for rows in _chunks(x, weight, chunk_rows):
         part, part2 = _at(x, rows), None if x2 is None else _at(x2, rows)
-        activate(part, part2, norm.of(rows), convolution.scratch(part))
+        # A whole sample's gradient is written last: until then its place holds the activation.
+        is_free = whole is None and x2 is None and dx.dtype == dtype and dx.is_contiguous()
+        activate(part, part2, norm.of(rows), convolution.scratch(part, _at(dx, rows) if is_free else None))
         da = convolution.backward(_at(dy, rows))
         if whole is not None:
             _at(whole, rows).copy_(da)
@@ -114,13 +116,17 @@ class _Convolution:
 
     def __init__(self, weight: Tensor) -> None:
         self.weight = weight.contiguous(memory_format=torch.channels_last)
+        self.wide = torch.promote_types(weight.dtype, torch.float32)
         self.padding = [1, weight.shape[3] // 2]
         self.memory: Tensor | None = None
         self.activation = weight  # the chunk's scratch, once there is one
         self.dweight: Tensor | None = None  # laid out as what is added to it
 
-    def scratch(self, part: Tensor) -> Tensor:
-        """An uninitialised (m, H, W, C) for the activation of a chunk; the same memory for each."""
+    def scratch(self, part: Tensor, memory: Tensor | None = None) -> Tensor:
+        """An uninitialised (m, H, W, C) for the activation of a chunk: `memory`, or the same for each chunk."""
+        if memory is not None:
+            self.activation = memory
+            return memory
         shape = (*part.shape[:3], self.weight.shape[1])
         count = part.shape[:3].numel() * shape[3]
         if self.memory is None or self.memory.numel() < count:
@@ -135,19 +141,24 @@ class _Convolution:
 
     def backward(self, dy: Tensor) -> Tensor:
         """The gradient (m, H, W, C) of the chunk's activation; adds up that of the weights."""
-        da, dw, _ = torch.ops.aten.convolution_backward(
-            dy.to(self.weight.dtype).permute(0, 3, 1, 2), self.activation.permute(0, 3, 1, 2), self.weight, None,
-            [1, 1], self.padding, [1, 1], False, [0, 0], 1, [True, True, False],
-        )  # fmt: skip
-        wide = torch.promote_types(dw.dtype, torch.float32)
-        self.dweight = dw.to(wide) if self.dweight is None else self.dweight.add_(dw)
+        dy = dy.to(self.weight.dtype).permute(0, 3, 1, 2)
+        # One after the other, so that the two results are not there at once.
+        dw = self._gradient(dy, [False, True, False])[1]
+        self.dweight = dw.to(self.wide) if self.dweight is None else self.dweight.add_(dw)
+        del dw
+        da = self._gradient(dy, [True, False, False])[0]
         return da.permute(0, 2, 3, 1).contiguous()
+
+    def _gradient(self, dy: Tensor, wanted: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+        activation = self.activation.permute(0, 3, 1, 2)
+        return torch.ops.aten.convolution_backward(
+            dy, activation, self.weight, None, [1, 1], self.padding, [1, 1], False, [0, 0], 1, wanted
+        )
 
     def weight_gradient(self) -> Tensor:
         """The sum over the chunks, at least float32, shaped as the weight."""
         if self.dweight is None:
-            wide = torch.promote_types(self.weight.dtype, torch.float32)
-            return torch.zeros(self.weight.shape, dtype=wide, device=self.weight.device)
+            return torch.zeros(self.weight.shape, dtype=self.wide, device=self.weight.device)
         return self.dweight.contiguous()
 
 
@@ -161,7 +172,7 @@ class _ShiftedProducts:
         self.frames = (0, 0)
         self.dtaps = torch.zeros_like(self.taps)
 
-    def scratch(self, part: Tensor) -> Tensor:
+    def scratch(self, part: Tensor, _: Tensor | None = None) -> Tensor:
         """An uninitialised (1, H, W, C) for the activation of a chunk of one sample; the same memory for each."""
         self.frames = (part.shape[1], part.shape[2])
         return self._padded("activation", self.taps.shape[2])[1:-1][None]
