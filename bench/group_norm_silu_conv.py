@@ -18,15 +18,14 @@ from typing import Any, Literal
 if not __package__:  # run as a file: import from the checkout, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import torch
 import tyro
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from bench import harness, sub_block
+from bench import sub_block
 from bench.environment import tune_allocator
 from bench.shapes import TemporalShape
-from bench.sub_block import Bar, Function
+from bench.sub_block import Bar, Function, Pieces
 from mmkernels.ops.group_norm_silu_conv import group_norm_silu_conv
 
 # torch convolves over frames faster in diffusers' layout, over pixels in this one: the bar is against the faster.
@@ -41,7 +40,6 @@ class Settings(sub_block.Settings):
     heads: int = 1  # not used
     kernel: Literal["3x3", "3x1x1"] = "3x3"
     eager_chunk_frames: int = 8  # frames of a chunk of the eager checkpoint per chunk (3x3 only)
-    compile_limit_s: float = 180.0  # leave torch.compile out where it takes longer; 0: leave it out
 
 
 class NormActivationConvolution(nn.Module):
@@ -72,24 +70,10 @@ def ways(settings: Settings, module: Any) -> Mapping[str, tuple[Function, str]]:
     """The op on the parameters of the module, and further ways to run torch."""
     channels_first = partial(module, is_channels_first=True)
 
-    def chunked(x: Tensor) -> Tensor:
-        parts = x.split(settings.eager_chunk_frames)
-        return torch.cat([_checkpointed(module, part) for part in parts])
-
     found: dict[str, tuple[Function, str]] = {}
-    if settings.kernel == "3x3":
-        words = f"a checkpoint per {settings.eager_chunk_frames} frames, split and cat"
-        found["checkpoint-chunked"] = (chunked, words)
-    else:  # whose statistics are those of all chunks
+    if settings.kernel == "3x1x1":
         found["torch-channels-first"] = (channels_first, "diffusers' layout, a copy into it and one back")
         found["checkpoint-channels-first"] = (partial(_checkpointed, channels_first), "the same under checkpoint")
-    compiled, shape = torch.compile(module), module.shape
-    x = module.norm.weight.detach().expand(shape.batch * shape.frames, shape.pixels, -1).clone().requires_grad_()
-    took_s, reason = harness.compile_time_s(lambda: compiled(x).sum().backward(), settings.compile_limit_s)
-    if reason is None:
-        found["compile"] = (compiled, f"torch.compile of torch; compiled in {took_s:.0f} s")
-    else:
-        print(f"left out: compile: {reason}")
     return found | {"fused": (partial(fused, module), "saves x, mean and rstd; normalises and convolves in chunks")}
 
 
@@ -115,7 +99,9 @@ def main(settings: Settings) -> int:
     """Measure, print, write. Returns the exit status: 1 where a way was refused."""
     make = partial(NormActivationConvolution, settings)
     name, bars = f"group_norm_silu_conv {settings.kernel}", (BARS[settings.kernel],)
-    return sub_block.run(name, settings, make, partial(ways, settings), bars)
+    # The statistics over frames are those of all chunks: only a 3x3 may be cut.
+    pieces = Pieces(axis=0, size=settings.eager_chunk_frames, unit="frames") if settings.kernel == "3x3" else None
+    return sub_block.run(name, settings, make, partial(ways, settings), bars, pieces)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from torch import nn
 from bench import sub_block
 from bench.environment import tune_allocator
 from bench.shapes import TemporalShape
-from bench.sub_block import Bar, Function, Settings
+from bench.sub_block import Bar, Function, Pieces, Settings
 from mmkernels.ops.spatial_attention import spatial_attention
 
 
@@ -56,8 +56,6 @@ def fused(module: Any) -> Mapping[str, tuple[Function, str]]:
 if __name__ == "__main__":
     tune_allocator()
     settings = tyro.cli(Settings, description=__doc__)
-    sys.exit(
-        sub_block.run(
-            "spatial_attention", settings, DiffusersSubBlock, fused, (Bar(baseline="checkpoint", least_speed=1.0),)
-        )
-    )
+    bars = (Bar(baseline="checkpoint", least_speed=1.0),)
+    pieces = Pieces(axis=0, size=8, unit="frames")
+    sys.exit(sub_block.run("spatial_attention", settings, DiffusersSubBlock, fused, bars, pieces))

@@ -1,5 +1,6 @@
 """Measure one part of a transformer, x to y and back, against plain torch and torch.utils.checkpoint, and report it."""
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ class Settings:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU where there is one
     rounds: int = 5  # every provider runs once a round
     warm_ups: int = 1  # calls of each provider before it is counted and timed
+    compile_limit_s: float = 180.0  # leave torch.compile out where it takes longer; 0: leave it out
 
     def shape(self) -> TemporalShape:
         """The shape flags as one value."""
@@ -62,29 +64,48 @@ class Bar:
         return words if self.most_peak is None else f"{words} at most {self.most_peak} of the peak"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Pieces:
+    """Parts of x (B*F, P, C) that do not see each other: how an eager checkpoint per chunk may cut it."""
+
+    axis: int
+    size: int
+    unit: str  # what the axis counts
+
+
 class SubBlock:
     """A module x -> y of tokens (B*F, P, C), the fused function of its parameters, and their inputs."""
 
     def __init__(
         self, settings: Settings, make: Callable[[TemporalShape], nn.Module],
-        ways: Callable[[nn.Module], Mapping[str, tuple[Function, str]]],
+        ways: Callable[[nn.Module], Mapping[str, tuple[Function, str]]], pieces: Pieces | None,
     ) -> None:  # fmt: skip
         torch.manual_seed(0)
         self.settings, self.shape = settings, settings.shape()
         self.device, dtype = settings.torch_device(), getattr(torch, settings.dtype)
-        self.make, self.ways = make, ways
+        self.make, self.ways, self.pieces = make, ways, pieces
         self.module = make(self.shape).to(self.device, dtype)
         size = (settings.batch * settings.frames, self.shape.pixels, settings.channels)
         self.x = torch.randn(size).to(self.device, dtype).requires_grad_()
         self.dy = torch.randn(size).to(self.device, dtype)
+        self.compiled = torch.compile(self.module)
+        first_call = functools.partial(self._run, self.compiled, "both")
+        self.compile_s, self.why_not_compiled = harness.compile_time_s(first_call, settings.compile_limit_s)
 
     def measure(self, mode: str) -> Results:
         """Gate, count and time every way; the baseline is checkpoint."""
         found: dict[str, tuple[Function, str]] = {
             "torch": (self.module, "diffusers' modules"),
             "checkpoint": (self._checkpointed, "torch under torch.utils.checkpoint"),
-            **self.ways(self.module),
         }
+        if self.pieces is not None:
+            chunked = functools.partial(self._checkpointed_in_pieces, self.pieces)
+            words = f"a checkpoint per {self.pieces.size} {self.pieces.unit}, split and cat"
+            found["checkpoint-chunked"] = (chunked, words)
+        if self.why_not_compiled is None:
+            words = f"torch.compile of torch; compiled in {self.compile_s:.0f} s"
+            found["compile"] = (self.compiled, words)
+        found |= self.ways(self.module)
         providers = [
             Provider(name=name, includes=words, step=lambda way=way: self._run(way, mode))
             for name, (way, words) in found.items()
@@ -96,6 +117,10 @@ class SubBlock:
 
     def _checkpointed(self, x: torch.Tensor) -> torch.Tensor:
         return checkpoint(self.module, x, use_reentrant=False)  # pyright: ignore[reportReturnType]
+
+    def _checkpointed_in_pieces(self, pieces: Pieces, x: torch.Tensor) -> torch.Tensor:
+        parts = x.split(pieces.size, pieces.axis)
+        return torch.cat([self._checkpointed(part.contiguous()) for part in parts], pieces.axis)
 
     def _exact(self, mode: str) -> Outputs:
         module = self.make(self.shape).to(self.device).double()
@@ -118,14 +143,17 @@ def _gradients(module: nn.Module, y: torch.Tensor, x: torch.Tensor, dy: torch.Te
 def run(
     name: str, settings: Settings, make: Callable[[TemporalShape], nn.Module],
     ways: Callable[[nn.Module], Mapping[str, tuple[Function, str]]], bars: tuple[Bar, ...],
+    pieces: Pieces | None,
 ) -> int:  # fmt: skip
     """Measure, print, write. Returns the exit status: 1 where a way was refused."""
     torch.set_num_threads(settings.threads)
     console = report.make_console()
-    sub_block = SubBlock(settings, make, ways)
+    sub_block = SubBlock(settings, make, ways, pieces)
     setting = report.Setting.of(sub_block.device, sub_block.x.dtype)
     conditions = f"{sub_block.shape}, {setting.dtype}, {setting.threads} thread(s)"
     console.print(f"{name}, measured: {conditions}, {setting.device}; commit {setting.commit}")
+    if sub_block.why_not_compiled is not None:
+        console.print(f"left out: compile: {sub_block.why_not_compiled}")
     found = {mode: sub_block.measure(mode) for mode in MODES}
     rows: list[report.Row] = []
     for mode, results in found.items():

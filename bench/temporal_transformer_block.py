@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from bench import sub_block
 from bench.environment import tune_allocator
 from bench.shapes import TemporalShape
-from bench.sub_block import Bar, Function, Settings
+from bench.sub_block import Bar, Function, Pieces, Settings
 from mmkernels.blocks.segment import segment
 from mmkernels.blocks.transformer import temporal_transformer_block
 
@@ -83,4 +83,5 @@ if __name__ == "__main__":
     tune_allocator()
     settings = tyro.cli(Settings, description=__doc__)
     bars = (Bar(baseline="checkpoint", least_speed=1.12, most_peak=0.15),)
-    sys.exit(sub_block.run("temporal_transformer_block", settings, DiffusersBlock, ways, bars))
+    pieces = Pieces(axis=1, size=96, unit="pixels")
+    sys.exit(sub_block.run("temporal_transformer_block", settings, DiffusersBlock, ways, bars, pieces))
