@@ -29,8 +29,8 @@ def chunks(tokens: Tensor, size: int) -> Iterator[slice]:
             yield slice(begin, min(begin + size, tokens.shape[0]))
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that statistics and sums are kept in."""
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the arithmetic on tensors of `dtype`, of statistics and of sums: at least float32."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -39,11 +39,19 @@ def rows_of(tokens: Tensor) -> Tensor:
     return tokens.reshape(-1, tokens.shape[-1])
 
 
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left^T right, of (R, K) and (R, C); total (K, C) may be wider than they are."""
+    if total.dtype == left.dtype:
+        total.addmm_(left.t(), right)
+    else:
+        total.add_(left.t() @ right)
+
+
 class LayerNormRows:
     """h = (x - mean) * rstd * weight + bias over the channels of rows (R, C), and its gradient, for a chunk."""
 
     def __init__(self, rows: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
-        dtype = wide(rows.dtype)
+        dtype = wide_dtype(rows.dtype)
         self._rows, self._affine = rows.to(dtype), (weight.to(dtype), bias.to(dtype))
         self.output, self._mean, self._rstd = torch.native_layer_norm(self._rows, weight.shape, *self._affine, eps)
 
@@ -60,7 +68,7 @@ class ParameterSums:
 
     def __init__(self, *parameters: Tensor) -> None:
         self._dtypes = [x.dtype for x in parameters]
-        self.sums = [torch.zeros_like(x, dtype=wide(x.dtype)) for x in parameters]
+        self.sums = [torch.zeros_like(x, dtype=wide_dtype(x.dtype)) for x in parameters]
 
     def add(self, index: int, value: Tensor) -> None:
         """Add a chunk's gradient of the parameter at `index`."""
@@ -68,11 +76,7 @@ class ParameterSums:
 
     def add_product(self, index: int, left: Tensor, right: Tensor) -> None:
         """Add left^T right, of (R, K) and (R, C): the chunk's gradient of a (K, C) weight."""
-        total = self.sums[index]
-        if total.dtype == left.dtype:
-            total.addmm_(left.t(), right)
-        else:
-            total.add_(left.t() @ right)
+        add_product(self.sums[index], left, right)
 
     def add_rows(self, index: int, rows: Tensor) -> None:
         """Add the sum over rows (R, K): the chunk's gradient of a (K) bias."""

@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from mmkernels.kernels.layer_norm import add_residual_into, layer_norm_backward_into, layer_norm_into
-from mmkernels.kernels.storage import wide_dtype
 from mmkernels.ops.temporal_attention import temporal_attention_backward_into, temporal_attention_into
+from mmkernels.rows import add_product, wide_dtype
 
 Keep = Literal["input", "qkv"]
 
@@ -146,21 +146,13 @@ def _backward(
         (do_heads,), (o_heads,) = chunk.heads(do, 1), chunk.heads(o, 1)
         q, k, v, dq, dk, dv = *chunk.heads(qkv, 3), *chunk.heads(dqkv, 3)
         temporal_attention_backward_into(q, k, v, do_heads, dq, dk, dv, o=o_heads)
-        _add_product(out_sum, dinner, o)
-        _add_product(qkv_sum, dqkv, h)
+        add_product(out_sum, dinner, o)
+        add_product(qkv_sum, dqkv, h)
         dh = torch.mm(dqkv, qkv_weight, out=do)
         vector_sums += layer_norm_backward_into(
             dh, x[b, :, pixels], None, norm_weight, mean, rstd, dy[b, :, pixels], dx[b, :, pixels]
         )
     return dx, qkv_sum, out_sum, vector_sums
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left^T right, both (R, width), summed in float32 and in the order of the chunks."""
-    if total.dtype == left.dtype:
-        total.addmm_(left.t(), right)
-    else:
-        total.add_(left.t() @ right)
 
 
 @_backward.register_fake

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from mmkernels import extension
-from mmkernels.kernels.storage import DTYPE_NAMES, why_unsupported, wide_dtype
+from mmkernels.kernels.storage import DTYPE_NAMES, why_unsupported
+from mmkernels.rows import wide_dtype
 
 _BLOCK_TOKENS = 32  # tokens that the first stage of a sum takes at once on the CPU
 

@@ -12,11 +12,6 @@ from mmkernels import extension
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the arithmetic on tensors of `dtype`: at least float32."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 def why_unsupported(x: Tensor, *other_dtypes: torch.dtype) -> str | None:
     """Why plain torch would compute this instead of a kernel, given x and the other dtypes, or None."""
     for dtype in (x.dtype, *other_dtypes):

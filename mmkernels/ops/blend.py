@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkernels.rows import chunks, default_chunk, wide
+from mmkernels.rows import chunks, default_chunk, wide_dtype
 
 
 def reference(spatial: Tensor, temporal: Tensor, alpha: Tensor) -> Tensor:
@@ -28,7 +28,7 @@ def reference(spatial: Tensor, temporal: Tensor, alpha: Tensor) -> Tensor:
 
 @torch.library.custom_op("mmkernels::blend", mutates_args=())
 def _forward(spatial: Tensor, temporal: Tensor, alpha: Tensor) -> Tensor:
-    y, dtype = torch.empty_like(spatial), wide(spatial.dtype)
+    y, dtype = torch.empty_like(spatial), wide_dtype(spatial.dtype)
     for chunk in chunks(spatial, default_chunk(spatial)):
         share = alpha[chunk][:, None, None].to(dtype)
         y[chunk] = torch.lerp(temporal[chunk].to(dtype), spatial[chunk].to(dtype), share)
@@ -43,7 +43,7 @@ def _forward_fake(spatial: Tensor, temporal: Tensor, alpha: Tensor) -> Tensor:
 @torch.library.custom_op("mmkernels::blend_backward", mutates_args=())
 def _backward(dy: Tensor, spatial: Tensor, temporal: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     dspatial, dtemporal, dalpha = _gradients(spatial, temporal, alpha)
-    dtype = wide(spatial.dtype)
+    dtype = wide_dtype(spatial.dtype)
     for chunk in chunks(spatial, default_chunk(spatial)):
         share, wide_dy = alpha[chunk][:, None, None].to(dtype), dy[chunk].to(dtype)
         dalpha[chunk] = ((spatial[chunk].to(dtype) - temporal[chunk]) * wide_dy).sum((1, 2))

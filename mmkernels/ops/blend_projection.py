@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from mmkernels.rows import ParameterSums, chunks, default_chunk, rows_of, wide
+from mmkernels.rows import ParameterSums, chunks, default_chunk, rows_of, wide_dtype
 
 # --- reference
 
@@ -31,7 +31,7 @@ def reference(
 
 def _mix(spatial: Tensor, temporal: Tensor, alpha: Tensor) -> Tensor:
     """t + alpha * (s - t), wide."""
-    dtype = wide(spatial.dtype)
+    dtype = wide_dtype(spatial.dtype)
     return torch.lerp(temporal.to(dtype), spatial.to(dtype), alpha.to(dtype)[:, None, None])
 
 
@@ -76,7 +76,7 @@ def _backward(
         dy_rows = rows_of(dy[chunk]).to(weight.dtype)
         sums.add_product(0, dy_rows, rows_of(_mix(s, t, alpha[chunk]).to(weight.dtype)))
         sums.add_rows(1, dy_rows)
-        dmixed = (dy_rows @ weight).view(s.shape).to(wide(s.dtype))
+        dmixed = (dy_rows @ weight).view(s.shape).to(wide_dtype(s.dtype))
         share = alpha[chunk].to(dmixed.dtype)[:, None, None]
         dalpha[chunk] = ((s.to(dmixed.dtype) - t) * dmixed).sum((1, 2))
         dspatial[chunk] = dmixed * share

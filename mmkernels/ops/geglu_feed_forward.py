@@ -30,7 +30,7 @@ from torch.utils.flop_counter import register_flop_formula
 from mmkernels.kernels.geglu import geglu_backward_into, geglu_into
 from mmkernels.kernels.layer_norm import add_residual_into, layer_norm_backward_into, layer_norm_into
 from mmkernels.kernels.storage import why_unsupported as why_storage_unsupported
-from mmkernels.kernels.storage import wide_dtype
+from mmkernels.rows import add_product, wide_dtype
 
 Keep = Literal["input", "up"]
 
@@ -183,8 +183,8 @@ def _backward(
         dinner = dy[rows, tokens].reshape(count, C).to(up_weight.dtype)
         g = torch.mm(dinner, down_weight, out=chunks.buffer("g", count, H))  # dg first
         up_bias_sum += geglu_backward_into(u, up_bias, g, du, g)
-        _add_product(down_sum, dinner, g)
-        _add_product(up_sum, du, normal)
+        add_product(down_sum, dinner, g)
+        add_product(up_sum, du, normal)
         dnormal = torch.mm(du, up_weight, out=normal)
         vector_sums += layer_norm_backward_into(
             dnormal, part, chunk_shift, norm_weight, mean, rstd, dy[rows, tokens], dx[rows, tokens]
@@ -192,14 +192,6 @@ def _backward(
     wide = wide_dtype(x.dtype)
     dshift = x.new_empty(0, dtype=wide) if shift is None else dx.sum(1, keepdim=True, dtype=wide)
     return dx, dshift, up_sum, up_bias_sum, down_sum, vector_sums
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left^T right, both (count, width)."""
-    if total.dtype == left.dtype:
-        total.addmm_(left.t(), right)
-    else:
-        total.add_(left.t() @ right)
 
 
 @_backward.register_fake

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from mmkernels.rows import ParameterSums, chunks, default_chunk, rows_of, wide
+from mmkernels.rows import ParameterSums, chunks, default_chunk, rows_of, wide_dtype
 
 # --- reference
 
@@ -26,7 +26,7 @@ def reference(
     x: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float = 1e-6
 ) -> Tensor:
     """The equation of this file in plain torch; differentiable by autograd."""
-    dtype = wide(x.dtype)
+    dtype = wide_dtype(x.dtype)
     h = torch.nn.functional.group_norm(
         x.to(dtype).transpose(1, 2), num_groups, gamma.to(dtype), beta.to(dtype), eps
     ).transpose(1, 2)
@@ -85,7 +85,7 @@ def _forward(
 
 def _outputs(x: Tensor, weight: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tensor]:
     y = torch.empty((*x.shape[:2], weight.shape[0]), dtype=weight.dtype, device=x.device)
-    mean, rstd = (torch.empty((x.shape[0], num_groups), dtype=wide(x.dtype), device=x.device) for _ in range(2))
+    mean, rstd = (torch.empty((x.shape[0], num_groups), dtype=wide_dtype(x.dtype), device=x.device) for _ in range(2))
     return y, mean, rstd
 
 

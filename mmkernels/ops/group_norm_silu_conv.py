@@ -31,13 +31,13 @@ from torch.nn import functional
 from torch.utils.flop_counter import register_flop_formula
 
 from mmkernels import extension, tuning
+from mmkernels.kernels.storage import DTYPE_NAMES
 from mmkernels.ops import group_norm_silu_conv_chunked as chunked
 from mmkernels.ops import group_norm_silu_conv_formula as formula
 from mmkernels.ops import group_norm_silu_conv_implicit as implicit
 from mmkernels.ops.group_norm_silu_conv_chunked import Norm
 from mmkernels.ops.group_norm_silu_conv_implicit import Kernels
 
-_DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 # Pixels of a chunk. On the CPU enough to pay for oneDNN's reordering of the weights; on a GPU about an L2's worth.
 _CHUNK_ROWS = {"cpu": 4096, "cuda": 32768}
 
@@ -71,7 +71,7 @@ def _statistics(x: Tensor, x2: Tensor | None, num_groups: int, eps: float) -> tu
     mean, rstd = (torch.empty(x.shape[0], num_groups, device=x.device) for _ in range(2))
     shape, strides = _geometry(num_groups, x, x2)
     extension.native().group_norm_silu_statistics(
-        x.data_ptr(), _pointer(x2), mean.data_ptr(), rstd.data_ptr(), shape, strides, _DTYPE_NAMES[x.dtype], eps,
+        x.data_ptr(), _pointer(x2), mean.data_ptr(), rstd.data_ptr(), shape, strides, DTYPE_NAMES[x.dtype], eps,
         torch.get_num_threads(),
     )  # fmt: skip
     return mean, rstd
@@ -90,7 +90,7 @@ def _activate(x: Tensor, x2: Tensor | None, norm: Norm, out: Tensor) -> None:
     shape, strides = _geometry(norm.mean.shape[1], x, x2, out)
     extension.native().group_norm_silu_activate(
         x.data_ptr(), _pointer(x2), out.data_ptr(), *(value.data_ptr() for value in norm), shape, strides,
-        _DTYPE_NAMES[x.dtype], _DTYPE_NAMES[out.dtype], torch.get_num_threads(),
+        DTYPE_NAMES[x.dtype], DTYPE_NAMES[out.dtype], torch.get_num_threads(),
     )  # fmt: skip
 
 
@@ -107,7 +107,7 @@ def _norm_backward(
     dgamma, dbeta = (torch.empty_like(norm.gamma) for _ in range(2))
     shape, strides = _geometry(norm.mean.shape[1], x, x2, da, dx, dx2)
     pointers = (_pointer(value) for value in (x, x2, da, dx, dx2, *norm, dgamma, dbeta))
-    names = _DTYPE_NAMES[x.dtype], _DTYPE_NAMES[da.dtype]
+    names = DTYPE_NAMES[x.dtype], DTYPE_NAMES[da.dtype]
     extension.native().group_norm_silu_backward(*pointers, shape, strides, *names, torch.get_num_threads())
     return dgamma, dbeta
 
@@ -294,8 +294,8 @@ torch.library.register_autograd("mmkernels::group_norm_silu_conv", _differentiat
 
 def why_unsupported(x: Tensor, x2: Tensor | None = None) -> str | None:
     """Why plain torch would take the statistics and the activation of each chunk, or None where a kernel does."""
-    if x.dtype not in _DTYPE_NAMES:
-        return f"dtype {x.dtype}, the kernels take {', '.join(_DTYPE_NAMES.values())}"
+    if x.dtype not in DTYPE_NAMES:
+        return f"dtype {x.dtype}, the kernels take {', '.join(DTYPE_NAMES.values())}"
     if any(value is not None and value.stride(3) != 1 and value.shape[3] > 1 for value in (x, x2)):
         return "the channels of x or x2 are not contiguous"
     if x.device.type == "cpu":

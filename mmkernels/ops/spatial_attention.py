@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
 
-from mmkernels.rows import LayerNormRows, ParameterSums, chunks, default_chunk, rows_of, wide
+from mmkernels.rows import LayerNormRows, ParameterSums, chunks, default_chunk, rows_of, wide_dtype
 
 Backend = Literal["torch", "xformers", "flash-attn"]
 BACKENDS = ("torch", "xformers", "flash-attn")
@@ -38,10 +38,8 @@ def reference(
     num_heads: int, eps: float = 1e-5,
 ) -> Tensor:  # fmt: skip
     """The equation of this file in plain torch; differentiable by autograd."""
-    dtype = qkv_weight.dtype
-    h = torch.nn.functional.layer_norm(
-        x.to(wide(x.dtype)), norm_weight.shape, norm_weight.to(wide(x.dtype)), norm_bias.to(wide(x.dtype)), eps
-    )
+    dtype, wide = qkv_weight.dtype, wide_dtype(x.dtype)
+    h = torch.nn.functional.layer_norm(x.to(wide), norm_weight.shape, norm_weight.to(wide), norm_bias.to(wide), eps)
     q, k, v = (part.transpose(1, 2) for part in _heads(h.to(dtype) @ qkv_weight.t(), 3, num_heads))
     o = torch.nn.functional.scaled_dot_product_attention(q, k, v)  # (R, N, P, D)
     return x + torch.nn.functional.linear(o.transpose(1, 2).flatten(2), out_weight, out_bias)
@@ -125,7 +123,7 @@ def _outputs(x: Tensor, qkv_weight: Tensor, num_heads: int) -> tuple[Tensor, Ten
     dtype = qkv_weight.dtype
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     o = torch.empty((R, P, qkv_weight.shape[0] // 3), dtype=dtype, device=x.device)
-    return y, o, torch.empty((R, num_heads, P), dtype=wide(dtype), device=x.device)
+    return y, o, torch.empty((R, num_heads, P), dtype=wide_dtype(dtype), device=x.device)
 
 
 @_forward.register_fake

@@ -25,10 +25,10 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from mmkernels import extension, tuning
+from mmkernels.kernels.storage import DTYPE_NAMES
 
 MAX_FRAMES = 128
 MAX_HEAD_DIM = 128
-_DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _MAX_GRID_YZ = 65_535  # CUDA's limit on grid y and z, which torch's own attention uses for batch x heads
 
 
@@ -161,7 +161,7 @@ def _native_arguments(tensors: Sequence[Tensor], scale: float, count: int = 4) -
     strides = [stride for x in tensors for stride in x.stride()[:4]] + [0] * 4 * absent
     pointers = [x.data_ptr() for x in tensors] + [0] * absent
     first = tensors[0]
-    return [*pointers, list(first.shape), strides, _DTYPE_NAMES[first.dtype], scale, torch.get_num_threads()]
+    return [*pointers, list(first.shape), strides, DTYPE_NAMES[first.dtype], scale, torch.get_num_threads()]
 
 
 def _check_fit(q: Tensor, **others: Tensor) -> None:
@@ -244,8 +244,8 @@ def _why_shape_unsupported(q: Tensor, *others: Tensor) -> str | None:
         return f"{F} frames, the kernels take up to {MAX_FRAMES}"
     if D % 16 or D > MAX_HEAD_DIM:
         return f"head dim {D}, the kernels take multiples of 16 up to {MAX_HEAD_DIM}"
-    if q.dtype not in _DTYPE_NAMES:
-        return f"dtype {q.dtype}, the kernels take {', '.join(_DTYPE_NAMES.values())}"
+    if q.dtype not in DTYPE_NAMES:
+        return f"dtype {q.dtype}, the kernels take {', '.join(DTYPE_NAMES.values())}"
     if any(x.stride(-1) != 1 for x in (q, *others)):
         return "the head dim of a tensor is not contiguous"
     return None
