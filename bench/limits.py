@@ -8,28 +8,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mmkernels.cards import PCIE_4, PCIE_5, Card, card
+
 # Latents of 72 frames of 1024x576 pixels at the UNet's first level.
 LEVEL_0 = {"batch": 1, "frames": 72, "height": 72, "width": 128, "channels": 320, "heads": 5}
 ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Card:
-    """A GPU as its data sheet has it: memory bandwidth, and dense bfloat16 or float16 products in tensor cores."""
-
-    name: str
-    device: str  # what the driver calls it; other cards of the family have other memory
-    bytes_per_s: float
-    flops_per_s: float
-
-
-CARDS = (
-    Card(name="A100", device="NVIDIA A100-SXM4-80GB", bytes_per_s=2.04e12, flops_per_s=312e12),
-    Card(name="H100", device="NVIDIA H100 80GB HBM3", bytes_per_s=3.35e12, flops_per_s=989e12),
-    Card(name="H200", device="NVIDIA H200", bytes_per_s=4.8e12, flops_per_s=989e12),
-)
+CARDS = tuple(card(name) for name in ("A100", "H100", "H200"))
 # One way between the host and the card, in bytes a second.
-LINKS = {"PCIe 4": 25e9, "PCIe 5": 55e9, "NVLink-C2C": 450e9}
+LINKS = {"PCIe 4": PCIE_4, "PCIe 5": PCIE_5, "NVLink-C2C": 450e9}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,11 +149,6 @@ def physical_limits() -> dict[str, dict[str, float]]:
     found = {name: {card.name: work.limit_ms(card) for card in CARDS} for name, work in works.items()}
     one_ms = {link: tensor_bytes(shape, dtype) / rate * 1e3 for link, rate in LINKS.items()}
     return found | {"offload of one tensor, one way": one_ms}
-
-
-def card_of(device: str) -> Card | None:
-    """The card of a device's name, or None where its limits are not known here."""
-    return next((card for card in CARDS if card.device == device), None)
 
 
 def _tokens(shape: Shape) -> int:

@@ -25,7 +25,8 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import environment, limits, report
-from bench.limits import Card, Work
+from bench.limits import Work
+from mmkernels.cards import Card
 
 RESULTS = environment.ROOT / "bench/results"
 CARDS_OF = {80: ("A100",), 90: ("H100", "H200")}

@@ -31,6 +31,7 @@ from rich.table import Table
 from bench import limits, report
 from bench.environment import ROOT
 from mmkernels import tuning
+from mmkernels.cards import card_of
 
 Runner = Callable[[Sequence[str], Mapping[str, str]], int]  # arguments of Python, environment added: exit status
 Rows = list[dict[str, Any]]
@@ -135,7 +136,7 @@ def variant_rows(choice: tuning.Choice, setting: report.Setting) -> Rows:
 
 def print_rows(rows: Rows, device: str, console: Console) -> None:
     """Print each time beside the limits, and its share of this card's limit where that is known."""
-    card = limits.card_of(device)
+    card = card_of(device)
     table = Table(title=f"measured on {device}, beside the limits (modelled)", title_justify="left")
     for heading in ("bench", "provider", "mode"):
         table.add_column(heading)
@@ -155,7 +156,7 @@ def print_rows(rows: Rows, device: str, console: Console) -> None:
         )  # fmt: skip
     console.print(table)
     if card is None:
-        console.print(f"no limits are known here for {device}: add its bandwidth and rate to bench/limits.py")
+        console.print(f"no limits are known here for {device}: add its data sheet to mmkernels/cards.py")
 
 
 def print_limits(console: Console) -> None:

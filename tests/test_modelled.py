@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from bench import limits, modelled, report
-from bench.limits import Card, Work
+from bench.limits import Work
+from mmkernels.cards import Card
 
 COUNTS = {
     "kernel": "temporal_attention", "backend": "triton", "arch": 80, "direction": "forward", "shape": {},
@@ -37,7 +38,7 @@ def test_blocks_at_once(
 
 
 def test_the_roofline_counts_what_the_kernel_really_does() -> None:
-    card = Card(name="x", device="x", bytes_per_s=1e12, flops_per_s=1e14)
+    card = Card(name="x", device="x", memory_gib=1, bytes_per_s=1e12, flops_per_s=1e14, link_bytes_per_s=0)
     assert math.isclose(modelled.roofline_ms(Work(bytes=1e9), COUNTS, card), 1.05)
     assert math.isclose(modelled.roofline_ms(Work(bytes=1e6, flops=1e11), COUNTS, card), 1.5)
     assert math.isclose(modelled.roofline_ms(Work(bytes=1e9), COUNTS | {"mma": 0, "useful_mma": 0}, card), 1.05)

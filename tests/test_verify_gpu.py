@@ -16,6 +16,7 @@ import torch
 
 from bench import limits, report, verify_gpu
 from bench.environment import ROOT
+from mmkernels.cards import card_of
 from mmkernels.tuning import Choice
 
 H100 = "NVIDIA H100 80GB HBM3"
@@ -85,8 +86,8 @@ def test_limits_are_those_of_the_facts() -> None:
 
 
 def test_cards_of_one_family_are_not_taken_for_each_other() -> None:
-    assert limits.card_of(H100) == limits.CARDS[1]
-    assert limits.card_of("NVIDIA H100 PCIe") is None
+    assert card_of(H100) == limits.CARDS[1]
+    assert card_of("NVIDIA H100 PCIe") is None
 
 
 def test_runs_tests_every_bench_and_every_variant(tmp_path: Path) -> None:
@@ -135,7 +136,7 @@ def test_table_shows_the_share_of_the_limit() -> None:
         "attn72/core", "fused", "both", "2.788", "1024.0", "2.290", "1.394", "0.973", "50%"
     ]  # fmt: skip
     assert other.strip("│ ").endswith("-")
-    assert "add its bandwidth and rate" in text
+    assert "add its data sheet" in text
 
 
 def test_main_writes_one_file_for_the_device(tmp_path: Path, monkeypatch, capsys) -> None:

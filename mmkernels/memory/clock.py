@@ -1,0 +1,81 @@
+"""A device on a clock: how long a step would take on a card, with its copies on two streams of their own. Modelled.
+
+`mmkernels.memory.trace` advances the compute stream by each operator's modelled time, and `mmkernels.memory.offload`
+runs on it as it would on a GPU. Streams run in order and wait for events, so stalls come out as they would; blocks are
+tensors of the trace, and host memory takes none of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mmkernels.cards import Card
+from mmkernels.memory.transfer import StreamName
+
+
+@dataclass
+class Clock:
+    """`mmkernels.memory.transfer.Device` with times from a card's data sheet; events are times in seconds."""
+
+    card: Card
+    compute_s: float = 0.0  # what the compute stream was busy for
+    stalled_s: float = 0.0  # what it waited for copies
+    copied_s: float = 0.0  # what both copy streams were busy for
+    moved_out_bytes: int = 0
+    moved_in_bytes: int = 0
+    _now: dict[StreamName, float] = field(default_factory=lambda: {"compute": 0.0, "copy-out": 0.0, "copy-in": 0.0})
+
+    def compute(self, flops: float, num_bytes: float) -> None:
+        """Queue an operator on the compute stream."""
+        seconds = self.card.seconds(flops, num_bytes)
+        self._now["compute"] += seconds
+        self.compute_s += seconds
+
+    def allocate(self, num_bytes: int) -> Tensor:
+        """A uint8 tensor."""
+        return torch.empty(num_bytes, dtype=torch.uint8)
+
+    def record(self, stream: StreamName) -> float:
+        """When what was queued so far is done."""
+        return self._now[stream]
+
+    def wait(self, stream: StreamName, event: float) -> None:
+        """Nothing starts on the stream before `event`."""
+        if stream == "compute":
+            self.stalled_s += max(0.0, event - self._now[stream])
+        self._now[stream] = max(self._now[stream], event)
+
+    def copy_out(self, begin: int, num_bytes: int, source: Tensor) -> None:
+        """Queue a copy to the host."""
+        self._copy("copy-out", num_bytes)
+        self.moved_out_bytes += num_bytes
+
+    def copy_in(self, target: Tensor, begin: int, num_bytes: int) -> None:
+        """Queue a copy from the host."""
+        self._copy("copy-in", num_bytes)
+        self.moved_in_bytes += num_bytes
+
+    def copy_synchronously(self, num_bytes: int) -> None:
+        """A copy that the compute stream waits for, as torch.autograd.graph.save_on_cpu makes it."""
+        seconds = num_bytes / self.card.link_bytes_per_s
+        self._now["compute"] += seconds
+        self.copied_s += seconds
+        self.stalled_s += seconds
+
+    def _copy(self, stream: StreamName, num_bytes: int) -> None:
+        seconds = num_bytes / self.card.link_bytes_per_s
+        self._now[stream] += seconds
+        self.copied_s += seconds
+
+    @property
+    def seconds(self) -> float:
+        """When everything queued is done."""
+        return max(self._now.values())
+
+    @property
+    def hidden_ratio(self) -> float:
+        """Share of the copies' time that the step does not take longer for; 1 where nothing was copied."""
+        return 1.0 if self.copied_s == 0 else 1.0 - min(1.0, (self.seconds - self.compute_s) / self.copied_s)

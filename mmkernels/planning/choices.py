@@ -1,0 +1,105 @@
+"""A plan: for every unit of every block whether what it saves is kept, computed again or moved. JSON in and out.
+
+A unit is one operation of a fused block, named "<block>/<operation>" (mmkernels.memory.units). Its choices:
+
+- "recompute": its input is saved, what lies inside is computed again in backward; what a fused operation always does;
+- "keep": besides its input, the results of its matrix products inside are saved and none of them is computed again;
+- "move": as "recompute", and what is saved goes to the host and comes back for backward.
+
+A block in `recomputed_blocks` saves only its input and runs whole a second time in backward.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+Choice = Literal["keep", "recompute", "move"]
+OptimizerKind = Literal["adamw", "adamw8bit"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerChoice:
+    """How weights are updated.
+
+    kind: "adamw": float32 weights used under autocast, float32 moments; "adamw8bit": bfloat16 weights rounded
+        stochastically, 8-bit moments.
+    is_in_backward: each weight is updated as soon as its gradient is there, which is freed at once.
+    states_on_host: moments (and the update) live on the host.
+    """
+
+    kind: OptimizerKind = "adamw"
+    is_in_backward: bool = False
+    states_on_host: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Modelled:
+    """What the plan costs, modelled. recompute_flops_ratio: FLOPs over plain diffusers' step, less one."""
+
+    peak_gib: float
+    recompute_flops_ratio: float
+    moved_gib: float  # one way
+    hidden_ratio: float  # share of the moving, both ways, that does not lengthen the step; 1 where nothing moves
+    step_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Choices by unit and block, and what they were made for; units that are not named are "recompute"."""
+
+    units: Mapping[str, Choice] = field(default_factory=dict)
+    recomputed_blocks: tuple[str, ...] = ()
+    window_bytes: int = 1 << 30  # bytes that may be in flight between device and host, each way
+    slab_bytes: int = 0  # of host memory that moving takes
+    optimizer: OptimizerChoice = field(default_factory=OptimizerChoice)
+    made_for: Mapping[str, Any] = field(default_factory=dict)  # frames, height, width, batch, card, budget_gib, ...
+    modelled: Modelled | None = None
+
+    def __post_init__(self) -> None:
+        for name, choice in self.units.items():
+            if choice not in get_args(Choice):
+                raise ValueError(f"unit {name} is {choice!r} in the plan, wanted one of {', '.join(get_args(Choice))}")
+
+    @property
+    def moves(self) -> bool:
+        """Whether anything goes to the host."""
+        return "move" in self.units.values()
+
+    def choices_of(self, block: str) -> dict[str, Choice]:
+        """The choices for the units of one block, by the unit's name in the block."""
+        prefix = f"{block}/"
+        return {name.removeprefix(prefix): choice for name, choice in self.units.items() if name.startswith(prefix)}
+
+
+def write_plan(plan: Plan, path: Path) -> None:
+    """As JSON, with the modelled figures at the top level and one entry for each block that is named."""
+    names = sorted({name.split("/")[0] for name in plan.units} | set(plan.recomputed_blocks))
+    blocks = {name: {"is_recomputed": name in plan.recomputed_blocks, "units": plan.choices_of(name)} for name in names}
+    figures = {} if plan.modelled is None else asdict(plan.modelled)
+    rest = {
+        "blocks": blocks, "window_bytes": plan.window_bytes, "slab_bytes": plan.slab_bytes,
+        "optimizer": asdict(plan.optimizer), "made_for": dict(plan.made_for), "kind": "modelled",
+    }  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(figures | rest, indent=2) + "\n")
+
+
+def read_plan(path: Path) -> Plan:
+    """What `write_plan` wrote. Raises ValueError where the file is not a plan."""
+    try:
+        values = json.loads(path.read_text())
+        blocks = values["blocks"]
+        figures = {each.name: values[each.name] for each in fields(Modelled) if each.name in values}
+        return Plan(
+            units={f"{block}/{unit}": choice for block, one in blocks.items() for unit, choice in one["units"].items()},
+            recomputed_blocks=tuple(block for block, one in blocks.items() if one["is_recomputed"]),
+            window_bytes=values["window_bytes"], slab_bytes=values["slab_bytes"],
+            optimizer=OptimizerChoice(**values["optimizer"]), made_for=values["made_for"],
+            modelled=Modelled(**figures) if figures else None,
+        )  # fmt: skip
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a plan ({error!r}); make one with `python -m mmkernels.plan`") from error

@@ -1,0 +1,44 @@
+"""A plan as a file: what is written is read back, and a file that is no plan is refused with what to do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mmkernels.planning.choices import Modelled, OptimizerChoice, Plan, read_plan, write_plan
+
+PLAN = Plan(
+    units={"down_blocks.0.attentions.0/feed_forward": "move", "mid_block.resnets.1/first": "keep"},
+    recomputed_blocks=("up_blocks.3.resnets.2",),
+    window_bytes=1 << 29,
+    slab_bytes=7 << 30,
+    optimizer=OptimizerChoice(kind="adamw8bit", is_in_backward=True),
+    made_for={"frames": 72, "card": "RTX 4090"},
+    modelled=Modelled(peak_gib=21.0, recompute_flops_ratio=0.05, moved_gib=7.0, hidden_ratio=0.97, step_s=9.5),
+)
+
+
+def test_a_plan_is_read_back_as_it_was_written(tmp_path: Path) -> None:
+    write_plan(PLAN, tmp_path / "folder/plan.json")
+    assert read_plan(tmp_path / "folder/plan.json") == PLAN
+    values = json.loads((tmp_path / "folder/plan.json").read_text())
+    assert values["peak_gib"] == 21.0 and values["kind"] == "modelled"
+    assert values["blocks"]["up_blocks.3.resnets.2"] == {"is_recomputed": True, "units": {}}
+    assert PLAN.moves and not Plan().moves
+    assert PLAN.choices_of("down_blocks.0.attentions.0") == {"feed_forward": "move"}
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"blocks": {"a": {"is_recomputed": false, "units": {"b": "keep"}}}}'], ids=repr
+)
+def test_another_file_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "plan.json").write_text(text)
+    with pytest.raises(ValueError, match=r"is not a plan .*make one with"):
+        read_plan(tmp_path / "plan.json")
+
+
+def test_an_unknown_choice_is_refused() -> None:
+    with pytest.raises(ValueError, match="is 'maybe' in the plan, wanted one of keep, recompute, move"):
+        Plan(units={"a/b": "maybe"})  # pyright: ignore[reportArgumentType]
