@@ -1,0 +1,123 @@
+"""A block that is not exactly the known one is refused with its reason, before replace and after."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from diffusers.models.attention_processor import Attention, SlicedAttnProcessor
+from svd_blocks import C, indicator, resnet, resnet_inputs, transformer, transformer_inputs
+from torch import Tensor, nn
+
+from mmkernels.blocks.exactness import why_not_resnet, why_not_transformer
+from mmkernels.blocks.resnet import FusedResBlock
+from mmkernels.blocks.transformer import FusedTransformer
+
+pytestmark = pytest.mark.op
+
+
+class Wrapped(nn.Module):
+    """What a LoRA library puts in the place of a linear layer."""
+
+    def __init__(self, base_layer: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer, self.weight, self.bias = base_layer, base_layer.weight, base_layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base_layer(x)
+
+
+def _set(path: str, value) -> partial:
+    def change(module: nn.Module) -> None:
+        parent, _, name = path.rpartition(".")
+        target = module.get_submodule(parent)
+        setattr(target, name, value(getattr(target, name)) if callable(value) else value)
+
+    return partial(change)
+
+
+SPATIAL, TEMPORAL = "transformer_blocks.0", "temporal_transformer_blocks.0"
+TRANSFORMER_REASONS = {
+    "LoRA": (_set(f"{TEMPORAL}.attn1.to_q", Wrapped), "attn1.to_q is Wrapped, not Linear"),
+    "LoRA beside the module": (
+        lambda m: m.transformer_blocks[0].attn1.add_module("lora", nn.Linear(2, 2)),
+        "has an extra module transformer_blocks.0.attn1.lora, Linear",
+    ),
+    "another norm": (_set(f"{SPATIAL}.norm3", lambda _: nn.RMSNorm(C)), "norm3 is RMSNorm, not LayerNorm"),
+    "norm without weights": (_set(f"{TEMPORAL}.norm1.weight", None), "has no weight or no bias"),
+    "dropout": (_set(f"{SPATIAL}.ff.net.1.p", 0.1), "drops with probability 0.1"),
+    "processor": (
+        lambda m: m.temporal_transformer_blocks[0].attn1.set_processor(SlicedAttnProcessor(1)),
+        "attn1 has the processor SlicedAttnProcessor",
+    ),
+    "query norm": (
+        _set(f"{SPATIAL}.attn1", lambda _: Attention(C, heads=2, dim_head=32, qk_norm="layer_norm")),
+        "extra module transformer_blocks.0.attn1.norm_q",
+    ),
+    "hook": (lambda m: m.proj_in.register_forward_hook(lambda *_: None), "proj_in has hooks"),
+    "replaced forward": (_set("norm.forward", lambda f: lambda x: f(x)), "norm has hooks or a replaced forward"),
+    "diffusers' checkpointing": (_set("gradient_checkpointing", True), "disable_gradient_checkpointing()"),
+    "chunked feed-forward": (
+        lambda m: m.temporal_transformer_blocks[0].set_chunk_feed_forward(1),
+        "feed-forward chunking is on",
+    ),
+    "weight of its own": (
+        lambda m: m.transformer_blocks[0].register_parameter("gate", nn.Parameter(torch.ones(1))),
+        "has parameters of its own: gate",
+    ),
+    "no bias": (_set(f"{SPATIAL}.ff.net.2.bias", None), "ff has a layer without bias"),
+    "query bias": (
+        _set(f"{SPATIAL}.attn1.to_q", lambda _: nn.Linear(C, C)),
+        "attn1 has a bias on its query, key or value",
+    ),
+    "scale": (_set(f"{SPATIAL}.attn1.scale", 1.0), "has another scale"),
+}
+RESNET_REASONS = {
+    "LoRA": (_set("spatial_res_block.conv1", Wrapped), "conv1 is Wrapped, not Conv2d"),
+    "dropout": (_set("temporal_res_block.dropout.p", 0.1), "drops with probability 0.1"),
+    "output scale": (_set("spatial_res_block.output_scale_factor", 2.0), "divides its output by 2.0"),
+    "other time embedding": (_set("spatial_res_block.skip_time_act", True), "takes the time embedding in another way"),
+    "other convolution over pixels": (
+        _set("spatial_res_block.conv1", lambda _: nn.Conv2d(C, C, 3, padding=1, padding_mode="circular")),
+        "another convolution over pixels",
+    ),
+    "other convolution over frames": (
+        _set("temporal_res_block.conv2", lambda _: nn.Conv3d(C, C, (5, 1, 1), padding=(2, 0, 0))),
+        "another convolution over frames",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMER_REASONS)
+def test_transformer_that_is_not_exactly_the_known_one(name: str) -> None:
+    change, reason = TRANSFORMER_REASONS[name]
+    original = transformer()
+    assert why_not_transformer(original) is None
+    fused = FusedTransformer.from_module(original)
+    change(original)
+    with pytest.raises(ValueError) as refusal:
+        FusedTransformer.from_module(original)
+    assert reason in str(refusal.value)
+    with pytest.raises(RuntimeError, match="has changed since replace"):
+        fused(**transformer_inputs(), image_only_indicator=indicator())
+
+
+@pytest.mark.parametrize("name", RESNET_REASONS)
+def test_resnet_that_is_not_exactly_the_known_one(name: str) -> None:
+    change, reason = RESNET_REASONS[name]
+    original = resnet()
+    assert why_not_resnet(original) is None
+    fused = FusedResBlock.from_module(original)
+    change(original)
+    with pytest.raises(ValueError) as refusal:
+        FusedResBlock.from_module(original)
+    assert reason in str(refusal.value)
+    with pytest.raises(RuntimeError, match="has changed since replace"):
+        fused(**resnet_inputs(), image_only_indicator=indicator())
+
+
+def test_dropout_that_is_off_is_known() -> None:
+    original = transformer()
+    original.transformer_blocks[0].ff.net[1].p = 0.1
+    assert why_not_transformer(original.eval()) is None
