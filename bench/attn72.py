@@ -91,7 +91,7 @@ UNHELD = (
 
 
 def main(settings: Settings) -> int:
-    """Measure, print, write. Returns the exit status: 1 where a provider was refused."""
+    """Measure, print, write. Returns the exit status: 1 where a provider of ours was refused."""
     device_type = settings.device
     if device_type == "auto":
         device_type = "cuda" if torch.cuda.is_available() else "cpu"
@@ -137,7 +137,7 @@ def main(settings: Settings) -> int:
     if settings.picture:
         draw(found, shape, setting, settings.picture)
         console.print(f"picture: {settings.picture}")
-    return int(any(results.refused for results in found.values()))
+    return int(any(results.refused_of_ours for results in found.values()))
 
 
 def print_bars(found: dict[tuple[str, str], Results], console: Console, *, is_held: bool) -> None:

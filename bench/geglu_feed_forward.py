@@ -189,7 +189,7 @@ def _gradients(y: torch.Tensor, x: torch.Tensor, module: nn.Module, dy: torch.Te
 
 
 def main(settings: Settings) -> int:
-    """Measure, print, write. Returns the exit status: 1 where a provider was refused."""
+    """Measure, print, write. Returns the exit status: 1 where a provider of ours was refused."""
     device_type = settings.device
     if device_type == "auto":
         device_type = "cuda" if torch.cuda.is_available() else "cpu"
@@ -223,7 +223,7 @@ def main(settings: Settings) -> int:
     if settings.picture:
         draw(found, shape, setting, settings.picture)
         console.print(f"picture: {settings.picture}")
-    return int(any(results.refused for results in found.values()))
+    return int(any(results.refused_of_ours for results in found.values()))
 
 
 def print_bars(both: Results, console: Console, *, is_held: bool) -> None:
@@ -233,9 +233,9 @@ def print_bars(both: Results, console: Console, *, is_held: bool) -> None:
     """
     console.print("\nratios of forward + backward, speed is the median of the ratios within a round:")
     for name, own in both.measured.items():
-        if not name.startswith("fused"):
+        if not harness.is_ours(name):
             continue
-        for baseline in [other for other in both.measured if not other.startswith("fused")]:
+        for baseline in [other for other in both.measured if not harness.is_ours(other)]:
             reference = both.measured[baseline]
             speed, peak = own.speed_over(reference).median, own.peak_share_of(reference)
             verdict = ""

@@ -96,7 +96,7 @@ def fused(module: Any, x: Tensor) -> Tensor:
 
 
 def main(settings: Settings) -> int:
-    """Measure, print, write. Returns the exit status: 1 where a way was refused."""
+    """Measure, print, write. Returns the exit status: 1 where a fused way was refused."""
     make = partial(NormActivationConvolution, settings)
     name, bars = f"group_norm_silu_conv {settings.kernel}", (BARS[settings.kernel],)
     # The statistics over frames are those of all chunks: only a 3x3 may be cut.

@@ -83,6 +83,16 @@ class Results:
     measured: dict[str, Measurement] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def refused_of_ours(self) -> dict[str, str]:
+        """Those that are this project's own to mend: a peer that is not as exact here is only left out."""
+        return {name: reason for name, reason in self.refused.items() if is_ours(name)}
+
+
+def is_ours(name: str) -> bool:
+    """Whether a provider of this name runs mmkernels."""
+    return name.startswith("fused")
+
 
 def spread(values: Sequence[float]) -> Spread:
     """Median, 0.2 and 0.8 quantiles, linear between samples."""

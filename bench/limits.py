@@ -6,6 +6,7 @@ equation and of what has to be computed again because it is not saved, and takes
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from mmkernels.cards import PCIE_4, PCIE_5, Card, card
@@ -84,12 +85,22 @@ def convolution(shape: Shape, dtype: str, num_taps: int) -> Passes:
     return {"forward": Work(bytes=2 * one, flops=product), "backward": Work(bytes=3 * one, flops=2 * product)}
 
 
+def temporal_transformer_block(shape: Shape, dtype: str) -> Passes:
+    """x -> feed-forward, attention sub-block, feed-forward -> y; x and the two streams between them saved."""
+    one, parts = tensor_bytes(shape, dtype), (geglu_feed_forward, temporal_attention_block, geglu_feed_forward)
+    flops = {name: sum(part(shape, dtype)[name].flops for part in parts) for name in ("forward", "backward")}
+    return {name: Work(bytes=moved * one, flops=flops[name]) for name, moved in (("forward", 4), ("backward", 5))}
+
+
 # The work that a bench's rows measure, by the rows' `bench`.
 WORK_OF_BENCH: Mapping[str, Callable[[Shape, str], Passes]] = {
     "attn72/core": temporal_attention,
     "attn72/sub-block": temporal_attention_block,
     "geglu_feed_forward": geglu_feed_forward,
+    "group_norm_silu_conv 3x3": partial(convolution, num_taps=9),  # x saved, normalised again: no products of its own
+    "group_norm_silu_conv 3x1x1": partial(convolution, num_taps=3),
     "spatial_attention": spatial_attention,
+    "temporal_transformer_block": temporal_transformer_block,
 }
 
 # Tensors of tokens that an elementwise kernel moves; GEGLU's inner tensors are eight and four channels wide for one.

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import environment
-from bench.harness import Results, Spread
+from bench.harness import Results, Spread, is_ours
 
 MIB = 2**20
 PANEL_COLORS = {"fused": "#1b7f5c", "baseline": "#c0392b", "other": "#7f8c9b"}
@@ -123,7 +123,8 @@ def print_results(title: str, results: Results, console: Console) -> None:
     console.print(table)
     console.print(f"speed and share of the peak against: {results.baseline} (measured)")
     for name, reason in results.refused.items():
-        console.print(f"REFUSED, not timed: {name}: {reason}", markup=False)
+        verdict = "REFUSED" if is_ours(name) else "left out"
+        console.print(f"{verdict}, not timed: {name}: {reason}", markup=False)
 
 
 def make_console() -> Console:
@@ -178,7 +179,7 @@ def draw(panels: Sequence[Panel], *, title: str, path: Path, num_columns: int = 
 
 
 def _kind_of_bar(name: str, baseline: str | None) -> str:
-    if name.startswith("fused"):
+    if is_ours(name):
         return "fused"
     return "baseline" if name == baseline else "other"
 

@@ -145,7 +145,7 @@ def run(
     ways: Callable[[nn.Module], Mapping[str, tuple[Function, str]]], bars: tuple[Bar, ...],
     pieces: Pieces | None,
 ) -> int:  # fmt: skip
-    """Measure, print, write. Returns the exit status: 1 where a way was refused."""
+    """Measure, print, write. Returns the exit status: 1 where a fused way was refused."""
     torch.set_num_threads(settings.threads)
     console = report.make_console()
     sub_block = SubBlock(settings, make, ways, pieces)
@@ -166,7 +166,7 @@ def run(
     if settings.picture:
         draw(found["both"], f"{name}, measured: {conditions}\n{setting.device}", settings.picture)
         console.print(f"picture: {settings.picture}")
-    return int(any(results.refused for results in found.values()))
+    return int(any(results.refused_of_ours for results in found.values()))
 
 
 def print_bars(both: Results, bars: tuple[Bar, ...], console: Console) -> None:
@@ -174,7 +174,7 @@ def print_bars(both: Results, bars: tuple[Bar, ...], console: Console) -> None:
     wanted = {bar.baseline: bar for bar in bars}
     for name, own in both.measured.items():
         for baseline, reference in both.measured.items():
-            if name.startswith("fused") and not baseline.startswith("fused"):
+            if harness.is_ours(name) and not harness.is_ours(baseline):
                 speed, peak = own.speed_over(reference).median, own.peak_share_of(reference)
                 bar = wanted.get(baseline)
                 words = "" if bar is None else f"   bar in float32 on a CPU: {bar}"

@@ -186,7 +186,7 @@ def _fill_zero_layers(model: MimicMotionModel) -> None:
 
 
 def main(settings: Settings) -> int:
-    """Measure, print, write. Returns the exit status: 1 where a way was refused."""
+    """Measure, print, write. Returns the exit status: 1 where a fused way was refused."""
     device_type = settings.device
     if device_type == "auto":
         device_type = "cuda" if torch.cuda.is_available() else "cpu"
@@ -229,7 +229,7 @@ def main(settings: Settings) -> int:
     picture = settings.picture or settings.out / "step_cost.png"
     draw(results, f"One training step, measured: {words}\n{setting.device}, {setting.threads} thread(s)", picture)
     console.print(f"rows and picture: {settings.json or settings.out / 'step_cost.json'}, {picture}")
-    return int(bool(results.refused))
+    return int(bool(results.refused_of_ours))
 
 
 def print_bars(results: Results, console: Console, *, resident_bytes: int) -> None:

@@ -46,17 +46,18 @@ class Settings:
     frames: int = 72
     height: int = 576  # pixels
     width: int = 1024  # pixels
+    trains_dead: bool = False  # the parameters that one context token leaves without a gradient as well
     json: Path | None = None  # write one row per figure here
 
 
 def cost(way: Way, settings: Settings) -> Trace:
-    """Forward and backward of the UNet run this way, its dead parameters not trained; parts by kind of block."""
+    """Forward and backward of the UNet run this way; parts by kind of block."""
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     with FakeTensorMode():
         unet: Any = UNetSpatioTemporalConditionModel(num_attention_heads=(5, 10, 20, 20))
         for parameter in unet.parameters():
             parameter.data = parameter.data.to(dtype)
-        for name in mmkernels.dead_parameters(unet):
+        for name in () if settings.trains_dead else mmkernels.dead_parameters(unet):
             unet.get_parameter(name).requires_grad_(False)
         use(unet, way)
         B, F = settings.batch, settings.frames

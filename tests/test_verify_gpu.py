@@ -80,6 +80,10 @@ def test_limits_are_those_of_the_facts() -> None:
     both = limits.limits_ms("attn72/core", "both", limits.LEVEL_0, "bfloat16")
     assert round(both["H100"], 2) == 1.39
     assert limits.limits_ms("attn72/core", "both", limits.LEVEL_0, "float32") == {}
+    # 2 x 9 x 663,552 tokens x 320 x 320 operations forward, twice that backward, at 989e12 a second.
+    assert round(limits.limits_ms("group_norm_silu_conv 3x3", "both", limits.LEVEL_0, "bfloat16")["H100"], 2) == 3.71
+    # Products a token: twice 12 C^2 for feed-forwards, 4 C^2 + 2 F C for attention; backward 32, and 11 and 6.
+    assert round(limits.limits_ms("temporal_transformer_block", "both", limits.LEVEL_0, "bfloat16")["H100"], 2) == 14.40
     assert limits.limits_ms("train_step", "step", {}, "bfloat16") == {}
     with pytest.raises(KeyError, match="backwards"):
         limits.limits_ms("attn72/core", "backwards", limits.LEVEL_0, "bfloat16")
