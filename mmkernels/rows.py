@@ -1,6 +1,6 @@
 """Parts of operations that walk over chunks of token rows and write their own backward: rows are (R, C), C contiguous.
 
-Norms are taken at least in float32, and gradients of parameters are summed over the chunks there, in their order.
+Gradients of parameters are summed over the chunks at least in float32, in their order.
 """
 
 from __future__ import annotations
@@ -45,22 +45,6 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.addmm_(left.t(), right)
     else:
         total.add_(left.t() @ right)
-
-
-class LayerNormRows:
-    """h = (x - mean) * rstd * weight + bias over the channels of rows (R, C), and its gradient, for a chunk."""
-
-    def __init__(self, rows: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
-        dtype = wide_dtype(rows.dtype)
-        self._rows, self._affine = rows.to(dtype), (weight.to(dtype), bias.to(dtype))
-        self.output, self._mean, self._rstd = torch.native_layer_norm(self._rows, weight.shape, *self._affine, eps)
-
-    def backward(self, dh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """dx (R, C), dweight and dbias (C), all wide, for dh (R, C) of any dtype."""
-        dh = dh.to(self._rows.dtype)
-        return torch.ops.aten.native_layer_norm_backward(
-            dh, self._rows, [dh.shape[-1]], self._mean, self._rstd, *self._affine, [True, True, True]
-        )
 
 
 class ParameterSums:

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
 
-from mmkernels.rows import LayerNormRows, ParameterSums, chunks, default_chunk, rows_of, wide_dtype
+from mmkernels.kernels.layer_norm import add_residual_into, layer_norm_backward_into, layer_norm_into
+from mmkernels.rows import add_product, chunks, default_chunk, rows_of, wide_dtype
 
 Backend = Literal["torch", "xformers", "flash-attn"]
 BACKENDS = ("torch", "xformers", "flash-attn")
@@ -106,16 +107,25 @@ def _forward(
     num_heads: int, eps: float, chunk_frames: int, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     y, o, logsumexp = _outputs(x, qkv_weight, num_heads)
+    norm_weight, norm_bias, out_bias = (vector.to(wide_dtype(x.dtype)) for vector in (norm_weight, norm_bias, out_bias))
     for chunk in chunks(x, chunk_frames):
         part = x[chunk]
-        h = LayerNormRows(rows_of(part), norm_weight, norm_bias, eps).output.to(qkv_weight.dtype)
-        qkv = (h @ qkv_weight.t()).view(*part.shape[:2], -1)  # (r, P, 3 * N * D)
-        q, k, v = _heads(qkv, 3, num_heads)
+        h, _, _ = _norm(part, norm_weight, norm_bias, eps, qkv_weight.dtype)
+        q, k, v = _heads((h @ qkv_weight.t()).view(*part.shape[:2], -1), 3, num_heads)
         attended, logsumexp[chunk] = _attend(q, k, v, backend)
         o[chunk] = attended.flatten(2)
-        projected = torch.addmm(out_bias, rows_of(o[chunk]), out_weight.t())
-        torch.add(part, projected.view_as(part), out=y[chunk])
+        inner = torch.mm(rows_of(o[chunk]), out_weight.t(), out=h)
+        add_residual_into(part, None, inner, out_bias, y[chunk])
     return y, o, logsumexp
+
+
+def _norm(part: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """LayerNorm of a chunk (r, P, C) as rows (r * P, C) of `dtype`, with mean and rstd (r * P)."""
+    rows = part.shape[0] * part.shape[1]
+    h = torch.empty((rows, part.shape[2]), dtype=dtype, device=part.device)
+    mean, rstd = (torch.empty(rows, dtype=weight.dtype, device=part.device) for _ in range(2))
+    layer_norm_into(part, None, weight, bias, eps, h, mean, rstd)
+    return h, mean, rstd
 
 
 def _outputs(x: Tensor, qkv_weight: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -169,36 +179,36 @@ def _packed_gradient(
 def _backward(
     dy: Tensor, x: Tensor, o: Tensor, logsumexp: Tensor, norm_weight: Tensor, norm_bias: Tensor, qkv_weight: Tensor,
     out_weight: Tensor, num_heads: int, eps: float, chunk_frames: int, backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x, qkv_weight, out_weight, and the (3, C) of norm_weight, norm_bias and out_bias.
+
+    Those of parameters are at least float32; autograd rounds them to the dtype of the parameter.
+    """
+    wide = wide_dtype(x.dtype)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    sums = ParameterSums(norm_weight, norm_bias, qkv_weight, out_weight, out_weight[:, 0])
+    norm_weight, norm_bias = norm_weight.to(wide), norm_bias.to(wide)
+    qkv_sum, out_sum = (torch.zeros_like(w, dtype=wide_dtype(w.dtype)) for w in (qkv_weight, out_weight))
+    vector_sums = torch.zeros((3, x.shape[2]), dtype=wide, device=x.device)
     for chunk in chunks(x, chunk_frames):
         part, o_part = x[chunk], o[chunk]
-        norm = LayerNormRows(rows_of(part), norm_weight, norm_bias, eps)
-        h = norm.output.to(qkv_weight.dtype)
-        dy_rows = rows_of(dy[chunk])
-        dout = dy_rows.to(out_weight.dtype)
+        h, mean, rstd = _norm(part, norm_weight, norm_bias, eps, qkv_weight.dtype)
+        dout = rows_of(dy[chunk]).to(out_weight.dtype)
         packed = _packed_gradient(h, dout, o_part, logsumexp[chunk], qkv_weight, out_weight, num_heads, backend)
-        sums.add_product(2, packed, h)
-        sums.add_product(3, dout, rows_of(o_part))
-        sums.add_rows(4, dout)
-        dnormed, dweight, dbias = norm.backward(packed @ qkv_weight)
-        sums.add(0, dweight)
-        sums.add(1, dbias)
-        dx[chunk] = dnormed.add_(dy_rows).view_as(part)
-    dnorm_weight, dnorm_bias, dqkv_weight, dout_weight, dout_bias = sums.gradients()
-    return dx, dnorm_weight, dnorm_bias, dqkv_weight, dout_weight, dout_bias
+        add_product(qkv_sum, packed, h)
+        add_product(out_sum, dout, rows_of(o_part))
+        dh = torch.mm(packed, qkv_weight, out=h)
+        vector_sums += layer_norm_backward_into(dh, part, None, norm_weight, mean, rstd, dy[chunk], dx[chunk])
+    return dx, qkv_sum, out_sum, vector_sums
 
 
 @_backward.register_fake
 def _backward_fake(
     dy: Tensor, x: Tensor, o: Tensor, logsumexp: Tensor, norm_weight: Tensor, norm_bias: Tensor, qkv_weight: Tensor,
     out_weight: Tensor, num_heads: int, eps: float, chunk_frames: int, backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    empty = torch.empty_like
-    out_bias = torch.empty(out_weight.shape[:1], dtype=out_weight.dtype, device=x.device)
-    return dx, empty(norm_weight), empty(norm_bias), empty(qkv_weight), empty(out_weight), out_bias
+    dqkv, dout = (torch.empty_like(w, dtype=wide_dtype(w.dtype)) for w in (qkv_weight, out_weight))
+    return dx, dqkv, dout, x.new_empty((3, x.shape[2]), dtype=wide_dtype(x.dtype))
 
 
 @register_flop_formula(torch.ops.mmkernels.spatial_attention_backward)
@@ -224,7 +234,9 @@ def _save(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor, Tensor]
 def _differentiate(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 10
-    return *_backward(dy, *ctx.saved_tensors, *ctx.settings), None, None, None, None
+    dx, dqkv, dout, vectors = _backward(dy, *ctx.saved_tensors, *ctx.settings)
+    dnorm_weight, dnorm_bias, dout_bias = vectors.unbind()
+    return dx, dnorm_weight, dnorm_bias, dqkv, dout, dout_bias, None, None, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
