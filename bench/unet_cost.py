@@ -69,7 +69,7 @@ def cost(way: Way, settings: Settings) -> Trace:
                 output = unet(sample, torch.empty(B), context, time_ids, return_dict=False)[0]
             output.float().square().mean().backward()
 
-        return trace(step, unet.parameters(), blocks_by_kind(unet))
+        return trace(step, unet.parameters(), parts=blocks_by_kind(unet))
 
 
 def blocks_by_kind(unet: nn.Module) -> dict[str, list[nn.Module]]:

@@ -106,7 +106,7 @@ def test_parts_are_counted_by_hand(tensors):
     first, second = nn.Linear(256, 256, bias=False), nn.Sequential(nn.Linear(256, 256, bias=False), nn.SiLU())
     parameters = [*first.parameters(), *second.parameters()]
     found = trace(
-        lambda: second(first(first(x))).sum().backward(), [x, *parameters], {"first": [first], "second": [second]}
+        lambda: second(first(first(x))).sum().backward(), [x, *parameters], parts={"first": [first], "second": [second]}
     )
     product = 2 * 16 * 256 * 256
     assert (found.parts["first"].kept_bytes, found.parts["first"].forward_flops) == (2 * 16 * KIB, 2 * product)

@@ -236,7 +236,7 @@ class Offload:
                 return tensor
             if storage.nbytes() < self._least_bytes:
                 return tensor
-            ticket = self._ticket(storage)
+            ticket = self._ticket(tensor, storage)
             ticket.num_users += 1
             return Moved(
                 ticket=ticket, dtype=tensor.dtype, size=tensor.size(), stride=tensor.stride(),
@@ -246,12 +246,13 @@ class Offload:
         with torch.autograd.graph.saved_tensors_hooks(pack, self._unpack):
             yield
 
-    def _ticket(self, storage: torch.UntypedStorage) -> Ticket:
+    def _ticket(self, tensor: Tensor, storage: torch.UntypedStorage) -> Ticket:
         ref, known = self._tickets.get(storage._cdata, (None, None))
         ticket = known() if known is not None and ref is not None and not ref.expired() else None
         if ticket is None:
-            block = torch.empty(0, dtype=torch.uint8, device=self._torch_device).set_(storage)
-            ticket = self.mover.move_out(block, storage.nbytes())
+            # Views, since FakeTensorMode keeps every storage that is handed to an operator, as set_ would.
+            whole = tensor.detach().as_strided((storage.nbytes() // tensor.element_size(),), (1,), 0)
+            ticket = self.mover.move_out(whole.view(torch.uint8), whole.nbytes)
             self._tickets[storage._cdata] = (StorageWeakRef(storage), weakref.ref(ticket))
         return ticket
 
@@ -259,5 +260,4 @@ class Offload:
         if isinstance(saved, Tensor):
             return saved
         block = self.mover.ask(saved.ticket)
-        empty = torch.empty(0, dtype=saved.dtype, device=self._torch_device)
-        return empty.set_(block.untyped_storage(), saved.offset, saved.size, saved.stride)
+        return block.view(saved.dtype).as_strided(saved.size, saved.stride, saved.offset)

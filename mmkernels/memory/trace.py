@@ -18,11 +18,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import flop_counter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mmkernels.memory.caching_allocator import CachingAllocator, allocated_bytes
+from mmkernels.memory.clock import Clock
+from mmkernels.memory.operator_cost import OperatorCosts, moved_bytes
+from mmkernels.memory.phases import Phase, Phases, is_in_backward
+from mmkernels.memory.units import current_unit
 
 
 @dataclass(kw_only=True)
@@ -45,6 +48,9 @@ class Trace:
     end_bytes: bytes alive after the step, `resident_bytes` included; gradients that stay are among them.
     flops: floating point operations of the matrix products, convolutions and attention, backward included.
     parts: what the forward of the modules named to `trace` cost, by their name there.
+    phases: the forward and backward of the blocks named to `trace`, and what lies between, in the order they ran.
+    saved_by_unit: bytes of the storages that autograd holds when backward begins and the step allocated, by the unit
+        (mmkernels.memory.units) that saved them first; "" outside of any.
     """
 
     peak_bytes: int
@@ -54,6 +60,8 @@ class Trace:
     end_bytes: int
     flops: int
     parts: Mapping[str, Part] = field(default_factory=dict)
+    phases: tuple[Phase, ...] = ()
+    saved_by_unit: Mapping[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         gib = 2**30
@@ -68,7 +76,11 @@ class Trace:
 def trace(
     step: Callable[[], object],
     resident: Iterable[torch.Tensor] = (),
+    *,
     parts: Mapping[str, Iterable[nn.Module]] | None = None,
+    clock: Clock | None = None,
+    blocks: Mapping[str, nn.Module] | None = None,
+    by_unit: bool = False,
 ) -> Trace:
     """Run `step` once and return what it costs.
 
@@ -77,16 +89,23 @@ def trace(
     resident: tensors alive before the step that count into the peak: parameters, optimizer states, the batch.
         Tensors that the step uses and that are not named here count nothing.
     parts: modules that stand beside each other, by a name for each group, whose forward is to be counted apart.
+    clock: advanced by each operator, one after the other; what it shows afterwards is the caller's to read.
+    blocks: modules whose forward and backward become `Trace.phases`.
+    by_unit: whether to count `Trace.saved_by_unit`. What other hooks of autograd take, as the offload's, is not in it.
     """
-    follower = _StorageFollower(resident)
+    follower = _StorageFollower(resident, clock)
     resident_bytes = follower.live_bytes
     found = {name: Part() for name in parts or {}}
     with ExitStack() as hooks:
         for name, modules in (parts or {}).items():
             for module in modules:
                 follower.count_forward(module, found[name], hooks)
+        follower.phases.watch(blocks or {}, hooks)
+        if by_unit:
+            hooks.enter_context(torch.autograd.graph.saved_tensors_hooks(follower.note_saved, lambda saved: saved))
         with follower:
             result = step()
+    follower.phases.finish()
     end_bytes = follower.live_bytes
     del result  # alive until end_bytes is read: what a step returns is still allocated after it
     return Trace(
@@ -97,25 +116,35 @@ def trace(
         end_bytes=end_bytes,
         flops=follower.flops,
         parts=found,
+        phases=tuple(follower.phases.done) if blocks else (),
+        saved_by_unit=follower.saved_by_unit,
     )
 
 
 class _StorageFollower(TorchDispatchMode):
-    """Counts the bytes of live storages and the FLOPs of the operators dispatched under it."""
+    """Counts the bytes of live storages, the FLOPs and the time of the operators dispatched under it."""
 
-    def __init__(self, resident: Iterable[torch.Tensor]) -> None:
+    def __init__(self, resident: Iterable[torch.Tensor], clock: Clock | None) -> None:
         super().__init__()
         self.live_bytes = 0
         self.peak_bytes = 0
         self.bytes_at_backward = 0
         self.flops = 0
+        self.saved_by_unit: dict[str, int] = {}
         self.allocator = CachingAllocator()
+        self.phases = Phases(self._read)
+        self._clock = clock
+        self._costs = OperatorCosts()
         self._has_begun_backward = False
         # Keyed by the address of the storage; the weak reference's callback removes the key before it is reused.
-        self._seen: dict[int, weakref.ref] = {}
-        self._formulas = dict(flop_counter.flop_registry) | _missing_formulas()
+        self._seen: dict[int, tuple[weakref.ref, int]] = {}  # and the bytes that it counts
+        self._saved: dict[int, tuple[str, int]] = {}  # unit and bytes of what autograd holds, by the same key
         for tensor in resident:
             self._see(tensor, is_counted=True)
+        self._resident = set(self._seen)
+
+    def _read(self) -> tuple[int, float, int]:
+        return self.flops, 0.0 if self._clock is None else self._clock.record("compute"), self.live_bytes
 
     def count_forward(self, module: nn.Module, part: Part, hooks: ExitStack) -> None:
         """Add what each forward of `module` leaves alive and computes to `part`, until `hooks` is closed."""
@@ -131,19 +160,32 @@ class _StorageFollower(TorchDispatchMode):
         hooks.callback(module.register_forward_pre_hook(before).remove)
         hooks.callback(module.register_forward_hook(after).remove)
 
+    def note_saved(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What autograd saves, as a hook of it: the storage belongs to the unit that saved it first."""
+        if not is_in_backward() and tensor.layout == torch.strided:
+            key = tensor.untyped_storage()._cdata
+            _, num_bytes = self._seen.get(key, (None, 0))
+            if num_bytes and key not in self._resident:
+                self._saved.setdefault(key, (current_unit(), num_bytes))
+        return tensor.detach()  # the tensor itself would hold its own graph alive
+
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if not self._has_begun_backward and torch._C._current_graph_task_id() != -1:
+        if not self._has_begun_backward and is_in_backward():
             self._has_begun_backward = True
             self.bytes_at_backward = self.live_bytes
+            for unit, num_bytes in self._saved.values():
+                self.saved_by_unit[unit] = self.saved_by_unit.get(unit, 0) + num_bytes
+        self.phases.before_operator()
         # A view of a tensor made outside must not pass for an allocation of the step.
         for leaf in tree_leaves((args, kwargs)):
             if isinstance(leaf, torch.Tensor):
                 self._see(leaf, is_counted=False)
         out = func(*args, **kwargs)
-        formula = self._formulas.get(func._overloadpacket)
-        if formula is not None:
-            self.flops += formula(*args, **kwargs, out_val=out)
+        flops = self._costs.flops(func, args, kwargs, out)
+        self.flops += flops
+        if self._clock is not None:
+            self._clock.compute(flops, moved_bytes(func, args, kwargs, out))
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
                 self._see(leaf, is_counted=True)
@@ -158,30 +200,15 @@ class _StorageFollower(TorchDispatchMode):
             return
         num_bytes = allocated_bytes(storage.nbytes()) if is_counted else 0
         address = self.allocator.allocate(num_bytes) if num_bytes else None
-        self._seen[key] = weakref.ref(storage, lambda _: self._forget(key, num_bytes, address))
+        self._seen[key] = weakref.ref(storage, lambda _: self._forget(key, num_bytes, address)), num_bytes
         self.live_bytes += num_bytes
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        self.phases.see_live_bytes(self.live_bytes)
 
     def _forget(self, key: int, num_bytes: int, address: int | None) -> None:
         del self._seen[key]
+        self._resident.discard(key)
+        self._saved.pop(key, None)
         if address is not None:
             self.allocator.free(address)
         self.live_bytes -= num_bytes
-
-
-def _missing_formulas() -> dict[Any, Callable[..., int]]:
-    """FLOP formulas of operators that torch dispatches on a CPU and has none for."""
-    aten = torch.ops.aten
-
-    def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> int:
-        return flop_counter.sdpa_flop_count(query.shape, key.shape, value.shape)
-
-    def attention_backward(
-        grad_out: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
-    ) -> int:
-        return flop_counter.sdpa_backward_flop_count(grad_out.shape, query.shape, key.shape, value.shape)
-
-    return {
-        aten._scaled_dot_product_flash_attention_for_cpu: attention,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
-    }
