@@ -1,0 +1,90 @@
+"""What each choice of a plan costs and saves: the data that a plan is solved on, in bytes, seconds and FLOPs. Modelled.
+
+The step is a line of phases. With every unit at "recompute" it peaks at `peak_bytes` in a phase; what the choices add
+to that peak is taken to be a sum over the blocks that have run before it (what they hold) and the phase's own block.
+`mmkernels.planning.profiling` takes a profile from traces of the step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnitCost:
+    """What a unit saves, and what "keep" adds to it and spares backward. keep_bytes: 0 where there is no "keep"."""
+
+    name: str  # "<block>/<operation>"
+    saved_bytes: int
+    keep_bytes: int = 0
+    keep_spares_s: float = 0.0
+    keep_spares_flops: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockCost:
+    """The units of a block, and what it costs to run it whole again. input_bytes: None where that is not possible."""
+
+    name: str
+    units: tuple[UnitCost, ...]
+    input_bytes: int | None = None  # all that it saves then
+    again_s: float = 0.0
+    again_flops: int = 0
+
+    @property
+    def saved_bytes(self) -> int:
+        """With every unit at "recompute"."""
+        return sum(unit.saved_bytes for unit in self.units)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseCost:
+    """A stretch of the step.
+
+    block: index of the block whose phase it is, None between blocks.
+    num_before: how many blocks hold what they have saved for backward; those with the lowest indices, without `block`.
+    gradient_bytes: of the peak; they are not there where weights are updated inside backward.
+    away_share: of the bytes that earlier blocks move, the part that is off the device; the rest is in use, as skips.
+    own_keep_share, own_move_share: of what the phase's own block keeps more, or moves, the part that is there, or is
+        not there, at its peak.
+    own_again_bytes: what the peak grows by where the phase's own block is run whole again.
+    """
+
+    name: str
+    direction: Literal["forward", "backward"]
+    seconds: float
+    peak_bytes: int
+    num_before: int
+    block: int | None = None
+    gradient_bytes: int = 0
+    away_share: float = 1.0
+    own_keep_share: float = 1.0
+    own_move_share: float = 0.0
+    own_again_bytes: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerCost:
+    """Of the update of the weights.
+
+    moments_bytes: what could lie on the host instead. update_s: seconds of the update on the device. host_s: seconds
+    more, for gradients and weights on the link, where the moments lie on the host; 0 where they may not.
+    can_be_in_backward: whether each weight may be updated as soon as its gradient is there.
+    """
+
+    moments_bytes: int = 0
+    update_s: float = 0.0
+    host_s: float = 0.0
+    can_be_in_backward: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """Blocks in the order of forward, phases in the order they run, the whole step at "recompute"."""
+
+    blocks: tuple[BlockCost, ...]
+    phases: tuple[PhaseCost, ...]
+    flops: int = 0
+    optimizer: OptimizerCost = OptimizerCost()
+    largest_bytes: int = 0  # of the tensors that can be moved: a smaller window holds none of them
