@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,11 +13,13 @@ from diffusers.models.transformers.transformer_temporal import TransformerSpatio
 from diffusers.models.unets.unet_3d_blocks import CrossAttnUpBlockSpatioTemporal, UpBlockSpatioTemporal
 from torch import nn
 
-from mmkernels.blocks.drop_in import CheckpointedBlock, DropIn, FusedBlock
+from mmkernels.blocks.drop_in import PLAIN, CheckpointedBlock, DropIn, FusedBlock
 from mmkernels.blocks.resnet import FusedResBlock
 from mmkernels.blocks.transformer import FusedTransformer
 from mmkernels.blocks.up_block import FusedUpBlock
+from mmkernels.memory.units import REST, Choice
 from mmkernels.ops.temporal_attention import why_unsupported
+from mmkernels.planning.choices import Plan
 
 PLANS = ("fused", "checkpoint")
 _FUSED: dict[type[nn.Module], type[FusedBlock]] = {
@@ -25,6 +28,7 @@ _FUSED: dict[type[nn.Module], type[FusedBlock]] = {
     CrossAttnUpBlockSpatioTemporal: FusedUpBlock,  # an up block only calls the others: it reads skips by the side
     UpBlockSpatioTemporal: FusedUpBlock,
 }
+_STAGES = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
 _CHECKPOINTED = (SpatioTemporalResBlock, TransformerSpatioTemporalModel)
 
 
@@ -51,17 +55,20 @@ class Report:
         return "\n".join(lines)
 
 
-def replace(unet: nn.Module, plan: str = "fused") -> Callable[[], None]:
+def replace(unet: nn.Module, plan: str | Plan = "fused") -> Callable[[], None]:
     """Swap the blocks of `unet` in place by a plan and return undo(), which puts the very same objects back.
 
     "fused": every block that is exactly the known one runs on fused operations and segments; any other stays as it is,
     and `report` says why. "checkpoint": every SpatioTemporalResBlock and TransformerSpatioTemporalModel runs whole
-    under torch.utils.checkpoint. Parameters, buffers and state_dict are shared and unchanged both ways. A second
-    undo() does nothing. A deep copy of a replaced UNet is replaced as well, and this undo() does not reach it.
+    under torch.utils.checkpoint. A Plan: as "fused", with each unit as the plan has it.
 
-    Raises ValueError for an unknown plan, a UNet without such blocks, and one that is replaced already.
+    Parameters, buffers and state_dict are shared and unchanged both ways. A second undo() does nothing. A deep copy of
+    a replaced UNet is replaced as well, and this undo() does not reach it.
+
+    Raises ValueError for an unknown plan, a UNet without such blocks, one that is replaced already, and where a Plan
+    names a block or unit that this UNet does not have or cannot run so.
     """
-    if plan not in PLANS:
+    if isinstance(plan, str) and plan not in PLANS:
         raise ValueError(f"plan is {plan!r}, wanted one of {', '.join(PLANS)}")
     blocks = list(_blocks(unet))
     if not blocks:
@@ -71,16 +78,53 @@ def replace(unet: nn.Module, plan: str = "fused") -> Callable[[], None]:
         )
     if any(isinstance(block, DropIn) for *_, block in blocks):
         raise ValueError("the UNet is replaced already; call the undo() of the first replace() before a second one")
-    swaps = []
-    for _, owner, parent, child_name, block in blocks:
+    swaps, fused = [], {}
+    for name, owner, parent, child_name, block in blocks:
         if plan == "checkpoint":
             if isinstance(block, _CHECKPOINTED):
                 swaps.append((parent, child_name, CheckpointedBlock(block)))
         elif _why_not(block, owner) is None:
-            swaps.append((parent, child_name, _fused_kind(block)(block)))
+            fused[name] = _fused_kind(block)(block)
+            swaps.append((parent, child_name, fused[name]))
+    _follow(unet, fused, Plan() if isinstance(plan, str) else plan)
     for parent, child_name, drop_in in swaps:
         parent._modules[child_name] = drop_in
     return _undo_of(swaps)
+
+
+def _follow(unet: nn.Module, fused: Mapping[str, FusedBlock], plan: Plan) -> None:
+    """Tell every fused block its name and its part of the plan."""
+    blocks = list(_blocks(unet))
+    plain = {name: _why_not(block, owner) or "" for name, owner, _, _, block in blocks if name not in fused}
+    plan.check(_units(fused), plain)
+    if plan.moves:
+        raise ValueError("the plan moves units to the host, which replace() cannot do yet; give one that moves none")
+    for name, block in fused.items():
+        block.follow(name, plan.choices_of(name), is_recomputed=name in plan.recomputed_blocks)
+
+
+def plan_units(unet: nn.Module) -> dict[str, dict[str, tuple[Choice, ...]]]:
+    """The choices that a plan has for each unit of each block of a replaced UNet, in the order they run.
+
+    "input" is the unit of a block that is run whole again, and stands instead of its others. What is saved outside of
+    fused blocks is "rest" of the block "unet"; its "recompute" means that it is kept.
+    """
+    return _units({name: block for name, *_, block in _blocks(unet) if isinstance(block, FusedBlock)})
+
+
+def _units(fused: Mapping[str, FusedBlock]) -> dict[str, dict[str, tuple[Choice, ...]]]:
+    units = {name: fused[name].units() for name in sorted(fused, key=_place)}
+    rest_block, rest_unit = REST.split("/")
+    return {name: choices for name, choices in units.items() if choices} | {rest_block: {rest_unit: PLAIN}}
+
+
+def _place(name: str) -> tuple[int, int, int, int]:
+    """Where a block such as down_blocks.0.attentions.1 runs in a UNet: an up block itself, its upsampler, runs last."""
+    stage, *rest = name.split(".")
+    numbers = [int(part) for part in rest if part.isdigit()]
+    first = numbers.pop(0) if numbers and stage != "mid_block" else 0
+    index = numbers[0] if numbers else sys.maxsize
+    return _STAGES.get(stage, len(_STAGES)), first, index, int("attentions" in rest)
 
 
 def _undo_of(swaps: list[tuple[nn.Module, str, DropIn]]) -> Callable[[], None]:

@@ -15,7 +15,7 @@ CONTEXT_CHANNELS = 24
 Gradients = dict[str, Tensor]
 
 
-def small_unet(num_attention_heads: tuple[int, int] = (2, 8)) -> UNetSpatioTemporalConditionModel:
+def small_unet(num_attention_heads: tuple[int, int] = (2, 8), num_layers: int = 1) -> UNetSpatioTemporalConditionModel:
     """Two levels of 64 and 128 channels, at least two channels a group: a bias before a norm of one has no gradient."""
     torch.manual_seed(0)
     return UNetSpatioTemporalConditionModel(
@@ -26,6 +26,7 @@ def small_unet(num_attention_heads: tuple[int, int] = (2, 8)) -> UNetSpatioTempo
         num_attention_heads=num_attention_heads,
         cross_attention_dim=CONTEXT_CHANNELS,
         layers_per_block=1,
+        transformer_layers_per_block=num_layers,
         addition_time_embed_dim=16,
         projection_class_embeddings_input_dim=48,
     )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from mmkernels.blocks.segment import segment
+from mmkernels.memory.units import WHOLE, Choice, unit
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -31,11 +34,40 @@ class DropIn(nn.Module):
         return self._original[0]
 
 
+PLAIN: tuple[Choice, ...] = ("recompute", "move")  # the choices of a unit that has nothing more to keep
+
+
 class FusedBlock(DropIn):
-    """A drop-in that computes only for blocks which `why_not` finds to be exactly the known kind."""
+    """A drop-in that computes only for blocks which `why_not` finds to be exactly the known kind.
+
+    name: dotted, within the UNet; its units are named below it. choices: for its units, "recompute" where not named.
+    is_recomputed: its only unit is `WHOLE`; nothing but its inputs is saved and it runs whole again in backward.
+    """
 
     how = "fused"
     why_not: ClassVar[Callable[[Any], str | None]]
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__(original)
+        self.name = ""
+        self.choices: Mapping[str, Choice] = {}
+        self.is_recomputed = False
+
+    def units(self) -> dict[str, tuple[Choice, ...]]:
+        """Its units in the order they run, with the choices that each can have; `WHOLE`, if it has it, is the last."""
+        raise NotImplementedError
+
+    def follow(self, name: str, choices: Mapping[str, Choice], *, is_recomputed: bool) -> None:
+        """Take a name in the UNet and what a plan has for this block, which has been checked."""
+        self.name, self.choices, self.is_recomputed = name, dict(choices), is_recomputed
+
+    def run(self, function: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
+        """function(*inputs) inside the block's unit, and whole a second time in backward where the plan says so."""
+        with unit(self.name):
+            if not self.is_recomputed:
+                return function(*inputs)
+            with unit(WHOLE):
+                return segment(function, *inputs)
 
     @classmethod
     def from_module(cls, original: nn.Module) -> Self:

@@ -12,8 +12,9 @@ from diffusers.models.resnet import AlphaBlender, ResnetBlock2D, TemporalResnetB
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mmkernels.blocks.drop_in import FusedBlock
+from mmkernels.blocks.drop_in import PLAIN, FusedBlock
 from mmkernels.blocks.exactness import why_not_resnet
+from mmkernels.memory.units import WHOLE, Choice, unit
 from mmkernels.ops.blend import blend
 from mmkernels.ops.group_norm_silu_conv import group_norm_silu_conv
 
@@ -25,6 +26,11 @@ class FusedResBlock(FusedBlock):
     spatial_res_block: ResnetBlock2D
     temporal_res_block: TemporalResnetBlock
     time_mixer: AlphaBlender
+
+    def units(self) -> dict[str, tuple[Choice, ...]]:
+        """One for each convolution, and the mixing of both halves."""
+        names = ("spatial_first", "spatial_second", "temporal_first", "temporal_second", "blend", WHOLE)
+        return dict.fromkeys(names, PLAIN)
 
     def forward(
         self,
@@ -40,14 +46,20 @@ class FusedResBlock(FusedBlock):
         self.check_unchanged()
         if image_only_indicator is None:
             raise ValueError("image_only_indicator is None, wanted (B, F): its last axis is the number of frames")
+        return self.run(self._compute, hidden_states, skip, temb, image_only_indicator)
+
+    def _compute(
+        self, hidden_states: Tensor, skip: Tensor | None, temb: Tensor | None, image_only_indicator: Tensor
+    ) -> Tensor:
         spatial = _spatial(self.spatial_res_block, hidden_states, skip, temb)  # (B*F, H, W, C)
         BF, H, W, C = spatial.shape
         F = image_only_indicator.shape[-1]
         frames = spatial.view(BF // F, F, H * W, C)
         temporal = _temporal(self.temporal_res_block, frames, temb)
-        alpha = self.time_mixer.get_alpha(image_only_indicator, 3).flatten().expand(BF)
-        alpha = 1 - alpha if self.time_mixer.switch_spatial_to_temporal_mix else alpha
-        mixed = blend(spatial.view(BF, H * W, C), temporal.view(BF, H * W, C), alpha)
+        with unit("blend"):
+            alpha = self.time_mixer.get_alpha(image_only_indicator, 3).flatten().expand(BF)
+            alpha = 1 - alpha if self.time_mixer.switch_spatial_to_temporal_mix else alpha
+            mixed = blend(spatial.view(BF, H * W, C), temporal.view(BF, H * W, C), alpha)
         return mixed.view(BF, H, W, C).permute(0, 3, 1, 2)
 
 
@@ -57,22 +69,25 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def _spatial(block: ResnetBlock2D, hidden_states: Tensor, skip: Tensor | None, temb: Tensor | None) -> Tensor:
-    x, x2 = channels_last(hidden_states), None
-    if skip is not None:
-        dtype = torch.promote_types(hidden_states.dtype, skip.dtype)
-        x, x2 = x.to(dtype), channels_last(skip).to(dtype)
-    shift = _shift(block, temb)
-    hidden = _norm_silu_conv(block.norm1, block.conv1, x, x2=x2, shift=None if shift is None else shift[:, None])
-    return _norm_silu_conv(block.norm2, block.conv2, hidden, residual=_shortcut(block.conv_shortcut, x, x2))
+    with unit("spatial_first"):
+        x, x2 = channels_last(hidden_states), None
+        if skip is not None:
+            dtype = torch.promote_types(hidden_states.dtype, skip.dtype)
+            x, x2 = x.to(dtype), channels_last(skip).to(dtype)
+        shift = _shift(block, temb)
+        hidden = _norm_silu_conv(block.norm1, block.conv1, x, x2=x2, shift=None if shift is None else shift[:, None])
+    with unit("spatial_second"):
+        return _norm_silu_conv(block.norm2, block.conv2, hidden, residual=_shortcut(block.conv_shortcut, x, x2))
 
 
 def _temporal(block: TemporalResnetBlock, x: Tensor, temb: Tensor | None) -> Tensor:
     """The block over frames on x (B, F, P, C), temb (B*F, C_time): its 3x1x1 convolutions are 3x1 over (F, P)."""
-    shift = _shift(block, temb)
-    hidden = _norm_silu_conv(
-        block.norm1, block.conv1, x, shift=None if shift is None else shift.unflatten(0, x.shape[:2])
-    )
-    return _norm_silu_conv(block.norm2, block.conv2, hidden, residual=x)
+    with unit("temporal_first"):
+        shift = _shift(block, temb)
+        shift = None if shift is None else shift.unflatten(0, x.shape[:2])
+        hidden = _norm_silu_conv(block.norm1, block.conv1, x, shift=shift)
+    with unit("temporal_second"):
+        return _norm_silu_conv(block.norm2, block.conv2, hidden, residual=x)
 
 
 def _norm_silu_conv(

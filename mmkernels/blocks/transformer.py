@@ -13,6 +13,9 @@ That is eight, and the logsumexp of the attention over pixels. A context of seve
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import torch
 from diffusers.models.resnet import AlphaBlender
 from diffusers.models.transformers.transformer_temporal import (
@@ -21,14 +24,24 @@ from diffusers.models.transformers.transformer_temporal import (
 from torch import Tensor, nn
 
 from mmkernels.blocks.cross_attention import Block, attend_context, one_token_value
-from mmkernels.blocks.drop_in import FusedBlock
+from mmkernels.blocks.drop_in import PLAIN, FusedBlock
 from mmkernels.blocks.exactness import why_not_transformer
 from mmkernels.blocks.segment import segment
 from mmkernels.blocks.temporal_attention import temporal_attention_block
+from mmkernels.memory.units import WHOLE, Choice, unit
 from mmkernels.ops.blend_projection import blend_projection
 from mmkernels.ops.geglu_feed_forward import geglu_feed_forward
 from mmkernels.ops.group_norm_projection import group_norm_projection
 from mmkernels.ops.spatial_attention import spatial_attention
+
+_KEEPS: tuple[Choice, ...] = ("keep", *PLAIN)
+_LAYER: Mapping[str, tuple[Choice, ...]] = {  # the units of one layer
+    "spatial_attention": PLAIN,
+    "spatial_feed_forward": _KEEPS,
+    "feed_forward_in": _KEEPS,
+    "temporal_attention": _KEEPS,
+    "temporal_feed_forward": _KEEPS,
+}
 
 
 class FusedTransformer(FusedBlock):
@@ -44,6 +57,15 @@ class FusedTransformer(FusedBlock):
     time_mixer: AlphaBlender
     proj_out: nn.Linear
 
+    def units(self) -> dict[str, tuple[Choice, ...]]:
+        """One for each operation; a feed-forward can keep its up-projection, attention over frames its q, k, v."""
+        layers = {
+            f"{_prefix(index)}{name}": choices
+            for index in range(len(self.transformer_blocks))
+            for name, choices in _LAYER.items()
+        }
+        return {"norm_projection": PLAIN, **layers, "blend_projection": PLAIN, WHOLE: PLAIN}
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -55,28 +77,38 @@ class FusedTransformer(FusedBlock):
         self.check_unchanged()
         if encoder_hidden_states is None or image_only_indicator is None:
             raise ValueError("encoder_hidden_states or image_only_indicator is None, wanted (B*F, T, C) and (B, F)")
+        output = self.run(self._compute, hidden_states, encoder_hidden_states, image_only_indicator)
+        return TransformerTemporalModelOutput(sample=output) if return_dict else (output,)
+
+    def _compute(self, hidden_states: Tensor, context: Tensor, image_only_indicator: Tensor) -> Tensor:
         BF, _, H, W = hidden_states.shape
         F = image_only_indicator.shape[-1]
-        context = encoder_hidden_states
         # Every frame attends over time with the context of its clip's first frame.
         first_context = context.reshape(BF // F, F, *context.shape[1:])[:, 0]  # (B, T, C_context)
         x = hidden_states.permute(0, 2, 3, 1).flatten(1, 2)  # (B*F, P, C), a view
-        weight, bias = _linear(self.proj_in, x)
-        tokens = group_norm_projection(
-            x, self.norm.weight, self.norm.bias, weight, bias, self.norm.num_groups, eps=self.norm.eps
-        )
-        frame_embedding = self._embed_frames(BF // F, F, hidden_states)  # (B*F, 1, C)
-        alpha = self._alpha(image_only_indicator)  # (B*F)
+        with unit("norm_projection"):
+            weight, bias = _linear(self.proj_in, x)
+            tokens = group_norm_projection(
+                x, self.norm.weight, self.norm.bias, weight, bias, self.norm.num_groups, eps=self.norm.eps
+            )
+            frame_embedding = self._embed_frames(BF // F, F, hidden_states)  # (B*F, 1, C)
+            alpha = self._alpha(image_only_indicator)  # (B*F)
         streams = None
-        for spatial, temporal in zip(self.transformer_blocks, self.temporal_transformer_blocks, strict=True):
+        layers = zip(self.transformer_blocks, self.temporal_transformer_blocks, strict=True)
+        for index, (spatial, temporal) in enumerate(layers):
+            prefix = _prefix(index)
             if streams is not None:
-                tokens = segment(_blend, *streams, alpha)
-            tokens = _spatial(spatial, tokens, context)
-            streams = tokens, temporal_transformer_block(temporal, tokens, frame_embedding, first_context, F)
+                with unit(f"{prefix}spatial_attention"):
+                    tokens = segment(_blend, *streams, alpha)
+            tokens = _spatial(spatial, tokens, context, prefix, self.choices)
+            temporal_tokens = temporal_transformer_block(
+                temporal, tokens, frame_embedding, first_context, F, prefix=prefix, choices=self.choices
+            )
+            streams = tokens, temporal_tokens
         assert streams is not None
-        output = blend_projection(x, *streams, alpha, *_linear(self.proj_out, x))
-        output = output.unflatten(1, (H, W)).permute(0, 3, 1, 2)  # laid out as the input is
-        return TransformerTemporalModelOutput(sample=output) if return_dict else (output,)
+        with unit("blend_projection"):
+            output = blend_projection(x, *streams, alpha, *_linear(self.proj_out, x))
+        return output.unflatten(1, (H, W)).permute(0, 3, 1, 2)  # laid out as the input is
 
     def _embed_frames(self, B: int, F: int, like: Tensor) -> Tensor:
         sinusoid = self.time_proj(torch.arange(F, device=like.device))  # (F, C), always float32
@@ -88,46 +120,65 @@ class FusedTransformer(FusedBlock):
         return 1 - alpha if self.time_mixer.switch_spatial_to_temporal_mix else alpha
 
 
+def _prefix(layer: int) -> str:
+    """Of the units of a layer; nearly every UNet has one, whose units have none."""
+    return f"{layer}." if layer else ""
+
+
 def _blend(spatial: Tensor, temporal: Tensor, alpha: Tensor) -> Tensor:
     return torch.lerp(temporal, spatial, alpha.to(spatial.dtype)[:, None, None])
 
 
-def _spatial(block: Block, tokens: Tensor, context: Tensor) -> Tensor:
+def _spatial(block: Block, tokens: Tensor, context: Tensor, prefix: str, choices: Mapping[str, Choice]) -> Tensor:
     """The transformer block over pixels, tokens (B*F, P, C): attention, context, feed-forward."""
     norm, attention = block.norm1, block.attn1
-    tokens = spatial_attention(
-        tokens, norm.weight, norm.bias, *_projections(attention, tokens), attention.heads, eps=norm.eps
-    )
-    value = one_token_value(block, context)
-    if value is None:
-        tokens = attend_context(block, tokens, context)
-    return _feed_forward(block.norm3, block.ff, tokens, value)
+    with unit(f"{prefix}spatial_attention"):
+        tokens = spatial_attention(
+            tokens, norm.weight, norm.bias, *_projections(attention, tokens), attention.heads, eps=norm.eps
+        )
+    with unit(f"{prefix}spatial_feed_forward"):
+        value = one_token_value(block, context)
+        if value is None:
+            tokens = attend_context(block, tokens, context)
+        return _feed_forward(block.norm3, block.ff, tokens, value, choices.get(f"{prefix}spatial_feed_forward"))
 
 
 def temporal_transformer_block(
-    block: Block, tokens: Tensor, frame_embedding: Tensor, context: Tensor, F: int
-) -> Tensor:
-    """The transformer block over frames; tokens (B*F, P, C), frame_embedding (B*F, 1, C), context (B, T, C_context)."""
+    block: Block, tokens: Tensor, frame_embedding: Tensor, context: Tensor, F: int, *,
+    prefix: str = "", choices: Mapping[str, Choice] = MappingProxyType({}),
+) -> Tensor:  # fmt: skip
+    """The transformer block over frames; tokens (B*F, P, C), frame_embedding (B*F, 1, C), context (B, T, C_context).
+
+    prefix: of the names of its units. choices: for the units of the whole block.
+    """
     BF, P, C = tokens.shape
-    tokens = _feed_forward(block.norm_in, block.ff_in, tokens, frame_embedding).view(BF // F, F, P, C)
+    with unit(f"{prefix}feed_forward_in"):
+        choice = choices.get(f"{prefix}feed_forward_in")
+        tokens = _feed_forward(block.norm_in, block.ff_in, tokens, frame_embedding, choice).view(BF // F, F, P, C)
     norm, attention = block.norm1, block.attn1
-    tokens = temporal_attention_block(
-        tokens, norm.weight, norm.bias, *_projections(attention, tokens), attention.heads, eps=norm.eps
-    )
-    value = one_token_value(block, context)
-    if value is None:
-        # Queries do not see each other here, so the frames and pixels of a clip share one sequence.
-        tokens = attend_context(block, tokens.reshape(BF // F, F * P, C), context)
-    else:
-        value = value.repeat_interleave(F, 0)
-    return _feed_forward(block.norm3, block.ff, tokens.reshape(BF, P, C), value)
+    with unit(f"{prefix}temporal_attention"):
+        tokens = temporal_attention_block(
+            tokens, norm.weight, norm.bias, *_projections(attention, tokens), attention.heads, eps=norm.eps,
+            keep="qkv" if choices.get(f"{prefix}temporal_attention") == "keep" else "input",
+        )  # fmt: skip
+    with unit(f"{prefix}temporal_feed_forward"):
+        value = one_token_value(block, context)
+        if value is None:
+            # Queries do not see each other here, so the frames and pixels of a clip share one sequence.
+            tokens = attend_context(block, tokens.reshape(BF // F, F * P, C), context)
+        else:
+            value = value.repeat_interleave(F, 0)
+        tokens = tokens.reshape(BF, P, C)
+        return _feed_forward(block.norm3, block.ff, tokens, value, choices.get(f"{prefix}temporal_feed_forward"))
 
 
-def _feed_forward(norm: nn.LayerNorm, feed_forward: Block, tokens: Tensor, shift: Tensor | None) -> Tensor:
+def _feed_forward(
+    norm: nn.LayerNorm, feed_forward: Block, tokens: Tensor, shift: Tensor | None, choice: Choice | None
+) -> Tensor:
     """h + ff(norm(h)) with h = tokens + shift; tokens (B*F, P, C), shift (B*F, 1, C)."""
     up, down = _linear(feed_forward.net[0].proj, tokens), _linear(feed_forward.net[2], tokens)
-    shift = None if shift is None else shift.to(tokens.dtype)
-    return geglu_feed_forward(tokens, norm.weight, norm.bias, *up, *down, eps=norm.eps, shift=shift)
+    shift, keep = None if shift is None else shift.to(tokens.dtype), "up" if choice == "keep" else "input"
+    return geglu_feed_forward(tokens, norm.weight, norm.bias, *up, *down, eps=norm.eps, shift=shift, keep=keep)
 
 
 def _projections(attention: Block, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

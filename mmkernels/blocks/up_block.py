@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mmkernels.blocks.drop_in import FusedBlock
+from mmkernels.blocks.drop_in import PLAIN, FusedBlock
 from mmkernels.blocks.exactness import why_not_up_block
 from mmkernels.blocks.resnet import FusedResBlock
 from mmkernels.blocks.segment import segment
+from mmkernels.memory.units import Choice, unit
 
 
 class FusedUpBlock(FusedBlock):
@@ -28,6 +29,10 @@ class FusedUpBlock(FusedBlock):
         self.has_cross_attention = getattr(original, "has_cross_attention", False)  # the UNet asks for it
         if "upsamplers" not in self._modules:
             self.upsamplers = None
+
+    def units(self) -> dict[str, tuple[Choice, ...]]:
+        """The upsampler; the blocks inside have units of their own."""
+        return {"upsample": PLAIN} if self.upsamplers else {}
 
     def forward(
         self,
@@ -56,6 +61,7 @@ class FusedUpBlock(FusedBlock):
                     image_only_indicator=image_only_indicator,
                     return_dict=False,
                 )[0]
-        for upsampler in self.upsamplers or ():
-            hidden_states = segment(lambda x, run=upsampler: run(x, upsample_size), hidden_states)
+        with unit(self.name), unit("upsample"):
+            for upsampler in self.upsamplers or ():
+                hidden_states = segment(lambda x, run=upsampler: run(x, upsample_size), hidden_states)
         return hidden_states

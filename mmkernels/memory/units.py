@@ -3,6 +3,7 @@
 A block enters `unit("spatial_attention")` around an operation. Inside, whatever autograd saves belongs to the unit
 "<block>/spatial_attention"; a storage that several units save belongs to the first. The trace counts by these names and
 the offload asks by them.
+What is saved outside of any unit belongs to the unit `REST`: samplers between the blocks, first and last convolutions.
 """
 
 from __future__ import annotations
@@ -10,6 +11,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Literal
+
+Choice = Literal["keep", "recompute", "move"]  # what is done with a unit: mmkernels.planning.choices
+REST = "unet/rest"
+WHOLE = "input"  # the only unit of a block that is run whole again
 
 _current: ContextVar[str] = ContextVar("unit", default="")
 
@@ -26,5 +32,5 @@ def unit(name: str) -> Iterator[None]:
 
 
 def current_unit() -> str:
-    """The unit entered now, "" outside of any."""
-    return _current.get()
+    """The unit entered now, `REST` outside of any."""
+    return _current.get() or REST

@@ -17,7 +17,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-Choice = Literal["keep", "recompute", "move"]
+from mmkernels.memory.units import WHOLE, Choice
+
 OptimizerKind = Literal["adamw", "adamw8bit"]
 
 
@@ -68,6 +69,37 @@ class Plan:
     def moves(self) -> bool:
         """Whether anything goes to the host."""
         return "move" in self.units.values()
+
+    def check(self, units: Mapping[str, Mapping[str, tuple[Choice, ...]]], plain: Mapping[str, str]) -> None:
+        """Raise ValueError where a UNet cannot follow the plan.
+
+        units: what each unit of each of its fused blocks can be (mmkernels.replacement.plan_units). plain: why each of
+            its other blocks stays plain torch.
+        """
+        problems = []
+        for block in self.recomputed_blocks:
+            if block in plain:
+                problems.append(f"block {block} stays plain torch ({plain[block]}) and cannot be recomputed")
+            elif WHOLE not in units.get(block, ()):
+                problems.append(f"there is no block {block} that can be recomputed whole")
+        for name, choice in self.units.items():
+            block, _, unit = name.partition("/")
+            can = units.get(block, {}).get(unit, ())
+            if block in plain:
+                problems.append(f"block {block} stays plain torch ({plain[block]}) and has no unit {unit}")
+            elif not can:
+                problems.append(f"there is no unit {name}")
+            elif choice not in can:
+                problems.append(f"unit {name} is {choice!r}, it can be {' or '.join(can)}")
+            elif (unit == WHOLE) != (block in self.recomputed_blocks):
+                whether = "is not" if unit == WHOLE else "is"
+                problems.append(f"unit {name} is decided on and block {block} {whether} recomputed whole")
+        if problems:
+            more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+            raise ValueError(
+                f"this UNet cannot follow the plan: {'; '.join(problems[:3])}{more}. Make a plan for it as it is: "
+                "python -m mmkernels.plan"
+            )
 
     def choices_of(self, block: str) -> dict[str, Choice]:
         """The choices for the units of one block, by the unit's name in the block."""
