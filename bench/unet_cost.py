@@ -28,6 +28,7 @@ import mmkernels
 from bench import report
 from bench.placements import INCLUDES, Way, use
 from mmkernels.blocks.drop_in import DropIn
+from mmkernels.memory.cuda_autocast import norms_in_float32
 from mmkernels.memory.trace import Trace, trace
 
 BENCH = "unet_cost"
@@ -69,7 +70,8 @@ def cost(way: Way, settings: Settings) -> Trace:
                 output = unet(sample, torch.empty(B), context, time_ids, return_dict=False)[0]
             output.float().square().mean().backward()
 
-        return trace(step, unet.parameters(), parts=blocks_by_kind(unet))
+        with norms_in_float32():
+            return trace(step, unet.parameters(), parts=blocks_by_kind(unet))
 
 
 def blocks_by_kind(unet: nn.Module) -> dict[str, list[nn.Module]]:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from spatio_temporal import run, small_unet, unet_inputs
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
 import mmkernels
 from bench.placements import PLACEMENTS, Placement, Way, use
 from bench.unet_cost import Settings, cost
 from mmkernels.cards import card
 from mmkernels.memory.clock import Clock
+from mmkernels.memory.cuda_autocast import norms_in_float32
 from mmkernels.memory.trace import trace
 
 GIB, TERA = 2**30, 1e12
@@ -78,6 +82,25 @@ def test_save_on_cpu_is_modelled_as_counted_by_hand() -> None:
     assert found.peak_bytes == found.resident_bytes + (4 * 64 + 256) * KIB
 
 
+def test_norms_run_in_float32_as_under_autocast_on_cuda() -> None:
+    norm, seen = nn.LayerNorm(16), []
+
+    def block(x: torch.Tensor) -> torch.Tensor:
+        y = norm(x)
+        seen.append(y.dtype)
+        return torch.exp(y)
+
+    x = torch.randn(4, 16, requires_grad=True)
+    for expected in (torch.float32, torch.bfloat16):
+        with norms_in_float32() if expected == torch.float32 else contextlib.nullcontext():
+            for enabled in (True, False):
+                with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                    y = checkpoint(block, x.bfloat16() if enabled else x, use_reentrant=False)
+                y.sum().backward()
+                assert seen == [expected if enabled else torch.float32] * 2, "forward, and again inside backward"
+                seen.clear()
+
+
 PUBLISHED: dict[Placement, tuple[float, float, float]] = {  # saved and peak over weights in GiB, TFLOP
     "checkpoint": (12.8, 45.6, 930),
     "checkpoint-blocks": (33.7, 53.5, 911),
@@ -95,3 +118,11 @@ def test_the_placements_are_as_published(way: Placement) -> None:
     over_weights = found.peak_bytes - found.resident_bytes
     figures = (found.saved_bytes / GIB, over_weights / GIB, found.flops / TERA)
     assert figures == pytest.approx(PUBLISHED[way], rel=0.005)
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize(("way", "saved_gib", "peak_gib"), [("torch", 422, 424), ("checkpoint", 13.7, 51)])
+def test_autocast_costs_as_published(way: Placement, saved_gib: float, peak_gib: float) -> None:
+    found = cost(way, Settings(trains_dead=True, precision="autocast"))
+    figures = (found.saved_bytes / GIB, (found.peak_bytes - found.resident_bytes) / GIB)
+    assert figures == pytest.approx((saved_gib, peak_gib), rel=0.005)
