@@ -25,7 +25,7 @@ def norms_in_float32() -> Iterator[None]:
         hook.remove()
 
 
-def _widen(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+def _widen(module: nn.Module, inputs: tuple[Any, ...]) -> Any:
     if isinstance(module, nn.GroupNorm | nn.LayerNorm) and torch.is_autocast_enabled("cpu"):
         return tuple(x.float() for x in inputs)
     return None
