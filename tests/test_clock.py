@@ -12,7 +12,7 @@ from mmkernels.cards import BANDWIDTH_SHARE, PRODUCT_SHARE, Card
 from mmkernels.memory.clock import Clock
 from mmkernels.memory.offload import Offload
 from mmkernels.memory.trace import Trace, trace
-from mmkernels.memory.units import unit
+from mmkernels.memory.units import REST, unit
 
 MIB = 1 << 20
 CPU = torch.device("cpu")
@@ -142,7 +142,7 @@ def test_what_is_saved_belongs_to_the_unit_that_saves_it_first(is_fake: bool) ->
     else:
         found = _by_unit()
     kib = 1024
-    assert found.saved_by_unit == {"block/first": 16 * kib, "block/second": 32 * kib, "": 16 * kib}
+    assert found.saved_by_unit == {"block/first": 16 * kib, "block/second": 32 * kib, REST: 16 * kib}
     assert found.saved_bytes == 64 * kib + 2 * 512  # and the loss, and the seed of backward
 
 
