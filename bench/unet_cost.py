@@ -71,7 +71,7 @@ def cost(way: Way, settings: Settings) -> Trace:
             output.float().square().mean().backward()
 
         with norms_in_float32():
-            return trace(step, unet.parameters(), parts=blocks_by_kind(unet))
+            return trace(step, unet.parameters(), parts=blocks_by_kind(unet), device_kind="cuda")
 
 
 def blocks_by_kind(unet: nn.Module) -> dict[str, list[nn.Module]]:

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from mmkernels.costs import device_kind
+
 # Bytes of one (R, C) tensor of a chunk: within the cache (CPU), or a transient of some hundred MB in all (GPU).
 _CHUNK_BYTES = {"cpu": 1 << 22, "cuda": 1 << 26}
 _MIN_CHUNK_TOKENS = 576  # fewer rows slow the products down
@@ -18,7 +20,7 @@ _MIN_CHUNK_TOKENS = 576  # fewer rows slow the products down
 def default_chunk(tokens: Tensor) -> int:
     """How many of the first axis of tokens (R, P, C) make a chunk where the caller names none."""
     row_bytes = max(1, tokens.shape[2] * tokens.element_size())
-    rows = max(_MIN_CHUNK_TOKENS, _CHUNK_BYTES.get(tokens.device.type, 1 << 26) // row_bytes)
+    rows = max(_MIN_CHUNK_TOKENS, _CHUNK_BYTES.get(device_kind(tokens), 1 << 26) // row_bytes)
     return max(1, rows // max(1, tokens.shape[1]))
 
 

@@ -14,6 +14,7 @@ PACKAGES = ("mmkernels", "mimicmotion", "ptxrun", "bench")
 LAYERS = [
     ("mmkernels.extension", 1),
     ("mmkernels.tuning", 1.5),
+    ("mmkernels.costs", 1.2),
     ("mmkernels.rows", 1.5),
     ("mmkernels.cards", 1.5),
     ("mmkernels.kernels.__init__", 1.8),

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import gelu
 
 from mmkernels import extension
+from mmkernels.costs import is_modelled
 from mmkernels.kernels.storage import DTYPE_NAMES, why_unsupported
 
 _BLOCK_ROWS = 32  # rows that the first stage of the sum takes at once on the CPU
@@ -24,7 +25,7 @@ _BLOCK_ROWS = 32  # rows that the first stage of the sum takes at once on the CP
 
 def geglu_into(u: Tensor, bias: Tensor, g: Tensor) -> None:
     """Write hidden * gelu(gate) of u + bias into `g`; u (rows, 2H), g (rows, H), contiguous; bias at least float32."""
-    if u.numel() == 0:
+    if u.numel() == 0 or is_modelled(reads=(u, bias), writes=(g,)):
         return
     if why_unsupported(u, u.dtype) is not None:
         hidden, gate = (u + bias).chunk(2, dim=-1)
@@ -45,6 +46,8 @@ def geglu_backward_into(u: Tensor, bias: Tensor, dg: Tensor, du: Tensor, g: Tens
     """
     if u.numel() == 0:
         return torch.zeros_like(bias)
+    if is_modelled(reads=(u, bias, dg), writes=(du, g)):
+        return _sums(u).sum(0)
     if why_unsupported(u, u.dtype) is not None:
         hidden, gate = (u + bias).chunk(2, dim=-1)
         cdf = torch.special.ndtr(gate)
@@ -54,7 +57,7 @@ def geglu_backward_into(u: Tensor, bias: Tensor, dg: Tensor, du: Tensor, g: Tens
         du.copy_(wide)
         return wide.sum(0)
     if u.device.type == "cpu":
-        sums = torch.empty((-(-u.shape[0] // _BLOCK_ROWS), u.shape[1]))  # (blocks, 2H)
+        sums = _sums(u)
         pointers = [tensor.data_ptr() for tensor in (u, bias, dg, du, g, sums)]
         extension.native().geglu_backward(
             *pointers, list(g.shape), _BLOCK_ROWS, DTYPE_NAMES[u.dtype], torch.get_num_threads()
@@ -64,3 +67,8 @@ def geglu_backward_into(u: Tensor, bias: Tensor, dg: Tensor, du: Tensor, g: Tens
 
         sums = geglu_triton.backward(u, bias, dg, du, g)
     return sums.sum(0)
+
+
+def _sums(u: Tensor) -> Tensor:
+    """Uninitialised float32 sums (blocks, 2H) of the first stage."""
+    return torch.empty((-(-u.shape[0] // _BLOCK_ROWS), u.shape[1]), device=u.device)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from mmkernels import extension
+from mmkernels.costs import is_modelled
 from mmkernels.kernels.storage import DTYPE_NAMES, why_unsupported
 from mmkernels.rows import wide_dtype
 
@@ -30,7 +31,7 @@ def layer_norm_into(
     x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, eps: float, out: Tensor, mean: Tensor, rstd: Tensor
 ) -> None:  # fmt: skip
     """Write the norm of x + shift into `out` (R * T, C), and its statistics into `mean` and `rstd` (R * T)."""
-    if x.numel() == 0:
+    if x.numel() == 0 or is_modelled(reads=(x, shift, weight, bias), writes=(out, mean, rstd)):
         return
     if why_unsupported(x, out.dtype) is not None:
         normal, center, scale = torch.native_layer_norm(_shifted(x, shift), (x.shape[-1],), weight, bias, eps)
@@ -56,6 +57,8 @@ def layer_norm_backward_into(
     wide, C = weight.dtype, x.shape[-1]
     if x.numel() == 0:
         return torch.zeros((3, C), dtype=wide, device=x.device)
+    if is_modelled(reads=(dout, x, shift, weight, mean, rstd, dy), writes=(dx,)):
+        return _sums(x, wide).sum(0)
     if why_unsupported(x, dout.dtype) is not None or dx.stride(-1) != 1 or dy.stride(-1) != 1:
         normal = (_shifted(x, shift).view(-1, C) - mean[:, None]) * rstd[:, None]
         gradient, residual = dout.to(wide), dy.to(wide).reshape(-1, C)
@@ -64,8 +67,7 @@ def layer_norm_backward_into(
         dx.copy_((residual + dh).view(x.shape))
         return torch.stack(((gradient * normal).sum(0), gradient.sum(0), residual.sum(0)))
     if x.device.type == "cpu":
-        num_blocks = -(-x.shape[0] * x.shape[1] // _BLOCK_TOKENS)
-        sums = torch.empty((num_blocks, 3, C), dtype=wide)
+        sums = _sums(x, wide)
         pointers = _pointers(dout, x, shift, weight, mean, rstd, dy, dx, sums)
         layout = _layout(x, dout.dtype, x, dy, dx)
         extension.native().layer_norm_backward(*pointers, *layout, _BLOCK_TOKENS, torch.get_num_threads())
@@ -76,9 +78,15 @@ def layer_norm_backward_into(
     return sums.sum(0)
 
 
+def _sums(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Uninitialised sums (blocks, 3, C) of the first stage."""
+    num_blocks = -(-x.shape[0] * x.shape[1] // _BLOCK_TOKENS)
+    return torch.empty((num_blocks, 3, x.shape[-1]), dtype=dtype, device=x.device)
+
+
 def add_residual_into(x: Tensor, shift: Tensor | None, inner: Tensor, inner_bias: Tensor, y: Tensor) -> None:
     """Write x + shift + inner + inner_bias into `y`."""
-    if x.numel() == 0:
+    if x.numel() == 0 or is_modelled(reads=(x, shift, inner, inner_bias), writes=(y,)):
         return
     if why_unsupported(x, inner.dtype) is not None or y.stride(-1) != 1:
         y.copy_(_shifted(x, shift) + (inner.to(inner_bias.dtype) + inner_bias).view(x.shape))

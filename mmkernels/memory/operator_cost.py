@@ -44,14 +44,15 @@ def moved_bytes(func: Any, args: tuple, kwargs: dict, out: object) -> int:
             return 0  # a view, or a question about a tensor
     elif not written:  # operators over lists, as the optimizers', return nothing and write what they read
         written = read
-    return sum(map(_distinct_bytes, read)) + sum(map(_distinct_bytes, written))
+    return sum(map(distinct_bytes, read)) + sum(map(distinct_bytes, written))
 
 
 def _tensors(tree: object) -> Iterable[Tensor]:
     return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
 
 
-def _distinct_bytes(x: Tensor) -> int:
+def distinct_bytes(x: Tensor) -> int:
+    """Bytes of a tensor's elements, those that an axis of stride 0 repeats counted once."""
     count = 1
     for size, stride in zip(x.shape, x.stride(), strict=True):
         count *= int(size) if stride else min(1, int(size))
@@ -59,7 +60,7 @@ def _distinct_bytes(x: Tensor) -> int:
 
 
 def _missing_formulas() -> dict[Any, Callable[..., int]]:
-    """FLOP formulas of operators that torch dispatches on a CPU and has none for."""
+    """FLOP formulas of operators that torch has none for: attention on a CPU, products in place."""
     aten = torch.ops.aten
 
     def attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
@@ -68,7 +69,11 @@ def _missing_formulas() -> dict[Any, Callable[..., int]]:
     def attention_backward(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
         return flop_counter.sdpa_backward_flop_count(grad_out.shape, query.shape, key.shape, value.shape)
 
+    def product(total: Tensor, left: Tensor, right: Tensor, **_: Any) -> int:
+        return flop_counter.mm_flop(left.shape, right.shape)
+
     return {
+        aten.addmm_: product,
         aten._scaled_dot_product_flash_attention_for_cpu: attention,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
     }

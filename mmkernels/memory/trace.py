@@ -6,7 +6,9 @@ allocator does: rounded up to a multiple of 512 bytes; what that allocator would
 requests, fragmentation included, is simulated. FLOPs are those of `torch.utils.flop_counter` (a multiply
 and an add are two), with the formulas that custom operators register there.
 
-Modelled, not measured: temporaries inside an operator (cuDNN workspaces, the chunk of a fused one) are not in it.
+Inside a fused operator of this package the buffers of its chunks are counted too, and each kernel's time.
+
+Modelled, not measured: workspaces inside an operator of torch (cuDNN's, those of flash attention) are not in it.
 PyTorch's own MemTracker tests allow 10% on the peak for the same reasons.
 """
 
@@ -21,8 +23,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from mmkernels.costs import modelled_device
 from mmkernels.memory.caching_allocator import CachingAllocator, allocated_bytes
 from mmkernels.memory.clock import Clock
+from mmkernels.memory.operator_body import Bodies
 from mmkernels.memory.operator_cost import OperatorCosts, moved_bytes
 from mmkernels.memory.phases import Phase, Phases, is_in_backward
 from mmkernels.memory.units import current_unit
@@ -81,6 +85,7 @@ def trace(
     clock: Clock | None = None,
     blocks: Mapping[str, nn.Module] | None = None,
     by_unit: bool = False,
+    device_kind: str | None = None,
 ) -> Trace:
     """Run `step` once and return what it costs.
 
@@ -91,8 +96,12 @@ def trace(
     parts: modules that stand beside each other, by a name for each group, whose forward is to be counted apart.
     clock: advanced by each operator, one after the other; what it shows afterwards is the caller's to read.
     blocks: modules whose forward and backward become `Trace.phases`.
+    device_kind: "cpu" or "cuda", what the tensors stand for where fused operators choose their chunks; "cuda" with a
+        clock, otherwise what they lie on.
     by_unit: whether to count `Trace.saved_by_unit`. What other hooks of autograd take, as the offload's, is not in it.
     """
+    if device_kind is None and clock is not None:
+        device_kind = "cuda"
     follower = _StorageFollower(resident, clock)
     resident_bytes = follower.live_bytes
     found = {name: Part() for name in parts or {}}
@@ -103,7 +112,7 @@ def trace(
         follower.phases.watch(blocks or {}, hooks)
         if by_unit:
             hooks.enter_context(torch.autograd.graph.saved_tensors_hooks(follower.note_saved, lambda saved: saved))
-        with follower:
+        with modelled_device(device_kind), follower:
             result = step()
     follower.phases.finish()
     end_bytes = follower.live_bytes
@@ -135,6 +144,7 @@ class _StorageFollower(TorchDispatchMode):
         self.phases = Phases(self._read)
         self._clock = clock
         self._costs = OperatorCosts()
+        self._bodies = Bodies(self._costs)
         self._has_begun_backward = False
         # Keyed by the address of the storage; the weak reference's callback removes the key before it is reused.
         self._seen: dict[int, tuple[weakref.ref, int]] = {}  # and the bytes that it counts
@@ -184,11 +194,18 @@ class _StorageFollower(TorchDispatchMode):
         out = func(*args, **kwargs)
         flops = self._costs.flops(func, args, kwargs, out)
         self.flops += flops
+        body = self._bodies.of(func, args, kwargs)
         if self._clock is not None:
-            self._clock.compute(flops, moved_bytes(func, args, kwargs, out))
+            for kernel in [(flops, moved_bytes(func, args, kwargs, out))] if body is None else body.kernels:
+                self._clock.compute(*kernel)
+        bytes_before = self.live_bytes
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
                 self._see(leaf, is_counted=True)
+        if body is not None:
+            self._see_peak(bytes_before + body.peak_bytes)
+            for address in [self.allocator.allocate(size) for size in body.buffers if size]:
+                self.allocator.free(address)
         return out
 
     def _see(self, tensor: torch.Tensor, is_counted: bool) -> None:
@@ -202,8 +219,11 @@ class _StorageFollower(TorchDispatchMode):
         address = self.allocator.allocate(num_bytes) if num_bytes else None
         self._seen[key] = weakref.ref(storage, lambda _: self._forget(key, num_bytes, address)), num_bytes
         self.live_bytes += num_bytes
-        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
-        self.phases.see_live_bytes(self.live_bytes)
+        self._see_peak(self.live_bytes)
+
+    def _see_peak(self, live_bytes: int) -> None:
+        self.peak_bytes = max(self.peak_bytes, live_bytes)
+        self.phases.see_live_bytes(live_bytes)
 
     def _forget(self, key: int, num_bytes: int, address: int | None) -> None:
         del self._seen[key]

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, linear
 from torch.utils.flop_counter import register_flop_formula
 
+from mmkernels.costs import device_kind
 from mmkernels.kernels.geglu import geglu_backward_into, geglu_into
 from mmkernels.kernels.layer_norm import add_residual_into, layer_norm_backward_into, layer_norm_into
 from mmkernels.kernels.storage import why_unsupported as why_storage_unsupported
@@ -244,7 +245,7 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 def default_chunk_tokens(x: Tensor, up_weight: Tensor) -> int:
     """Tokens in a chunk of x (R, T, C) where the caller names none."""
     token_bytes = max(1, up_weight.shape[0] * up_weight.element_size())
-    return max(_MIN_CHUNK_TOKENS, _CHUNK_BYTES.get(x.device.type, 1 << 28) // token_bytes)
+    return max(_MIN_CHUNK_TOKENS, _CHUNK_BYTES.get(device_kind(x), 1 << 28) // token_bytes)
 
 
 def why_unsupported(x: Tensor, up_weight: Tensor) -> str | None:

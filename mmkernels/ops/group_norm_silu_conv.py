@@ -31,10 +31,12 @@ from torch.nn import functional
 from torch.utils.flop_counter import register_flop_formula
 
 from mmkernels import extension, tuning
+from mmkernels.costs import device_kind, is_modelled
 from mmkernels.kernels.storage import DTYPE_NAMES
 from mmkernels.ops import group_norm_silu_conv_chunked as chunked
 from mmkernels.ops import group_norm_silu_conv_formula as formula
 from mmkernels.ops import group_norm_silu_conv_implicit as implicit
+from mmkernels.ops import group_norm_silu_conv_native as native
 from mmkernels.ops.group_norm_silu_conv_chunked import Norm
 from mmkernels.ops.group_norm_silu_conv_implicit import Kernels
 
@@ -62,54 +64,46 @@ def reference(
 
 def _statistics(x: Tensor, x2: Tensor | None, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
     """mean and rstd, (M, G), at least float32."""
+    if is_modelled(reads=(x, x2), writes=()):
+        like = x.new_empty((x.shape[0], num_groups), dtype=torch.promote_types(x.dtype, torch.float32))
+        return like, torch.empty_like(like)
     if why_unsupported(x, x2) is not None:
         return formula.statistics(x, x2, num_groups, eps)
     if x.device.type == "cuda":
         from mmkernels.ops import group_norm_silu_triton
 
         return group_norm_silu_triton.statistics(x, x2, num_groups, eps)
-    mean, rstd = (torch.empty(x.shape[0], num_groups, device=x.device) for _ in range(2))
-    shape, strides = _geometry(num_groups, x, x2)
-    extension.native().group_norm_silu_statistics(
-        x.data_ptr(), _pointer(x2), mean.data_ptr(), rstd.data_ptr(), shape, strides, DTYPE_NAMES[x.dtype], eps,
-        torch.get_num_threads(),
-    )  # fmt: skip
-    return mean, rstd
+    return native.statistics(x, x2, num_groups, eps)
 
 
 def _activate(x: Tensor, x2: Tensor | None, norm: Norm, out: Tensor) -> None:
     """Write silu of the normalised input into out (M, H, W, C + C2)."""
+    if is_modelled(reads=(x, x2), writes=(out,)):
+        return
     if why_unsupported(x, x2) is not None:
         formula.activate(x, x2, norm, out)
-        return
-    if x.device.type == "cuda":
+    elif x.device.type == "cuda":
         from mmkernels.ops import group_norm_silu_triton
 
         group_norm_silu_triton.activate(x, x2, *norm, out)
-        return
-    shape, strides = _geometry(norm.mean.shape[1], x, x2, out)
-    extension.native().group_norm_silu_activate(
-        x.data_ptr(), _pointer(x2), out.data_ptr(), *(value.data_ptr() for value in norm), shape, strides,
-        DTYPE_NAMES[x.dtype], DTYPE_NAMES[out.dtype], torch.get_num_threads(),
-    )  # fmt: skip
+    else:
+        native.activate(x, x2, norm, out)
 
 
 def _norm_backward(
     x: Tensor, x2: Tensor | None, da: Tensor, norm: Norm, dx: Tensor, dx2: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Write dx and dx2 for the gradient da of the activation (it may be dx where there is no x2): dgamma, dbeta."""
+    # Sums over a group first, then the gradient, which depends on them: everything is read twice.
+    if is_modelled(reads=(x, x2, da) * 2, writes=(dx, dx2)):
+        return torch.empty_like(norm.gamma), torch.empty_like(norm.beta)
     if why_unsupported(x, x2) is not None:
         return formula.norm_backward(x, x2, da, norm, dx, dx2)
     if x.device.type == "cuda":
         from mmkernels.ops import group_norm_silu_triton
 
         return group_norm_silu_triton.group_norm_silu_backward(x, x2, da, *norm, dx, dx2)
-    dgamma, dbeta = (torch.empty_like(norm.gamma) for _ in range(2))
-    shape, strides = _geometry(norm.mean.shape[1], x, x2, da, dx, dx2)
-    pointers = (_pointer(value) for value in (x, x2, da, dx, dx2, *norm, dgamma, dbeta))
-    names = DTYPE_NAMES[x.dtype], DTYPE_NAMES[da.dtype]
-    extension.native().group_norm_silu_backward(*pointers, shape, strides, *names, torch.get_num_threads())
-    return dgamma, dbeta
+    return native.norm_backward(x, x2, da, norm, dx, dx2)
 
 
 def _variants(x: Tensor, x2: Tensor | None, weight: Tensor, others: Sequence[Tensor]) -> dict[str, Kernels | None]:
@@ -140,17 +134,6 @@ def _fastest(
     channels_2 = 0 if x2 is None else x2.shape[3]
     key = (direction, *x.shape, channels_2, *weight.shape, str(x.dtype))
     return variants[tuning.fastest("group_norm_silu_conv", key, calls, x.device)]
-
-
-def _geometry(num_groups: int, x: Tensor, x2: Tensor | None, *others: Tensor | None) -> tuple[list[int], list[int]]:
-    """(M, H, W, C, C2, G) and the strides of M, H, W of each tensor, as the native entries take them."""
-    shape = [*x.shape, 0 if x2 is None else x2.shape[3], num_groups]
-    strides = [(0, 0, 0) if value is None else value.stride()[:3] for value in (x, x2, *others)]
-    return shape, [stride for tensor in strides for stride in tensor]
-
-
-def _pointer(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
 
 
 def _norm(mean: Tensor, rstd: Tensor, norm_weight: Tensor, norm_bias: Tensor) -> Norm:
@@ -317,7 +300,7 @@ def group_norm_silu_conv(
     """
     _check_fit(x, norm_weight, norm_bias, weight, bias, num_groups, x2, shift, residual)
     if chunk_rows is None:
-        chunk_rows = _CHUNK_ROWS.get(x.device.type, _CHUNK_ROWS["cuda"])
+        chunk_rows = _CHUNK_ROWS.get(device_kind(x), _CHUNK_ROWS["cuda"])
     return _forward(x, x2, norm_weight, norm_bias, weight, bias, shift, residual, num_groups, eps, chunk_rows)[0]
 
 

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mmkernels.costs import device_kind
+
 Rows = tuple[slice, slice, slice]  # of M, H and W
 
 
@@ -36,7 +38,7 @@ NormBackward = Callable[[Tensor, Tensor | None, Tensor, Norm, Tensor, Tensor | N
 
 def product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     """What the products are computed in: float32 (float64 for a float64 x) on the CPU, the weights' dtype elsewhere."""
-    return torch.promote_types(x.dtype, torch.float32) if x.device.type == "cpu" else weight.dtype
+    return torch.promote_types(x.dtype, torch.float32) if device_kind(x) == "cpu" else weight.dtype
 
 
 def forward(
@@ -107,7 +109,7 @@ def _at(x: Tensor, rows: Rows) -> Tensor:
 
 
 def _convolution(x: Tensor, weight: Tensor) -> _Convolution | _ShiftedProducts:
-    is_frames_on_cpu = weight.shape[3] == 1 and x.device.type == "cpu"
+    is_frames_on_cpu = weight.shape[3] == 1 and device_kind(x) == "cpu"
     return _ShiftedProducts(weight) if is_frames_on_cpu else _Convolution(weight)
 
 

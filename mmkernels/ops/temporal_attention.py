@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from mmkernels import extension, tuning
+from mmkernels.costs import is_modelled
 from mmkernels.kernels.storage import DTYPE_NAMES
 
 MAX_FRAMES = 128
@@ -81,7 +82,7 @@ def temporal_attention_into(q: Tensor, k: Tensor, v: Tensor, o: Tensor, scale: f
     """
     _check_fit(q, k=k, v=v, o=o)
     scale = _scale(q, scale)
-    if q.numel() == 0:
+    if q.numel() == 0 or is_modelled(reads=(q, k, v), writes=(o,), flops=_forward_flops(q.shape)):
         return
     with torch.no_grad():
         if _why_unsupported(q, k, v, o) is not None:
@@ -106,6 +107,10 @@ def temporal_attention_backward_into(
     if q.numel() == 0:
         return
     tensors = (q, k, v, do, dq, dk, dv, *output.values())
+    # The attention itself is one more product with the probabilities.
+    flops = _backward_flops(q.shape) + (0 if o is None else _forward_flops(q.shape) // 2)
+    if is_modelled(reads=(q, k, v, do), writes=tensors[4:], flops=flops):
+        return
     with torch.no_grad():
         if _why_unsupported(*tensors) is not None:
             for target, value in zip((dq, dk, dv), _reference_backward(q, k, v, do, scale), strict=True):

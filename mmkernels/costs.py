@@ -1,0 +1,59 @@
+"""What a kernel reads, writes and computes, said by the kernel itself, and the device that a modelled run stands for.
+
+`mmkernels.memory.trace` looks inside a fused operation by running its body on tensors without memory. Torch's operators
+report themselves there; a kernel that takes pointers begins with
+
+    if is_modelled(reads=(x, weight), writes=(out,)):
+        return
+
+which is False, and cheap, everywhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import Tensor
+
+# flops, tensors read, tensors written
+Note = Callable[[int, Sequence[Tensor | None], Sequence[Tensor | None]], None]
+
+# Plain globals, since torch.compile reads them; a trace runs by itself.
+_note: Note | None = None
+_modelled_kind: str | None = None
+
+
+def is_modelled(*, reads: Sequence[Tensor | None], writes: Sequence[Tensor | None], flops: int = 0) -> bool:
+    """Whether the tensors have no memory, so that the kernel must not run; what it would do is noted then."""
+    if _note is None:
+        return False
+    _note(flops, reads, writes)
+    return True
+
+
+@contextmanager
+def noting(note: Note) -> Iterator[None]:
+    """Kernels called inside do not run and tell `note` what they would do."""
+    global _note
+    outer, _note = _note, note
+    try:
+        yield
+    finally:
+        _note = outer
+
+
+@contextmanager
+def modelled_device(kind: str | None) -> Iterator[None]:
+    """Tensors inside stand for those of a device of this kind, wherever chunks and dtypes depend on it."""
+    global _modelled_kind
+    outer, _modelled_kind = _modelled_kind, kind
+    try:
+        yield
+    finally:
+        _modelled_kind = outer
+
+
+def device_kind(x: Tensor) -> str:
+    """ "cpu", "cuda", ...: the kind of the device that x lies on, or stands for."""
+    return x.device.type if _modelled_kind is None else _modelled_kind
