@@ -47,7 +47,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python mimicmotion/prepare.py --preset demo
 	$(BIN)/torchrun --nproc-per-node 1 mimicmotion/train.py --kernels fused --preset demo --run-dir $(DEMO) $(DEMO_ARGS)
 	$(BIN)/python mimicmotion/sample.py --run-dir $(DEMO) --check-pose-order
-	$(BIN)/python bench/train_step.py --preset demo --out $(DEMO)
+	$(BIN)/python bench/train_step.py --measure --preset demo --out $(DEMO)
 	@echo "The demo's results:"
 	@for file in loss.png sample.mp4 sample.png sample.json step_cost.png step_cost.json; do echo "  $(DEMO)/$$file"; done
 	@echo "  $$(ls -d $(DEMO)/step-* | tail -n 1)/"

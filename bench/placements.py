@@ -31,7 +31,7 @@ Way = Literal[Placement, OnCpu]
 PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
 WAYS: tuple[Way, ...] = (*PLACEMENTS, *get_args(OnCpu))
 ON_CPU = "+save-on-cpu"
-_PLACED: Mapping[Placement, str] = {
+_PLACED: Mapping[str, str] = {
     "torch": "plain diffusers",
     "diffusers-checkpoint": "diffusers' enable_gradient_checkpointing()",
     "checkpoint": "every residual block and transformer under torch.utils.checkpoint (selective)",
@@ -42,7 +42,7 @@ _PLACED: Mapping[Placement, str] = {
     "fine-grained-one-token": "the same, cross-attention to the one context token as a broadcast add",
     "fused": "mmkernels.replace(unet, plan='fused')",
 }
-INCLUDES: Mapping[Way, str] = _PLACED | {
+INCLUDES: Mapping[str, str] = _PLACED | {
     way: f"{_PLACED[way.removesuffix(ON_CPU)]}; what is saved under torch.autograd.graph.save_on_cpu"
     for way in get_args(OnCpu)
 }

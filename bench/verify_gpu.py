@@ -74,7 +74,8 @@ def arguments_of(name: str) -> list[str]:
     """Arguments of a bench beside --device and --json."""
     flags = flags_of(name)
     known = LEVEL_0.items() if "dtype" in flags else ()
-    return [part for flag, value in known if flag in flags for part in (f"--{flag}", value)]
+    sizes = [part for flag, value in known if flag in flags for part in (f"--{flag}", value)]
+    return [*sizes, *(["--measure"] if "measure" in flags else [])]
 
 
 def verify(run: Runner, names: Iterable[str], folder: Path, setting: report.Setting) -> Outcome:
@@ -142,8 +143,9 @@ def print_rows(rows: Rows, device: str, console: Console) -> None:
         table.add_column(heading)
     for heading in ("time, ms", "peak, MiB", *(f"limit {card.name}, ms" for card in limits.CARDS), "of this limit"):
         table.add_column(heading, justify="right")
-    peaks = {_subject(row): row["median"] for row in rows if row["metric"] == "peak_bytes"}
-    for row in rows:
+    measured = [row for row in rows if row["kind"] == "measured"]
+    peaks = {_subject(row): row["median"] for row in measured if row["metric"] == "peak_bytes"}
+    for row in measured:
         if row["metric"] != "time_ms":
             continue
         best = limits.limits_ms(row["bench"], row["mode"], row["shape"], row["dtype"])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import environment, harness, report, train_step
+from bench import environment, harness, report, training_step
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -170,12 +170,12 @@ def test_the_training_step_gate_finds_one_wrong_gradient_among_many():
     torch.manual_seed(0)
     exact = {f"layer {index}": torch.randn(100, dtype=torch.float64) for index in range(50)}
     plain = {name: value * (1 + 1e-7) for name, value in exact.items()}
-    assert train_step.why_wrong_step(plain, plain, exact) is None
+    assert training_step.why_wrong_step(plain, plain, exact) is None
     tiny = {**exact, "gate": torch.full((1,), 1e-6, dtype=torch.float64)}
     wrong = {**tiny, "gate": tiny["gate"] * 1.01}
-    assert "gate is off by 1.00e-02" in str(train_step.why_wrong_step(wrong, tiny, tiny))
+    assert "gate is off by 1.00e-02" in str(training_step.why_wrong_step(wrong, tiny, tiny))
     far = {name: value * (1 + 1e-4) for name, value in exact.items()}
-    assert "of their norm" in str(train_step.why_wrong_step(far, plain, exact))
+    assert "of their norm" in str(training_step.why_wrong_step(far, plain, exact))
 
 
 def test_feed_forward_bench_runs_as_typed_and_prints_its_bar(tmp_path):

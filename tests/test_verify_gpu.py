@@ -100,7 +100,7 @@ def test_runs_tests_every_bench_and_every_variant(tmp_path: Path) -> None:
     commands = [" ".join(arguments) for arguments, _ in run.calls]
     assert commands[0] == "-m pytest -m op and not deep --device cuda"
     assert commands[1].startswith("bench/attn72.py --height 72 --width 128 --dtype bfloat16 --device cuda --json ")
-    assert commands[2].startswith("bench/train_step.py --device cuda --json ")
+    assert commands[2].startswith("bench/train_step.py --measure --device cuda --json ")
     assert commands[3:] == [commands[0]] * 3
     forced = [environment.get("MMKERNELS_VARIANT") for _, environment in run.calls]
     assert forced == [None] * 3 + ["conv=a,attention=cuda", "conv=b,attention=cuda", "conv=c,attention=cuda"]
@@ -162,7 +162,7 @@ def test_every_bench_is_found_and_takes_its_arguments() -> None:
     assert {"attn72", "train_step", "geglu_feed_forward", "spatial_attention"} <= set(names)
     assert not {"verify_gpu", "modelled", "unet_cost", "harness"} & set(names)
     assert all("json" in verify_gpu.flags_of(name) for name in names)
-    assert verify_gpu.arguments_of("train_step") == []
+    assert verify_gpu.arguments_of("train_step") == ["--measure"]
     assert verify_gpu.arguments_of("attn72") == ["--height", "72", "--width", "128", "--dtype", "bfloat16"]
 
 

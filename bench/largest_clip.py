@@ -1,0 +1,44 @@
+"""The most frames that a way of running the step has room for, found by running it."""
+
+from collections.abc import Callable
+
+import torch
+
+from bench.placements import Way
+from bench.training_step import TrainingStep
+
+
+def largest(fits: Callable[[int], bool], most: int) -> int:
+    """The largest count from 1 to `most` that fits, 0 where none does; what fits must fit in smaller counts too."""
+    low, high = 0, most + 1  # low fits, high is not known to
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def largest_clip(training: TrainingStep, way: Way, most: int) -> int:
+    """The most frames up to `most` that two steps of `training` run with this way on the GPU."""
+    frames = training.config.data.num_frames
+
+    def fits(count: int) -> bool:
+        training.take_clip(count)
+        return why_no_room(training, way) is None
+
+    found = largest(fits, most)
+    training.take_clip(frames)
+    return found
+
+
+def why_no_room(training: TrainingStep, way: Way) -> str | None:
+    """Run two steps this way; torch's words where memory ends, None where it does not. All is freed again."""
+    reason = None
+    try:
+        for _ in range(2):
+            training.step(way)
+    except torch.OutOfMemoryError as error:
+        reason = str(error).strip().splitlines()[0]
+    training.model.zero_grad(set_to_none=True)
+    if training.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return reason

@@ -1,0 +1,187 @@
+"""The trainer's step measured in every way: time, interleaved, and peak memory; how bench/train_step.py measures."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from bench import harness, report
+from bench.harness import Provider, Results, Spread
+from bench.largest_clip import largest_clip, why_no_room
+from bench.placements import INCLUDES, Way
+from bench.resident_peak import resident_peak_bytes
+from bench.training_step import TrainingStep, why_wrong_step
+from mimicmotion import config as presets
+from mmkernels import tuning
+
+BENCH = "train_step"
+GATE_PIXELS = 64  # a side; the UNet halves latents of an eighth of it three times
+MOST_TIMES = 4  # frames that are tried beyond those asked for, when the largest clip is looked for
+# (baseline, least speed over it, most of its peak) for fused, at 72 frames and a 16x16 latent on a CPU in float32
+BARS: tuple[tuple[Way, float, float | None], ...] = (
+    ("checkpoint", 1.2, None),
+    ("fine-grained", 1.1, 1.0),
+    ("fine-grained-one-token", 1.0, 1.0),
+    ("torch", 1 / 1.15, 0.2),
+)
+UNITS = {"resident_peak_bytes": ("MiB", report.MIB), "reserved_bytes": ("MiB", report.MIB), "largest_frames": ("", 1)}
+TITLES = {
+    "resident_peak_bytes": "peak resident memory of a process",
+    "reserved_bytes": "peak that the allocator reserves",
+    "largest_frames": "most frames that there is room for",
+}
+
+
+@dataclass(kw_only=True)
+class Measured:
+    """results: times and allocated peaks. no_room: why a way cannot run at this size. resident_bytes: before a step.
+
+    others: by metric and way. resident_peak_bytes: of a fresh process (CPU); reserved_bytes: what the caching allocator
+    held at most; largest_frames: the most that there is room for (GPU).
+    """
+
+    results: Results
+    resident_bytes: int = 0
+    no_room: Mapping[str, str] = field(default_factory=dict)
+    others: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+
+
+def measure(config: presets.Config, device: torch.device, part: str, ways: Sequence[Way], num_rounds: int) -> Measured:
+    """Gate every way, find those that have room, time them interleaved, count their memory."""
+    refused = refused_ways(ways, config, device, part)
+    accepted: list[Way] = [way for way in ways if way not in refused]
+    if not accepted:
+        raise ValueError(f"no way of {ways} gives the gradients of float64: {refused}")
+    training = TrainingStep(config, device, part)
+    if device.type == "cuda":
+        no_room = {way: why for way in accepted if (why := why_no_room(training, way)) is not None}
+    else:
+        no_room = {}
+        training.step(accepted[0])  # from here on the optimizer's states exist
+    fitting: list[Way] = [way for way in accepted if way not in no_room]
+    providers = [
+        Provider(name=way, step=lambda way=way: training.step(way), includes=INCLUDES[way], check=dict)
+        for way in fitting
+    ]
+    results, resident_bytes = Results(baseline=""), training.resident_bytes()
+    if fitting:
+        results = harness.measure(
+            providers, {}, {}, baseline=fitting[0], device=device, num_rounds=num_rounds, num_warm_ups=0,
+            resident_bytes=resident_bytes,
+        )  # fmt: skip
+    results.refused.update(refused)
+    if device.type == "cuda":
+        most = MOST_TIMES * config.data.num_frames
+        others = {
+            "reserved_bytes": {way: reserved_bytes(training, way) for way in fitting},
+            "largest_frames": {way: largest_clip(training, way, most) for way in accepted},
+        }
+    else:
+        threads = torch.get_num_threads()
+        others = {"resident_peak_bytes": {way: resident_peak_bytes(way, config, part, threads) for way in fitting}}
+    return Measured(results=results, resident_bytes=resident_bytes, no_room=no_room, others=others)
+
+
+def refused_ways(ways: Sequence[Way], config: presets.Config, device: torch.device, part: str) -> dict[str, str]:
+    """Why each way that fails the gate does, on a clip of few pixels."""
+    data = config.data
+    small = dataclasses.replace(data, height=min(data.height, GATE_PIXELS), width=min(data.width, GATE_PIXELS))
+    gate = TrainingStep(dataclasses.replace(config, data=small), device, part)
+    plain, exact = gate.gradients("torch"), gate.exact()
+    reasons = {way: why_wrong_step(gate.gradients(way), plain, exact) for way in ways}
+    return {way: reason for way, reason in reasons.items() if reason is not None}
+
+
+def reserved_bytes(training: TrainingStep, way: Way) -> int:
+    """Most that CUDA's caching allocator held from the device during a step, everything included."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(training.device)
+    training.step(way)
+    torch.cuda.synchronize(training.device)
+    return torch.cuda.max_memory_reserved(training.device)
+
+
+def rows_of(found: Measured, shape: Mapping[str, object], setting: report.Setting) -> list[report.Row]:
+    """One row for each way and metric."""
+    results, rows = found.results, []
+    if results.measured:
+        rows = report.rows_of(results, bench=BENCH, mode="step", shape=shape, setting=setting)
+    return rows + [
+        report.Row(
+            bench=BENCH, provider=way, mode="step", metric=metric, kind="measured", median=value, low=value,
+            high=value, shape=shape, includes=INCLUDES[way], **dataclasses.asdict(setting),
+        )
+        for metric, values in found.others.items()
+        for way, value in values.items()
+    ]  # fmt: skip
+
+
+def print_measured(found: Measured, words: str, console: Console) -> None:
+    """Times and peaks, bars, what had no room, and the rest."""
+    if found.results.measured:
+        report.print_results(f"training step: {words}", found.results, console)
+        print_bars(found.results, console, resident_bytes=found.resident_bytes)
+    for way, reason in found.no_room.items():
+        console.print(f"no room: {way}: {reason}", markup=False)
+    for metric, values in found.others.items():
+        unit, size = UNITS[metric]
+        cells = ", ".join(f"{way} {value / size:,.0f}" for way, value in values.items())
+        console.print(f"{metric}{', ' if unit else ''}{unit} (measured): {cells}")
+
+
+def print_variants(console: Console) -> None:
+    """The kernels that were chosen on this GPU and on others, with their timings."""
+    for machine, choices in tuning.stored().items():
+        table = Table(title=f"kernel variants chosen on {machine} (measured)", title_justify="left")
+        for heading in ("op", "shape", "chosen", "times, ms"):
+            table.add_column(heading)
+        for choice in choices:
+            times = ", ".join(f"{name} {ms:.3f}" for name, ms in sorted(choice.times_ms.items(), key=lambda x: x[1]))
+            table.add_row(choice.op, choice.key, choice.chosen, times)
+        console.print(table)
+
+
+def print_bars(results: Results, console: Console, *, resident_bytes: int) -> None:
+    """How fused stands against each other way, and what the one-token shortcut alone does for fine-grained.
+
+    The share of the peak is given of all of it and of what is above the weights, optimizer states and batch.
+    """
+    measured = results.measured
+    for way, least_speed, most_peak in BARS:
+        if "fused" in measured and way in measured:
+            speed = measured["fused"].speed_over(measured[way]).median
+            peak = measured["fused"].peak_share_of(measured[way])
+            above = (measured["fused"].peak_bytes - resident_bytes) / (measured[way].peak_bytes - resident_bytes)
+            bar = f"at least {least_speed:.2f}x" + ("" if most_peak is None else f" at most {most_peak} of the peak")
+            console.print(
+                f"fused against {way}: {speed:.2f}x at {peak:.3f} of the peak, {above:.3f} of what is above the weights"
+                f"   bar: {bar}"
+            )
+    if {"fine-grained", "fine-grained-one-token"} <= measured.keys():
+        share = measured["fine-grained-one-token"].speed_over(measured["fine-grained"]).median
+        console.print(f"share of the one-token shortcut: fine-grained with it {share:.2f}x of fine-grained without")
+
+
+def draw(found: Measured, title: str, path: Path) -> None:
+    """A panel each for time and peak memory of a step, and one for each further figure."""
+    time_s, peak_mib, baseline = {}, {}, found.results.baseline
+    for name, one in found.results.measured.items():
+        spread = dataclasses.asdict(one.time_ms)
+        time_s[name] = Spread(**{key: value / 1e3 for key, value in spread.items()})
+        peak_mib[name] = Spread(**dict.fromkeys(spread, one.peak_bytes / report.MIB))
+    panels = [
+        report.Panel(title=words, unit=unit, values=values, baseline=baseline)
+        for words, unit, values in (
+            ("time of a step", "s", time_s), ("peak memory of a step, weights included", "MiB", peak_mib)
+        )
+    ]  # fmt: skip
+    for metric, values in found.others.items():
+        unit, size = UNITS[metric]
+        figures = {way: Spread(median=v / size, low=v / size, high=v / size) for way, v in values.items()}
+        panels.append(report.Panel(title=TITLES[metric], unit=unit, values=figures, baseline=baseline))
+    panels = [panel for panel in panels if panel.values]
+    report.draw(panels, title=title, path=path, num_columns=len(panels))

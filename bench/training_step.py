@@ -1,0 +1,135 @@
+"""The trainer's step on one synthetic clip, run in any way on the same weights, and the gate for its gradients."""
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import torch
+
+from bench import harness
+from bench.harness import Outputs
+from bench.placements import Way, use
+from mimicmotion import config as presets
+from mimicmotion.model.unet import MimicMotionModel, build_model, image_latents, model_input
+from mimicmotion.trainer import batch_loss, build_optimization, draw_samples
+
+MOST_ERROR = 1e-3  # of the scale of any one gradient; a wrong formula is off by far more
+
+
+class TrainingStep:
+    """Model, optimizer and one synthetic micro-batch; each way runs on the same weights."""
+
+    def __init__(self, config: presets.Config, device: torch.device, part: str = "step") -> None:
+        torch.manual_seed(config.trainer.seed)
+        self.config, self.part, self.device = config, part, device
+        self.model = build_model(config.model).to(device).train()
+        _fill_zero_layers(self.model)
+        self.optimization = build_optimization(self.model, config, scales_loss=False)
+        self.take_clip(config.data.num_frames)
+
+    def take_clip(self, frames: int) -> None:
+        """Train on a clip of so many frames from here on."""
+        config = self.config
+        size = config.trainer.micro_batch_size
+        height, width = config.data.height // presets.LATENT_STRIDE, config.data.width // presets.LATENT_STRIDE
+        batch = {
+            "latents": torch.randn(size, frames, 4, height, width),
+            "reference_latent": torch.randn(size, 4, height, width),
+            "image_embedding": torch.randn(size, 1, config.model.cross_attention_dim),
+            "pose": torch.rand(size, frames, 3, config.data.height, config.data.width) * 2 - 1,
+            "loss_weight": torch.ones(size, frames, 1, height, width),
+        }
+        self.batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
+        undropped = dataclasses.replace(config.diffusion, condition_dropout=0.0)
+        drawing = dataclasses.replace(config, diffusion=undropped)
+        self.draws = draw_samples(drawing, 0, range(size), tuple(batch["latents"].shape[1:]))
+
+    def step(self, way: Way) -> None:
+        """The trainer's step: the loss, its gradients, clipping, AdamW and the moving average."""
+        undo = self._use(way)
+        try:
+            self._loss(self.model, self.batch).backward()
+        finally:
+            undo()
+        if self.part == "unet":
+            self.model.zero_grad(set_to_none=True)
+            return
+        self.optimization.gradient_norm()
+        self.optimization.step(is_finite=True)
+
+    def _use(self, way: Way) -> Callable[[], None]:
+        undo = use(self.model.unet, way)
+        self.model.pose_net.recomputes_activations = way == "fused"  # as `--kernels fused` does
+        return undo
+
+    def _loss(self, model: MimicMotionModel, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        if self.part == "step":
+            return batch_loss(model, dict(batch), self.draws, self.config)
+        latents, embedding = batch["latents"], batch["image_embedding"]
+        sample = model_input(latents, image_latents(batch["reference_latent"], latents.shape[1]))
+        ones = torch.ones(latents.shape[0], 3, dtype=latents.dtype, device=latents.device)
+        return model.unet(sample, ones[:, 0], embedding, ones, return_dict=False)[0].square().mean()
+
+    def gradients(self, way: Way) -> Outputs:
+        """The loss and the gradient of each trained parameter, by name."""
+        undo = self._use(way)
+        try:
+            return self._gradients(self.model, self.batch)
+        finally:
+            undo()
+
+    def exact(self) -> Outputs:
+        """Loss and gradients of plain diffusers in float64."""
+        model = copy.deepcopy(self.model).double()
+        batch = {name: tensor.double() for name, tensor in self.batch.items()}
+        return self._gradients(model, batch)
+
+    def _gradients(self, model: MimicMotionModel, batch: Mapping[str, torch.Tensor]) -> Outputs:
+        loss = self._loss(model, batch)
+        trained: torch.nn.Module = model if self.part == "step" else model.unet
+        live = {name: value for name, value in trained.named_parameters() if value.requires_grad}
+        gradients = torch.autograd.grad(loss, list(live.values()))
+        return {"loss": loss.detach(), **dict(zip(live, gradients, strict=True))}
+
+    def resident_bytes(self) -> int:
+        """Bytes there before a step: weights, optimizer states, moving average, batch; read after a first step."""
+        if self.part == "unet":
+            inputs = (self.batch[name] for name in ("latents", "reference_latent", "image_embedding"))
+            return sum(tensor.nbytes for tensor in [*self.model.unet.parameters(), *inputs])
+        groups = self.optimization.tensors().values()
+        states = [tensor for group in groups for tensor in group.values()]
+        return sum(tensor.nbytes for tensor in [*self.model.parameters(), *states, *self.batch.values()])
+
+
+def why_wrong_step(actual: Outputs, plain: Outputs, exact: Outputs) -> str | None:
+    """Why the loss or the gradients of a step are wrong, or None.
+
+    All gradients as one vector: the 2-norm of its error may be twice that of plain torch, plus 1e-6 of the norm. Each
+    on its own: off by at most 1e-3 of its scale or ten times plain's own error. Not the per-tensor budget of a kernel:
+    among a thousand gradients are scalars whose rounding error is one draw, zero by luck in plain torch.
+    """
+    if actual.keys() != exact.keys():
+        return f"gives {len(actual)} tensors, wanted {len(exact)}"
+    errors = {way: _vector_error(found, exact) for way, found in (("own", actual), ("plain", plain))}
+    budget = harness.ERROR_RATIO * errors["plain"] + harness.ERROR_FLOOR
+    if not errors["own"] <= budget:
+        return f"the gradients are off by {errors['own']:.2e} of their norm, the budget is {budget:.2e}"
+    for name, wanted in exact.items():
+        error = harness.relative_error(actual[name], wanted)
+        budget = max(MOST_ERROR, 10 * harness.relative_error(plain[name], wanted))
+        if not error <= budget:
+            return f"{name} is off by {error:.2e} of its scale, the budget is {budget:.2e}"
+    return None
+
+
+def _vector_error(actual: Outputs, exact: Outputs) -> float:
+    squares = torch.stack([(actual[name].double() - wanted).square().sum() for name, wanted in exact.items()])
+    scale = torch.stack([wanted.square().sum() for wanted in exact.values()])
+    return float((squares.sum() / scale.sum()).sqrt())
+
+
+def _fill_zero_layers(model: MimicMotionModel) -> None:
+    """Fresh weights with a layer of zeros hide the gradients before it from the gate: make them small instead."""
+    for parameter in model.parameters():
+        if parameter.ndim > 1 and not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.02)
