@@ -2,9 +2,10 @@
 
     python bench/attn72.py [--frames 72] [--json FILE] [--picture FILE]
 
-Two sections. The core: q, k, v (B, F, P, N, D) to o and back. The sub-block: LN + QKV + attention + projection +
-residual on x (B, F, P, C). Gradients go to x and to every parameter. On a GPU the same command measures with CUDA
-events and max_memory_allocated.
+Two sections, measured. The core: q, k, v (B, F, P, N, D) to o and back. The sub-block: LN + QKV + attention +
+projection + residual on x (B, F, P, C). Gradients go to x and to every parameter. On a GPU the same command measures
+with CUDA events and max_memory_allocated. A third part is modelled: what each way saves, holds and computes at the
+UNet's real shape (bench/modelled_attention.py).
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ import torch
 import tyro
 from rich.console import Console
 
-from bench import harness, report
+from bench import harness, modelled_attention, report
 from bench.environment import tune_allocator
 from bench.harness import Results
 from bench.shapes import TemporalShape
@@ -129,6 +130,9 @@ def main(settings: Settings) -> int:
         rows += report.rows_of(results, bench=f"{BENCH}/{section}", mode=mode, shape=shape.as_row(), setting=setting)
     for name, reason in sub_block.skipped.items():
         console.print(f"left out: {name}: {reason}", markup=False)
+    at_real_shape = modelled_attention.costs()
+    modelled_attention.print_costs(at_real_shape, console)
+    rows += modelled_attention.rows_of(at_real_shape, BENCH)
     is_held = shape == TemporalShape() and (device.type, settings.dtype, settings.threads) == ("cpu", "float32", 1)
     print_bars(found, console, is_held=is_held)
     if settings.json:

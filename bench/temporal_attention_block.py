@@ -58,7 +58,9 @@ class SubBlock:
     def __init__(self, shape: TemporalShape, dtype: torch.dtype, device: torch.device) -> None:
         torch.manual_seed(0)
         self.shape, self.device, self.dtype = shape, device, dtype
-        self.module = DiffusersSubBlock(shape.channels, shape.heads).to(device, dtype)
+        self.module = DiffusersSubBlock(shape.channels, shape.heads)
+        for parameter in self.module.parameters():  # a module's own to() refuses fake tensors
+            parameter.data = parameter.data.to(device, dtype)
         size = (shape.batch, shape.frames, shape.pixels, shape.channels)
         self.x = torch.randn(size).to(device, dtype).requires_grad_()
         self.dy = torch.randn(size).to(device, dtype)

@@ -163,7 +163,26 @@ def test_attn72_runs_as_typed_and_prints_its_bars(tmp_path):
     assert {row["bench"] for row in rows} == {"attn72/core", "attn72/sub-block"}
     assert {row["provider"] for row in rows} >= {"torch", "checkpoint", "checkpoint-chunked", "fused", "fused-keep-qkv"}
     assert all(row["allocator"] == environment.TUNED_ALLOCATOR and row["threads"] == 1 for row in rows)
-    assert all(row["shape"]["frames"] == 5 and row["median"] > 0 for row in rows)
+    measured, modelled = ([row for row in rows if row["kind"] == kind] for kind in ("measured", "modelled"))
+    assert all(row["shape"]["frames"] == 5 and row["median"] > 0 for row in measured)
+    assert "at the real shape, forward + backward (modelled)" in ran.stdout
+    _check_the_real_shape({(row["bench"], row["provider"], row["metric"]): row["median"] for row in modelled})
+
+
+def _check_the_real_shape(figures: dict[tuple[str, str, str], float]) -> None:
+    """Against counts by hand: tokens of 405 MiB, products of 320 x 320 and of 72 frames for each of 663,552 tokens."""
+    tokens, one = 72 * 72 * 128, 72 * 72 * 128 * 320 * 2
+    projection, product = 2 * tokens * 320 * 320, 2 * tokens * 72 * 320
+    block = "attn72/sub-block"
+    # Plain: 4 projections and 2 products, twice that and half a product more in backward, which makes scores again.
+    assert figures[block, "torch", "flops"] == 3 * 4 * projection + 7 * product
+    # Saving its input: QKV's projection and the scores again. Keeping q, k, v spares the projection.
+    assert figures[block, "fused", "flops"] == 15 * projection + 8 * product
+    assert figures[block, "fused-keep-qkv", "flops"] == 12 * projection + 8 * product
+    # Beside the output, which is alive when backward begins: x is not counted, it was there before.
+    saved = {way: figures[block, way, "saved_bytes"] / one for way in ("checkpoint", "fused", "fused-keep-qkv")}
+    assert saved == pytest.approx({"checkpoint": 1, "fused": 1, "fused-keep-qkv": 4}, rel=0.03)
+    assert figures[block, "fused", "peak_bytes"] < 0.4 * figures[block, "checkpoint", "peak_bytes"]
 
 
 def test_the_training_step_gate_finds_one_wrong_gradient_among_many():
