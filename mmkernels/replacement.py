@@ -17,7 +17,9 @@ from mmkernels.blocks.drop_in import PLAIN, CheckpointedBlock, DropIn, FusedBloc
 from mmkernels.blocks.resnet import FusedResBlock
 from mmkernels.blocks.transformer import FusedTransformer
 from mmkernels.blocks.up_block import FusedUpBlock
-from mmkernels.memory.units import REST, Choice
+from mmkernels.memory.offload import Offload
+from mmkernels.memory.transfer import CudaDevice, Device
+from mmkernels.memory.units import REST, WHOLE, Choice
 from mmkernels.ops.temporal_attention import why_unsupported
 from mmkernels.planning.choices import Plan
 
@@ -28,6 +30,7 @@ _FUSED: dict[type[nn.Module], type[FusedBlock]] = {
     CrossAttnUpBlockSpatioTemporal: FusedUpBlock,  # an up block only calls the others: it reads skips by the side
     UpBlockSpatioTemporal: FusedUpBlock,
 }
+LEAST_BYTES = 1 << 20  # smaller storages do not move: a copy has its fixed cost
 _STAGES = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
 _CHECKPOINTED = (SpatioTemporalResBlock, TransformerSpatioTemporalModel)
 
@@ -55,18 +58,22 @@ class Report:
         return "\n".join(lines)
 
 
-def replace(unet: nn.Module, plan: str | Plan = "fused") -> Callable[[], None]:
+def replace(unet: nn.Module, plan: str | Plan = "fused", device: Device | None = None) -> Callable[[], None]:
     """Swap the blocks of `unet` in place by a plan and return undo(), which puts the very same objects back.
 
     "fused": every block that is exactly the known one runs on fused operations and segments; any other stays as it is,
     and `report` says why. "checkpoint": every SpatioTemporalResBlock and TransformerSpatioTemporalModel runs whole
     under torch.utils.checkpoint. A Plan: as "fused", with each unit as the plan has it.
 
+    device: what a plan moves through; by default a CudaDevice of plan.slab_bytes for the UNet's GPU, which undo()
+        closes. On a CPU moving is of no use, and one has to be given.
+
     Parameters, buffers and state_dict are shared and unchanged both ways. A second undo() does nothing. A deep copy of
     a replaced UNet is replaced as well, and this undo() does not reach it.
 
-    Raises ValueError for an unknown plan, a UNet without such blocks, one that is replaced already, and where a Plan
-    names a block or unit that this UNet does not have or cannot run so.
+    Raises ValueError for an unknown plan, a UNet without such blocks, one that is replaced already, where a Plan names
+    a block or unit that this UNet does not have or cannot run so, or moves units of a UNet on a CPU; MemoryError where
+    the host has no room for what it moves.
     """
     if isinstance(plan, str) and plan not in PLANS:
         raise ValueError(f"plan is {plan!r}, wanted one of {', '.join(PLANS)}")
@@ -86,10 +93,12 @@ def replace(unet: nn.Module, plan: str | Plan = "fused") -> Callable[[], None]:
         elif _why_not(block, owner) is None:
             fused[name] = _fused_kind(block)(block)
             swaps.append((parent, child_name, fused[name]))
-    _follow(unet, fused, Plan() if isinstance(plan, str) else plan)
+    chosen = Plan() if isinstance(plan, str) else plan
+    _follow(unet, fused, chosen)
+    stop_moving = _move(unet, chosen, device) if chosen.moves else lambda: None
     for parent, child_name, drop_in in swaps:
         parent._modules[child_name] = drop_in
-    return _undo_of(swaps)
+    return _undo_of(swaps, stop_moving)
 
 
 def _follow(unet: nn.Module, fused: Mapping[str, FusedBlock], plan: Plan) -> None:
@@ -97,8 +106,6 @@ def _follow(unet: nn.Module, fused: Mapping[str, FusedBlock], plan: Plan) -> Non
     blocks = list(_blocks(unet))
     plain = {name: _why_not(block, owner) or "" for name, owner, _, _, block in blocks if name not in fused}
     plan.check(_units(fused), plain)
-    if plan.moves:
-        raise ValueError("the plan moves units to the host, which replace() cannot do yet; give one that moves none")
     for name, block in fused.items():
         block.follow(name, plan.choices_of(name), is_recomputed=name in plan.recomputed_blocks)
 
@@ -127,7 +134,29 @@ def _place(name: str) -> tuple[int, int, int, int]:
     return _STAGES.get(stage, len(_STAGES)), first, index, int("attentions" in rest)
 
 
-def _undo_of(swaps: list[tuple[nn.Module, str, DropIn]]) -> Callable[[], None]:
+def _move(unet: nn.Module, plan: Plan, device: Device | None) -> Callable[[], None]:
+    """Let what forward saves in units that move go to the host; returns what stops it."""
+    if plan.slab_bytes <= 0:
+        raise ValueError(f"the plan moves units and has slab_bytes {plan.slab_bytes}; give the bytes that a step moves")
+    on = next(unet.parameters()).device
+    if device is None and on.type != "cuda":
+        raise ValueError(f"the plan moves units to the host and the UNet is on {on}; move it to a GPU or give a device")
+    through = CudaDevice(on, plan.slab_bytes) if device is None else device
+    offload = Offload(
+        through, on, slab_bytes=plan.slab_bytes, window_bytes=plan.window_bytes,
+        moves=lambda name: plan.units.get(name) == "move", least_bytes=LEAST_BYTES,
+    )  # fmt: skip
+    detach = offload.attach(unet)
+
+    def stop() -> None:
+        detach()
+        if device is None and isinstance(through, CudaDevice):
+            through.close()
+
+    return stop
+
+
+def _undo_of(swaps: list[tuple[nn.Module, str, DropIn]], stop_moving: Callable[[], None]) -> Callable[[], None]:
     def undo() -> None:
         for parent, child_name, drop_in in swaps:
             if parent._modules.get(child_name) is not drop_in:
@@ -135,6 +164,8 @@ def _undo_of(swaps: list[tuple[nn.Module, str, DropIn]]) -> Callable[[], None]:
         for parent, child_name, drop_in in swaps:
             drop_in.original.training = drop_in.training
             parent._modules[child_name] = drop_in.original
+        if swaps:
+            stop_moving()
         swaps.clear()
 
     return undo
@@ -147,7 +178,9 @@ def report(unet: nn.Module) -> Report:
         original = block.original if isinstance(block, DropIn) else block
         how = block.how if isinstance(block, DropIn) else "torch"
         if how == "fused":
-            why = _why_plain_attention(original) if isinstance(original, TransformerSpatioTemporalModel) else ""
+            why = _how_planned(block) if isinstance(block, FusedBlock) else ""
+            if isinstance(original, TransformerSpatioTemporalModel):
+                why = "; ".join(filter(None, (why, _why_plain_attention(original))))
         elif how == "checkpoint":
             why = 'replaced with plan="checkpoint"'
         else:
@@ -191,6 +224,16 @@ def _why_not(block: nn.Module, owner: nn.Module) -> str | None:
 
 def _fused_kind(block: nn.Module) -> type[FusedBlock]:
     return next(fused for kind, fused in _FUSED.items() if isinstance(block, kind))
+
+
+def _how_planned(block: FusedBlock) -> str:
+    """What the plan has for the block beyond "fused", in short."""
+    choices = list(block.choices.values())
+    moves, keeps, units = choices.count("move"), choices.count("keep"), len(block.units().keys() - {WHOLE})
+    if block.is_recomputed:
+        return "recomputed whole, its input moves" if moves else "recomputed whole"
+    parts = [f"{verb} {count} of {units} units" for verb, count in (("keeps", keeps), ("moves", moves)) if count]
+    return ", ".join(parts)
 
 
 def _why_plain_attention(block: TransformerSpatioTemporalModel) -> str:

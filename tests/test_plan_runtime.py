@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import random
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,6 +21,7 @@ from spatio_temporal import (
     unet_inputs,
     without,
 )
+from test_offload import ImmediateDevice
 from torch import nn
 
 import mmkernels
@@ -26,6 +30,7 @@ from mmkernels.memory.units import REST, WHOLE, Choice
 from mmkernels.planning.choices import Plan
 from mmkernels.replacement import plan_units
 
+SLAB_BYTES = 1 << 26
 DOWN, MID = "down_blocks.0.attentions.0", "mid_block.attentions.0"
 
 
@@ -134,3 +139,138 @@ def test_refuses_what_this_unet_cannot_follow() -> None:
         with pytest.raises(ValueError, match=message):
             mmkernels.replace(unet, plan)
         assert {row.how for row in mmkernels.report(unet).rows} == {"torch"}
+
+
+class CountingDevice(ImmediateDevice):
+    """Counts the bytes that leave."""
+
+    left_bytes = 0
+
+    def copy_out(self, begin: int, num_bytes: int, source: torch.Tensor) -> None:
+        super().copy_out(begin, num_bytes, source)
+        self.left_bytes += num_bytes
+
+
+def moving(units: Mapping[str, Choice], window_bytes: int = 0) -> Plan:
+    return Plan(units=units, slab_bytes=SLAB_BYTES, window_bytes=window_bytes)
+
+
+@pytest.fixture(autouse=True)
+def small_storages_move(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmkernels.replacement.LEAST_BYTES", 4096)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("num_tokens", [1, 3])
+def test_moving_and_recomputing_gives_the_bits_of_fused(seed: int, num_tokens: int) -> None:
+    unet, inputs = small_unet(num_layers=1 + seed % 2), unet_inputs(num_tokens)
+    undo = mmkernels.replace(unet)
+    expected = run(unet, inputs)
+    undo()
+    plan = random_plan(unet, seed, ("recompute", "move"))
+    window_bytes = (0, 20_000, 400_000, 1 << 30)[seed]
+    device = CountingDevice(SLAB_BYTES)
+    mmkernels.replace(unet, replace(plan, slab_bytes=SLAB_BYTES, window_bytes=window_bytes), device)
+    for _ in range(3):  # the second step knows the order of the first
+        device.left_bytes = 0
+        actual = run(unet, inputs)
+        assert actual.keys() == expected.keys()
+        assert [name for name, x in expected.items() if not torch.equal(actual[name], x)] == []
+    assert (device.left_bytes == 0) == (seed == 3), "what ends forward stays, and here all of it fits the window"
+
+
+def test_what_moves_is_what_was_counted_by_hand() -> None:
+    unet, inputs = small_unet(), unet_inputs()
+    B, F, _, H, W = inputs["sample"].shape
+    token_bytes, pixel_bytes = B * F * H * W * 64 * 4, B * F * H * W // 4 * 128 * 4
+    # Each saves its input first; vectors for each frame are below the least bytes here.
+    cases: list[tuple[dict[str, Choice], int]] = [
+        ({f"{DOWN}/temporal_feed_forward": "move"}, token_bytes),
+        ({"mid_block.resnets.0/spatial_second": "move"}, pixel_bytes),
+        ({"up_blocks.0/upsample": "move"}, pixel_bytes),
+    ]
+    for units, wanted_bytes in cases:
+        device = CountingDevice(SLAB_BYTES)
+        undo = mmkernels.replace(unet, moving(units), device)
+        run(unet, inputs)
+        undo()
+        assert device.left_bytes == wanted_bytes, units
+
+
+def every_unit_moves(unet: nn.Module) -> dict[str, Choice]:
+    known = known_units(unet).items()
+    return {f"{block}/{unit}": "move" for block, units in known for unit in units if unit != WHOLE}
+
+
+def test_undo_stops_the_moving_and_a_copy_goes_on() -> None:
+    unet, inputs = small_unet(), unet_inputs()
+    modules, device = list(unet.named_modules()), CountingDevice(SLAB_BYTES)
+    undo = mmkernels.replace(unet, moving(every_unit_moves(unet)), device)
+    expected, twin = run(unet, inputs), copy.deepcopy(unet)
+    undo()
+    undo()
+    assert list(unet.named_modules()) == modules
+    assert not unet._forward_hooks
+    assert not unet._forward_pre_hooks
+    device.left_bytes = 0
+    run(unet, inputs)
+    assert device.left_bytes == 0
+    actual = run(twin, inputs)
+    assert all(torch.equal(actual[name], x) for name, x in expected.items())
+    assert device.left_bytes > 0
+
+
+def test_accumulation_evaluation_errors_and_second_backwards_leave_nothing() -> None:
+    unet, inputs = small_unet(), unet_inputs()
+    undo = mmkernels.replace(unet)
+    expected = run(unet, inputs)
+    undo()
+    device = CountingDevice(SLAB_BYTES)
+    mmkernels.replace(unet, moving(every_unit_moves(unet)), device)
+    weights = torch.randn(expected["output"].shape, generator=torch.Generator().manual_seed(2))
+    run_broken(unet, inputs)
+    unet.zero_grad()
+    losses = [(unet(**inputs).sample * weights).sum() for _ in range(2)]  # both forwards before a backward
+    left_bytes = device.left_bytes
+    with torch.no_grad():
+        assert torch.equal(unet.eval()(**inputs).sample, expected["output"])
+    assert device.left_bytes == left_bytes
+    unet.train()
+    for loss in (losses[0], losses[1], losses[0]):
+        loss.backward(retain_graph=True)
+    gradients = {name: x.grad for name, x in unet.named_parameters() if x.grad is not None}
+    wanted = {name: expected[name] + expected[name] + expected[name] for name in gradients}
+    assert [name for name, x in gradients.items() if not torch.equal(x, wanted[name])] == []
+    actual = run(unet, inputs)
+    assert all(torch.equal(actual[name], x) for name, x in expected.items())
+
+
+def run_broken(unet: Any, inputs: dict[str, Any]) -> None:
+    """An exception in forward, and one in the middle of backward."""
+    with pytest.raises(RuntimeError):
+        unet(**(inputs | {"encoder_hidden_states": torch.randn(2, 1, 7)}))
+
+    def fail(_: object) -> None:
+        raise RuntimeError("broken")
+
+    handle = unet.mid_block.resnets[0].spatial_res_block.conv1.weight.register_hook(fail)
+    with pytest.raises(RuntimeError, match="broken"):
+        unet(**inputs).sample.sum().backward()
+    handle.remove()
+
+
+def test_moving_is_refused_where_it_cannot_be() -> None:
+    unet = small_unet()
+    units: dict[str, Choice] = {f"{DOWN}/norm_projection": "move", f"{DOWN}/feed_forward_in": "keep"}
+    with pytest.raises(ValueError, match="the UNet is on cpu; move it to a GPU or give a device"):
+        mmkernels.replace(unet, moving(units))
+    with pytest.raises(ValueError, match="has slab_bytes 0; give the bytes that a step moves"):
+        mmkernels.replace(unet, Plan(units=units), CountingDevice(0))
+    undo = mmkernels.replace(unet, replace(moving(units), recomputed_blocks=(MID,)), CountingDevice(SLAB_BYTES))
+    why = {row.name: row.why for row in mmkernels.report(unet).rows if row.why}
+    assert why == {DOWN: "keeps 1 of 7 units, moves 1 of 7 units", MID: "recomputed whole"}
+    undo()
+    undo = mmkernels.replace(unet, replace(moving(every_unit_moves(unet)), slab_bytes=4096), CountingDevice(4096))
+    with pytest.raises(MemoryError, match="make the slab as large as a step moves"):
+        unet(**unet_inputs())
+    undo()
