@@ -24,6 +24,16 @@ def default_chunk(tokens: Tensor) -> int:
     return max(1, rows // max(1, tokens.shape[1]))
 
 
+@torch.compiler.assume_constant_result
+def num_sharing(kind: str) -> int:
+    """How many threads share the rows of a chunk on this kind of device: a GPU's chunks are large enough for it.
+
+    With as many rows for each thread as for one, a chunk's many short products wait for each other less often. The
+    sums over chunks then follow the number of threads in their last bits.
+    """
+    return torch.get_num_threads() if kind == "cpu" else 1
+
+
 def chunks(tokens: Tensor, size: int) -> Iterator[slice]:
     """Slices of at most `size` of the first axis of tokens (R, P, C), in order; none where it is empty."""
     if tokens.numel():

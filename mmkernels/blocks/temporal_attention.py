@@ -23,7 +23,7 @@ from torch.utils.flop_counter import register_flop_formula
 from mmkernels.costs import device_kind
 from mmkernels.kernels.layer_norm import add_residual_into, layer_norm_backward_into, layer_norm_into
 from mmkernels.ops.temporal_attention import temporal_attention_backward_into, temporal_attention_into
-from mmkernels.rows import add_product, wide_dtype
+from mmkernels.rows import add_product, num_sharing, wide_dtype
 
 Keep = Literal["input", "qkv"]
 
@@ -36,7 +36,7 @@ def default_chunk_pixels(x: Tensor) -> int:
     """Pixels in a chunk of x (B, F, P, C) where the caller names none."""
     row_bytes = max(1, x.shape[3] * x.element_size())
     tokens = max(_MIN_CHUNK_TOKENS, _CHUNK_BYTES.get(device_kind(x), 1 << 26) // row_bytes)
-    return max(1, tokens // max(1, x.shape[1]))
+    return max(1, tokens * num_sharing(device_kind(x)) // max(1, x.shape[1]))
 
 
 class _Chunk:

@@ -31,7 +31,7 @@ from mmkernels.costs import device_kind
 from mmkernels.kernels.geglu import geglu_backward_into, geglu_into
 from mmkernels.kernels.layer_norm import add_residual_into, layer_norm_backward_into, layer_norm_into
 from mmkernels.kernels.storage import why_unsupported as why_storage_unsupported
-from mmkernels.rows import add_product, wide_dtype
+from mmkernels.rows import add_product, num_sharing, wide_dtype
 
 Keep = Literal["input", "up"]
 
@@ -245,7 +245,8 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 def default_chunk_tokens(x: Tensor, up_weight: Tensor) -> int:
     """Tokens in a chunk of x (R, T, C) where the caller names none."""
     token_bytes = max(1, up_weight.shape[0] * up_weight.element_size())
-    return max(_MIN_CHUNK_TOKENS, _CHUNK_BYTES.get(device_kind(x), 1 << 28) // token_bytes)
+    tokens = max(_MIN_CHUNK_TOKENS, _CHUNK_BYTES.get(device_kind(x), 1 << 28) // token_bytes)
+    return tokens * num_sharing(device_kind(x))
 
 
 def why_unsupported(x: Tensor, up_weight: Tensor) -> str | None:

@@ -31,7 +31,7 @@ from torch.nn import functional
 from torch.utils.flop_counter import register_flop_formula
 
 from mmkernels import extension, tuning
-from mmkernels.costs import device_kind, is_modelled
+from mmkernels.costs import is_modelled
 from mmkernels.kernels.storage import DTYPE_NAMES
 from mmkernels.ops import group_norm_silu_conv_chunked as chunked
 from mmkernels.ops import group_norm_silu_conv_formula as formula
@@ -39,10 +39,6 @@ from mmkernels.ops import group_norm_silu_conv_implicit as implicit
 from mmkernels.ops import group_norm_silu_conv_native as native
 from mmkernels.ops.group_norm_silu_conv_chunked import Norm
 from mmkernels.ops.group_norm_silu_conv_implicit import Kernels
-
-# Pixels of a chunk. On the CPU enough to pay for oneDNN's reordering of the weights; on a GPU about an L2's worth.
-_CHUNK_ROWS = {"cpu": 4096, "cuda": 32768}
-
 
 # --- reference
 
@@ -300,7 +296,7 @@ def group_norm_silu_conv(
     """
     _check_fit(x, norm_weight, norm_bias, weight, bias, num_groups, x2, shift, residual)
     if chunk_rows is None:
-        chunk_rows = _CHUNK_ROWS.get(device_kind(x), _CHUNK_ROWS["cuda"])
+        chunk_rows = chunked.default_chunk_rows(x, weight)
     return _forward(x, x2, norm_weight, norm_bias, weight, bias, shift, residual, num_groups, eps, chunk_rows)[0]
 
 

@@ -15,6 +15,11 @@ from torch import Tensor
 
 from mmkernels.costs import device_kind
 
+# Pixels of a chunk: on a GPU about an L2's worth, on the CPU enough to pay for oneDNN's reordering of the weights.
+_CHUNK_ROWS = {"cpu": 4096, "cuda": 32768}
+# A 3x1 on the CPU reorders nothing: its scratch lies in the cache, and fewer rows slow the products down.
+_PRODUCTS_CHUNK_BYTES, _PRODUCTS_MIN_ROWS = 3 << 19, 1152
+
 Rows = tuple[slice, slice, slice]  # of M, H and W
 
 
@@ -39,6 +44,14 @@ NormBackward = Callable[[Tensor, Tensor | None, Tensor, Norm, Tensor, Tensor | N
 def product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     """What the products are computed in: float32 (float64 for a float64 x) on the CPU, the weights' dtype elsewhere."""
     return torch.promote_types(x.dtype, torch.float32) if device_kind(x) == "cpu" else weight.dtype
+
+
+def default_chunk_rows(x: Tensor, weight: Tensor) -> int:
+    """Pixels of a chunk where the caller names none."""
+    if _is_products(x, weight):
+        row_bytes = weight.shape[1] * product_dtype(x, weight).itemsize
+        return max(_PRODUCTS_MIN_ROWS, _PRODUCTS_CHUNK_BYTES // row_bytes)
+    return _CHUNK_ROWS.get(device_kind(x), _CHUNK_ROWS["cuda"])
 
 
 def forward(
@@ -109,8 +122,12 @@ def _at(x: Tensor, rows: Rows) -> Tensor:
 
 
 def _convolution(x: Tensor, weight: Tensor) -> _Convolution | _ShiftedProducts:
-    is_frames_on_cpu = weight.shape[3] == 1 and device_kind(x) == "cpu"
-    return _ShiftedProducts(weight) if is_frames_on_cpu else _Convolution(weight)
+    return _ShiftedProducts(weight) if _is_products(x, weight) else _Convolution(weight)
+
+
+def _is_products(x: Tensor, weight: Tensor) -> bool:
+    """Whether the convolution runs as products: a 3x1 over frames on the CPU."""
+    return weight.shape[3] == 1 and device_kind(x) == "cpu"
 
 
 class _Convolution:
