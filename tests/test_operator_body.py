@@ -5,7 +5,7 @@ Buffers are compared in float32: with mixed dtypes torch's CPU kernels take cast
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -93,6 +93,15 @@ CASES: dict[str, Callable[[], Callable[[], Tensor]]] = {
     "blend": lambda: _blend(is_projected=False),
     "blend_projection": lambda: _blend(is_projected=True),
 }
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Chunks, and the scratch of torch's attention, grow with the threads."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
 
 
 @pytest.mark.parametrize("name", CASES)
