@@ -9,6 +9,7 @@ from mimicmotion.config import LATENT_STRIDE, Config
 from mimicmotion.execution import use_kernels
 from mimicmotion.model.unet import build_model, num_parameters
 from mimicmotion.trainer import batch_loss, build_optimization, draw_samples
+from mmkernels.memory.cuda_autocast import norms_in_float32
 from mmkernels.memory.trace import Trace, trace
 
 GIB = 2**30
@@ -36,7 +37,7 @@ class DryRun:
                 f"  activations saved for backward: {cost.saved_bytes / GIB:.2f} GiB (modelled)",
                 f"work of a step: {cost.flops / 1e12:.2f} TFLOP (modelled)",
                 "modelled: counted over the operators of a step with fake CPU tensors; not measured on any device. "
-                "Workspaces of libraries, chunks inside operations and what autocast does on a GPU only are not in it.",
+                "It stands for a GPU: chunks and autocast are those of CUDA. Workspaces of libraries are not in it.",
             ]
         )
 
@@ -69,7 +70,8 @@ def dry_run(config: Config) -> DryRun:
 
         groups = optimization.tensors().values()
         resident = [*model.parameters(), *batch.values(), *(tensor for group in groups for tensor in group.values())]
-        cost = trace(step, resident)
+        with norms_in_float32():
+            cost = trace(step, resident, device_kind="cuda")
     return DryRun(
         config=config,
         num_parameters=num_parameters(model),
