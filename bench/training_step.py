@@ -96,8 +96,7 @@ class TrainingStep:
         if self.part == "unet":
             inputs = (self.batch[name] for name in ("latents", "reference_latent", "image_embedding"))
             return sum(tensor.nbytes for tensor in [*self.model.unet.parameters(), *inputs])
-        groups = self.optimization.tensors().values()
-        states = [tensor for group in groups for tensor in group.values()]
+        states = self.optimization.resident()
         return sum(tensor.nbytes for tensor in [*self.model.parameters(), *states, *self.batch.values()])
 
 

@@ -12,6 +12,8 @@ from typing import Any, Literal
 Kernels = Literal["fused", "checkpoint", "torch"]
 PresetName = Literal["demo", "mimicmotion-72", "mimicmotion-16"]
 Precision = Literal["fp32", "bf16", "fp16"]
+OptimizerKind = Literal["adamw", "adamw8bit"]
+Placement = Literal["device", "host", "off"]
 LATENT_STRIDE = 8  # pixels a side of one latent pixel, of the VAE and of PoseNet
 
 
@@ -94,6 +96,10 @@ class DiffusionConfig:
 class OptimizerConfig:
     """AdamW, its schedule, and the moving average of the weights."""
 
+    kind: OptimizerKind = "adamw"  # adamw: fp32 weights; adamw8bit: bf16 weights, 8-bit moments, by torchao
+    in_backward: bool = False  # update each weight when its gradient is there and free it; clips by the norm so far
+    states_on_host: bool = False  # the moments live in host memory and come over for each update
+    ema: Placement = "device"  # where the moving average of the weights lives; off: none is taken
     learning_rate: float = 1e-5  # peak, the paper's
     betas: tuple[float, float] = (0.9, 0.999)  # not in the source
     eps: float = 1e-8  # not in the source
@@ -104,6 +110,8 @@ class OptimizerConfig:
     ema_decay: float = 0.9999  # largest decay of the moving average of the weights; not in the source
 
     def __post_init__(self) -> None:
+        for name, kinds in (("kind", typing.get_args(OptimizerKind)), ("ema", typing.get_args(Placement))):
+            _require(getattr(self, name) in kinds, f"optimizer.{name}", getattr(self, name), f"one of {kinds}")
         _require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "a positive number")
         _require(all(0 <= b < 1 for b in self.betas), "optimizer.betas", self.betas, "two numbers in [0, 1)")
         _require(self.eps > 0, "optimizer.eps", self.eps, "a positive number")
@@ -120,7 +128,7 @@ class TrainerConfig:
     num_steps: int = 10_000  # optimizer steps; the paper says 20 epochs, of clips it does not count
     batch_size: int = 8  # clips a step over all ranks and accumulation together (the paper's batch)
     micro_batch_size: int = 1  # clips at once on one rank; the rest of the batch is accumulated
-    precision: Precision = "bf16"  # fp16 needs a GPU and scales the loss; weights and optimizer stay fp32
+    precision: Precision = "bf16"  # fp16 needs a GPU and scales the loss; weights are as optimizer.kind says
     seed: int = 0  # of the weights' initial values and of every sample's noise, sigma and dropout
     save_every: int = 500  # steps between checkpoints; one more is written at the end
     keep_checkpoints: int = 3  # newest checkpoints left on disk
@@ -170,6 +178,11 @@ class Config:
         _require(self.preset in PRESETS, "preset", self.preset, f"one of {sorted(PRESETS)}")
         kernels = typing.get_args(Kernels)
         _require(self.kernels in kernels, "kernels", self.kernels, f"one of {kernels}")
+        kind, precision = self.optimizer.kind, self.trainer.precision
+        is_good = kind == "adamw" or precision == "bf16"
+        _require(is_good, "trainer.precision", precision, "bf16: optimizer.kind adamw8bit trains bf16 weights")
+        is_good = not self.optimizer.in_backward or precision != "fp16"
+        _require(is_good, "trainer.precision", precision, "bf16: optimizer.in_backward cannot scale a loss")
         overlap, tile = self.sampling.tile_overlap, self.data.num_frames
         is_good = overlap < tile - 1  # frame 0 of a tile is the reference, so a tile moves on by at most tile - 1
         _require(is_good, "sampling.tile_overlap", overlap, f"less than data.num_frames - 1 = {tile - 1}")

@@ -57,19 +57,14 @@ def dry_run(config: Config) -> DryRun:
             "pose": torch.empty(size, data.num_frames, 3, data.height, data.width),
             "loss_weight": torch.empty(size, data.num_frames, 1, height, width),
         }
-        for parameter in optimization.live.values():
-            parameter.grad = torch.zeros_like(parameter)
-        optimization.optimizer.step()  # makes the optimizer's state, which is there from the second step on
-        optimization.optimizer.zero_grad(set_to_none=True)
         draws = draw_samples(config, 0, range(size), tuple(batch["latents"].shape[1:]))
 
         def step() -> None:
             batch_loss(model, batch, draws, config).backward()
-            torch.nn.utils.clip_grad_norm_(optimization.live.values(), optimization.max_grad_norm)
+            optimization.gradient_norm()
             optimization.step(is_finite=True)
 
-        groups = optimization.tensors().values()
-        resident = [*model.parameters(), *batch.values(), *(tensor for group in groups for tensor in group.values())]
+        resident = [*model.parameters(), *batch.values(), *optimization.resident()]
         with norms_in_float32():
             cost = trace(step, resident, device_kind="cuda")
     return DryRun(

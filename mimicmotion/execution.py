@@ -18,7 +18,7 @@ def use_kernels(model: MimicMotionModel, kernels: str) -> str:
     return str(mmkernels.report(model.unet))
 
 
-def autocast(device: torch.device, precision: Precision) -> torch.autocast:
-    """Context in which float32 weights are used in `precision`; for fp32 it does nothing."""
+def autocast(device: torch.device, precision: Precision, weights: torch.dtype = torch.float32) -> torch.autocast:
+    """Context in which float32 weights are used in `precision`; for fp32, and weights of any other dtype, nothing."""
     dtype = _DTYPES[precision]
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+    return torch.autocast(device.type, dtype=dtype, enabled=torch.float32 == weights != dtype)

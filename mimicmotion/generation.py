@@ -28,6 +28,7 @@ class Decoder(Protocol):
 def load_averaged(run_dir: Path, kernels: str | None = None) -> tuple[Config, MimicMotionModel, Path]:
     """Config, model with the moving average of the weights, and folder of a run's newest checkpoint.
 
+    Where the run takes no average (optimizer.ema off) the model has the weights themselves.
     `run_dir` may also be one checkpoint folder. kernels: None for those of the run.
     """
     folder = run_dir if (run_dir / checkpoint.MANIFEST).is_file() else checkpoint.newest(run_dir)
@@ -36,7 +37,7 @@ def load_averaged(run_dir: Path, kernels: str | None = None) -> tuple[Config, Mi
     saved = checkpoint.load(folder)
     config: Config = from_json(saved.documents["config"])
     model = build_model(config.model)
-    model.load_state_dict(saved.tensors["model"] | saved.tensors["ema"])  # dead parameters have no average
+    model.load_state_dict(saved.tensors["model"] | saved.tensors.get("ema", {}))  # dead parameters have no average
     use_kernels(model, config.kernels if kernels is None else kernels)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return config, model.to(device).eval().requires_grad_(False), folder

@@ -5,10 +5,12 @@ from typing import Any
 
 import torch
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from mimicmotion.config import OptimizerConfig
+from mimicmotion.in_backward import InBackward
+from mimicmotion.moving_average import MovingAverage
+from mimicmotion.weight_update import WeightUpdate
 
 
 class Optimization:
@@ -16,48 +18,77 @@ class Optimization:
 
     Parameters named in `dead` get requires_grad False: their gradient is zero up to rounding, which Adam would
     normalise into real updates, and DDP would wait for them. They stay in the model for export. `scales_loss` is for
-    fp16, whose gradients underflow.
+    fp16, whose gradients underflow; seed is that of the stochastic rounding. With kind adamw8bit every parameter is
+    made bfloat16, in place.
     """
 
     def __init__(
-        self, model: nn.Module, config: OptimizerConfig, *, num_steps: int, dead: Set[str], scales_loss: bool
+        self,
+        model: nn.Module,
+        config: OptimizerConfig,
+        *,
+        num_steps: int,
+        dead: Set[str],
+        scales_loss: bool,
+        seed: int = 0,
     ) -> None:
         names = dict(model.named_parameters())
         if unknown := sorted(set(dead) - set(names)):
             raise ValueError(f"dead parameters that the model does not have: {unknown[:3]}; give names of the model.")
+        if scales_loss and config.in_backward:
+            raise ValueError(
+                "optimizer.in_backward is on with a scaled loss (fp16), which needs every gradient before the first "
+                "update; give trainer.precision bf16, or turn it off."
+            )
         for name, parameter in names.items():
             parameter.requires_grad_(name not in dead)
         self.live = {name: parameter for name, parameter in names.items() if parameter.requires_grad}
         self.max_grad_norm = config.max_grad_norm
         device = next(iter(self.live.values())).device
-        self.optimizer = torch.optim.AdamW(
-            self.live.values(),
-            lr=config.learning_rate,
-            betas=config.betas,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
+        self.average = None
+        if config.ema != "off":  # before the weights are rounded
+            self.average = MovingAverage(self.live, decay=config.ema_decay, is_on_host=config.ema == "host")
+        if config.kind == "adamw8bit":
+            _make_bfloat16(model)
+            self.live = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self.weight_update = WeightUpdate(self.live, config, seed=seed)
+        self.optimizer = self.weight_update.optimizer
         self.schedule = get_scheduler(
             config.schedule, self.optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=num_steps
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=scales_loss)
-        self.average = EMAModel(self.live.values(), decay=config.ema_decay)
+        self.in_backward = None
+        if config.in_backward:
+            update = self.weight_update.update
+            self.in_backward = InBackward(self.live, update, max_grad_norm=config.max_grad_norm)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of `loss`; in-backward updates use them at once, unless the loss is not finite."""
+        if self.in_backward is not None and not bool(loss.isfinite()):
+            self.in_backward.refuse()
+            return
+        self.scaler.scale(loss).backward()
 
     def gradient_norm(self) -> Tensor:
         """2-norm of all gradients after unscaling and before clipping; the gradients are then clipped in place.
 
         A norm that is not finite leaves gradients that must not be used.
         """
+        if self.in_backward is not None:
+            return torch.tensor(self.in_backward.norm())
         self.scaler.unscale_(self.optimizer)
         return nn.utils.clip_grad_norm_(self.live.values(), self.max_grad_norm)
 
     def step(self, *, is_finite: bool) -> None:
         """Update weights, schedule and moving average, or only the loss scale where the step is not finite."""
+        if self.in_backward is not None:
+            self.in_backward.finish()
+        elif is_finite:
+            self.weight_update.update_all()
         if is_finite:
-            self.scaler.step(self.optimizer)
             self.schedule.step()
-            self.average.step(self.live.values())
+            if self.average is not None:
+                self.average.step(self.live)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -66,45 +97,56 @@ class Optimization:
         """Learning rate of the next step."""
         return float(self.schedule.get_last_lr()[0])
 
+    def resident(self) -> list[Tensor]:
+        """What of the optimizer's states and the moving average lives on the device between steps."""
+        shadows = [] if self.average is None or self.average.is_on_host else list(self.average.shadows.values())
+        return [*shadows, *self.weight_update.resident()]
+
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Groups "ema" (by parameter name) and "optimizer" (by parameter name / state name)."""
-        states = self.optimizer.state
-        return {
-            "ema": dict(zip(self.live, self.average.shadow_params, strict=True)),
-            "optimizer": {f"{n}/{key}": value for n, p in self.live.items() for key, value in states[p].items()},
-        }
+        """Groups "ema" (by parameter name), unless it is off, and "optimizer" (by parameter name / state name)."""
+        average = {} if self.average is None else {"ema": dict(self.average.shadows)}
+        return average | {"optimizer": self.weight_update.tensors()}
 
     def document(self) -> dict[str, Any]:
         """What is not a tensor, as JSON values."""
+        schedule = self.schedule.state_dict()
         return {
-            "schedule": self.schedule.state_dict(),
+            "schedule": schedule | {"_last_lr": [float(rate) for rate in schedule["_last_lr"]]},
             "scaler": self.scaler.state_dict(),
-            "average_steps": self.average.optimization_step,
-            "learning_rate": [group["lr"] for group in self.optimizer.param_groups],
+            "average_steps": None if self.average is None else self.average.steps,
+            "learning_rate": [float(group["lr"]) for group in self.optimizer.param_groups],
+            "last_norm": None if self.in_backward is None else self.in_backward.last_norm,
         }
 
     def load(self, tensors: dict[str, dict[str, Tensor]], document: dict[str, Any]) -> None:
         """Take up the state that `tensors()` and `document()` gave. Raises ValueError where names differ."""
-        if set(tensors["ema"]) != set(self.live):
-            differing = sorted(set(tensors["ema"]) ^ set(self.live))
+        trained = {key.rpartition("/")[0] for key in tensors["optimizer"]}
+        if trained != set(self.live):
+            differing = sorted(trained ^ set(self.live))
             raise ValueError(
                 f"the checkpoint trains other parameters: {len(differing)} differ, first {differing[:3]}; "
                 "resume with the configuration it was saved with."
             )
-        for name, shadow in zip(self.live, self.average.shadow_params, strict=True):
-            shadow.copy_(tensors["ema"][name])
-        states: dict[str, dict[str, Tensor]] = {name: {} for name in self.live}
-        for key, value in tensors["optimizer"].items():
-            name, _, state = key.rpartition("/")
-            states[name][state] = value
-        self.optimizer.load_state_dict(
-            {
-                "state": {i: state for i, state in enumerate(states.values()) if state},
-                "param_groups": self.optimizer.state_dict()["param_groups"],
-            }
-        )
+        self.weight_update.load(tensors["optimizer"])
+        if self.average is not None:
+            if "ema" not in tensors:
+                raise ValueError(
+                    "the checkpoint holds no moving average of the weights; resume with optimizer.ema off."
+                )
+            for name, shadow in self.average.shadows.items():
+                shadow.copy_(tensors["ema"][name])
+            self.average.steps = document["average_steps"]
         self.schedule.load_state_dict(document["schedule"])
         for group, rate in zip(self.optimizer.param_groups, document["learning_rate"], strict=True):
-            group["lr"] = rate
+            group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], Tensor) else rate
         self.scaler.load_state_dict(document["scaler"])
-        self.average.optimization_step = document["average_steps"]
+        if self.in_backward is not None:
+            self.in_backward.last_norm = document["last_norm"] or 0.0
+
+
+def _make_bfloat16(model: nn.Module) -> None:
+    """Replace every parameter by a bfloat16 one: `Module.to` cannot change fake ones, which dry runs are made of."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            rounded = nn.Parameter(parameter.detach().bfloat16(), requires_grad=parameter.requires_grad)
+            setattr(module, name, rounded)

@@ -43,13 +43,17 @@ class Samples(Protocol):
 def build_optimization(model: MimicMotionModel, config: Config, *, scales_loss: bool) -> Optimization:
     """Optimizer of the model's live parameters; call it before the blocks are replaced."""
     dead = {f"unet.{name}" for name in mmkernels.dead_parameters(model.unet)}
-    steps = config.trainer.num_steps
-    return Optimization(model, config.optimizer, num_steps=steps, dead=dead, scales_loss=scales_loss)
+    steps, seed = config.trainer.num_steps, config.trainer.seed
+    return Optimization(model, config.optimizer, num_steps=steps, dead=dead, scales_loss=scales_loss, seed=seed)
 
 
 def batch_loss(model: torch.nn.Module, batch: dict[str, Tensor], draws: list[diffusion.Draw], config: Config) -> Tensor:
-    """Loss of a micro-batch whose fields are stacked clips on the model's device; model may be wrapped by DDP."""
-    latents = batch["latents"]  # (B, F, 4, h, w)
+    """Loss of a micro-batch whose fields are stacked clips on the model's device; model may be wrapped by DDP.
+
+    Float32 weights run under autocast; others as they are, and what the model reads is rounded to their dtype. Noise
+    levels and time ids stay as they are.
+    """
+    latents, weights_dtype = batch["latents"], next(model.parameters()).dtype  # (B, F, 4, h, w)
     noised = diffusion.noise_batch(
         latents,
         batch["reference_latent"],
@@ -58,13 +62,13 @@ def batch_loss(model: torch.nn.Module, batch: dict[str, Tensor], draws: list[dif
         fps=config.diffusion.fps,
         motion_bucket=config.diffusion.motion_bucket,
     )
-    with autocast(latents.device, config.trainer.precision):
+    with autocast(latents.device, config.trainer.precision, weights_dtype):
         output = model(
-            model_input(noised.scaled, image_latents(noised.reference, latents.shape[1])),
+            model_input(noised.scaled, image_latents(noised.reference, latents.shape[1])).to(weights_dtype),
             noised.c_noise,
-            noised.image_embedding,
+            noised.image_embedding.to(weights_dtype),
             noised.time_ids,
-            batch["pose"],
+            batch["pose"].to(weights_dtype),
             noised.keep,
         )
     return denoising_loss(output, noised.noisy, latents, noised.sigma, batch["loss_weight"])
@@ -99,9 +103,17 @@ class Trainer:
         self._sample_ids = rank_sample_ids(config, ranks)
         if config.trainer.precision == "fp16" and ranks.device.type == "cpu":
             raise ValueError("trainer.precision is 'fp16' on a CPU; give fp32 or bf16, or run on a GPU.")
+        if config.optimizer.in_backward and (ranks.world_size > 1 or len(self._sample_ids) > 1):
+            batch, micro = config.trainer.batch_size, config.trainer.micro_batch_size
+            raise ValueError(
+                f"optimizer.in_backward updates from one backward of one rank; got {ranks.world_size} rank(s), "
+                f"trainer.batch_size {batch} and trainer.micro_batch_size {micro}. Give one rank and equal sizes."
+            )
         torch.manual_seed(config.trainer.seed)
         self.model = build_model(config.model).to(ranks.device).train()
         self.notes: list[str] = []
+        if ranks.device.type == "cpu" and (config.optimizer.states_on_host or config.optimizer.ema == "host"):
+            self.notes.append("the device is a CPU: optimizer.states_on_host and ema host move nothing off it")
         if config.model.pretrained is not None:
             released = weights.read(config.model.pretrained, config.model.pretrained_pose_net)
             self.notes += weights.load(self.model, released)
@@ -224,7 +236,7 @@ class Trainer:
             draws = draw_samples(self.config, self.step, ids, tuple(batch["latents"].shape[1:]))
             with no_sync(self.wrapped, is_last=index == len(batches) - 1):
                 loss = batch_loss(self.wrapped, on_device, draws, self.config) / len(batches)
-                self.optimization.scaler.scale(loss).backward()
+                self.optimization.backward(loss)
             mean_loss += loss.detach()
         return float(mean_loss)
 

@@ -47,6 +47,7 @@ def test_presets_hold_the_released_shape_and_the_papers_batch():
         (lambda: ModelConfig(num_attention_heads=(7, 10, 20, 20)), "num_attention_heads"),
         (lambda: DiffusionConfig(condition_dropout=1.5), "condition_dropout"),
         (lambda: OptimizerConfig(betas=(0.9, 1.0)), "betas"),
+        (lambda: OptimizerConfig(kind="adam"), "optimizer.kind"),  # pyright: ignore[reportArgumentType]
         (lambda: TrainerConfig(batch_size=3, micro_batch_size=2), "batch_size"),
         (lambda: SamplingConfig(num_steps=0), "num_steps"),
         (lambda: Config(data=DataConfig(num_frames=7)), "tile_overlap"),
@@ -56,6 +57,12 @@ def test_presets_hold_the_released_shape_and_the_papers_batch():
 def test_bad_value_is_named_with_what_was_wanted(make, field):
     with pytest.raises(ValueError, match=rf"{field} is .*; give "):
         make()
+
+
+@pytest.mark.parametrize("optimizer", [OptimizerConfig(kind="adamw8bit"), OptimizerConfig(in_backward=True)])
+def test_optimizers_that_need_bf16_refuse_fp16(optimizer):
+    with pytest.raises(ValueError, match=r"trainer.precision is 'fp16'; give bf16: optimizer\."):
+        Config(optimizer=optimizer, trainer=TrainerConfig(precision="fp16"))
 
 
 def test_unknown_field_in_a_stored_config_is_named():

@@ -13,6 +13,7 @@ from tiny import NoiseClips, tiny_config
 from mimicmotion.checkpoint import CheckpointError, newest
 from mimicmotion.distributed import Ranks
 from mimicmotion.execution import use_kernels
+from mimicmotion.generation import load_averaged
 from mimicmotion.history import read_history
 from mimicmotion.model.unet import build_model
 from mimicmotion.trainer import Trainer, TrainingStoppedError, batch_loss, build_optimization, draw_samples
@@ -85,6 +86,15 @@ def test_bf16_autocast_is_near_float32_with_every_kernel(tmp_path):
         assert all(gradient.isfinite().all() and gradient.dtype == torch.float32 for gradient in got.values())
 
 
+def test_bf16_weights_are_near_float32_with_every_kernel(tmp_path):
+    config = tiny_config(tmp_path, precision="bf16")
+    wanted = float(_gradients(tiny_config(tmp_path), "torch", torch.float32, range(1))["loss"])
+    for kernels in ("torch", "checkpoint", "fused"):
+        got = _gradients(config, kernels, torch.bfloat16, range(1))
+        assert float(got["loss"]) == pytest.approx(wanted, rel=0.02) and got.pop("loss").dtype == torch.float32
+        assert all(gradient.isfinite().all() and gradient.dtype == torch.bfloat16 for gradient in got.values())
+
+
 def _files(config):
     folder = newest(config.run_dir)
     assert folder is not None
@@ -106,9 +116,24 @@ class Interrupting(NoiseClips):
         return super().sample(step, sample_id)
 
 
-@pytest.mark.parametrize("kernels", ["torch", "fused"])
-def test_interrupted_and_resumed_ends_bit_equal(kernels, tmp_path):
-    straight = dataclasses.replace(tiny_config(tmp_path / "straight"), kernels=kernels)
+RESUMED = {
+    "torch": ("torch", {}),
+    "fused": ("fused", {}),
+    "8-bit, fused, in backward, on the host": (
+        "fused",
+        {"kind": "adamw8bit", "in_backward": True, "states_on_host": True, "ema": "host"},
+    ),
+    "in backward, no average": ("checkpoint", {"in_backward": True, "ema": "off", "max_grad_norm": 0.01}),
+}
+
+
+@pytest.mark.parametrize("case", RESUMED)
+def test_interrupted_and_resumed_ends_bit_equal(case, tmp_path):
+    kernels, options = RESUMED[case]
+    straight = tiny_config(tmp_path / "straight", precision="bf16" if "kind" in options else "fp32", micro_batch_size=2)
+    straight = dataclasses.replace(
+        straight, kernels=kernels, optimizer=dataclasses.replace(straight.optimizer, **options)
+    )
     assert _train(straight)[0]
     broken = dataclasses.replace(straight, run_dir=tmp_path / "broken")
     before = signal.getsignal(signal.SIGTERM)
@@ -117,7 +142,8 @@ def test_interrupted_and_resumed_ends_bit_equal(kernels, tmp_path):
     assert newest(broken.run_dir) == broken.run_dir / f"step-{trainer.step:08d}"
     torch.manual_seed(123)  # ambient random state must not matter
     is_finished, resumed = _train(broken, resume=True)
-    assert is_finished and resumed.notes == [f"resumed {newest_name(broken, trainer)} at step {trainer.step}"]
+    assert is_finished and resumed.notes[-1] == f"resumed {newest_name(broken, trainer)} at step {trainer.step}"
+    assert [note for note in resumed.notes[:-1] if "CPU" not in note] == []
     (wanted, wanted_state), (got, got_state) = _files(straight), _files(broken)
     assert wanted_state == got_state
     for name, tensors in wanted.items():
@@ -244,6 +270,28 @@ def test_history_is_cut_back_to_the_checkpoint(tmp_path):
     _, trainer = _train(longer, resume=True)
     assert trainer.notes[1:] == ["trainer.num_steps was 2 in the checkpoint and is 3 now"]
     assert [row["step"] for row in _rows(config)] == [1, 2, 3]
+
+
+def test_updates_in_backward_refuse_accumulation_and_ranks(tmp_path):
+    config = tiny_config(tmp_path, batch_size=2, micro_batch_size=1)
+    config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, in_backward=True))
+    for ranks in (ONE, dataclasses.replace(ONE, world_size=2)):
+        with pytest.raises(ValueError, match=r"optimizer.in_backward .* trainer.batch_size 2 and .*micro_batch_size 1"):
+            Trainer(config, NoiseClips(config=config), ranks, encoder="noise")
+
+
+def test_without_an_average_a_checkpoint_gives_the_weights(tmp_path):
+    config = tiny_config(tmp_path, num_steps=1, precision="bf16")
+    optimizer = dataclasses.replace(config.optimizer, kind="adamw8bit", ema="off", warmup_steps=0)
+    config = dataclasses.replace(config, optimizer=optimizer)
+    _, trainer = _train(config)
+    _, model, _ = load_averaged(tmp_path)
+    trained = trainer.model.state_dict()
+    assert all(value.dtype == torch.bfloat16 for value in trained.values())
+    assert all(torch.equal(value, trained[name].float()) for name, value in model.state_dict().items())
+    averaging = dataclasses.replace(config, optimizer=dataclasses.replace(optimizer, ema="host"))
+    with pytest.raises(ValueError, match=r"no moving average of the weights; resume with optimizer.ema off"):
+        Trainer(averaging, NoiseClips(config=config), ONE, encoder="noise", resume=True)
 
 
 def test_fp16_on_a_cpu_is_refused(tmp_path):

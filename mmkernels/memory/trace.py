@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 from mmkernels.costs import modelled_device
@@ -181,6 +181,8 @@ class _StorageFollower(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
+        if any(is_traceable_wrapper_subclass(leaf) for leaf in tree_leaves((args, kwargs))):
+            return NotImplemented  # one tensor made of several, as 8-bit states are: come back with those
         if not self._has_begun_backward and is_in_backward():
             self._has_begun_backward = True
             self.bytes_at_backward = self.live_bytes

@@ -1,0 +1,231 @@
+"""AdamW over named weights in two kinds, and where its states live.
+
+Bytes a weight, states included (tests/test_weight_update.py counts them on the real tensors):
+
+    kind       weight  moments             on the device with states_on_host
+    adamw      4       4 + 4               4
+    adamw8bit  2       1 + 1 + 2 * 4/256   2
+
+adamw: torch's fused AdamW on float32 weights. adamw8bit: torchao's AdamW8bit on bfloat16 weights. Its moments are 8-bit
+codes with a float32 scale for each 256 of them (Dettmers et al. 2021, arXiv 2110.02861); weights of fewer than 4096
+elements keep float32 moments. The update is computed in float32 and rounded stochastically to bfloat16: up with a
+probability of the share of the spacing that is cut off, so that its mean is exact and no small update is lost.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+
+from mimicmotion.config import OptimizerConfig
+
+_BLOCK_ELEMENTS = 256  # that share a scale
+_LEAST_ELEMENTS = 4096  # below it moments stay float32, as in bitsandbytes
+_PIECE_ELEMENTS = 1 << 21  # updated at once by adamw8bit, whose temporaries take 57 bytes an element
+
+
+class WeightUpdate:
+    """Updates weights by their gradients, all or one; its states by name for a checkpoint.
+
+    With `states_on_host` the moments of one weight at a time come to its device, are updated there and go back, all in
+    the order of the device's current stream: the result is the same to the bit. The random numbers of the rounding
+    are a function of (seed, place of the weight, number of its updates), so a resumed run draws the same.
+    """
+
+    def __init__(self, weights: Mapping[str, nn.Parameter], config: OptimizerConfig, *, seed: int) -> None:
+        """Raises ModuleNotFoundError where kind is adamw8bit and torchao is not installed."""
+        self.weights, self.seed = dict(weights), seed
+        self.is_8bit, self.is_on_host = config.kind == "adamw8bit", config.states_on_host
+        self._places = {name: place for place, name in enumerate(self.weights)}
+        self.device = next(iter(self.weights.values())).device
+        settings: dict[str, Any] = {
+            "lr": config.learning_rate,
+            "betas": config.betas,
+            "eps": config.eps,
+            "weight_decay": config.weight_decay,
+        }
+        parameters = list(self.weights.values())
+        if self.is_8bit:
+            kind = _torchao().AdamW8bit
+            self.optimizer = kind(parameters, bf16_stochastic_round=True, block_size=_BLOCK_ELEMENTS, **settings)
+            # the schedule multiplies this one: in Python, so that it is the same after a resume
+            self._group["initial_lr"] = config.learning_rate
+        else:
+            self.optimizer = torch.optim.AdamW(parameters, fused=True, **settings)
+        for weight in parameters:
+            state = self._fresh_state(weight)
+            self.optimizer.state[weight] = self._moved(state, to_host=True) if self.is_on_host else state
+
+    @property
+    def _group(self) -> dict[str, Any]:
+        return self.optimizer.param_groups[0]
+
+    def _fresh_state(self, weight: Tensor) -> dict[str, Tensor]:
+        """Moments of zeros, 8-bit where the kind has them so."""
+        is_8bit = self.is_8bit and weight.numel() >= _LEAST_ELEMENTS and weight.numel() % _BLOCK_ELEMENTS == 0
+        step = torch.zeros((), device="cpu" if self.is_8bit else weight.device)
+        state = {"step": step}
+        for key, is_signed in (("exp_avg", True), ("exp_avg_sq", False)):
+            if is_8bit:
+                zeros = _state_class().zeros
+                state[key] = zeros(weight.shape, is_signed, _BLOCK_ELEMENTS, weight.device, dtype=weight.dtype)
+            else:
+                state[key] = torch.zeros_like(weight, dtype=torch.float32, requires_grad=False)
+        return state
+
+    def _moved(self, state: dict[str, Tensor], *, to_host: bool) -> dict[str, Tensor]:
+        """New copies of the moments, page-locked where they go from a GPU to the host; "step" stays where it is."""
+        device = torch.device("cpu") if to_host else self.device
+        is_locked = to_host and self.device.type == "cuda"
+        return {key: value if key == "step" else _copied(value, device, is_locked) for key, value in state.items()}
+
+    def update_all(self) -> None:
+        """Move every weight that has a gradient."""
+        if not self.is_8bit and not self.is_on_host:
+            self.optimizer.step()
+            return
+        for name, weight in self.weights.items():
+            if weight.grad is not None:
+                self.update(name)
+
+    @torch.no_grad()
+    def update(self, name: str) -> None:
+        """Move one weight by its gradient."""
+        weight = self.weights[name]
+        kept = self.optimizer.state[weight]
+        state = self._moved(kept, to_host=False) if self.is_on_host else kept
+        if self.is_8bit:
+            num_updates = 0 if isinstance(state["step"], FakeTensor) else int(state["step"])  # a fake one has no value
+            with self._rounding(name, num_updates):
+                self._update_pieces(weight, state)
+        else:
+            self._update_alone(weight, state)
+        self.optimizer.state[weight] = kept
+        if self.is_on_host:
+            for key in kept.keys() - {"step"}:
+                for old, new in zip(_parts(kept[key]).values(), _parts(state[key]).values(), strict=True):
+                    old.copy_(new, non_blocking=True)
+
+    def _update_alone(self, weight: Tensor, state: dict[str, Tensor]) -> None:
+        """The optimizer's step with its one group narrowed to `weight`."""
+        everything = self._group["params"]
+        self._group["params"] = [weight]
+        self.optimizer.state[weight] = state
+        try:
+            self.optimizer.step()
+        finally:
+            self._group["params"] = everything
+
+    def _update_pieces(self, weight: Tensor, state: dict[str, Tensor]) -> None:
+        """A step over rows of `weight` at a time, whole blocks of its moments each."""
+        assert weight.grad is not None
+        step = state["step"]
+        for rows, moments in _pieces(weight, state):
+            piece = weight.detach()[rows]
+            piece.grad = weight.grad[rows]
+            self._update_alone(piece, {"step": step.clone(), **moments})
+            del self.optimizer.state[piece]
+        step += 1
+
+    @contextmanager
+    def _rounding(self, name: str, num_updates: int) -> Iterator[None]:
+        """Torch's generators seeded for one update of one weight, and torchao's operations run as they are written.
+
+        Compiled, as torchao would, they take minutes of compilation for the shapes of a model, some of it in the
+        midst of a first backward, and a compiler on the machine.
+        """
+        devices = [self.device] if self.device.type == "cuda" else []
+        # the last word keeps this stream apart from any other use of the same three numbers
+        words = np.random.SeedSequence([self.seed, self._places[name], num_updates, 0x524F554E]).generate_state(
+            1, np.uint64
+        )
+        with ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng(devices=devices, device_type="cuda"))
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            torch.manual_seed(int(words[0]) >> 1)
+            yield
+
+    def resident(self) -> list[Tensor]:
+        """States that live on the weights' device."""
+        found = self.tensors()
+        return [value for key, value in found.items() if not self.is_on_host or key.endswith("/step")]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """States as plain tensors: weight's name / state's name, with .codes, .scale, .qmap after it for 8 bits."""
+        if self.is_on_host and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # the last copies to the host may be on their way
+        return {
+            f"{name}/{key}{part}": tensor
+            for name, weight in self.weights.items()
+            for key, value in self.optimizer.state[weight].items()
+            for part, tensor in _parts(value).items()
+        }
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take up what `tensors()` gave. Raises ValueError where the names differ."""
+        own = self.tensors()
+        if differing := sorted(own.keys() ^ tensors.keys()):
+            raise ValueError(
+                f"the checkpoint's optimizer holds other states: {len(differing)} differ, first {differing[:3]}; "
+                "resume with the model and the optimizer.kind it was saved with."
+            )
+        for key, tensor in own.items():
+            tensor.copy_(tensors[key])
+
+
+def _torchao() -> Any:
+    try:
+        from torchao import optim
+    except ModuleNotFoundError as error:
+        message = "optimizer.kind adamw8bit needs torchao, which is not installed: pip install torchao"
+        raise ModuleNotFoundError(message) from error
+    return optim
+
+
+def _state_class() -> Any:
+    from torchao.optim import subclass_8bit
+
+    with unset_fake_temporarily():  # its tables of codes are made of tensors once, and must be of real ones
+        subclass_8bit.get_qmap_signed()
+        subclass_8bit.get_qmap_unsigned()
+    return subclass_8bit.OptimState8bit
+
+
+def _parts(value: Tensor) -> dict[str, Tensor]:
+    """The plain tensors of a state by a suffix for its name, "" for a plain one."""
+    if not hasattr(value, "__tensor_flatten__"):
+        return {"": value}
+    names, _ = value.__tensor_flatten__()  # pyright: ignore[reportAttributeAccessIssue]
+    return {f".{name}": getattr(value, name) for name in names}
+
+
+def _copied(value: Any, device: torch.device, is_locked: bool) -> Tensor:
+    """A copy of a state, queued on the current stream."""
+    if hasattr(value, "__tensor_flatten__"):
+        parts = (_copied(part, device, is_locked) for part in _parts(value).values())
+        return type(value)(*parts, value.signed, value.dtype)
+    copy = torch.empty_like(value, device=device, pin_memory=is_locked)
+    return copy.copy_(value, non_blocking=True)
+
+
+def _pieces(weight: Tensor, state: dict[str, Any]) -> Iterator[tuple[slice, dict[str, Any]]]:
+    """Rows of a weight (its first axis) and views of their moments, at most about _PIECE_ELEMENTS at a time."""
+    moments = {key: value for key, value in state.items() if key != "step"}
+    if weight.numel() <= _PIECE_ELEMENTS or not hasattr(moments["exp_avg"], "codes"):
+        yield slice(None), moments
+        return
+    row = weight[0].numel()
+    least = _BLOCK_ELEMENTS // math.gcd(row, _BLOCK_ELEMENTS)  # rows that fill whole blocks
+    rows = max(least, _PIECE_ELEMENTS // row // least * least)
+    for begin in range(0, len(weight), rows):
+        taken = slice(begin, begin + rows)
+        scales = slice(begin * row // _BLOCK_ELEMENTS, (begin + rows) * row // _BLOCK_ELEMENTS)
+        yield (
+            taken,
+            {key: type(v)(v.codes[taken], v.scale[scales], v.qmap, v.signed, v.dtype) for key, v in moments.items()},
+        )
