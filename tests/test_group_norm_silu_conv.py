@@ -320,6 +320,7 @@ def test_the_kernels_that_are_fastest_run(name: str, monkeypatch) -> None:
 
     monkeypatch.setattr(module, "_variants", lambda *_: {"chunked": None, "plain": PlainKernels()})
     monkeypatch.setattr(module.tuning, "fastest", fastest)
+    monkeypatch.setattr(module.implicit, "_CHUNK_BYTES", 1)  # one sample after the other where there are two inputs
     check(CASES[name], torch.float32)
     names = ("chunked", "plain")
     assert asked == [("group_norm_silu_conv", direction, *names) for direction in ("forward", "backward")]

@@ -6,12 +6,15 @@ and weights (taps, C + C2, K). Which kernels run is the caller's choice; only th
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from mmkernels.ops.group_norm_silu_conv_chunked import Norm
+
+_CHUNK_BYTES = 1 << 28  # of the gradient by the activation where it has no place in dx
 
 
 class Kernels(Protocol):
@@ -48,6 +51,17 @@ def by_taps(weight: Tensor) -> Tensor:
     return weight.permute(2, 3, 1, 0).flatten(0, 1).contiguous()
 
 
+def _samples(x: Tensor, x2: Tensor | None) -> Iterator[slice]:
+    """All samples at once, or as many as give _CHUNK_BYTES of a gradient by the activation."""
+    M = x.shape[0]
+    step = M
+    if x2 is not None:
+        sample_bytes = x.shape[1:3].numel() * (x.shape[3] + x2.shape[3]) * x.element_size()
+        step = max(1, _CHUNK_BYTES // max(1, sample_bytes))
+    for begin in range(0, M, step):
+        yield slice(begin, min(begin + step, M))
+
+
 def forward(
     kernels: Kernels, x: Tensor, x2: Tensor | None, norm: Norm, weight: Tensor, bias: Tensor | None,
     shift: Tensor | None, residual: Tensor | None, y: Tensor,
@@ -64,7 +78,15 @@ def backward(
     K, C, kh, kw = weight.shape
     dy = dy.contiguous()
     by_tap = kernels.weight_gradient(x, x2, *norm, dy, kh * kw)
-    da = torch.empty((*x.shape[:3], C), dtype=x.dtype, device=x.device)
-    kernels.data_gradient(dy, by_taps(weight), da)
-    dgamma, dbeta = kernels.group_norm_silu_backward(x, x2, da, *norm, dx, dx2)
+    weight_tck = by_taps(weight)
+    dgamma, dbeta = (torch.zeros_like(norm.gamma) for _ in range(2))
+    for rows in _samples(x, x2):
+        # Of one input the gradient is written last, element by element: until then its place holds da.
+        da = dx[rows] if x2 is None else torch.empty((*x[rows].shape[:3], C), dtype=x.dtype, device=x.device)
+        kernels.data_gradient(dy[rows], weight_tck, da)
+        second, second_dx = (None if value is None else value[rows] for value in (x2, dx2))
+        part = norm.of((rows, slice(None), slice(None)))
+        sums = kernels.group_norm_silu_backward(x[rows], second, da, *part, dx[rows], second_dx)
+        dgamma += sums[0]
+        dbeta += sums[1]
     return dgamma, dbeta, by_tap.view(kh, kw, C, K).permute(3, 2, 0, 1)
