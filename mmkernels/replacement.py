@@ -173,8 +173,10 @@ def _undo_of(swaps: list[tuple[nn.Module, str, DropIn]], stop_moving: Callable[[
 
 def report(unet: nn.Module) -> Report:
     """Which block of `unet` runs how, and why it is not fused where it is not."""
-    rows = []
-    for name, owner, _, _, block in _blocks(unet):
+    rows, blocks = [], list(_blocks(unet))
+    is_checkpointed = any(isinstance(block, CheckpointedBlock) for *_, block in blocks)
+    remains = 'plan="checkpoint" leaves an up block to its parts' if is_checkpointed else "not replaced"
+    for name, owner, _, _, block in blocks:
         original = block.original if isinstance(block, DropIn) else block
         how = block.how if isinstance(block, DropIn) else "torch"
         if how == "fused":
@@ -184,7 +186,7 @@ def report(unet: nn.Module) -> Report:
         elif how == "checkpoint":
             why = 'replaced with plan="checkpoint"'
         else:
-            why = _why_not(original, owner) or "not replaced"
+            why = _why_not(original, owner) or remains
         rows.append(Row(name, type(original).__name__, how, why))
     return Report(tuple(rows))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmkernels import extension
+from mmkernels import extension, tuning
 from mmkernels.ops import group_norm_silu_conv as module
 from mmkernels.ops import group_norm_silu_conv_formula as formula
 from mmkernels.ops.group_norm_silu_conv import group_norm_silu_conv, reference, why_unsupported
@@ -324,3 +325,14 @@ def test_the_kernels_that_are_fastest_run(name: str, monkeypatch) -> None:
     check(CASES[name], torch.float32)
     names = ("chunked", "plain")
     assert asked == [("group_norm_silu_conv", direction, *names) for direction in ("forward", "backward")]
+
+
+def test_a_forced_variant_that_is_not_offered_is_refused(monkeypatch) -> None:
+    """Also where the chunked way is the only one."""
+    x: Any = types.SimpleNamespace(device=torch.device("cuda"), shape=(1, 2, 3, 4), dtype=torch.float32)
+    monkeypatch.setattr(module, "_variants", lambda *_: {"chunked": None})
+    monkeypatch.setenv("MMKERNELS_VARIANT", "group_norm_silu_conv=triton")
+    with pytest.raises(tuning.NotOfferedError, match="has group_norm_silu_conv=triton, wanted chunked"):
+        module._fastest("forward", lambda *_: None, x, None, torch.empty(4, 4, 3, 3), ())
+    monkeypatch.setenv("MMKERNELS_VARIANT", "group_norm_silu_conv=chunked")
+    assert module._fastest("forward", lambda *_: None, x, None, torch.empty(4, 4, 3, 3), ()) is None

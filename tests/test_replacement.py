@@ -185,6 +185,12 @@ def test_a_block_that_is_not_the_known_one_stays_and_says_why() -> None:
 def test_reports_what_is_not_replaced_and_why() -> None:
     unet = small_unet()
     assert {(row.how, row.why) for row in mmkernels.report(unet).rows} == {("torch", "not replaced")}
+    undo = mmkernels.replace(unet, "checkpoint")
+    assert {(row.how, row.why) for row in mmkernels.report(unet).rows} == {
+        ("checkpoint", 'replaced with plan="checkpoint"'),
+        ("torch", 'plan="checkpoint" leaves an up block to its parts'),
+    }
+    undo()
     unet.enable_gradient_checkpointing()
     mmkernels.replace(unet)
     assert all("disable_gradient_checkpointing" in row.why for row in mmkernels.report(unet).rows)

@@ -122,8 +122,6 @@ def _fastest(
 ) -> Kernels | None:  # fmt: skip
     """The kernels that `run` is fastest with, None for the chunked way; timed on scratch outputs where first seen."""
     variants = _variants(x, x2, weight, (*outputs, *others))
-    if len(variants) == 1:
-        return None
     calls = {
         name: partial(lambda way: run(way, *map(torch.empty_like, outputs)), way) for name, way in variants.items()
     }
