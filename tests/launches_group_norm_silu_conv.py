@@ -47,6 +47,12 @@ def launches(dtype: torch.dtype) -> list[Recorded]:
         kernels.forward(
             x, None, *norm, weight, gamma, x[:, :, 0], x, x, launch=recorder(f"forward_{name}", "forward")
         )  # fmt: skip
+        if num_taps == 9:  # the up blocks' first convolution; none over frames has a second input
+            joined = torch.zeros(2 * C, dtype=dtype)
+            kernels.forward(
+                x, x, *norm[:2], joined, joined, weight.repeat(1, 2, 1), gamma, x[:, :, 0], x, x,
+                launch=recorder(f"forward_{name}_two_inputs", "forward"),
+            )  # fmt: skip
         kernels.data_gradient(x, weight, x, launch=recorder(f"data_gradient_{name}", "backward"))
         kernels.weight_gradient(x, None, *norm, x, num_taps, launch=recorder(f"weight_gradient_{name}", "backward"))
     return recorded

@@ -128,7 +128,7 @@ def _group_norm_silu_conv(part: str, narrow_accesses: int) -> TritonKernel:
         return recorded(dtype).arguments, recorded(dtype).constants
 
     _, direction, kernel, *_ = recorded(torch.bfloat16)
-    shape = {"M": 1, "H": 16, "W": 16, "C": 320, "K": 320}
+    shape = {"M": 1, "H": 16, "W": 16, "C": 320, "K": 320} | ({"C2": 320} if part.endswith("two_inputs") else {})
     has_product = kernel.__name__ in ("convolve_kernel", "weight_gradient_kernel")
     return TritonKernel(
         "group_norm_silu_conv", direction, kernel, arguments, shape, has_product, narrow_accesses, part=part
@@ -139,7 +139,7 @@ def _group_norm_silu_conv(part: str, narrow_accesses: int) -> TritonKernel:
 GROUP_NORM_SILU_CONV = {
     "partial_statistics_kernel": 2, "merge_statistics_kernel": 34, "activate_kernel": 16,
     "partial_backward_kernel": 18, "merge_backward_kernel": 35, "input_gradient_kernel": 32,
-    "forward_3x3": 41, "data_gradient_3x3": 32, "weight_gradient_3x3": 6,
+    "forward_3x3": 41, "forward_3x3_two_inputs": 59, "data_gradient_3x3": 32, "weight_gradient_3x3": 6,
     "forward_3x1x1": 14, "data_gradient_3x1x1": 0, "weight_gradient_3x1x1": 6,
 }  # fmt: skip
 TRITON: tuple[TritonKernel, ...] = (

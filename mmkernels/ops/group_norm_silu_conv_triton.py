@@ -99,9 +99,10 @@ def convolve_kernel(
     if table is not None:
         table += m * 2 * (C + C2)
     weight += block.to(tl.int64) * (C + C2) * (3 * KW * TILE_K)
+    # With two loops ptxas for sm_100 and sm_120 spills what the first would load ahead.
     sums = _accumulate(
         sums, x + m * x_m, table, weight, x_h, x_w, h, w, exists, H, C, C + C2,
-        ROWS, KW, TILE_C, TILE_K, PRECISION, STAGES,
+        ROWS, KW, TILE_C, TILE_K, PRECISION, STAGES if x2 is None else 1,
     )  # fmt: skip
     if x2 is not None:
         sums = _accumulate(
