@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -27,10 +27,12 @@ def random_profile(seed: int) -> Profile:
     blocks = []
     for index in range(3):
         units = [
-            UnitCost(name=f"b{index}/u0", saved_bytes=gib(0.5, 3)),
+            UnitCost(name=f"b{index}/u0", saved_bytes=gib(0.5, 3), saved_at_s=draw.uniform(0, 0.3), used_at_s=0.2),
             UnitCost(
                 name=f"b{index}/u1",
                 saved_bytes=gib(0.5, 3),
+                saved_at_s=0.3,
+                used_at_s=draw.uniform(0, 0.2),
                 keep_bytes=gib(0.5, 2),
                 keep_spares_s=draw.uniform(0.1, 0.5),
                 keep_spares_flops=7,
@@ -56,7 +58,7 @@ def random_profile(seed: int) -> Profile:
                 PhaseCost(
                     name=f"b{index}",
                     direction=direction,
-                    seconds=draw.uniform(0.3, 1),
+                    seconds=draw.uniform(0.7, 1.2),
                     peak_bytes=int(4 * GIB + held[index + 1]) + gib(0, 2),
                     num_before=index,
                     block=index,
@@ -73,8 +75,8 @@ def random_profile(seed: int) -> Profile:
         blocks=tuple(blocks),
         phases=tuple(phases),
         flops=100,
-        largest_bytes=GIB // 8,
-        optimizer=OptimizerCost(moments_bytes=2 * GIB, update_s=0.2, host_s=1.5),
+        piece_bytes=GIB // 3,
+        optimizer=OptimizerCost(moments_bytes=2 * GIB, host_s=1.5),
     )
 
 
@@ -86,6 +88,7 @@ class Held:
     moved: float = 0.0
     seconds: float = 0.0
     own: Mapping[str, float] | None = None
+    moves: dict[str, list[tuple[float, float]]] = field(default_factory=lambda: {"forward": [], "backward": []})
 
 
 def options(block: BlockCost) -> Iterator[tuple[dict[str, str], Held]]:
@@ -98,6 +101,9 @@ def options(block: BlockCost) -> Iterator[tuple[dict[str, str], Held]]:
             kept += unit.keep_bytes * (choice == "keep")
             moved += unit.saved_bytes * (choice == "move")
             held.seconds -= unit.keep_spares_s * (choice == "keep")
+            if choice == "move":
+                held.moves["forward"].append((unit.saved_at_s, unit.saved_bytes))
+                held.moves["backward"].append((unit.used_at_s, unit.saved_bytes))
         held.more, held.moved, held.own = kept, moved, {"keep": kept, "move": moved, "again": 0.0}
         names = [unit.name for unit in block.units]
         yield {name: choice for name, choice in zip(names, choices, strict=True) if choice != "recompute"}, held
@@ -107,24 +113,27 @@ def options(block: BlockCost) -> Iterator[tuple[dict[str, str], Held]]:
             more=block.input_bytes - block.saved_bytes, moved=block.input_bytes * is_moved, seconds=block.again_s
         )
         held.own = {"keep": 0.0, "move": 0.0, "again": 1.0}
+        held.moves = {way: [(0.0, held.moved)] if is_moved else [] for way in held.moves}
         yield {f"{block.name}/input": "move" if is_moved else "again"}, held
 
 
 def end_of_step(profile: Profile, held: tuple[Held, ...], window: float) -> float:
-    """A belt of work and a belt of copies: work waits while more than the window is under way."""
-    now, n = 0.0, len(held)
+    """A queue of bytes on the link: work waits until no more than the window is in it, forward and backward alike."""
+    now = 0.0
     for direction in ("forward", "backward"):
-        times, moved = [now], [0.0]
+        queue, since = 0.0, now
         for phase in (phase for phase in profile.phases if phase.direction == direction):
-            now += phase.seconds
-            if phase.block is None:
-                continue
-            now += held[phase.block].seconds if direction == "backward" else 0.0
-            moved.append(moved[-1] + held[phase.block].moved)
-            now = max(now, *(t + (moved[-1] - m - window) / LINK for t, m in zip(times, moved, strict=False)))
-            times.append(now)
-        assert len(times) == n + 1
-    return now + profile.optimizer.update_s
+            begin, more = now, 0.0
+            waited = 0.0
+            if phase.block is not None:
+                for at, num_bytes in sorted(held[phase.block].moves[direction]):
+                    now = begin + at + waited
+                    queue = max(0.0, queue - LINK * (now - since)) + num_bytes
+                    wait = max(0.0, (queue - window) / LINK)
+                    queue, since, waited = queue - LINK * wait, now + wait, waited + wait
+                more = held[phase.block].seconds if direction == "backward" else 0.0
+            now = begin + phase.seconds + waited + more
+    return now
 
 
 def best(profile: Profile, budget: float) -> tuple[float, float]:
@@ -136,9 +145,9 @@ def best(profile: Profile, budget: float) -> tuple[float, float]:
         for in_backward, on_host in itertools.product((0, 1), repeat=2):
             peak = highest(profile, held, in_backward, on_host)
             moved = sum(each.moved for each in held)
-            window = min(4.0 * GIB, budget - peak) if moved else 0.0
-            lowest = min(lowest, peak + (profile.largest_bytes if moved else 0))
-            if peak > budget or (moved and window < profile.largest_bytes):
+            window = min(12, (budget - peak) // profile.piece_bytes) * profile.piece_bytes if moved else 0.0
+            lowest = min(lowest, peak + (profile.piece_bytes if moved else 0))
+            if peak > budget or (moved and window < profile.piece_bytes):
                 continue
             cost = end_of_step(profile, held, window) + on_host * profile.optimizer.host_s
             cost += MOVING_S * moved / GIB + AWKWARD_SHARE * base_s * (in_backward + on_host)

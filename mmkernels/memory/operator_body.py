@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -39,11 +39,12 @@ class Body:
 
 
 class Bodies:
-    """Finds what lies inside of operators, each combination of arguments once."""
+    """Finds what lies inside of operators, each combination of arguments once in a process."""
+
+    _known: ClassVar[dict[Any, Body]] = {}
 
     def __init__(self, costs: OperatorCosts) -> None:
         self._costs = costs
-        self._known: dict[Any, Body] = {}
 
     def of(self, func: Any, args: tuple, kwargs: dict) -> Body | None:
         """The body of a fused operator of this package, None for any other."""

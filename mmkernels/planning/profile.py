@@ -13,10 +13,15 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class UnitCost:
-    """What a unit saves, and what "keep" adds to it and spares backward. keep_bytes: 0 where there is no "keep"."""
+    """What a unit saves, and what "keep" adds to it and spares backward. keep_bytes: 0 where there is no "keep".
+
+    saved_at_s, used_at_s: into the forward and the backward of its block.
+    """
 
     name: str  # "<block>/<operation>"
     saved_bytes: int
+    saved_at_s: float = 0.0
+    used_at_s: float = 0.0
     keep_bytes: int = 0
     keep_spares_s: float = 0.0
     keep_spares_flops: int = 0
@@ -40,7 +45,7 @@ class BlockCost:
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseCost:
-    """A stretch of the step.
+    """A stretch of the step; the update, on the device, is part of the last.
 
     block: index of the block whose phase it is, None between blocks.
     num_before: how many blocks hold what they have saved for backward; those with the lowest indices, without `block`.
@@ -68,13 +73,12 @@ class PhaseCost:
 class OptimizerCost:
     """Of the update of the weights.
 
-    moments_bytes: what could lie on the host instead. update_s: seconds of the update on the device. host_s: seconds
-    more, for gradients and weights on the link, where the moments lie on the host; 0 where they may not.
+    moments_bytes: what could lie on the host instead. host_s: seconds that the update takes longer there, gradients and
+    weights on the link included; 0 where it may not be there.
     can_be_in_backward: whether each weight may be updated as soon as its gradient is there.
     """
 
     moments_bytes: int = 0
-    update_s: float = 0.0
     host_s: float = 0.0
     can_be_in_backward: bool = True
 
@@ -87,4 +91,4 @@ class Profile:
     phases: tuple[PhaseCost, ...]
     flops: int = 0
     optimizer: OptimizerCost = OptimizerCost()
-    largest_bytes: int = 0  # of the tensors that can be moved: a smaller window holds none of them
+    piece_bytes: int = 0  # of the tensors that most of what can be moved lies in: a window holds a whole number of them

@@ -4,29 +4,31 @@ Whole numbers: keep and move of each unit, running a block whole again and movin
 backward, moments on the host. With b_k what the first k blocks hold beyond "recompute" and m_k what they move:
 
     peak of a phase:  peak + b_k - away_share m_k + its own block's terms + window <= budget
-    time:             t_k >= t_(k-1) + seconds of block k, forward; the same in backward, from the last to the first
-    copies:           m_k - m_j <= link (t_k - t_j) + window   for all j < k, forward; the same in backward
+    when u is saved:  t_u >= t_(u-1) + seconds between;  c_u >= t_u + bytes / link;  c_u >= c_(u-1) + bytes / link
+                      and then t_u >= c_u - window / link: at most a window is on its way
+    when u is used:   the same with copies that come in, at most a window early:
+                      c_u >= t_u + (bytes - window) / link;  c_u >= c_(u-1) + bytes / link;  and then t_u >= c_u
 
-The last says that copies run in order on a link of their own and that at most `window` bytes are under way: it is exact
-for a block that saves and uses at an even rate. Minimised is the end of the step.
+c is when the copies, which run in order on a link of their own, are done; a window holds a whole number of tensors.
+Minimised is the end of the step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
-from scipy import optimize, sparse
 
 from mmkernels.planning.choices import Choice
 from mmkernels.planning.profile import PhaseCost, Profile
+from mmkernels.planning.program import Program, Terms
 
 GIB = float(1 << 30)
 MOVING_S = 2e-3  # per GiB moved: a copy out and one in read and write device memory at about 1 TB/s
 AWKWARD_SHARE = 0.005  # of the step: what it must spare to update inside backward or on the host
-MOST_WINDOW_GIB = 4.0
+MOST_PIECES = 12  # in a window
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +40,7 @@ class Limits:
     host_bytes: int = 1 << 40
     corrections: Sequence[int] | None = None
     gap: float = 0.004  # of the optimum; the search ends there
-    time_limit_s: float = 20.0
+    time_limit_s: float = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,41 +59,6 @@ class Solution:
     gap: float
 
 
-@dataclass
-class Program:
-    """Columns and rows of a mixed-integer program; a row is a sum of coefficients by column, at most a bound."""
-
-    upper: list[float] = field(default_factory=list)
-    whole: list[int] = field(default_factory=list)
-    rows: list[tuple[dict[int, float], float]] = field(default_factory=list)
-
-    def column(self, upper: float = 1.0, *, is_whole: bool = True) -> int:
-        """A new variable from 0 to `upper`."""
-        self.upper.append(upper)
-        self.whole.append(int(is_whole))
-        return len(self.upper) - 1
-
-    def at_most(self, terms: Mapping[int, float], bound: float) -> None:
-        """sum(terms) <= bound."""
-        self.rows.append((dict(terms), bound))
-
-    def minimise(self, terms: Mapping[int, float], gap: float, time_limit_s: float) -> optimize.OptimizeResult:
-        """As scipy returns it."""
-        cost = np.zeros(len(self.upper))
-        for column, factor in terms.items():
-            cost[column] = factor
-        entries = [(row, column, x) for row, (each, _) in enumerate(self.rows) for column, x in each.items()]
-        rows, columns, factors = zip(*entries, strict=True)
-        matrix = sparse.csr_matrix((factors, (rows, columns)), shape=(len(self.rows), len(self.upper)))
-        bounds: Any = optimize.Bounds(0.0, np.array(self.upper))  # pyright: ignore[reportArgumentType]
-        most: Any = np.array([bound for _, bound in self.rows])
-        return optimize.milp(
-            cost, integrality=np.array(self.whole), bounds=bounds,
-            constraints=optimize.LinearConstraint(matrix, -np.inf, most),
-            options={"mip_rel_gap": gap, "time_limit": time_limit_s},
-        )  # fmt: skip
-
-
 class Model:
     """The program of a profile. Bytes are counted in GiB, so that all numbers are of one size."""
 
@@ -107,7 +74,9 @@ class Model:
         self.moves_any = program.column(can_move)
         self.is_in_backward = program.column(float(profile.optimizer.can_be_in_backward))
         self.states_on_host = program.column(float(profile.optimizer.host_s > 0))
-        self.window = program.column(MOST_WINDOW_GIB, is_whole=False)
+        self.pieces = program.column(MOST_PIECES)  # of the window
+        self.link = limits.link_bytes_per_s / GIB
+        self.piece, self.piece_s = profile.piece_bytes / GIB, profile.piece_bytes / max(1.0, limits.link_bytes_per_s)
         self.moved = [program.column(limits.host_bytes / GIB, is_whole=False) for _ in range(len(blocks) + 1)]
         self.end_s = program.column(np.inf, is_whole=False)
         self._one_choice_each()
@@ -126,8 +95,8 @@ class Model:
             for column in moves:
                 program.at_most({column: 1, self.moves_any: -1}, 0)
         program.at_most({self.moved[0]: 1}, 0)
-        program.at_most({self.window: 1, self.moves_any: -MOST_WINDOW_GIB}, 0)
-        program.at_most({self.window: -1, self.moves_any: self.profile.largest_bytes / GIB}, 0)
+        program.at_most({self.pieces: 1, self.moves_any: -MOST_PIECES}, 0)
+        program.at_most({self.pieces: -1, self.moves_any: 1}, 0)
 
     def _moved(self, index: int) -> dict[int, float]:
         """GiB that a block moves."""
@@ -146,7 +115,11 @@ class Model:
     def peak(self, phase: PhaseCost) -> dict[int, float]:
         """Terms that come to the peak of a phase in GiB, besides `peak_bytes`."""
         moments = self.profile.optimizer.moments_bytes / GIB
-        terms = {self.window: 1.0, self.is_in_backward: -phase.gradient_bytes / GIB, self.states_on_host: -moments}
+        terms = {
+            self.pieces: self.piece,
+            self.is_in_backward: -phase.gradient_bytes / GIB,
+            self.states_on_host: -moments,
+        }
         for index in range(phase.num_before):
             terms |= self._held(index)
         terms[self.moved[phase.num_before]] = -phase.away_share
@@ -159,46 +132,62 @@ class Model:
         return terms
 
     def _order_times(self) -> None:
-        """Ends of the blocks in forward and backward, and what can be copied between them."""
-        program, num_blocks = self.program, len(self.profile.blocks)
-        begin = program.column(0.0, is_whole=False)
-        forward, position, since_s, backward = {0: begin}, begin, 0.0, {}
+        """When the step is at each tensor that may move, forward and backward, and when the copies are."""
+        program, since_s, is_backward = self.program, 0.0, False
+        position = copied = begin = program.column(0.0, is_whole=False)
+        outside = [
+            (0.0, self._moved(i)) for i in range(len(self.profile.blocks)) if i not in self._blocks_with_phases()
+        ]
         for phase in self.profile.phases:
-            since_s += phase.seconds
-            if phase.direction == "backward" and num_blocks not in backward:
-                backward[num_blocks] = position = self._after(position, since_s - phase.seconds, {})
-                since_s = phase.seconds
-            if phase.block is None:
-                continue
-            is_forward = phase.direction == "forward"
-            position = self._after(position, since_s, {} if is_forward else self._more_s(phase.block))
-            (forward if is_forward else backward)[phase.block + is_forward] = position
-            since_s = 0.0
-        optimizer = self.profile.optimizer
-        terms = {position: 1.0, self.end_s: -1.0, self.states_on_host: optimizer.host_s}
-        program.at_most(terms, -since_s - optimizer.update_s)
-        if self.limits.link_bytes_per_s > 0:
-            self._bound_copies(forward)
-            self._bound_copies({-k: column for k, column in backward.items()})
+            cuts = [] if phase.block is None else self._cuts(phase)
+            if phase.direction == "backward" and not is_backward:
+                position, copied = self._pass(position, copied, since_s, [*outside, (0.0, {})], is_backward=False)
+                is_backward, since_s = True, 0.0
+                copied = begin  # what was on its way has never left
+                cuts = [*outside, *cuts]
+            position, copied = self._pass(position, copied, since_s, cuts, is_backward=is_backward)
+            since_s = phase.seconds - (cuts[-1][0] if cuts else -since_s)
+            if phase.block is not None and is_backward:
+                position, since_s = program.after({position: 1.0, **self._more_s(phase.block)}, since_s), 0.0
+        program.at_most({position: 1.0, self.end_s: -1.0, self.states_on_host: self.profile.optimizer.host_s}, -since_s)
 
-    def _after(self, position: int, seconds: float, more: Mapping[int, float]) -> int:
-        end = self.program.column(np.inf, is_whole=False)
-        self.program.at_most({position: 1.0, end: -1.0, **more}, -seconds)
-        return end
+    def _blocks_with_phases(self) -> set[int]:
+        return {phase.block for phase in self.profile.phases if phase.block is not None}
+
+    def _cuts(self, phase: PhaseCost) -> list[tuple[float, dict[int, float]]]:
+        """Seconds into a block's phase, and GiB that are moved there by column, in their order."""
+        assert phase.block is not None
+        block, is_forward = self.profile.blocks[phase.block], phase.direction == "forward"
+        times = [unit.saved_at_s if is_forward else unit.used_at_s for unit in block.units]
+        cuts = [
+            (at_s, {self.move[unit.name]: unit.saved_bytes / GIB})
+            for at_s, unit in zip(times, block.units, strict=True)
+        ]
+        if block.input_bytes is not None:
+            cuts.append((0.0, {self.move_input[phase.block]: block.input_bytes / GIB}))
+        return sorted(cuts, key=lambda cut: cut[0])
+
+    def _pass(
+        self, position: int, copied: int, since_s: float, cuts: Sequence[tuple[float, Terms]], *, is_backward: bool
+    ) -> tuple[int, int]:
+        """Columns of the times of the step and of the copies after `cuts`, `since_s` after those given."""
+        program, last_s = self.program, 0.0
+        for at_s, moves in cuts:
+            copies = {column: x / self.link for column, x in moves.items()} if self.link else {}
+            position = program.after({position: 1.0}, since_s + at_s - last_s)
+            window, asked = {self.pieces: -self.piece_s}, position
+            begin = program.after({copied: 1.0})
+            program.at_most({position: 1.0, begin: -1.0} | (window if is_backward else {}), 0)
+            copied, position = program.after({begin: 1.0, **copies}), program.after({asked: 1.0})
+            program.at_most({copied: 1.0, position: -1.0} | ({} if is_backward else window), 0)
+            since_s, last_s = 0.0, at_s
+        return position, copied
 
     def _more_s(self, index: int) -> dict[int, float]:
         """Seconds that a block's backward takes more."""
         block = self.profile.blocks[index]
         spared = {self.keep[unit.name]: -unit.keep_spares_s for unit in block.units if unit.keep_bytes}
         return spared | {self.again[index]: block.again_s}
-
-    def _bound_copies(self, ends: Mapping[int, int]) -> None:
-        link = self.limits.link_bytes_per_s / GIB
-        for first, begin in ends.items():
-            for last, end in ends.items():
-                if first < last:
-                    low, high = sorted((self.moved[abs(first)], self.moved[abs(last)]))
-                    self.program.at_most({high: 1.0, low: -1.0, end: -link, begin: link, self.window: -1.0}, 0)
 
     def bound_peaks(self, target: Mapping[int, float] | None = None) -> None:
         """No phase's peak above the budget, or above a sum of columns where one is given."""
@@ -227,7 +216,8 @@ class Model:
                     units[unit.name] = "move"
         peaks = (sum(values[c] * x for c, x in self.peak(each).items()) * GIB for each in profile.phases)
         return Solution(
-            units=units, recomputed_blocks=tuple(recomputed), window_bytes=int(values[self.window] * GIB) >> 20 << 20,
+            units=units, recomputed_blocks=tuple(recomputed),
+            window_bytes=round(values[self.pieces]) * profile.piece_bytes,
             is_in_backward=bool(values[self.is_in_backward] > 0.5),
             states_on_host=bool(values[self.states_on_host] > 0.5), moved_bytes=round(values[self.moved[-1]] * GIB),
             peak_bytes=tuple(each.peak_bytes + round(x) for each, x in zip(profile.phases, peaks, strict=True)),

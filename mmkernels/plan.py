@@ -1,0 +1,155 @@
+"""Which plan trains a clip on a card, and how fast: modelled before the first step, on a machine that has no GPU.
+
+    python -m mmkernels.plan --frames 72 --size 1024x576 --card "RTX 4090"
+        [--budget GIB] [--optimizer adamw|adamw8bit] [--json FILE] [--out FOLDER]
+
+Prints what each block keeps, computes again or moves and what the step costs, and writes the plan, a picture of memory
+over one step, and one of peak memory against step time with plain ways of running the same step beside it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from mmkernels.cards import card
+from mmkernels.planning.choices import OptimizerChoice, OptimizerKind, Plan, write_plan
+from mmkernels.planning.device import measured_card
+from mmkernels.planning.pictures import Point, draw_front, draw_memory, parts_over_time
+from mmkernels.planning.search import GIB, HOST_GIB, MARGIN_GIB, Chosen, Search, make_plan
+from mmkernels.planning.svd import svd_workload
+from mmkernels.planning.workload import Traced, Workload, trace_way
+
+__all__ = ["Workload", "main", "make_plan"]
+
+BASELINES = {
+    "torch": "plain diffusers",
+    "diffusers-checkpoint": "diffusers' checkpointing",
+    "checkpoint": "selective checkpointing",
+}
+FRONT_GIB = (16, 24, 32, 40, 48, 64, 80, 96)  # budgets that the front shows where they lie between least and most
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What to train and on what."""
+
+    frames: int = 72
+    size: str = "1024x576"  # width x height, pixels
+    batch: int = 1  # clips
+    card: str | None = None  # a name as in mmkernels/cards.py; measured on the GPU at hand where not given
+    budget: float | None = None  # GiB, everything included; the card's memory less 1.5 where not given
+    optimizer: OptimizerKind = "adamw"  # adamw: float32 weights under autocast; adamw8bit: bfloat16 weights
+    host: float = HOST_GIB  # GiB of the host's memory that moved tensors may take
+    json: Path | None = None  # the plan; plan.json in `out` where not given
+    out: Path = Path("runs/plan")  # folder for the plan and its pictures
+
+
+def parse_size(size: str) -> tuple[int, int]:
+    """Width and height of "1024x576". Raises ValueError for anything else."""
+    width, _, height = size.partition("x")
+    if not (width.isdigit() and height.isdigit()):
+        raise ValueError(f"got size {size!r}, wanted width x height in pixels, such as 1024x576")
+    return int(width), int(height)
+
+
+def main(settings: Settings) -> int:
+    """Plan, print, write, draw."""
+    console = Console(highlight=False)
+    console = console if console.is_terminal else Console(width=150, highlight=False)
+    try:
+        width, height = parse_size(settings.size)
+        chosen_card = measured_card() if settings.card is None else card(settings.card)
+        kind, budget_gib = settings.optimizer, settings.budget or chosen_card.memory_gib - MARGIN_GIB
+        workload = svd_workload(kind, frames=settings.frames, height=height, width=width, batch=settings.batch)
+        plain = {way: trace_way(workload, way, chosen_card, OptimizerChoice(kind=kind)) for way in BASELINES}
+        search = Search(workload, chosen_card, kind, plain_flops=plain["torch"].trace.flops, host_gib=settings.host)
+        chosen = search.best(budget_gib)
+    except ValueError as error:
+        console.print(f"no plan: {error}", markup=False)
+        return 1
+    title = f"{settings.frames} frames of {settings.size}, {chosen_card.name}, {kind}"
+    print_plan(chosen, search, title, console)
+    path = settings.json or settings.out / "plan.json"
+    write_plan(chosen.plan, path)
+    draw(chosen, search, plain, title, settings.out)
+    console.print(f"written: {path}, {settings.out / 'memory.png'}, {settings.out / 'front.png'}", markup=False)
+    return 0
+
+
+def print_plan(chosen: Chosen, search: Search, title: str, console: Console) -> None:
+    """One row for each block, then what the step costs."""
+    table = Table(title=f"plan for {title} (modelled)", title_justify="left", title_style="bold")
+    table.add_column("block", no_wrap=True)
+    for heading in ("saves, GiB", "of it moved", "kept besides"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("choice")
+    for block in search.profile.blocks:
+        choices = chosen.plan.choices_of(block.name)
+        is_again = block.name in chosen.plan.recomputed_blocks
+        saved = block.input_bytes or 0 if is_again else block.saved_bytes
+        moved = sum(unit.saved_bytes for unit in block.units if chosen.plan.units.get(unit.name) == "move")
+        moved += saved if is_again and "move" in choices.values() else 0
+        kept = sum(unit.keep_bytes for unit in block.units if chosen.plan.units.get(unit.name) == "keep")
+        says = _says(len(block.units), choices, is_again)
+        table.add_row(block.name, *(f"{x / GIB:.2f}" for x in (saved, moved, kept)), says)
+    console.print(table)
+    console.print(f"{title}: {figures(chosen.plan)}", markup=False)
+
+
+def _says(num_units: int, choices: Mapping[str, str], is_again: bool) -> str:
+    counts = Counter(choices.values())
+    if is_again:
+        return "run whole again" + (", its input moved" if counts["move"] else "")
+    counts["recompute"] = num_units - sum(counts.values())
+    return ", ".join(f"{name} {count}" for name, count in counts.items() if count)
+
+
+def figures(plan: Plan) -> str:
+    """A plan's cost in a sentence."""
+    cost, optimizer = plan.modelled, plan.optimizer
+    assert cost is not None
+    where = "inside backward" if optimizer.is_in_backward else "after backward"
+    where += ", moments on the host" if optimizer.states_on_host else ""
+    return (
+        f"modelled: peak {cost.peak_gib:.1f} GiB, everything included (budget {plan.made_for['budget_gib']:g}); "
+        f"{cost.step_s:.2f} s a step; FLOPs {cost.recompute_flops_ratio:+.1%} over plain diffusers; "
+        f"{cost.moved_gib:.1f} GiB moved to the host and back, {cost.hidden_ratio:.1%} of it hidden behind compute, "
+        f"window {plan.window_bytes / GIB:.2f} GiB; {optimizer.kind}, update {where}"
+    )
+
+
+def draw(chosen: Chosen, search: Search, plain: Mapping[str, Traced], title: str, folder: Path) -> None:
+    """Both pictures."""
+    budget_gib = chosen.plan.made_for["budget_gib"]
+    seconds = [*(phase.seconds for phase in chosen.traced.trace.phases), 0.0]
+    columns = parts_over_time(search.profile, chosen.plan, chosen.traced)
+    draw_memory(columns, seconds, budget_gib, f"One step: {title} (modelled)", folder / "memory.png")
+    draw_front(front(chosen, search, plain), f"Peak memory and step time: {title} (modelled)", folder / "front.png")
+
+
+def front(chosen: Chosen, search: Search, plain: Mapping[str, Traced]) -> list[Point]:
+    """Plain ways by their traces; fused plans at several budgets by the profile's sums, the chosen one by its trace."""
+    points = []
+    for way, traced in plain.items():
+        points.append(Point(label=BASELINES[way], peak_gib=traced.trace.peak_bytes / GIB, step_s=traced.clock.seconds))
+    for budget_gib in FRONT_GIB:
+        solution = search.solve(budget_gib * GIB)
+        if solution is not None:
+            peak_gib = max(solution.peak_bytes) / GIB
+            points.append(Point(label="", peak_gib=peak_gib, step_s=solution.step_s, is_fused=True))
+    cost = chosen.plan.modelled
+    assert cost is not None
+    points.append(Point(label="this plan", peak_gib=cost.peak_gib, step_s=cost.step_s, is_fused=True, is_chosen=True))
+    return points
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Settings, prog="python -m mmkernels.plan", description=__doc__)))

@@ -1,0 +1,145 @@
+"""From a profile to a plan: solve, trace what was chosen, correct the profile by what the trace says, solve again."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from mmkernels.cards import Card
+from mmkernels.planning.choices import Modelled, OptimizerChoice, OptimizerKind, Plan
+from mmkernels.planning.profile import Profile
+from mmkernels.planning.profiling import take_profile
+from mmkernels.planning.solver import Limits, Solution, solve
+from mmkernels.planning.workload import Traced, Workload, trace_way
+
+GIB = 1 << 30
+MARGIN_GIB = 1.5  # of a card's memory: CUDA's context, workspaces of cuDNN and cuBLAS, fragments of the allocator
+HOST_GIB = 40.0  # of the host's memory that a plan may take where nothing is said: what a host of 64 GB can spare
+MOST_ROUNDS = 4
+NEAR_SHARE = 0.01  # of the budget: what a plan may leave unused
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A plan and the trace that judged it."""
+
+    plan: Plan
+    traced: Traced
+    solution: Solution
+
+
+class Search:
+    """Plans for one step on one card; the profile is taken once for all budgets."""
+
+    def __init__(
+        self, workload: Workload, card: Card, kind: OptimizerKind, *, plain_flops: int | None = None,
+        host_gib: float = HOST_GIB,
+    ) -> None:  # fmt: skip
+        self.workload, self.card, self.host_gib = workload, card, host_gib
+        self.kind: OptimizerKind = kind
+        self.profile: Profile = take_profile(workload, card, OptimizerChoice(kind=kind))
+        if plain_flops is None:
+            plain_flops = trace_way(workload, "torch", card, OptimizerChoice(kind=kind)).trace.flops
+        self.plain_flops = plain_flops
+
+    def best(self, budget_gib: float) -> Chosen:
+        """The fastest plan whose traced peak fits. Raises ValueError with the least budget that would do."""
+        budget_bytes = int(budget_gib * GIB)
+        corrections, best = None, None
+        for _ in range(MOST_ROUNDS):
+            solution = self.solve(budget_bytes, corrections)
+            if solution is None:
+                if best is not None:
+                    break
+                chosen, corrections = self._least(budget_gib, corrections)
+            else:
+                chosen = self.judge(solution, budget_gib)
+                if solution == (best and best.solution):
+                    break
+                corrections = self._correct(chosen, corrections)
+            peak_bytes = chosen.traced.trace.peak_bytes
+            if peak_bytes <= budget_bytes and (best is None or _step_s(chosen) < _step_s(best)):
+                best = chosen
+            if budget_bytes * (1 - NEAR_SHARE) <= peak_bytes <= budget_bytes:
+                break
+        if best is None:
+            raise RuntimeError(
+                f"no plan of {MOST_ROUNDS} rounds fits {budget_gib:g} GiB by its trace; give a little more"
+            )
+        return best
+
+    def solve(self, budget_bytes: int, corrections: list[int] | None = None) -> Solution | None:
+        """What the profile says is fastest, untraced."""
+        return solve(self.profile, self._limits(budget_bytes, corrections))
+
+    def _limits(self, budget_bytes: int, corrections: list[int] | None) -> Limits:
+        return Limits(
+            budget_bytes=budget_bytes, link_bytes_per_s=self.card.link_bytes_per_s,
+            host_bytes=int(self.host_gib * GIB), corrections=corrections,
+        )  # fmt: skip
+
+    def judge(self, solution: Solution, budget_gib: float) -> Chosen:
+        """Trace the step under a solution."""
+        optimizer = OptimizerChoice(
+            kind=self.kind, is_in_backward=solution.is_in_backward, states_on_host=solution.states_on_host
+        )
+        plan = Plan(
+            units=solution.units, recomputed_blocks=solution.recomputed_blocks, window_bytes=solution.window_bytes,
+            slab_bytes=_slab_bytes(solution), optimizer=optimizer,
+            made_for={**self.workload.made_for, "card": self.card.name, "budget_gib": budget_gib},
+        )  # fmt: skip
+        traced = trace_way(self.workload, plan, self.card, optimizer)
+        return Chosen(replace(plan, modelled=self.figures(traced)), traced, solution)
+
+    def figures(self, traced: Traced) -> Modelled:
+        """What a trace says, as a plan's figures."""
+        return Modelled(
+            peak_gib=traced.trace.peak_bytes / GIB,
+            recompute_flops_ratio=traced.trace.flops / self.plain_flops - 1,
+            moved_gib=traced.clock.moved_out_bytes / GIB,
+            hidden_ratio=traced.clock.hidden_ratio,
+            step_s=traced.clock.seconds,
+        )
+
+    def _correct(self, chosen: Chosen, before: list[int] | None) -> list[int]:
+        """What the peaks of each phase differ from the profile's sums by; the most that any round has seen."""
+        seen = [real - sum_ for real, sum_ in zip(chosen.traced.peak_bytes, chosen.solution.peak_bytes, strict=True)]
+        return seen if before is None else [max(each) for each in zip(before, seen, strict=True)]
+
+    def _least(self, budget_gib: float, corrections: list[int] | None) -> tuple[Chosen, list[int]]:
+        """The plan of the lowest peak; ValueError where that does not fit either."""
+        solution = solve(self.profile, self._limits(0, corrections), "memory")
+        assert solution is not None, "the lowest peak has no bound"
+        chosen = self.judge(solution, budget_gib)
+        peak_bytes = chosen.traced.trace.peak_bytes
+        if peak_bytes > budget_gib * GIB:
+            least_gib = math.ceil(10 * peak_bytes / GIB) / 10
+            raise ValueError(
+                f"no plan fits a budget of {budget_gib:g} GiB: the least that would do is {least_gib:.1f} GiB "
+                f"(modelled, {self.host_gib:g} GiB of the host taken); give that, fewer frames or a smaller size, "
+                "or adamw8bit instead of adamw"
+            )
+        return chosen, self._correct(chosen, None)
+
+
+def make_plan(
+    workload: Workload, card: Card, budget_gib: float, *, kind: OptimizerKind = "adamw", plain_flops: int | None = None,
+    host_gib: float = HOST_GIB,
+) -> Plan:  # fmt: skip
+    """The fastest plan for a step on a card whose modelled peak is within the budget, everything included.
+
+    kind: of the optimizer that the workload's weights are made for. plain_flops: of plain diffusers' step, where they
+    are known already. Raises ValueError with the least budget that would do where none fits.
+    """
+    return Search(workload, card, kind, plain_flops=plain_flops, host_gib=host_gib).best(budget_gib).plan
+
+
+def _step_s(chosen: Chosen) -> float:
+    return chosen.traced.clock.seconds
+
+
+def _slab_bytes(solution: Solution) -> int:
+    """All that moves in the first step, each place rounded up."""
+    if not solution.moved_bytes:
+        return 0
+    return math.ceil(1.02 * solution.moved_bytes / GIB) * GIB

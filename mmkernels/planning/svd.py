@@ -1,0 +1,57 @@
+"""The released Stable Video Diffusion UNet of 1.5B parameters, as the step that plans are made for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import UNetSpatioTemporalConditionModel
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from mmkernels.planning.choices import OptimizerKind
+from mmkernels.planning.workload import Workload
+from mmkernels.replacement import dead_parameters
+
+HEADS = (5, 10, 20, 20)  # head dim 64 everywhere, as released; the class's default has (5, 10, 10, 20)
+LATENT_STRIDE = 8  # pixels of a side to one of the latent
+
+
+def svd_workload(
+    kind: OptimizerKind, *, frames: int = 72, height: int = 576, width: int = 1024, batch: int = 1, **config: Any
+) -> Workload:
+    """Forward and backward of the UNet over latents of height x width pixels, all live parameters trained.
+
+    adamw: float32 weights under autocast; adamw8bit: bfloat16 weights and activations. config: other than as released.
+    Raises ValueError for a size that the UNet's levels do not divide.
+    """
+    unit = LATENT_STRIDE * 8
+    if height % unit or width % unit or min(height, width, frames, batch) < 1:
+        raise ValueError(
+            f"got {batch} x {frames} frames of {width}x{height}, wanted at least one, sides by {unit} pixels"
+        )
+    is_wide = kind == "adamw"
+    dtype, mode = torch.float32 if is_wide else torch.bfloat16, FakeTensorMode()
+    with mode:
+        unet: Any = UNetSpatioTemporalConditionModel(**{"num_attention_heads": HEADS, **config})
+        for parameter in unet.parameters():
+            parameter.data = parameter.data.to(dtype)
+        dead = dead_parameters(unet)
+        trained = [parameter for name, parameter in unet.named_parameters() if name not in dead]
+        for name in dead:
+            unet.get_parameter(name).requires_grad_(False)
+        size = batch, frames, unet.config["in_channels"], height // LATENT_STRIDE, width // LATENT_STRIDE
+        sample, context = (
+            torch.empty(size, dtype=dtype),
+            torch.empty(batch, 1, unet.config["cross_attention_dim"], dtype=dtype),
+        )
+        time_ids, times = torch.empty(batch, 3, dtype=dtype), torch.empty(batch)
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_wide):
+            output = unet(sample, times, context, time_ids, return_dict=False)[0]
+        output.float().square().mean().backward()
+
+    return Workload(
+        unet=unet, step=step, trained=trained, resident=(*unet.parameters(), sample, context, time_ids, times),
+        mode=mode, made_for={"frames": frames, "height": height, "width": width, "batch": batch},
+    )  # fmt: skip

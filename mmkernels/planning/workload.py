@@ -1,0 +1,172 @@
+"""A training step with fake tensors, traced in any way of running it: every modelled figure of a plan is from here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from mmkernels.cards import Card
+from mmkernels.memory.clock import Clock
+from mmkernels.memory.cuda_autocast import norms_in_float32
+from mmkernels.memory.trace import Trace, trace
+from mmkernels.planning.choices import OptimizerChoice, Plan
+from mmkernels.replacement import dead_parameters, replace, report
+
+BASELINES = ("torch", "diffusers-checkpoint", "checkpoint")  # what plain torch has
+HOST_BYTES_PER_S = 20e9  # of an update on the host: what a few cores get of one socket's memory, assumed
+SCALED_ELEMENTS = 256  # of an 8-bit moment that share one float32 scale, as in bitsandbytes and torchao
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """A step to plan for: tensors of `mode`, weights in the dtypes that the kind of optimizer has.
+
+    unet: what mmkernels.replace() takes, not replaced. trained: the parameters that the optimizer updates.
+    step: forward, loss and backward; gradients are left in the parameters. It neither updates nor zeroes them.
+    resident: all that is on the device before the step, weights and batch, but no state of the optimizer.
+    """
+
+    unet: nn.Module
+    step: Callable[[], object]
+    trained: Sequence[nn.Parameter]
+    resident: Sequence[Tensor]
+    mode: FakeTensorMode
+    made_for: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traced:
+    """What a way of running the step costs on a card, modelled."""
+
+    trace: Trace
+    clock: Clock
+
+    @property
+    def peak_bytes(self) -> tuple[int, ...]:
+        """Of each phase, and of the update after the last."""
+        return (*(phase.peak_bytes for phase in self.trace.phases), self.trace.end_bytes)
+
+
+def moments_bytes(trained: Sequence[Tensor], optimizer: OptimizerChoice) -> int:
+    """Of both moments of Adam: float32, or 8 bits each and their scales."""
+    count = sum(parameter.numel() for parameter in trained)
+    return 8 * count if optimizer.kind == "adamw" else 2 * (count + 4 * -(-count // SCALED_ELEMENTS))
+
+
+def update_bytes(trained: Sequence[Tensor], optimizer: OptimizerChoice) -> int:
+    """Traffic of the update: gradients read, weights and moments read and written."""
+    return 3 * _weight_bytes(trained) + 2 * moments_bytes(trained, optimizer)
+
+
+def link_bytes(trained: Sequence[Tensor]) -> int:
+    """What an update on the host moves: gradients out and weights in."""
+    return 2 * _weight_bytes(trained)
+
+
+def _weight_bytes(trained: Sequence[Tensor]) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in trained)
+
+
+def trace_way(
+    workload: Workload, way: str | Plan, card: Card, optimizer: OptimizerChoice, clock: Clock | None = None
+) -> Traced:
+    """Trace the step in a way: "torch", "diffusers-checkpoint", "checkpoint", "fused" or a Plan; undone afterwards.
+
+    The first three train dead parameters too, as anyone does who does not know of them. A plan that moves runs one step
+    before, in which the offload learns the order of backward.
+    """
+    clock, dead = clock or Clock(card), _dead(workload) if way in BASELINES else ()
+    trained = (*workload.trained, *dead)
+    state_bytes = 0 if optimizer.states_on_host else moments_bytes(trained, optimizer)
+    with (
+        workload.mode, norms_in_float32(), _requiring_gradients(dead), _running(workload.unet, way, clock),
+        _updating(trained, clock, optimizer) as update,
+    ):  # fmt: skip
+        states = torch.empty(state_bytes, dtype=torch.uint8)
+        if isinstance(way, Plan) and way.moves:
+            workload.step()
+            _drop_gradients(trained)
+            clock.restart()
+
+        def step() -> None:
+            workload.step()
+            update()
+
+        traced = trace(step, [*workload.resident, states], clock=clock, blocks=blocks_of(workload.unet), by_unit=True)
+        _drop_gradients(trained)
+    return Traced(trace=traced, clock=clock)
+
+
+def blocks_of(unet: nn.Module) -> dict[str, nn.Module]:
+    """The spatio-temporal blocks of the UNet, or what stands in their place, by name."""
+    return {row.name: unet.get_submodule(row.name) for row in report(unet).rows}
+
+
+def _dead(workload: Workload) -> tuple[nn.Parameter, ...]:
+    dead = [workload.unet.get_parameter(name) for name in sorted(dead_parameters(workload.unet))]
+    return tuple(parameter for parameter in dead if not parameter.requires_grad)
+
+
+@contextmanager
+def _requiring_gradients(parameters: Sequence[Tensor]) -> Iterator[None]:
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+
+
+@contextmanager
+def _running(unet: Any, way: str | Plan, clock: Clock) -> Iterator[None]:
+    if way == "torch":
+        yield
+        return
+    if way == "diffusers-checkpoint":
+        unet.enable_gradient_checkpointing()
+        undo = unet.disable_gradient_checkpointing
+    else:
+        undo = replace(unet, way, device=clock)
+    try:
+        yield
+    finally:
+        undo()
+
+
+@contextmanager
+def _updating(trained: Sequence[Tensor], clock: Clock, optimizer: OptimizerChoice) -> Iterator[Callable[[], None]]:
+    """What updates the weights after backward, on the clock only; nothing where backward does it."""
+
+    def update(parameters: Sequence[Tensor]) -> None:
+        if optimizer.states_on_host:
+            clock.copy_synchronously(link_bytes(parameters))
+            clock.run_on_host(update_bytes(parameters, optimizer) / HOST_BYTES_PER_S)
+        else:
+            clock.compute(0, update_bytes(parameters, optimizer))
+
+    if not optimizer.is_in_backward:
+        yield lambda: update(trained)
+        return
+
+    def update_one(parameter: Tensor) -> None:
+        update([parameter])
+        parameter.grad = None
+
+    handles = [parameter.register_post_accumulate_grad_hook(update_one) for parameter in trained]
+    try:
+        yield lambda: None
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _drop_gradients(trained: Sequence[Tensor]) -> None:
+    for parameter in trained:
+        parameter.grad = None

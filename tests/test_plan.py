@@ -1,0 +1,172 @@
+"""Plans for whole steps: what the profile adds up, what the trace of a chosen plan says, and the bars of four cards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmkernels import plan as command
+from mmkernels.blocks.drop_in import DropIn
+from mmkernels.cards import card
+from mmkernels.planning.choices import OptimizerChoice, OptimizerKind, Plan, read_plan
+from mmkernels.planning.search import GIB, Search, make_plan
+from mmkernels.planning.svd import svd_workload
+from mmkernels.planning.workload import Workload, moments_bytes, trace_way, update_bytes
+
+CARD = card("RTX 4090")
+QUANTIZED = OptimizerChoice(kind="adamw8bit")
+
+
+def small_workload(kind: OptimizerKind = "adamw8bit", **_: object) -> Workload:
+    """Two levels of the real blocks, wide enough in pixels and frames that its tensors move."""
+    return svd_workload(
+        kind, frames=72, height=256, width=256, block_out_channels=(64, 64), num_attention_heads=(1, 1),
+        layers_per_block=1, cross_attention_dim=64,
+        down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+        up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def small() -> Search:
+    return Search(small_workload(), CARD, "adamw8bit")
+
+
+def budgets(search: Search) -> tuple[int, int]:
+    """Bytes: the most that is of use, and those of a step that recomputes inside its blocks."""
+    peaks = [phase.peak_bytes for phase in search.profile.phases]
+    return 10 * max(peaks), max(peaks)
+
+
+@pytest.mark.parametrize("way", ["keep", "again"])
+def test_the_profile_adds_up_to_the_trace(small: Search, way: str) -> None:
+    """Every second unit kept, or every second block run again: FLOPs and time as traced, peaks of phases nearly."""
+    blocks = small.profile.blocks
+    kept = [unit for block in blocks for unit in block.units if unit.keep_bytes][::2] if way == "keep" else []
+    again = [block for block in blocks if block.input_bytes is not None][::2] if way == "again" else []
+    plan = Plan(units={unit.name: "keep" for unit in kept}, recomputed_blocks=tuple(block.name for block in again))
+    traced = trace_way(small.workload, plan, CARD, QUANTIZED)
+    flops = small.profile.flops - sum(x.keep_spares_flops for x in kept) + sum(x.again_flops for x in again)
+    assert traced.trace.flops == pytest.approx(flops, rel=1e-3) and (kept or again)
+    seconds = sum(x.seconds for x in small.profile.phases) - sum(x.keep_spares_s for x in kept)
+    assert traced.clock.seconds == pytest.approx(seconds + sum(x.again_s for x in again), rel=0.02)
+    for phase, real in zip(small.profile.phases, traced.peak_bytes, strict=True):
+        before = {block.name for block in blocks[: phase.num_before]}
+        more = sum(x.keep_bytes for x in kept if x.name.split("/")[0] in before)
+        more += sum((x.input_bytes or 0) - x.saved_bytes for x in again if x.name in before)
+        own = None if phase.block is None else blocks[phase.block]
+        if own is not None:
+            more += sum(phase.own_keep_share * x.keep_bytes for x in own.units if x in kept)
+            more += phase.own_again_bytes if own in again else 0
+        assert real == pytest.approx(phase.peak_bytes + more, rel=0.08), phase
+
+
+def test_room_keeps_and_want_of_room_moves(small: Search) -> None:
+    roomy_bytes, plain_bytes = budgets(small)
+    roomy, tight = small.best(roomy_bytes / GIB), small.best(0.6 * plain_bytes / GIB)
+    assert set(roomy.plan.units.values()) == {"keep"} and tight.plan.moves
+    assert roomy.plan.modelled is not None and tight.plan.modelled is not None
+    assert (roomy.plan.modelled.moved_gib, roomy.plan.modelled.hidden_ratio) == (0, 1)
+    assert roomy.plan.modelled.step_s < tight.plan.modelled.step_s < 1.3 * roomy.plan.modelled.step_s
+    assert roomy.plan.modelled.recompute_flops_ratio < 0 < tight.plan.modelled.moved_gib
+    assert tight.traced.trace.peak_bytes <= 0.6 * plain_bytes < 0.9 * roomy.traced.trace.peak_bytes
+    assert tight.plan.made_for["card"] == "RTX 4090" and tight.plan.slab_bytes > tight.solution.moved_bytes
+    # The plan is what was traced: traced again it costs the same, and the UNet is as it was.
+    again = trace_way(small.workload, tight.plan, CARD, tight.plan.optimizer)
+    assert small.figures(again) == tight.plan.modelled
+    assert not any(isinstance(module, DropIn) for module in small.workload.unet.modules())
+
+
+def test_a_budget_that_nothing_meets_names_the_least_that_would(small: Search) -> None:
+    with pytest.raises(ValueError, match=r"no plan fits a budget of 0.01 GiB: the least .* is (\d+\.\d) GiB") as error:
+        small.best(0.01)
+    least_gib = float(str(error.value).split("would do is ")[1].split()[0])
+    fits = small.best(least_gib)
+    assert least_gib - 0.1 <= fits.traced.trace.peak_bytes / GIB <= least_gib
+
+
+def test_states_of_the_optimizer() -> None:
+    parameters = [torch.empty(1000), torch.empty(24)]
+    assert moments_bytes(parameters, OptimizerChoice(kind="adamw")) == 8 * 1024
+    assert moments_bytes(parameters, QUANTIZED) == 2 * (1024 + 4 * 4)
+    assert update_bytes(parameters, OptimizerChoice(kind="adamw")) == 3 * 4 * 1024 + 2 * 8 * 1024
+
+
+@pytest.mark.parametrize("choice", [OptimizerChoice(is_in_backward=True), OptimizerChoice(states_on_host=True)])
+def test_the_optimizer_elsewhere_takes_its_bytes_off(choice: OptimizerChoice) -> None:
+    workload = small_workload("adamw")
+    usual, other = (trace_way(workload, Plan(), CARD, x) for x in (OptimizerChoice(), choice))
+    moments = moments_bytes(workload.trained, OptimizerChoice())
+    if choice.states_on_host:
+        assert usual.trace.resident_bytes - other.trace.resident_bytes == pytest.approx(moments, rel=1e-3)
+        link_s = 2 * 4 * sum(x.numel() for x in workload.trained) / CARD.link_bytes_per_s
+        assert other.clock.seconds > usual.clock.seconds + link_s
+    else:
+        gradients = sum(x.numel() * 4 for x in workload.trained)
+        assert usual.trace.end_bytes - other.trace.end_bytes == pytest.approx(gradients, rel=0.02)
+        assert other.clock.seconds == pytest.approx(usual.clock.seconds)
+    assert all(parameter.grad is None for parameter in workload.trained)
+
+
+def test_the_command_writes_a_plan_and_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "svd_workload", small_workload)
+    settings = command.Settings(card="RTX 4090", optimizer="adamw8bit", out=tmp_path)
+    assert command.main(settings) == 0
+    printed = capsys.readouterr().out
+    assert "mid_block.resnets.0" in printed and "modelled: peak" in printed
+    plan = read_plan(tmp_path / "plan.json")
+    assert plan.modelled is not None and plan.made_for["budget_gib"] == 22.5
+    assert all((tmp_path / name).stat().st_size > 10_000 for name in ("memory.png", "front.png"))
+
+
+def test_settings_that_mean_nothing_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for settings, says in (
+        (command.Settings(card="RTX 4090", size="big"), "wanted width x height"),
+        (command.Settings(card="RTX 4090", size="100x100"), "sides by 64 pixels"),
+        (command.Settings(card="Voodoo"), "no card 'Voodoo'"),
+    ):
+        assert command.main(settings) == 1 and says in capsys.readouterr().out
+    if not torch.cuda.is_available():
+        assert command.main(command.Settings()) == 1 and "--card" in capsys.readouterr().out
+
+
+PLAIN_FLOPS = 714e12  # of plain diffusers' step at 72 frames of 1024x576, which the bars are counted from
+
+
+def bar(name: str, kind: OptimizerKind, budget_gib: float) -> Plan:
+    return make_plan(svd_workload(kind), card(name), budget_gib, kind=kind, plain_flops=int(PLAIN_FLOPS))
+
+
+def test_24_gib() -> None:
+    plan = bar("RTX 4090", "adamw8bit", 21.5)
+    assert plan.modelled is not None and plan.modelled.peak_gib <= 21.5
+    assert plan.modelled.recompute_flops_ratio <= 0.12 and plan.modelled.moved_gib <= 55
+    assert plan.modelled.hidden_ratio >= 0.90
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("name", ["A100", "H100"])
+def test_80_gib(name: str) -> None:
+    plan = bar(name, "adamw", 75)
+    assert plan.modelled is not None and plan.modelled.peak_gib <= 75
+    assert plan.modelled.recompute_flops_ratio <= 0.065 and plan.modelled.moved_gib == 0
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("name", ["RTX A6000", "L40S"])
+def test_48_gib(name: str) -> None:
+    plan = bar(name, "adamw", 44)
+    assert plan.modelled is not None and plan.modelled.peak_gib <= 44
+    assert plan.modelled.recompute_flops_ratio <= 0.09 and plan.modelled.moved_gib <= 40
+    assert plan.modelled.hidden_ratio >= 0.95
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("name", ["RTX 4080", "RTX 4060 Ti 16GB"])
+def test_16_gib(name: str) -> None:
+    plan = bar(name, "adamw8bit", 14.5)
+    assert plan.modelled is not None and plan.modelled.peak_gib <= 14.5
