@@ -38,6 +38,9 @@ class Body:
     buffers: tuple[int, ...]
 
 
+_known: dict[Any, Body] = {}  # of the whole process: a plan takes several traces of the same operators
+
+
 class Bodies:
     """Finds what lies inside of operators, each combination of arguments once in a process."""
 
@@ -52,10 +55,10 @@ class Bodies:
             return None
         leaves = tree_leaves((args, kwargs))
         kinds = {device_kind(x) for x in leaves if isinstance(x, Tensor)}
-        key = (func.name(), *sorted(kinds), *map(_signature, leaves))
-        if key not in self._known:
-            self._known[key] = _run(definition._init_fn, args, kwargs, self._costs)
-        return self._known[key]
+        key = (func.name(), *sorted(kinds), torch.get_num_threads(), *map(_signature, leaves))
+        if key not in _known:
+            _known[key] = _run(definition._init_fn, args, kwargs, self._costs)
+        return _known[key]
 
 
 def _signature(leaf: object) -> object:
