@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mimicmotion.config import LATENT_STRIDE, Config
+from mimicmotion.config import LATENT_STRIDE, Config, OptimizerConfig
 from mimicmotion.execution import use_kernels
 from mimicmotion.model.unet import build_model, num_parameters
 from mimicmotion.trainer import batch_loss, build_optimization, draw_samples
@@ -31,6 +31,7 @@ class DryRun:
                 f"preset {self.config.preset}, kernels {self.config.kernels}: {settings.micro_batch_size} clip(s) of "
                 f"{data.num_frames} frames, {data.height}x{data.width} pixels (height x width), {settings.precision}",
                 f"parameters: {self.num_parameters:,} ({self.num_trained:,} trained)",
+                f"optimizer: {_described(self.config.optimizer)}",
                 f"memory at the peak of a step: {cost.peak_bytes / GIB:.2f} GiB, reserved by the CUDA allocator: "
                 f"{cost.reserved_bytes / GIB:.2f} GiB (modelled)",
                 f"  weights, optimizer, moving average and batch: {cost.resident_bytes / GIB:.2f} GiB (modelled)",
@@ -40,6 +41,13 @@ class DryRun:
                 "It stands for a GPU: chunks and autocast are those of CUDA. Workspaces of libraries are not in it.",
             ]
         )
+
+
+def _described(config: OptimizerConfig) -> str:
+    """The optimizer's options that memory depends on."""
+    words = [config.kind, f"moments on the {'host' if config.states_on_host else 'device'}"]
+    words.append("no moving average" if config.ema == "off" else f"moving average on the {config.ema}")
+    return ", ".join([*words, "updates in backward"] if config.in_backward else words)
 
 
 def dry_run(config: Config) -> DryRun:

@@ -26,7 +26,8 @@ from mimicmotion.config import OptimizerConfig
 
 _BLOCK_ELEMENTS = 256  # that share a scale
 _LEAST_ELEMENTS = 4096  # below it moments stay float32, as in bitsandbytes
-_PIECE_ELEMENTS = 1 << 21  # updated at once by adamw8bit, whose temporaries take 57 bytes an element
+_PIECE_ELEMENTS = 1 << 21  # updated at once by adamw8bit
+TEMPORARY_BYTES = 57  # an element of a piece, while it is updated; a test counts them
 
 
 class WeightUpdate:
@@ -99,9 +100,11 @@ class WeightUpdate:
         weight = self.weights[name]
         kept = self.optimizer.state[weight]
         state = self._moved(kept, to_host=False) if self.is_on_host else kept
-        if self.is_8bit:
-            num_updates = 0 if isinstance(state["step"], FakeTensor) else int(state["step"])  # a fake one has no value
-            with self._rounding(name, num_updates):
+        if isinstance(weight, FakeTensor) and self.is_8bit:
+            # a dry run: the memory alone, since the hundred operations of each piece would take minutes
+            torch.empty(TEMPORARY_BYTES * min(weight.numel(), _PIECE_ELEMENTS), dtype=torch.uint8)
+        elif self.is_8bit:
+            with self._rounding(name, int(state["step"])):
                 self._update_pieces(weight, state)
         else:
             self._update_alone(weight, state)

@@ -37,3 +37,24 @@ def test_the_released_model_at_72_frames_needs_no_memory_to_dry_run(capsys, monk
     assert "parameters: 1,524,828,639 (1,474,438,879 trained)" in printed  # 50.4M of cross-attention are dead
     assert "1024x576 pixels" in printed and "GiB (modelled)" in printed
     assert mimicmotion_72().trainer.precision == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("words", "weight_bytes", "trained_bytes"),
+    [
+        ("--optimizer.states-on-host --optimizer.ema host", 4, 0),
+        ("--optimizer.kind adamw8bit --optimizer.ema device", 2, 2 + 4),  # the moving average is float32
+        ("--optimizer.ema off --optimizer.in-backward", 4, 8),
+    ],
+)
+def test_dry_run_follows_the_optimizers_options(words, weight_bytes, trained_bytes):
+    sizes = "--data.num-frames 8 --data.height 64 --data.width 64 --sampling.tile-overlap 2 --trainer.precision bf16"
+    result = dry_run(train.parse([*sizes.split(), *words.split()]).config)
+    static = weight_bytes * result.num_parameters + trained_bytes * result.num_trained
+    small = 6e6  # the batch, scales of 8-bit moments and their tables of codes
+    assert static < result.cost.resident_bytes < static + small
+    gradients = weight_bytes * result.num_trained
+    if "in-backward" in words:
+        assert result.cost.peak_bytes < static + small + result.cost.saved_bytes + 0.5 * gradients
+    assert result.cost.end_bytes < static + small
+    assert ("no moving average" in str(result)) == ("ema off" in words)
