@@ -11,7 +11,8 @@ Measured, with --measure, on the device at hand: the trainer's step (noise, forw
 moving average) on one synthetic clip of a preset's shape; `--part unet` is the UNet's forward and backward alone. All
 ways share one process and one set of weights, and are timed interleaved. Peak memory is the allocator's count of a step
 plus what is there before it, and on a CPU the resident memory of a fresh process for each way as well. On a GPU the
-preset is the full size: ways that have no room are named, and the most frames that each has room for are found.
+preset is the full size (the gate alone wants about 45 GiB there): ways that have no room are named, the most frames
+that each has room for are found, and the kernel variants that were chosen are shown with their timings.
 Nothing is timed before its loss and every gradient pass the gate against float64, on a clip of as many frames and at
 most 64x64 pixels (float64 at full size would take longer than the measurement). Writes step_cost.json and .png.
 """
@@ -31,14 +32,19 @@ from rich.console import Console
 
 from bench import measured_step, modelled_step, report
 from bench.environment import tune_allocator
-from bench.modelled_step import Workload
+from bench.modelled_step import ModelledWay
 from bench.placements import Way
 from mimicmotion import config as presets
 from mmkernels.cards import card
-from mmkernels.planning.choices import OptimizerChoice, OptimizerKind
+from mmkernels.planning.choices import OptimizerKind
+from mmkernels.planning.svd import svd_workload
 
 BENCH = "train_step"
 MEASURED_WAYS: tuple[Way, ...] = ("torch", "checkpoint", "fused")
+MEASURED_ON_A_GPU: tuple[Way, ...] = (
+    "torch", "diffusers-checkpoint", "checkpoint", "checkpoint-nested-blocks", "checkpoint-nested-feed-forwards",
+    "fine-grained", "fine-grained-one-token", "checkpoint+save-on-cpu", "fused",
+)  # fmt: skip
 LEAST_GIB_OF_ADAMW = 40  # memory of a card from which float32 weights and moments are the usual choice
 
 
@@ -49,7 +55,7 @@ class Settings:
     measure: bool = False  # on the device at hand, instead of modelled
     frames: int | None = None  # 72, or measured: the preset's
     size: str | None = None  # pixels as WIDTHxHEIGHT; 1024x576, or measured: the preset's
-    ways: tuple[Way, ...] = ()  # the first is the baseline; none: those of the tables
+    ways: tuple[ModelledWay, ...] = ()  # the first is the baseline; none: those of the tables
     out: Path = Path("runs/demo")  # folder of the rows and the picture
     json: Path | None = None  # rows go here instead of into OUT
     picture: Path | None = None  # the picture goes here instead of into OUT
@@ -82,7 +88,16 @@ class Settings:
         height, width = self.pixels() or (preset.data.height, preset.data.width)
         frames = preset.data.num_frames if self.frames is None else self.frames
         data = dataclasses.replace(preset.data, num_frames=frames, height=height, width=width)
-        return dataclasses.replace(preset, data=data)
+        # As in what is modelled: on the device the moving average would take what the largest clip needs.
+        optimizer = preset.optimizer if preset.preset == "demo" else dataclasses.replace(preset.optimizer, ema="off")
+        return dataclasses.replace(preset, data=data, optimizer=optimizer)
+
+    def measured_ways(self) -> tuple[Way, ...]:
+        """Raises ValueError for a way that is only modelled."""
+        ways: tuple[Way, ...] = tuple(way for way in self.ways if way != "fused-plan")
+        if ways != self.ways:
+            raise ValueError("fused-plan is modelled only; measure the plan by training with --plan")
+        return ways or (MEASURED_WAYS if self.torch_device().type == "cpu" else MEASURED_ON_A_GPU)
 
     def path(self, stem: str, suffix: str) -> Path:
         """Where a file goes."""
@@ -94,15 +109,15 @@ def model(settings: Settings, console: Console) -> int:
     """Trace every way, print, write."""
     target = card(settings.card)
     by_card: OptimizerKind = "adamw" if target.memory_gib >= LEAST_GIB_OF_ADAMW else "adamw8bit"
-    optimizer = OptimizerChoice(kind=by_card if settings.optimizer == "auto" else settings.optimizer)
+    kind = by_card if settings.optimizer == "auto" else settings.optimizer
     height, width = settings.pixels() or (576, 1024)
-    workload = Workload(frames=settings.frames or 72, height=height, width=width, optimizer=optimizer)
-    words = f"{workload.frames} frames of {width}x{height}, {target.name}, {optimizer.kind}"
+    workload = svd_workload(kind, frames=settings.frames or 72, height=height, width=width)
+    words = f"{settings.frames or 72} frames of {width}x{height}, {target.name}, {kind}"
     console.print(f"{BENCH}, modelled: {words}")
-    found = modelled_step.model_ways(settings.ways or modelled_step.WAYS, workload, target)
+    found = modelled_step.model_ways(settings.ways or modelled_step.WAYS, workload, target, kind)
     modelled_step.print_costs(found, f"training step: {words}", console, target.memory_gib)
     rows, picture = settings.path("modelled_step", "json"), settings.path("modelled_step", "png")
-    report.write_json(modelled_step.rows_of(found, workload, target), rows)
+    report.write_json(modelled_step.rows_of(found, workload.made_for, target, kind), rows)
     modelled_step.draw(found, f"One training step, modelled: {words}", picture)
     console.print(f"rows and picture: {rows}, {picture}")
     return 0
@@ -123,7 +138,7 @@ def measure(settings: Settings, console: Console) -> int:
     size = f"{data.num_frames} frames of {data.height}x{data.width} pixels"
     words = f"{config.preset}, {settings.part}, {size}, {setting.dtype}"
     console.print(f"{BENCH}, measured: {words}, {setting.threads} thread(s), {setting.device}")
-    found = measured_step.measure(config, device, settings.part, settings.ways or MEASURED_WAYS, settings.rounds)
+    found = measured_step.measure(config, device, settings.part, settings.measured_ways(), settings.rounds)
     measured_step.print_measured(found, words, console)
     if device.type == "cuda":
         measured_step.print_variants(console)

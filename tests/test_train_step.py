@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from bench import measured_step, report
 from bench.largest_clip import largest, why_no_room
 from bench.resident_peak import high_water_bytes
 from bench.train_step import Settings
+from mmkernels.tuning import Choice
 
 
 @pytest.mark.parametrize(("room", "most"), [(0, 10), (1, 10), (7, 10), (10, 10), (30, 10), (72, 288)])
@@ -60,3 +62,13 @@ def test_sizes_as_typed() -> None:
     assert Settings(device="cpu").config().preset == "demo"
     with pytest.raises(ValueError, match="wanted WIDTHxHEIGHT"):
         Settings(size="1024x500").pixels()
+
+
+def test_chosen_variants_are_shown_with_their_timings(monkeypatch: pytest.MonkeyPatch) -> None:
+    choice = Choice(op="conv", key="(3, 3)", chosen="cuda", times_ms={"triton": 4.0, "cuda": 2.5})
+    monkeypatch.setattr(measured_step.tuning, "stored", lambda: {"H100, torch 2.13": [choice]})
+    console = report.make_console()
+    with console.capture() as captured:
+        measured_step.print_variants(console)
+    assert "chosen on H100, torch 2.13 (measured)" in captured.get()
+    assert "cuda 2.500, triton 4.000" in captured.get()

@@ -18,6 +18,7 @@ from mmkernels.memory.trace import Trace, trace
 from mmkernels.planning.choices import OptimizerChoice, Plan
 from mmkernels.replacement import dead_parameters, replace, report
 
+Way = str | Plan | Callable[[nn.Module, Clock], Callable[[], None]]
 BASELINES = ("torch", "diffusers-checkpoint", "checkpoint")  # what plain torch has
 HOST_BYTES_PER_S = 20e9  # of an update on the host: what a few cores get of one socket's memory, assumed
 SCALED_ELEMENTS = 256  # of an 8-bit moment that share one float32 scale, as in bitsandbytes and torchao
@@ -74,9 +75,11 @@ def _weight_bytes(trained: Sequence[Tensor]) -> int:
 
 
 def trace_way(
-    workload: Workload, way: str | Plan, card: Card, optimizer: OptimizerChoice, clock: Clock | None = None
+    workload: Workload, way: Way, card: Card, optimizer: OptimizerChoice, clock: Clock | None = None
 ) -> Traced:
     """Trace the step in a way: "torch", "diffusers-checkpoint", "checkpoint", "fused" or a Plan; undone afterwards.
+
+    Or a function that makes the UNet run another way on the clock, and returns what undoes it.
 
     The first three train dead parameters too, as anyone does who does not know of them. A plan that moves runs one step
     before, in which the offload learns the order of backward.
@@ -125,11 +128,13 @@ def _requiring_gradients(parameters: Sequence[Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def _running(unet: Any, way: str | Plan, clock: Clock) -> Iterator[None]:
+def _running(unet: Any, way: Way, clock: Clock) -> Iterator[None]:
     if way == "torch":
         yield
         return
-    if way == "diffusers-checkpoint":
+    if callable(way):
+        undo = way(unet, clock)
+    elif way == "diffusers-checkpoint":
         unet.enable_gradient_checkpointing()
         undo = unet.disable_gradient_checkpointing
     else:

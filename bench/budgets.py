@@ -1,0 +1,124 @@
+"""At every budget the fused plan against every placement of torch.utils.checkpoint that fits it: step times. Modelled.
+
+    python bench/budgets.py [--budgets 80 48 24 16] [--json FILE]
+
+72 frames of 1024x576, everything included. The plan is made for less than the card has; a placement may take all of it,
+and has the plan's optimizer: its kind, updates inside backward and moments on the host where the plan has them so.
+Each budget takes some minutes.
+"""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+if not __package__:  # run as a file: import from the checkout, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import tyro
+
+from bench import modelled_step, report
+from bench.modelled_step import GIB, StepCost, model_step
+from bench.placements import WAYS, Way
+from mmkernels.cards import card
+from mmkernels.planning.choices import OptimizerKind, Plan
+from mmkernels.planning.search import make_plan
+from mmkernels.planning.svd import svd_workload
+
+PLAN = "fused-plan"
+# Of plain torch, no placement; and of what keeps all that it saves on the card, nothing fits a card of today.
+TOO_LARGE: tuple[Way, ...] = ("torch", "diffusers-checkpoint")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """A card, its memory, and what the plan may take of it."""
+
+    card: str
+    kind: OptimizerKind
+    memory_gib: float
+    plan_gib: float
+
+
+BUDGETS: Mapping[int, Budget] = {
+    80: Budget(card="A100", kind="adamw", memory_gib=80, plan_gib=75),
+    48: Budget(card="L40S", kind="adamw", memory_gib=48, plan_gib=44),
+    24: Budget(card="RTX 4090", kind="adamw8bit", memory_gib=24, plan_gib=21.5),
+    16: Budget(card="RTX 4080", kind="adamw8bit", memory_gib=16, plan_gib=14.5),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Which budgets, and where the rows go."""
+
+    budgets: tuple[int, ...] = tuple(BUDGETS)  # GiB of memory of a card
+    json: Path | None = None  # write one row per figure here
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """The plan, what it costs, and what every placement costs on the same card."""
+
+    budget: Budget
+    plan: Plan
+    own: StepCost
+    others: Mapping[str, StepCost]
+
+    def fastest(self) -> str | None:
+        """The fastest placement that fits the card, None where none does."""
+        fitting = [way for way, cost in self.others.items() if cost.peak_bytes <= self.budget.memory_gib * GIB]
+        return min(fitting, key=lambda way: self.others[way].step_s, default=None)
+
+    def __str__(self) -> str:
+        budget, own, way = self.budget, self.own, self.fastest()
+        words = (
+            f"{budget.card}, {budget.memory_gib:g} GiB: fused plan {own.step_s:.2f} s at {own.peak_bytes / GIB:.1f} GiB"
+        )
+        if way is None:
+            return f"{words}; no placement fits"
+        other = self.others[way]
+        verdict = "faster" if own.step_s < other.step_s else "NOT FASTER"
+        return (
+            f"{words}; fastest placement that fits: {way}, {other.step_s:.2f} s at {other.peak_bytes / GIB:.1f} GiB: "
+            f"the plan is {verdict}, {other.step_s / own.step_s:.2f}x"
+        )
+
+
+def compare(budget: Budget) -> Comparison:
+    """Plan for the budget and trace every placement beside it."""
+    workload, target = svd_workload(budget.kind), card(budget.card)
+    plan = make_plan(workload, target, budget.plan_gib, kind=budget.kind)
+    own = model_step(plan, workload, target, plan.optimizer)
+    ways: list[Way] = [way for way in WAYS if way not in (*TOO_LARGE, "fused")]
+    others = {way: model_step(way, workload, target, plan.optimizer) for way in ways}
+    return Comparison(budget=budget, plan=plan, own=own, others=others)
+
+
+def main(settings: Settings) -> int:
+    """Compare, print, write. Returns the exit status: 1 where a placement is as fast as the plan."""
+    console, rows, found = report.make_console(), [], []
+    for budget in (BUDGETS[name] for name in settings.budgets):
+        comparison = compare(budget)
+        ways = {PLAN: comparison.own, **comparison.others}
+        title = f"{budget.memory_gib:g} GiB, {budget.card}, {budget.kind}"
+        modelled_step.print_costs(ways, title, console, budget.memory_gib)
+        workload_shape = comparison.plan.made_for
+        rows += modelled_step.rows_of(ways, workload_shape, card(budget.card), budget.kind)
+        found.append(comparison)
+    console.print("\nmodelled:")
+    for comparison in found:
+        console.print(f"  {comparison}", markup=False, soft_wrap=True)
+    if settings.json:
+        report.write_json(rows, settings.json)
+        console.print(f"rows: {settings.json}")
+    ways = [comparison.fastest() for comparison in found]
+    is_faster = (
+        way is None or comparison.own.step_s < comparison.others[way].step_s
+        for way, comparison in zip(ways, found, strict=True)
+    )
+    return int(not all(is_faster))
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Settings, description=__doc__)))
