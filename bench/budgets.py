@@ -42,7 +42,7 @@ class Budget:
 
 BUDGETS: Mapping[int, Budget] = {
     80: Budget(card="A100", kind="adamw", memory_gib=80, plan_gib=75),
-    48: Budget(card="L40S", kind="adamw", memory_gib=48, plan_gib=44),
+    48: Budget(card="RTX A6000", kind="adamw", memory_gib=48, plan_gib=44),
     24: Budget(card="RTX 4090", kind="adamw8bit", memory_gib=24, plan_gib=21.5),
     16: Budget(card="RTX 4080", kind="adamw8bit", memory_gib=16, plan_gib=14.5),
 }
