@@ -56,7 +56,7 @@ class Search:
                 chosen = self.judge(solution, budget_gib)
                 if solution == (best and best.solution):
                     break
-                corrections = self._correct(chosen, corrections)
+                corrections = self._correct(chosen, corrections, budget_bytes)
             peak_bytes = chosen.traced.trace.peak_bytes
             if peak_bytes <= budget_bytes and (best is None or _step_s(chosen) < _step_s(best)):
                 best = chosen
@@ -101,10 +101,15 @@ class Search:
             step_s=traced.clock.seconds,
         )
 
-    def _correct(self, chosen: Chosen, before: list[int] | None) -> list[int]:
-        """What the peaks of each phase differ from the profile's sums by; the most that any round has seen."""
+    def _correct(self, chosen: Chosen, before: list[int] | None, budget_bytes: int) -> list[int]:
+        """What the peaks of each phase differ from the profile's sums by.
+
+        Where the plan was over the budget, no less than the rounds before saw; where it fits, what it leaves is used.
+        """
         seen = [real - sum_ for real, sum_ in zip(chosen.traced.peak_bytes, chosen.solution.peak_bytes, strict=True)]
-        return seen if before is None else [max(each) for each in zip(before, seen, strict=True)]
+        if before is None or chosen.traced.trace.peak_bytes <= budget_bytes:
+            return seen
+        return [max(each) for each in zip(before, seen, strict=True)]
 
     def _least(self, budget_gib: float, corrections: list[int] | None) -> tuple[Chosen, list[int]]:
         """The plan of the lowest peak; ValueError where that does not fit either."""
@@ -119,7 +124,7 @@ class Search:
                 f"(modelled, {self.host_gib:g} GiB of the host taken); give that, fewer frames or a smaller size, "
                 "or adamw8bit instead of adamw"
             )
-        return chosen, self._correct(chosen, None)
+        return chosen, self._correct(chosen, None, 0)
 
 
 def make_plan(
