@@ -7,10 +7,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mimicmotion.config import LATENT_STRIDE, Config, OptimizerConfig
 from mimicmotion.execution import use_kernels
-from mimicmotion.model.unet import build_model, num_parameters
+from mimicmotion.model.unet import MimicMotionModel, build_model, num_parameters
+from mimicmotion.optimization import Optimization
+from mimicmotion.planned import describe
 from mimicmotion.trainer import batch_loss, build_optimization, draw_samples
+from mmkernels.cards import card
+from mmkernels.memory.clock import Clock
 from mmkernels.memory.cuda_autocast import norms_in_float32
 from mmkernels.memory.trace import Trace, trace
+from mmkernels.planning.choices import Plan
 
 GIB = 2**30
 
@@ -20,6 +25,7 @@ class DryRun:
     """Modelled cost of one step of one micro-batch, optimizer step included."""
 
     config: Config
+    plan: Plan | None  # that the step follows
     num_parameters: int
     num_trained: int  # parameters that the optimizer updates
     cost: Trace
@@ -30,6 +36,7 @@ class DryRun:
             [
                 f"preset {self.config.preset}, kernels {self.config.kernels}: {settings.micro_batch_size} clip(s) of "
                 f"{data.num_frames} frames, {data.height}x{data.width} pixels (height x width), {settings.precision}",
+                *([] if self.plan is None else [describe(self.plan)]),
                 f"parameters: {self.num_parameters:,} ({self.num_trained:,} trained)",
                 f"optimizer: {_described(self.config.optimizer)}",
                 f"memory at the peak of a step: {cost.peak_bytes / GIB:.2f} GiB, reserved by the CUDA allocator: "
@@ -50,33 +57,60 @@ def _described(config: OptimizerConfig) -> str:
     return ", ".join([*words, "updates in backward"] if config.in_backward else words)
 
 
-def dry_run(config: Config) -> DryRun:
-    """Build the model with fake tensors and trace one step after the optimizer's state exists."""
+@dataclass(frozen=True, kw_only=True)
+class FakeStep:
+    """A run's model, optimizer and one micro-batch, of tensors without memory."""
+
+    config: Config
+    model: MimicMotionModel
+    optimization: Optimization
+    batch: dict[str, torch.Tensor]
+
+    def loss(self) -> torch.Tensor:
+        """Forward of the micro-batch."""
+        latents = self.batch["latents"]
+        draws = draw_samples(self.config, 0, range(len(latents)), tuple(latents.shape[1:]))
+        return batch_loss(self.model, self.batch, draws, self.config)
+
+
+def fake_step(config: Config) -> FakeStep:
+    """Call it under FakeTensorMode(allow_non_fake_inputs=True). The kernels are plain diffusers'."""
     data, size = config.data, config.trainer.micro_batch_size
     height, width = data.height // LATENT_STRIDE, data.width // LATENT_STRIDE
+    model = build_model(config.model)
+    optimization = build_optimization(model, config, scales_loss=False)  # a scale takes no memory
+    batch = {
+        "latents": torch.empty(size, data.num_frames, 4, height, width),
+        "reference_latent": torch.empty(size, 4, height, width),
+        "image_embedding": torch.empty(size, 1, config.model.cross_attention_dim),
+        "pose": torch.empty(size, data.num_frames, 3, data.height, data.width),
+        "loss_weight": torch.empty(size, data.num_frames, 1, height, width),
+    }
+    return FakeStep(config=config, model=model, optimization=optimization, batch=batch)
+
+
+def dry_run(config: Config, plan: Plan | None = None) -> DryRun:
+    """Build the model with fake tensors and trace one step after the optimizer's state exists.
+
+    What a plan moves goes to a host on a clock. Raises ValueError where the plan's card is not known.
+    """
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model = build_model(config.model)
-        optimization = build_optimization(model, config, scales_loss=False)  # a scale takes no memory
-        use_kernels(model, config.kernels)
-        batch = {
-            "latents": torch.empty(size, data.num_frames, 4, height, width),
-            "reference_latent": torch.empty(size, 4, height, width),
-            "image_embedding": torch.empty(size, 1, config.model.cross_attention_dim),
-            "pose": torch.empty(size, data.num_frames, 3, data.height, data.width),
-            "loss_weight": torch.empty(size, data.num_frames, 1, height, width),
-        }
-        draws = draw_samples(config, 0, range(size), tuple(batch["latents"].shape[1:]))
+        fake = fake_step(config)
+        model, optimization = fake.model, fake.optimization
+        clock = Clock(card(str(plan.made_for.get("card")))) if plan is not None and plan.moves else None
+        use_kernels(model, config.kernels, plan, clock)
 
         def step() -> None:
-            batch_loss(model, batch, draws, config).backward()
+            fake.loss().backward()
             optimization.gradient_norm()
             optimization.step(is_finite=True)
 
-        resident = [*model.parameters(), *batch.values(), *optimization.resident()]
+        resident = [*model.parameters(), *fake.batch.values(), *optimization.resident()]
         with norms_in_float32():
-            cost = trace(step, resident, device_kind="cuda")
+            cost = trace(step, resident, clock=clock, device_kind="cuda")
     return DryRun(
         config=config,
+        plan=plan,
         num_parameters=num_parameters(model),
         num_trained=sum(parameter.numel() for parameter in optimization.live.values()),
         cost=cost,

@@ -11,6 +11,7 @@ from typing import Annotated
 if __name__ == "__main__":  # python puts this folder first, where our modules would hide others of the same name
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import torch
 import tyro
 
 from mimicmotion import checkpoint
@@ -19,6 +20,8 @@ from mimicmotion.config import PRESETS, Config
 from mimicmotion.data.dataset import ClipDataset
 from mimicmotion.data.preparation import prepare_if_missing
 from mimicmotion.distributed import Ranks, join_ranks
+from mimicmotion.dry_run import dry_run
+from mimicmotion.memory_plan import choose_plan
 from mimicmotion.trainer import Trainer, TrainingStoppedError
 
 
@@ -59,6 +62,7 @@ def start_afresh(run_dir: Path) -> str | None:
 def train(arguments: Arguments, ranks: Ranks) -> bool:
     """Prepare where nothing is prepared, then train on this rank; False where SIGTERM ended it early."""
     config = arguments.config
+    plan = choose_plan(config, ranks.device)
     if ranks.is_first:
         prepare_if_missing(config)
         if not arguments.resume and (note := start_afresh(config.run_dir)):
@@ -66,7 +70,7 @@ def train(arguments: Arguments, ranks: Ranks) -> bool:
     ranks.wait()
     dataset = ClipDataset(config.data.prepared, config.data.num_frames, config.trainer.seed)
     encoder = dataset.manifest.encoder_name
-    trainer = Trainer(config, dataset, ranks, encoder=encoder, resume=arguments.resume)
+    trainer = Trainer(config, dataset, ranks, encoder=encoder, resume=arguments.resume, plan=plan)
     if ranks.is_first:
         about = f"kernels {config.kernels}, encoder {encoder}, {ranks.world_size} rank(s)"
         print(f"{about}, run folder {config.run_dir}", flush=True)
@@ -83,9 +87,12 @@ def main() -> None:
     words = sys.argv[1:]
     arguments = parse(words)
     if arguments.dry_run:
-        from mimicmotion.dry_run import dry_run
-
-        print(dry_run(arguments.config))
+        try:
+            config = arguments.config
+            plan = choose_plan(config, torch.device("cpu"))  # whatever memory there is here
+            print(dry_run(config, plan))
+        except ValueError as error:
+            raise SystemExit(f"no dry run: {error}") from error
         return
     with join_ranks() as ranks:
         if ranks.is_first:
@@ -94,7 +101,7 @@ def main() -> None:
             print(f"preset {arguments.config.preset} ({why}), footage in {arguments.config.data.prepared}", flush=True)
         try:
             is_finished = train(arguments, ranks)
-        except (TrainingStoppedError, CheckpointError, ValueError) as error:
+        except (TrainingStoppedError, CheckpointError, ValueError, MemoryError) as error:
             raise SystemExit(f"training stopped: {error}") from error
     if not is_finished:
         raise SystemExit(143)

@@ -24,6 +24,8 @@ from mimicmotion.loss import denoising_loss
 from mimicmotion.model import weights
 from mimicmotion.model.unet import MimicMotionModel, build_model, image_latents, model_input
 from mimicmotion.optimization import Optimization
+from mimicmotion.planned import describe
+from mmkernels.planning.choices import Plan, document
 
 _BATCH_FIELDS = ("latents", "reference_latent", "image_embedding", "pose", "loss_weight")
 
@@ -97,8 +99,11 @@ def draw_samples(config: Config, step: int, sample_ids: range, latent_shape: tup
 class Trainer:
     """One run on one rank. `run()` trains to the last step and returns whether it got there."""
 
-    def __init__(self, config: Config, dataset: Samples, ranks: Ranks, *, encoder: str, resume: bool = False) -> None:
-        """encoder: name of what made the latents, for the pictures and the checkpoint."""
+    def __init__(
+        self, config: Config, dataset: Samples, ranks: Ranks, *, encoder: str, resume: bool = False,
+        plan: Plan | None = None,
+    ) -> None:  # fmt: skip
+        """encoder: name of what made the latents, for the pictures and the checkpoint. plan: what the blocks follow."""
         self.config, self.dataset, self.ranks, self.encoder = config, dataset, ranks, encoder
         self._sample_ids = rank_sample_ids(config, ranks)
         if config.trainer.precision == "fp16" and ranks.device.type == "cpu":
@@ -118,7 +123,10 @@ class Trainer:
             released = weights.read(config.model.pretrained, config.model.pretrained_pose_net)
             self.notes += weights.load(self.model, released)
         self.optimization = build_optimization(self.model, config, scales_loss=config.trainer.precision == "fp16")
-        self.kernels = use_kernels(self.model, config.kernels)
+        self.kernels = use_kernels(self.model, config.kernels, plan)
+        self.plan = plan
+        if plan is not None:
+            self.notes.append(describe(plan))
         self.wrapped = ranks.wrap(self.model)
         self.step = self.skipped = self.skipped_in_a_row = 0
         self._is_signalled = False  # on this rank
@@ -171,6 +179,7 @@ class Trainer:
                     "state": state,
                     "kernels": {"report": self.kernels.splitlines()},
                     "encoder": {"name": self.encoder},
+                    **({} if self.plan is None else {"plan": document(self.plan)}),
                 },
             )
             checkpoint.save(self.config.run_dir, saved, keep=self.config.trainer.keep_checkpoints)

@@ -43,6 +43,7 @@ LAYERS = [
     ("mimicmotion.generation", 6.5),
     ("mimicmotion.trainer", 7),
     ("mimicmotion.dry_run", 7.5),
+    ("mimicmotion.memory_plan", 7.6),
     ("mimicmotion.train", 8),
     ("mimicmotion.prepare", 8),
     ("mimicmotion.sample", 8),

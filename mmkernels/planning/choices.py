@@ -107,8 +107,8 @@ class Plan:
         return {name.removeprefix(prefix): choice for name, choice in self.units.items() if name.startswith(prefix)}
 
 
-def write_plan(plan: Plan, path: Path) -> None:
-    """As JSON, with the modelled figures at the top level and one entry for each block that is named."""
+def document(plan: Plan) -> dict[str, Any]:
+    """As JSON values, with the modelled figures at the top level and one entry for each block that is named."""
     names = sorted({name.split("/")[0] for name in plan.units} | set(plan.recomputed_blocks))
     blocks = {name: {"is_recomputed": name in plan.recomputed_blocks, "units": plan.choices_of(name)} for name in names}
     figures = {} if plan.modelled is None else asdict(plan.modelled)
@@ -116,8 +116,13 @@ def write_plan(plan: Plan, path: Path) -> None:
         "blocks": blocks, "window_bytes": plan.window_bytes, "slab_bytes": plan.slab_bytes,
         "optimizer": asdict(plan.optimizer), "made_for": dict(plan.made_for), "kind": "modelled",
     }  # fmt: skip
+    return figures | rest
+
+
+def write_plan(plan: Plan, path: Path) -> None:
+    """Write its `document` as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(figures | rest, indent=2) + "\n")
+    path.write_text(json.dumps(document(plan), indent=2) + "\n")
 
 
 def read_plan(path: Path) -> Plan:

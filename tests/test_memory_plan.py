@@ -1,0 +1,124 @@
+"""A run that follows a memory plan: refused where it was made for another, the same numbers, printed and saved."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import NoiseClips, tiny_config
+
+from mimicmotion import checkpoint, memory_plan, train
+from mimicmotion.config import Config, from_json, to_json
+from mimicmotion.distributed import Ranks
+from mimicmotion.dry_run import dry_run
+from mimicmotion.memory_plan import choose_plan
+from mimicmotion.trainer import Trainer
+from mmkernels.planning.choices import Modelled, OptimizerChoice, Plan, read_plan, write_plan
+
+CPU = torch.device("cpu")
+BLOCK = "mid_block.attentions.0"
+COST = Modelled(peak_gib=20.5, recompute_flops_ratio=0.1, moved_gib=3, hidden_ratio=0.95, step_s=9)
+MADE_FOR = {"frames": 4, "height": 128, "width": 128, "batch": 2, "precision": "fp32", "card": "RTX 4090"}
+
+
+def planned_config(folder: Path, plan: Plan, **changes: Any) -> Config:
+    path = folder / "plan.json"
+    write_plan(plan, path)
+    config = tiny_config(folder / "run", num_steps=2, micro_batch_size=2)
+    optimizer = dataclasses.replace(config.optimizer, ema="host", **changes)
+    return dataclasses.replace(config, kernels="fused", plan=path, optimizer=optimizer)
+
+
+def build_plan(**changes: Any) -> Plan:
+    made: dict[str, Any] = {
+        "units": {f"{BLOCK}/feed_forward_in": "keep"},
+        "recomputed_blocks": ("mid_block.resnets.0",),
+    }
+    return Plan(**{**made, "made_for": MADE_FOR, "modelled": COST, **changes})
+
+
+def losses(config: Config, plan: Plan | None) -> list[float]:
+    trainer = Trainer(
+        config, NoiseClips(config=config), Ranks(rank=0, world_size=1, device=CPU), encoder="x", plan=plan
+    )
+    trainer.run()
+    return [json.loads(line)["loss"] for line in trainer.history_path.read_text().splitlines()]
+
+
+def test_a_planned_run_trains_as_fused_and_keeps_its_plan(tmp_path: Path, capsys) -> None:
+    config = planned_config(tmp_path, build_plan())
+    plan = choose_plan(config, CPU)
+    assert plan == build_plan()
+    planned = losses(config, plan)
+    plain = losses(dataclasses.replace(config, plan=None, run_dir=tmp_path / "plain"), None)
+    assert planned == pytest.approx(plain, rel=1e-5)
+    assert (
+        "plan for RTX 4090: keeps the inside of 1 units, moves 0, runs 1 blocks whole again" in capsys.readouterr().out
+    )
+    folder = checkpoint.newest(config.run_dir)
+    assert folder is not None
+    documents = checkpoint.load(folder).documents
+    assert read_plan(folder / "plan.json") == plan
+    assert documents["plan"]["peak_gib"] == 20.5
+    report = "\n".join(documents["kernels"]["report"])
+    assert "keeps 1 of 7 units" in report
+    assert "recomputed whole" in report
+
+
+def test_config_with_a_plan_round_trips_and_is_checked(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    fused = dataclasses.replace(config, kernels="fused", plan=Path("plan.json"))
+    assert from_json(to_json(fused)) == fused
+    assert train.parse(["--plan", "plan.json"]).config.plan == Path("plan.json")
+    with pytest.raises(ValueError, match="kernels is 'torch'; give fused"):
+        dataclasses.replace(config, plan=Path("plan.json"))
+
+
+def test_a_plan_for_another_step_is_refused_and_both_are_named(tmp_path: Path) -> None:
+    other = {**MADE_FOR, "frames": 72, "width": 256, "precision": "bf16"}
+    plan = build_plan(made_for=other, optimizer=OptimizerChoice(kind="adamw8bit", is_in_backward=True))
+    with pytest.raises(ValueError, match="was made for another step") as refused:
+        choose_plan(planned_config(tmp_path, plan), CPU)
+    for words in (
+        "frames is 4 and the plan's 72",
+        "width is 128 and the plan's 256",
+        "precision is fp32 and the plan's bf16",
+        "optimizer kind is adamw and the plan's adamw8bit",
+        "is_in_backward is False and the plan's True",
+    ):
+        assert words in str(refused.value)
+    with pytest.raises(ValueError, match=r"there is no file .*none\.json"):
+        choose_plan(dataclasses.replace(planned_config(tmp_path, plan), plan=tmp_path / "none.json"), CPU)
+    with pytest.raises(ValueError, match=r"optimizer\.ema is device"):
+        config = planned_config(tmp_path, build_plan())
+        choose_plan(dataclasses.replace(config, optimizer=tiny_config(tmp_path).optimizer), CPU)
+    turned = tiny_config(tmp_path, micro_batch_size=2)
+    turned = dataclasses.replace(turned, data=dataclasses.replace(turned.data, height=256))
+    with pytest.raises(ValueError) as refused:
+        memory_plan.check_plan(turned, build_plan(made_for={**MADE_FOR, "width": 256}))
+    assert "height" not in str(refused.value), "height and width may change places"
+
+
+def test_what_does_not_fit_is_refused_with_what_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = planned_config(tmp_path, build_plan())
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (16 << 30, 24 << 30))
+    with pytest.raises(ValueError, match=r"peak is 20\.5 GiB, the device has 14\.5 GiB free .* --budget 14\.5 or less"):
+        choose_plan(config, torch.device("cuda"))
+    plan = build_plan(units={f"{BLOCK}/feed_forward_in": "move"}, slab_bytes=1 << 30)
+    config = planned_config(tmp_path, plan)
+    with pytest.raises(ValueError, match="the UNet is on cpu"):
+        losses(config, plan)
+    assert not (config.run_dir / "loss.jsonl").exists()
+
+
+def test_a_dry_run_follows_the_plan(tmp_path: Path) -> None:
+    config = planned_config(tmp_path, build_plan())
+    kept, fused = dry_run(config, build_plan(recomputed_blocks=())), dry_run(config)
+    tokens = 2 * 4 * 2 * 2  # clips, frames and pixels of the middle block
+    assert kept.cost.saved_bytes - fused.cost.saved_bytes == tokens * 8 * 64 * 4  # its up-projection, float32
+    assert "plan for RTX 4090" in str(kept)
+    assert "plan" not in str(fused)
