@@ -167,6 +167,7 @@ class Config:
     preset: PresetName = "demo"  # where the defaults come from
     kernels: Kernels = "fused"  # fused: mmkernels; checkpoint: torch.utils.checkpoint a block; torch: plain diffusers
     plan: Path | None = None  # what to keep, recompute and move: a plan.json of python -m mmkernels.plan; kernels fused
+    memory_budget: float | Literal["auto"] | None = None  # GiB to plan for; auto: the GPU's free memory, less 1.5
     run_dir: Path = Path("runs/demo")  # checkpoints, loss history and pictures
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -179,8 +180,12 @@ class Config:
         _require(self.preset in PRESETS, "preset", self.preset, f"one of {sorted(PRESETS)}")
         kernels = typing.get_args(Kernels)
         _require(self.kernels in kernels, "kernels", self.kernels, f"one of {kernels}")
-        is_good = self.plan is None or self.kernels == "fused"
-        _require(is_good, "kernels", self.kernels, "fused, to follow a plan")
+        is_planned = self.plan is not None or self.memory_budget is not None
+        _require(not is_planned or self.kernels == "fused", "kernels", self.kernels, "fused, to follow a plan")
+        budget, is_good = self.memory_budget, self.plan is None or self.memory_budget is None
+        _require(is_good, "memory_budget", budget, "either plan or memory_budget")
+        is_good = budget in (None, "auto") or (isinstance(budget, float | int) and budget > 0)
+        _require(is_good, "memory_budget", budget, "a positive number of GiB, or auto")
         kind, precision = self.optimizer.kind, self.trainer.precision
         is_good = kind == "adamw" or precision == "bf16"
         _require(is_good, "trainer.precision", precision, "bf16: optimizer.kind adamw8bit trains bf16 weights")

@@ -1,29 +1,72 @@
-"""The memory plan that a run follows: read from its file and held to the run and its device."""
+"""Which memory plan a run follows: one from a file, held to the run, or one made for the run's step and a budget."""
+
+import dataclasses
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mimicmotion.config import Config
-from mimicmotion.planned import check_plan
+from mimicmotion.dry_run import fake_step
+from mimicmotion.planned import check_plan, made_for
+from mmkernels.cards import Card
 from mmkernels.planning.choices import Plan, read_plan
+from mmkernels.planning.device import measured_card
+from mmkernels.planning.search import GIB, MARGIN_GIB, make_plan
+from mmkernels.planning.workload import Workload
 
-GIB = 1 << 30
-MARGIN_GIB = 1.5  # of a card's memory: CUDA's context, workspaces of cuDNN and cuBLAS, fragments of the allocator
 
+def choose_plan(config: Config, device: torch.device, world_size: int = 1) -> tuple[Config, Plan | None]:
+    """The plan of a run on `device`, None where it asks for none, and the config with the optimizer placed as planned.
 
-def choose_plan(config: Config, device: torch.device) -> Plan | None:
-    """The plan of a run on `device`, None where it asks for none.
-
-    Raises ValueError where the file is not a plan, was made for another step, or does not fit the device.
+    Raises ValueError where the file is not a plan, was made for another step, does not fit the device, or where no plan
+    fits the budget.
     """
-    if config.plan is None:
-        return None
-    if not config.plan.is_file():
-        raise ValueError(f"there is no file {config.plan}; make a plan with `python -m mmkernels.plan`")
-    plan = read_plan(config.plan)
-    check_plan(config, plan)
-    if device.type == "cuda":
-        _check_fits(plan, _free_gib(device))
-    return plan
+    if config.plan is not None:
+        if not config.plan.is_file():
+            raise ValueError(f"there is no file {config.plan}; make a plan with `python -m mmkernels.plan`")
+        plan = read_plan(config.plan)
+        check_plan(config, plan)
+        if device.type == "cuda":
+            _check_fits(plan, _free_gib(device))
+        return config, plan
+    if config.memory_budget is None:
+        return config, None
+    if device.type != "cuda":
+        raise ValueError(
+            f"memory_budget is {config.memory_budget!r} and the device is {device}: plans are for the memory of a GPU; "
+            "run on one, or give --plan with a file of python -m mmkernels.plan"
+        )
+    budget_gib = _free_gib(device) if config.memory_budget == "auto" else config.memory_budget
+    is_alone = world_size == 1 and config.trainer.batch_size == config.trainer.micro_batch_size
+    can_update_in_backward = is_alone and config.trainer.precision != "fp16"
+    plan = plan_step(config, measured_card(), budget_gib, can_update_in_backward=can_update_in_backward)
+    settings, chosen = config.optimizer, plan.optimizer
+    placed = dataclasses.replace(
+        settings,
+        in_backward=chosen.is_in_backward,
+        states_on_host=chosen.states_on_host,
+        ema="host" if settings.ema == "device" else settings.ema,
+    )
+    return dataclasses.replace(config, optimizer=placed), plan
+
+
+def plan_step(config: Config, card: Card, budget_gib: float, *, can_update_in_backward: bool) -> Plan:
+    """The fastest plan for the run's own step on a card. Raises ValueError with the least budget where none fits."""
+    plain = dataclasses.replace(config.optimizer, in_backward=False, states_on_host=False, ema="off")
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        step = fake_step(dataclasses.replace(config, optimizer=plain))
+        step.model.pose_net.recomputes_activations = True  # as with kernels fused
+    workload = Workload(
+        unet=step.model.unet,
+        step=lambda: step.loss().backward(),
+        trained=list(step.optimization.live.values()),
+        resident=[*step.model.parameters(), *step.batch.values()],
+        mode=mode,
+        made_for=made_for(config),
+    )
+    return make_plan(
+        workload, card, budget_gib, kind=config.optimizer.kind, can_update_in_backward=can_update_in_backward
+    )
 
 
 def _free_gib(device: torch.device) -> float:
@@ -36,5 +79,6 @@ def _check_fits(plan: Plan, budget_gib: float) -> None:
     if plan.modelled is not None and plan.modelled.peak_gib > budget_gib:
         raise ValueError(
             f"the plan's modelled peak is {plan.modelled.peak_gib:.1f} GiB, the device has {budget_gib:.1f} GiB free "
-            f"(less {MARGIN_GIB} for what no trace sees); give a plan made with --budget {budget_gib:.1f} or less"
+            f"(less {MARGIN_GIB} for what no trace sees); give a plan made with --budget {budget_gib:.1f} or less, or "
+            "--memory-budget auto"
         )

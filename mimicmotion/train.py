@@ -61,8 +61,7 @@ def start_afresh(run_dir: Path) -> str | None:
 
 def train(arguments: Arguments, ranks: Ranks) -> bool:
     """Prepare where nothing is prepared, then train on this rank; False where SIGTERM ended it early."""
-    config = arguments.config
-    plan = choose_plan(config, ranks.device)
+    config, plan = choose_plan(arguments.config, ranks.device, ranks.world_size)
     if ranks.is_first:
         prepare_if_missing(config)
         if not arguments.resume and (note := start_afresh(config.run_dir)):
@@ -88,8 +87,8 @@ def main() -> None:
     arguments = parse(words)
     if arguments.dry_run:
         try:
-            config = arguments.config
-            plan = choose_plan(config, torch.device("cpu"))  # whatever memory there is here
+            is_for_this_gpu = arguments.config.memory_budget is not None and torch.cuda.is_available()
+            config, plan = choose_plan(arguments.config, torch.device("cuda" if is_for_this_gpu else "cpu"))
             print(dry_run(config, plan))
         except ValueError as error:
             raise SystemExit(f"no dry run: {error}") from error

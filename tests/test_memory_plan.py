@@ -17,6 +17,7 @@ from mimicmotion.distributed import Ranks
 from mimicmotion.dry_run import dry_run
 from mimicmotion.memory_plan import choose_plan
 from mimicmotion.trainer import Trainer
+from mmkernels.cards import card
 from mmkernels.planning.choices import Modelled, OptimizerChoice, Plan, read_plan, write_plan
 
 CPU = torch.device("cpu")
@@ -50,8 +51,7 @@ def losses(config: Config, plan: Plan | None) -> list[float]:
 
 
 def test_a_planned_run_trains_as_fused_and_keeps_its_plan(tmp_path: Path, capsys) -> None:
-    config = planned_config(tmp_path, build_plan())
-    plan = choose_plan(config, CPU)
+    config, plan = choose_plan(planned_config(tmp_path, build_plan()), CPU)
     assert plan == build_plan()
     planned = losses(config, plan)
     plain = losses(dataclasses.replace(config, plan=None, run_dir=tmp_path / "plain"), None)
@@ -73,9 +73,17 @@ def test_config_with_a_plan_round_trips_and_is_checked(tmp_path: Path) -> None:
     config = tiny_config(tmp_path)
     fused = dataclasses.replace(config, kernels="fused", plan=Path("plan.json"))
     assert from_json(to_json(fused)) == fused
+    assert train.parse(["--memory-budget", "21.5"]).config.memory_budget == 21.5
+    assert train.parse(["--memory-budget", "auto"]).config.memory_budget == "auto"
     assert train.parse(["--plan", "plan.json"]).config.plan == Path("plan.json")
-    with pytest.raises(ValueError, match="kernels is 'torch'; give fused"):
-        dataclasses.replace(config, plan=Path("plan.json"))
+    for changes, message in (
+        ({"plan": Path("plan.json")}, "kernels is 'torch'; give fused"),
+        ({"kernels": "fused", "plan": Path("plan.json"), "memory_budget": 20.0}, "either plan or memory_budget"),
+        ({"kernels": "fused", "memory_budget": -1.0}, "a positive number of GiB, or auto"),
+        ({"kernels": "fused", "memory_budget": "most"}, "a positive number of GiB, or auto"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            dataclasses.replace(config, **changes)
 
 
 def test_a_plan_for_another_step_is_refused_and_both_are_named(tmp_path: Path) -> None:
@@ -108,6 +116,8 @@ def test_what_does_not_fit_is_refused_with_what_would(tmp_path: Path, monkeypatc
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (16 << 30, 24 << 30))
     with pytest.raises(ValueError, match=r"peak is 20\.5 GiB, the device has 14\.5 GiB free .* --budget 14\.5 or less"):
         choose_plan(config, torch.device("cuda"))
+    with pytest.raises(ValueError, match="memory_budget is 'auto' and the device is cpu"):
+        choose_plan(dataclasses.replace(config, plan=None, memory_budget="auto"), CPU)
     plan = build_plan(units={f"{BLOCK}/feed_forward_in": "move"}, slab_bytes=1 << 30)
     config = planned_config(tmp_path, plan)
     with pytest.raises(ValueError, match="the UNet is on cpu"):
@@ -122,3 +132,21 @@ def test_a_dry_run_follows_the_plan(tmp_path: Path) -> None:
     assert kept.cost.saved_bytes - fused.cost.saved_bytes == tokens * 8 * 64 * 4  # its up-projection, float32
     assert "plan for RTX 4090" in str(kept)
     assert "plan" not in str(fused)
+
+
+def test_a_budget_makes_a_plan_for_the_runs_own_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = planned_config(tmp_path, build_plan())
+    config = dataclasses.replace(config, plan=None, memory_budget="auto", optimizer=tiny_config(tmp_path).optimizer)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 << 30, 24 << 30))
+    here = dataclasses.replace(card("RTX 4090"), link_bytes_per_s=0)  # nothing is large enough to move in this model
+    monkeypatch.setattr(memory_plan, "measured_card", lambda: here)
+    placed, plan = choose_plan(config, torch.device("cuda"))
+    assert plan is not None and plan.modelled is not None
+    assert plan.made_for == {**MADE_FOR, "budget_gib": 0.5}
+    assert plan.modelled.peak_gib <= 0.5
+    assert placed.optimizer.ema == "host"
+    assert placed.optimizer.in_backward == plan.optimizer.is_in_backward
+    memory_plan.check_plan(placed, plan)
+    found = dry_run(placed, plan)
+    assert found.cost.peak_bytes / 2**30 == pytest.approx(plan.modelled.peak_gib, rel=0.05)
+    assert "plan for RTX 4090" in str(found)

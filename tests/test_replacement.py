@@ -50,7 +50,8 @@ def test_every_plan_gives_the_same_output_and_gradients(
     for parameter in unet.parameters():
         parameter.data = parameter.data.to(dtype)
     dead = mmkernels.dead_parameters(unet) if num_tokens == 1 else set()
-    draws = [{name: x.to(dtype) for name, x in unet_inputs(num_tokens, seed).items()} for seed in (1, 2, 3, 4)]
+    num_draws = 4 if dtype == torch.float32 else 8  # the error of a blend factor in bfloat16 is chance in each draw
+    draws = [{name: x.to(dtype) for name, x in unet_inputs(num_tokens, 1 + i).items()} for i in range(num_draws)]
     fp64, plain = [run_in_float64(unet, x) for x in draws], [run(channels_last(unet), x) for x in draws]
     for plan in PLANS:
         undo = mmkernels.replace(unet, plan)

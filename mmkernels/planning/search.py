@@ -33,11 +33,13 @@ class Search:
 
     def __init__(
         self, workload: Workload, card: Card, kind: OptimizerKind, *, plain_flops: int | None = None,
-        host_gib: float = HOST_GIB,
+        host_gib: float = HOST_GIB, can_update_in_backward: bool = True,
     ) -> None:  # fmt: skip
         self.workload, self.card, self.host_gib = workload, card, host_gib
         self.kind: OptimizerKind = kind
-        self.profile: Profile = take_profile(workload, card, OptimizerChoice(kind=kind))
+        profile = take_profile(workload, card, OptimizerChoice(kind=kind))
+        placed = replace(profile.optimizer, can_be_in_backward=can_update_in_backward)
+        self.profile: Profile = replace(profile, optimizer=placed)
         if plain_flops is None:
             plain_flops = trace_way(workload, "torch", card, OptimizerChoice(kind=kind)).trace.flops
         self.plain_flops = plain_flops
@@ -129,14 +131,18 @@ class Search:
 
 def make_plan(
     workload: Workload, card: Card, budget_gib: float, *, kind: OptimizerKind = "adamw", plain_flops: int | None = None,
-    host_gib: float = HOST_GIB,
+    host_gib: float = HOST_GIB, can_update_in_backward: bool = True,
 ) -> Plan:  # fmt: skip
     """The fastest plan for a step on a card whose modelled peak is within the budget, everything included.
 
     kind: of the optimizer that the workload's weights are made for. plain_flops: of plain diffusers' step, where they
-    are known already. Raises ValueError with the least budget that would do where none fits.
+    are known already. can_update_in_backward: one rank, no accumulation, no loss scaling. Raises ValueError with the
+    least budget that would do where none fits.
     """
-    return Search(workload, card, kind, plain_flops=plain_flops, host_gib=host_gib).best(budget_gib).plan
+    search = Search(
+        workload, card, kind, plain_flops=plain_flops, host_gib=host_gib, can_update_in_backward=can_update_in_backward
+    )
+    return search.best(budget_gib).plan
 
 
 def _step_s(chosen: Chosen) -> float:
