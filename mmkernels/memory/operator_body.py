@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,8 +43,6 @@ _known: dict[Any, Body] = {}  # of the whole process: a plan takes several trace
 
 class Bodies:
     """Finds what lies inside of operators, each combination of arguments once in a process."""
-
-    _known: ClassVar[dict[Any, Body]] = {}
 
     def __init__(self, costs: OperatorCosts) -> None:
         self._costs = costs
