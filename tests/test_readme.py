@@ -20,6 +20,7 @@ BIN = Path(sys.executable).parent
 # How each command is run here: "as typed", with words added that make it short, or only read where it would set up a
 # virtual environment of its own or needs eight GPUs.
 SHORT_STEP = "--preset demo --frames 8 --size 64x64 --rounds 1 --threads 1 --out {tmp}"
+PLAN = 'python -m mmkernels.plan --frames 72 --size 1024x576 --card "RTX 4090" --optimizer adamw8bit --budget 21.5'
 HOW = {
     "make demo": "dry run of make",
     "make test": "dry run of make",
@@ -39,7 +40,7 @@ HOW = {
     "python bench/spatial_attention.py": "--height 2 --width 4 --frames 8 --rounds 1 --compile-limit-s 0",
     "python bench/temporal_transformer_block.py": "--height 2 --width 4 --frames 8 --rounds 1 --compile-limit-s 0",
     "python bench/unet_cost.py": "--ways fused --frames 2 --height 64 --width 64",
-    'python -m mmkernels.plan --frames 72 --size 1024x576 --card "RTX 4090" --optimizer adamw8bit --budget 21.5': "--help",
+    PLAN: "--help",
     "python bench/budgets.py": "--help",
     "python bench/train_step.py": "--ways checkpoint fused --frames 2 --size 64x64 --out {tmp}",
     "python bench/train_step.py --measure": SHORT_STEP,
