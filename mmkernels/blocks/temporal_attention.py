@@ -35,8 +35,9 @@ _MIN_CHUNK_TOKENS = 576  # fewer rows slow the products down
 def default_chunk_pixels(x: Tensor) -> int:
     """Pixels in a chunk of x (B, F, P, C) where the caller names none."""
     row_bytes = max(1, x.shape[3] * x.element_size())
-    tokens = max(_MIN_CHUNK_TOKENS, _CHUNK_BYTES.get(device_kind(x), 1 << 26) // row_bytes)
-    return max(1, tokens * num_sharing(device_kind(x)) // max(1, x.shape[1]))
+    fewest = _MIN_CHUNK_TOKENS * num_sharing(device_kind(x))
+    tokens = max(fewest, _CHUNK_BYTES.get(device_kind(x), 1 << 26) // row_bytes)
+    return max(1, tokens // max(1, x.shape[1]))
 
 
 class _Chunk:

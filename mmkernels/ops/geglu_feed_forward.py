@@ -245,8 +245,8 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 def default_chunk_tokens(x: Tensor, up_weight: Tensor) -> int:
     """Tokens in a chunk of x (R, T, C) where the caller names none."""
     token_bytes = max(1, up_weight.shape[0] * up_weight.element_size())
-    tokens = max(_MIN_CHUNK_TOKENS, _CHUNK_BYTES.get(device_kind(x), 1 << 28) // token_bytes)
-    return tokens * num_sharing(device_kind(x))
+    fewest = _MIN_CHUNK_TOKENS * num_sharing(device_kind(x))
+    return max(fewest, _CHUNK_BYTES.get(device_kind(x), 1 << 28) // token_bytes)
 
 
 def why_unsupported(x: Tensor, up_weight: Tensor) -> str | None:
