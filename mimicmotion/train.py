@@ -95,7 +95,7 @@ def main() -> None:
             raise SystemExit(f"no dry run: {error}") from error
         return
     if arguments.config.plan is not None or arguments.config.memory_budget is not None:
-        # Fixed segments would reserve up to a fifth more than a plan's peak (modelled). Read when CUDA starts.
+        # Fixed segments would reserve up to a quarter more than a plan's peak (modelled). Read when CUDA starts.
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     with join_ranks() as ranks:
         if ranks.is_first:

@@ -28,7 +28,7 @@ def default_chunk(tokens: Tensor) -> int:
 def num_sharing(kind: str) -> int:
     """How many threads share the rows of a chunk on this kind of device: a GPU's chunks are large enough for it.
 
-    With as many rows at least for each thread as for one, a chunk's many short products wait for each other less often. The
+    With as many rows at least for each thread as for one, a chunk's many short products wait for each other less. The
     sums over chunks then follow the number of threads in their last bits.
     """
     return torch.get_num_threads() if kind == "cpu" else 1
