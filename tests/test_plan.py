@@ -11,7 +11,7 @@ from mmkernels import plan as command
 from mmkernels.blocks.drop_in import DropIn
 from mmkernels.cards import card
 from mmkernels.planning.choices import OptimizerChoice, OptimizerKind, Plan, read_plan
-from mmkernels.planning.search import GIB, Search, make_plan
+from mmkernels.planning.search import GIB, HOST_GIB, Search, make_plan
 from mmkernels.planning.svd import svd_workload
 from mmkernels.planning.workload import Workload, moments_bytes, trace_way, update_bytes
 
@@ -137,8 +137,10 @@ def test_settings_that_mean_nothing_are_refused(capsys: pytest.CaptureFixture[st
 PLAIN_FLOPS = 714e12  # of plain diffusers' step at 72 frames of 1024x576, which the bars are counted from
 
 
-def bar(name: str, kind: OptimizerKind, budget_gib: float, **more: float) -> Plan:
-    return make_plan(svd_workload(kind), card(name), budget_gib, kind=kind, plain_flops=int(PLAIN_FLOPS), **more)
+def bar(name: str, kind: OptimizerKind, budget_gib: float, host_gib: float = HOST_GIB) -> Plan:
+    return make_plan(
+        svd_workload(kind), card(name), budget_gib, kind=kind, plain_flops=int(PLAIN_FLOPS), host_gib=host_gib
+    )
 
 
 def test_24_gib() -> None:
