@@ -11,25 +11,22 @@ of a block are those that its forward leaves alive, its output with them.
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 if not __package__:  # run as a file: import from the checkout, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import torch
 import tyro
-from diffusers import UNetSpatioTemporalConditionModel
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-import mmkernels
 from bench import report
 from bench.placements import INCLUDES, Way, use
 from mmkernels.blocks.drop_in import DropIn
 from mmkernels.memory.cuda_autocast import norms_in_float32
 from mmkernels.memory.trace import Trace, trace
+from mmkernels.planning.svd import svd_workload
 
 BENCH = "unet_cost"
 GIB, TERA = 2**30, 1e12
@@ -53,25 +50,16 @@ class Settings:
 
 def cost(way: Way, settings: Settings) -> Trace:
     """Forward and backward of the UNet run this way; parts by kind of block."""
-    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
-    with FakeTensorMode():
-        unet: Any = UNetSpatioTemporalConditionModel(num_attention_heads=(5, 10, 20, 20))
-        for parameter in unet.parameters():
-            parameter.data = parameter.data.to(dtype)
-        for name in () if settings.trains_dead else mmkernels.dead_parameters(unet):
-            unet.get_parameter(name).requires_grad_(False)
+    kind = "adamw8bit" if settings.precision == "bf16" else "adamw"
+    workload = svd_workload(
+        kind, frames=settings.frames, height=settings.height, width=settings.width, batch=settings.batch
+    )
+    unet = workload.unet
+    if settings.trains_dead:
+        unet.requires_grad_()
+    with workload.mode, norms_in_float32():
         use(unet, way)
-        B, F = settings.batch, settings.frames
-        sample = torch.empty(B, F, 8, settings.height // 8, settings.width // 8, dtype=dtype)
-        context, time_ids = torch.empty(B, 1, 1024, dtype=dtype), torch.empty(B, 3, dtype=dtype)
-
-        def step() -> None:
-            with torch.autocast("cpu", torch.bfloat16, enabled=settings.precision == "autocast"):
-                output = unet(sample, torch.empty(B), context, time_ids, return_dict=False)[0]
-            output.float().square().mean().backward()
-
-        with norms_in_float32():
-            return trace(step, unet.parameters(), parts=blocks_by_kind(unet), device_kind="cuda")
+        return trace(workload.step, unet.parameters(), parts=blocks_by_kind(unet), device_kind="cuda")
 
 
 def blocks_by_kind(unet: nn.Module) -> dict[str, list[nn.Module]]:
