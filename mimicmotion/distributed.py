@@ -2,13 +2,16 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +34,37 @@ class Ranks:
         total = values.to(self.device, copy=True)
         torch.distributed.all_reduce(total)
         return total.to(values.device)
+
+    def least(self, value: float) -> float:
+        """The least value of any rank."""
+        if self.world_size == 1:
+            return value
+        values = torch.tensor(value, dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MIN)
+        return float(values)
+
+    def from_first(self, make: Callable[[], Made]) -> Made:
+        """What `make` returns on the first rank, the only one that calls it; a Python object, given to every rank.
+
+        What it raises there stops every rank: a ValueError as it is, another error as a RuntimeError on the others.
+        """
+        if self.world_size == 1:
+            return make()
+        failure: Exception | None = None
+        sent: list[Any] = [None, None, None]  # what was made; or the error's words, and whether it is a ValueError
+        if self.is_first:
+            try:
+                sent[0] = make()
+            except Exception as error:
+                failure, sent[1:] = error, [str(error), isinstance(error, ValueError)]
+        torch.distributed.broadcast_object_list(sent, src=0, device=self.device)
+        made, words, is_value_error = sent
+        if words is None:
+            return made
+        self.wait()  # none leaves the group before all have heard
+        if failure is not None:
+            raise failure
+        raise ValueError(words) if is_value_error else RuntimeError(f"the first rank failed: {words}")
 
     def wait(self) -> None:
         """Return when every rank is here."""

@@ -1,11 +1,13 @@
 """Which memory plan a run follows: one from a file, held to the run, or one made for the run's step and a budget."""
 
 import dataclasses
+import math
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mimicmotion.config import Config
+from mimicmotion.distributed import Ranks
 from mimicmotion.dry_run import fake_step
 from mimicmotion.planned import check_plan, made_for
 from mmkernels.cards import Card
@@ -15,31 +17,19 @@ from mmkernels.planning.search import GIB, MARGIN_GIB, make_plan
 from mmkernels.planning.workload import Workload
 
 
-def choose_plan(config: Config, device: torch.device, world_size: int = 1) -> tuple[Config, Plan | None]:
-    """The plan of a run on `device`, None where it asks for none, and the config with the optimizer placed as planned.
+def choose_plan(config: Config, ranks: Ranks) -> tuple[Config, Plan | None]:
+    """The plan of a run, None where it asks for none, and the config with the optimizer placed as planned.
 
-    Raises ValueError where the file is not a plan, was made for another step, does not fit the device, or where no plan
+    The first rank reads or makes it, for the least memory that is free on any rank, and every rank follows it. Raises
+    ValueError, on every rank, where the file is not a plan, was made for another step, does not fit, or where no plan
     fits the budget.
     """
-    if config.plan is not None:
-        if not config.plan.is_file():
-            raise ValueError(f"there is no file {config.plan}; make a plan with `python -m mmkernels.plan`")
-        plan = read_plan(config.plan)
-        check_plan(config, plan)
-        if device.type == "cuda":
-            _check_fits(plan, _free_gib(device))
-        return config, plan
-    if config.memory_budget is None:
+    if config.plan is None and config.memory_budget is None:
         return config, None
-    if device.type != "cuda":
-        raise ValueError(
-            f"memory_budget is {config.memory_budget!r} and the device is {device}: plans are for the memory of a GPU; "
-            "run on one, or give --plan with a file of python -m mmkernels.plan"
-        )
-    budget_gib = _free_gib(device) if config.memory_budget == "auto" else config.memory_budget
-    is_alone = world_size == 1 and config.trainer.batch_size == config.trainer.micro_batch_size
-    can_update_in_backward = is_alone and config.trainer.precision != "fp16"
-    plan = plan_step(config, measured_card(), budget_gib, can_update_in_backward=can_update_in_backward)
+    free_gib = ranks.least(_free_gib(ranks.device))
+    if config.plan is not None:
+        return config, ranks.from_first(lambda: _read(config, free_gib))
+    plan = ranks.from_first(lambda: _make(config, free_gib, ranks.world_size))
     settings, chosen = config.optimizer, plan.optimizer
     placed = dataclasses.replace(
         settings,
@@ -48,6 +38,32 @@ def choose_plan(config: Config, device: torch.device, world_size: int = 1) -> tu
         ema="host" if settings.ema == "device" else settings.ema,
     )
     return dataclasses.replace(config, optimizer=placed), plan
+
+
+def _read(config: Config, free_gib: float) -> Plan:
+    """The plan of the run's file, held to the run."""
+    assert config.plan is not None
+    if not config.plan.is_file():
+        raise ValueError(f"there is no file {config.plan}; make a plan with `python -m mmkernels.plan`")
+    plan = read_plan(config.plan)
+    check_plan(config, plan)
+    _check_fits(plan, free_gib)
+    return plan
+
+
+def _make(config: Config, free_gib: float, world_size: int) -> Plan:
+    """A plan for the run's budget, on a card like this rank's."""
+    budget = config.memory_budget
+    assert budget is not None
+    if math.isinf(free_gib):
+        raise ValueError(
+            f"memory_budget is {budget!r} and there is no GPU: plans are for the memory of one; "
+            "run where there is one, or give --plan with a file of python -m mmkernels.plan"
+        )
+    is_alone = world_size == 1 and config.trainer.batch_size == config.trainer.micro_batch_size
+    can_update_in_backward = is_alone and config.trainer.precision != "fp16"
+    budget_gib = free_gib if budget == "auto" else budget
+    return plan_step(config, measured_card(), budget_gib, can_update_in_backward=can_update_in_backward)
 
 
 def plan_step(config: Config, card: Card, budget_gib: float, *, can_update_in_backward: bool) -> Plan:
@@ -70,15 +86,17 @@ def plan_step(config: Config, card: Card, budget_gib: float, *, can_update_in_ba
 
 
 def _free_gib(device: torch.device) -> float:
-    """Free memory of a GPU less the margin for what no trace sees."""
+    """Free memory of a GPU less the margin for what no trace sees; of a CPU there is no limit to hold a plan to."""
+    if device.type != "cuda":
+        return math.inf
     return torch.cuda.mem_get_info(device)[0] / GIB - MARGIN_GIB
 
 
-def _check_fits(plan: Plan, budget_gib: float) -> None:
+def _check_fits(plan: Plan, free_gib: float) -> None:
     """Raise ValueError where a plan's modelled peak is over the memory that there is."""
-    if plan.modelled is not None and plan.modelled.peak_gib > budget_gib:
+    if plan.modelled is not None and plan.modelled.peak_gib > free_gib:
         raise ValueError(
-            f"the plan's modelled peak is {plan.modelled.peak_gib:.1f} GiB, the device has {budget_gib:.1f} GiB free "
-            f"(less {MARGIN_GIB} for what no trace sees); give a plan made with --budget {budget_gib:.1f} or less, or "
-            "--memory-budget auto"
+            f"the plan's modelled peak is {plan.modelled.peak_gib:.1f} GiB, the device has {free_gib:.1f} GiB free "
+            f"(the least of all ranks, less {MARGIN_GIB} for what no trace sees); give a plan made with "
+            f"--budget {free_gib:.1f} or less, or --memory-budget auto"
         )

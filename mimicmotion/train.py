@@ -62,7 +62,7 @@ def start_afresh(run_dir: Path) -> str | None:
 
 def train(arguments: Arguments, ranks: Ranks) -> bool:
     """Prepare where nothing is prepared, then train on this rank; False where SIGTERM ended it early."""
-    config, plan = choose_plan(arguments.config, ranks.device, ranks.world_size)
+    config, plan = choose_plan(arguments.config, ranks)
     if ranks.is_first:
         prepare_if_missing(config)
         if not arguments.resume and (note := start_afresh(config.run_dir)):
@@ -89,7 +89,8 @@ def main() -> None:
     if arguments.dry_run:
         try:
             is_for_this_gpu = arguments.config.memory_budget is not None and torch.cuda.is_available()
-            config, plan = choose_plan(arguments.config, torch.device("cuda" if is_for_this_gpu else "cpu"))
+            here = Ranks(rank=0, world_size=1, device=torch.device("cuda" if is_for_this_gpu else "cpu"))
+            config, plan = choose_plan(arguments.config, here)
             print(dry_run(config, plan))
         except ValueError as error:
             raise SystemExit(f"no dry run: {error}") from error

@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -60,6 +61,20 @@ def test_a_bad_clip_of_one_rank_is_skipped_and_counted_by_all(two_ranks):
     assert all(value.isfinite().all() for value in ends[0].values())
     rows = read_history(two_ranks / "run" / "loss.jsonl")
     assert [row["step"] for row in rows if row["is_skipped"]] == [2, 4, 5, 6]
+
+
+def test_a_plan_is_the_first_ranks_for_the_least_free_memory(two_ranks):
+    """Rank 0 has 20 GiB free, rank 1 has 10; what stops one stops both, with the same words."""
+    first, second = (json.loads((two_ranks / f"plans-{rank}.json").read_text()) for rank in range(2))
+    assert first.pop("asked") == [[10, False], [1, False], [2, False]] and second.pop("asked") == []
+    assert first.pop("fails") == ["KeyError", "'a fault of ours'"]
+    assert second.pop("fails") == ["RuntimeError", "the first rank failed: 'a fault of ours'"]
+    assert first == second
+    (plan, ema), refused = first["auto"], first["a file"]
+    assert plan["made_for"]["budget_gib"] == 10 and ema == "host"
+    assert first["does not fit"] == ["ValueError", "no plan fits a budget of 1 GiB"]
+    assert refused[0] == "ValueError" and "peak is 15.0 GiB, the device has 10.0 GiB free" in refused[1]
+    assert first["no file"][0] == "ValueError" and "there is no file" in first["no file"][1]
 
 
 def test_ranks_share_the_batch_without_overlap(tmp_path):

@@ -20,7 +20,8 @@ from mimicmotion.trainer import Trainer
 from mmkernels.cards import card
 from mmkernels.planning.choices import Modelled, OptimizerChoice, Plan, read_plan, write_plan
 
-CPU = torch.device("cpu")
+ONE = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
+ON_GPU = dataclasses.replace(ONE, device=torch.device("cuda"))
 BLOCK = "mid_block.attentions.0"
 COST = Modelled(peak_gib=20.5, recompute_flops_ratio=0.1, moved_gib=3, hidden_ratio=0.95, step_s=9)
 MADE_FOR = {"frames": 4, "height": 128, "width": 128, "batch": 2, "precision": "fp32", "card": "RTX 4090"}
@@ -43,15 +44,13 @@ def build_plan(**changes: Any) -> Plan:
 
 
 def losses(config: Config, plan: Plan | None) -> list[float]:
-    trainer = Trainer(
-        config, NoiseClips(config=config), Ranks(rank=0, world_size=1, device=CPU), encoder="x", plan=plan
-    )
+    trainer = Trainer(config, NoiseClips(config=config), ONE, encoder="x", plan=plan)
     trainer.run()
     return [json.loads(line)["loss"] for line in trainer.history_path.read_text().splitlines()]
 
 
 def test_a_planned_run_trains_as_fused_and_keeps_its_plan(tmp_path: Path, capsys) -> None:
-    config, plan = choose_plan(planned_config(tmp_path, build_plan()), CPU)
+    config, plan = choose_plan(planned_config(tmp_path, build_plan()), ONE)
     assert plan == build_plan()
     planned = losses(config, plan)
     plain = losses(dataclasses.replace(config, plan=None, run_dir=tmp_path / "plain"), None)
@@ -90,7 +89,7 @@ def test_a_plan_for_another_step_is_refused_and_both_are_named(tmp_path: Path) -
     other = {**MADE_FOR, "frames": 72, "width": 256, "precision": "bf16"}
     plan = build_plan(made_for=other, optimizer=OptimizerChoice(kind="adamw8bit", is_in_backward=True))
     with pytest.raises(ValueError, match="was made for another step") as refused:
-        choose_plan(planned_config(tmp_path, plan), CPU)
+        choose_plan(planned_config(tmp_path, plan), ONE)
     for words in (
         "frames is 4 and the plan's 72",
         "width is 128 and the plan's 256",
@@ -100,10 +99,10 @@ def test_a_plan_for_another_step_is_refused_and_both_are_named(tmp_path: Path) -
     ):
         assert words in str(refused.value)
     with pytest.raises(ValueError, match=r"there is no file .*none\.json"):
-        choose_plan(dataclasses.replace(planned_config(tmp_path, plan), plan=tmp_path / "none.json"), CPU)
+        choose_plan(dataclasses.replace(planned_config(tmp_path, plan), plan=tmp_path / "none.json"), ONE)
     with pytest.raises(ValueError, match=r"optimizer\.ema is device"):
         config = planned_config(tmp_path, build_plan())
-        choose_plan(dataclasses.replace(config, optimizer=tiny_config(tmp_path).optimizer), CPU)
+        choose_plan(dataclasses.replace(config, optimizer=tiny_config(tmp_path).optimizer), ONE)
     turned = tiny_config(tmp_path, micro_batch_size=2)
     turned = dataclasses.replace(turned, data=dataclasses.replace(turned.data, height=256))
     with pytest.raises(ValueError) as refused:
@@ -115,9 +114,9 @@ def test_what_does_not_fit_is_refused_with_what_would(tmp_path: Path, monkeypatc
     config = planned_config(tmp_path, build_plan())
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (16 << 30, 24 << 30))
     with pytest.raises(ValueError, match=r"peak is 20\.5 GiB, the device has 14\.5 GiB free .* --budget 14\.5 or less"):
-        choose_plan(config, torch.device("cuda"))
-    with pytest.raises(ValueError, match="memory_budget is 'auto' and the device is cpu"):
-        choose_plan(dataclasses.replace(config, plan=None, memory_budget="auto"), CPU)
+        choose_plan(config, ON_GPU)
+    with pytest.raises(ValueError, match="memory_budget is 'auto' and there is no GPU"):
+        choose_plan(dataclasses.replace(config, plan=None, memory_budget="auto"), ONE)
     plan = build_plan(units={f"{BLOCK}/feed_forward_in": "move"}, slab_bytes=1 << 30)
     config = planned_config(tmp_path, plan)
     with pytest.raises(ValueError, match="the UNet is on cpu"):
@@ -140,7 +139,7 @@ def test_a_budget_makes_a_plan_for_the_runs_own_step(tmp_path: Path, monkeypatch
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 << 30, 24 << 30))
     here = dataclasses.replace(card("RTX 4090"), link_bytes_per_s=0)  # nothing is large enough to move in this model
     monkeypatch.setattr(memory_plan, "measured_card", lambda: here)
-    placed, plan = choose_plan(config, torch.device("cuda"))
+    placed, plan = choose_plan(config, ON_GPU)
     assert plan is not None and plan.modelled is not None
     assert plan.made_for == {**MADE_FOR, "budget_gib": 0.5}
     assert plan.modelled.peak_gib <= 0.5
