@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # glibc maps every tensor over 32 MiB afresh by default, and then page faults, not kernels, decide.
 TUNED_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
+CUDA_ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 QUIET_PROFILER = {"KINETO_LOG_LEVEL": "99"}  # the profiler counts allocations here; its own log lines are noise
 PACKAGES = ("torch", "diffusers", "numpy", "triton", "xformers", "flash-attn")
 
@@ -33,8 +34,9 @@ def tune_allocator() -> None:
 
 
 def allocator() -> dict[str, str]:
-    """The allocator settings in force; empty string where one is not set."""
-    return {name: os.environ.get(name, "") for name in TUNED_ALLOCATOR}
+    """The allocator settings in force, CUDA's where there are any; empty string where one of the host's is not set."""
+    of_cuda = {name: os.environ[name] for name in CUDA_ALLOCATOR if name in os.environ}
+    return {name: os.environ.get(name, "") for name in TUNED_ALLOCATOR} | of_cuda
 
 
 def versions() -> dict[str, str]:

@@ -14,7 +14,7 @@ import gc
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -36,12 +36,14 @@ class Provider:
     step: what is counted and timed; returns outputs and gradients by name, the same names for every provider.
     includes: in words, what the time covers.
     check: gives the outputs for the gate where `step` cannot (a training step changes its weights).
+    running: entered before each step and left after it, neither counted nor timed.
     """
 
     name: str
     step: Callable[[], object]
     includes: str
     check: Step | None = None
+    running: Callable[[], AbstractContextManager[object]] = nullcontext
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,26 +147,27 @@ def measure(
     """
     results = Results(baseline=baseline)
     accepted = []
+    peak_bytes = {}
     for provider in providers:
-        check = provider.check or provider.step
-        reason = gate(cast(Outputs, check()), plain, exact)
-        if reason is None:
-            accepted.append(provider)
-        else:
-            results.refused[provider.name] = reason
+        with provider.running():
+            check = provider.check or provider.step
+            reason = gate(cast(Outputs, check()), plain, exact)
+            if reason is not None:
+                results.refused[provider.name] = reason
+                continue
+            for _ in range(num_warm_ups):
+                provider.step()
+            peak_bytes[provider.name] = resident_bytes + allocator_peak_bytes(provider.step, device)
+        accepted.append(provider)
     names = [provider.name for provider in accepted]
     if baseline not in names:
         raise ValueError(f"baseline {baseline!r} is not among the accepted {names}: {results.refused}")
-    peak_bytes = {}
-    for provider in accepted:
-        for _ in range(num_warm_ups):
-            provider.step()
-        peak_bytes[provider.name] = resident_bytes + allocator_peak_bytes(provider.step, device)
     times_ms: dict[str, list[float]] = {name: [] for name in names}
     for index in range(num_rounds):
         turn = index % len(accepted)
         for provider in accepted[turn:] + accepted[:turn]:
-            times_ms[provider.name].append(time_once_ms(provider.step, device))
+            with provider.running():
+                times_ms[provider.name].append(time_once_ms(provider.step, device))
     for provider in accepted:
         name = provider.name
         results.measured[name] = Measurement(

@@ -4,8 +4,9 @@ from collections.abc import Callable
 
 import torch
 
-from bench.placements import Way
+from bench.fused_plan import StepWay
 from bench.training_step import TrainingStep
+from mmkernels.planning.search import BudgetTooSmallError
 
 
 def largest(fits: Callable[[int], bool], most: int) -> int:
@@ -17,7 +18,7 @@ def largest(fits: Callable[[int], bool], most: int) -> int:
     return low
 
 
-def largest_clip(training: TrainingStep, way: Way, most: int) -> int:
+def largest_clip(training: TrainingStep, way: StepWay, most: int) -> int:
     """The most frames up to `most` that two steps of `training` run with this way on the GPU."""
     frames = training.config.data.num_frames
 
@@ -30,13 +31,17 @@ def largest_clip(training: TrainingStep, way: Way, most: int) -> int:
     return found
 
 
-def why_no_room(training: TrainingStep, way: Way) -> str | None:
-    """Run two steps this way; torch's words where memory ends, None where it does not. All is freed again."""
+def why_no_room(training: TrainingStep, way: StepWay) -> str | None:
+    """Run two steps this way; in words where the memory of the device or the host ends, None where it does not.
+
+    A clip that no plan fits has no room for fused-plan. All is freed again.
+    """
     reason = None
     try:
-        for _ in range(2):
-            training.step(way)
-    except torch.OutOfMemoryError as error:
+        with training.running(way):
+            for _ in range(2):
+                training.step()
+    except (torch.OutOfMemoryError, MemoryError, BudgetTooSmallError) as error:
         reason = str(error).strip().splitlines()[0]
     training.model.zero_grad(set_to_none=True)
     if training.device.type == "cuda":

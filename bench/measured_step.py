@@ -1,8 +1,15 @@
-"""The trainer's step measured in every way: time, interleaved, and peak memory; how bench/train_step.py measures."""
+"""The trainer's step measured in every way: time, interleaved, and peak memory; how bench/train_step.py measures.
+
+A step's time is that of forward, backward, clipping, update and moving average. Not in it: putting a way in place and
+taking it out again. fused-plan is put in place for each step anew, since all ways share one set of weights: its host
+memory is page-locked, and one forward and backward run, from which the offload knows what to prefetch when; both end
+before the clock starts, and the step that is timed moves what every later step of a run would.
+"""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,13 +17,16 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import harness, report
+from bench.fused_plan import INCLUDES, Plans, StepWay
 from bench.harness import Provider, Results, Spread
 from bench.largest_clip import largest_clip, why_no_room
-from bench.placements import INCLUDES, Way
+from bench.placements import Way
 from bench.resident_peak import resident_peak_bytes
 from bench.training_step import TrainingStep, why_wrong_step
 from mimicmotion import config as presets
 from mmkernels import tuning
+from mmkernels.planning.choices import Plan
+from mmkernels.planning.search import BudgetTooSmallError
 
 BENCH = "train_step"
 GATE_PIXELS = 64  # a side; the UNet halves latents of an eighth of it three times
@@ -40,31 +50,44 @@ TITLES = {
 class Measured:
     """results: times and allocated peaks. no_room: why a way cannot run at this size. resident_bytes: before a step.
 
+    plan: what fused-plan follows, where it is among the ways and a plan fits.
     others: by metric and way. resident_peak_bytes: of a fresh process (CPU); reserved_bytes: what the caching allocator
     held at most; largest_frames: the most that there is room for (GPU).
     """
 
     results: Results
+    plan: Plan | None = None
     resident_bytes: int = 0
     no_room: Mapping[str, str] = field(default_factory=dict)
     others: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
-def measure(config: presets.Config, device: torch.device, part: str, ways: Sequence[Way], num_rounds: int) -> Measured:
-    """Gate every way, find those that have room, time them interleaved, count their memory."""
-    refused = refused_ways(ways, config, device, part)
-    accepted: list[Way] = [way for way in ways if way not in refused]
+def measure(
+    config: presets.Config, device: torch.device, part: str, ways: Sequence[StepWay], num_rounds: int,
+    plans: Plans | None = None,
+) -> Measured:  # fmt: skip
+    """Gate every way, find those that have room, time them interleaved, count their memory. plans: of fused-plan."""
+    plan, no_room = None, {}
+    if plans is not None and "fused-plan" in ways:
+        try:
+            plan = plans.of(config.data.num_frames)
+        except BudgetTooSmallError as error:
+            no_room["fused-plan"] = str(error)
+    refused = refused_ways([way for way in ways if way not in no_room], config, device, part, plans)
+    accepted: list[StepWay] = [way for way in ways if way not in {**refused, **no_room}]
     if not accepted:
-        raise ValueError(f"no way of {ways} gives the gradients of float64: {refused}")
-    training = TrainingStep(config, device, part)
+        raise ValueError(f"no way of {ways} gives the gradients of float64 here: {refused | no_room}")
+    training = TrainingStep(config, device, part, plans)
     if device.type == "cuda":
-        no_room = {way: why for way in accepted if (why := why_no_room(training, way)) is not None}
+        no_room |= {way: why for way in accepted if (why := why_no_room(training, way)) is not None}
     else:
-        no_room = {}
-        training.step(accepted[0])  # from here on the optimizer's states exist
-    fitting: list[Way] = [way for way in accepted if way not in no_room]
+        with training.running(accepted[0]):
+            training.step()  # the first step of a process is slower than any other
+    fitting: list[StepWay] = [way for way in accepted if way not in no_room]
     providers = [
-        Provider(name=way, step=lambda way=way: training.step(way), includes=INCLUDES[way], check=dict)
+        Provider(
+            name=way, step=training.step, includes=INCLUDES[way], check=dict, running=partial(training.running, way)
+        )
         for way in fitting
     ]
     results, resident_bytes = Results(baseline=""), training.resident_bytes()
@@ -82,26 +105,31 @@ def measure(config: presets.Config, device: torch.device, part: str, ways: Seque
         }
     else:
         threads = torch.get_num_threads()
-        others = {"resident_peak_bytes": {way: resident_peak_bytes(way, config, part, threads) for way in fitting}}
-    return Measured(results=results, resident_bytes=resident_bytes, no_room=no_room, others=others)
+        # What fused-plan moves through on a CPU only this process was given.
+        alone: list[Way] = [way for way in fitting if way != "fused-plan"]
+        others = {"resident_peak_bytes": {way: resident_peak_bytes(way, config, part, threads) for way in alone}}
+    return Measured(results=results, plan=plan, resident_bytes=resident_bytes, no_room=no_room, others=others)
 
 
-def refused_ways(ways: Sequence[Way], config: presets.Config, device: torch.device, part: str) -> dict[str, str]:
-    """Why each way that fails the gate does, on a clip of few pixels."""
+def refused_ways(
+    ways: Sequence[StepWay], config: presets.Config, device: torch.device, part: str, plans: Plans | None = None
+) -> dict[str, str]:
+    """Why each way that fails the gate does, on a clip of few pixels; fused-plan follows the plan of the whole size."""
     data = config.data
     small = dataclasses.replace(data, height=min(data.height, GATE_PIXELS), width=min(data.width, GATE_PIXELS))
-    gate = TrainingStep(dataclasses.replace(config, data=small), device, part)
+    gate = TrainingStep(dataclasses.replace(config, data=small), device, part, plans)
     plain, exact = gate.gradients("torch"), gate.exact()
     reasons = {way: why_wrong_step(gate.gradients(way), plain, exact) for way in ways}
     return {way: reason for way, reason in reasons.items() if reason is not None}
 
 
-def reserved_bytes(training: TrainingStep, way: Way) -> int:
+def reserved_bytes(training: TrainingStep, way: StepWay) -> int:
     """Most that CUDA's caching allocator held from the device during a step, everything included."""
     torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(training.device)
-    training.step(way)
-    torch.cuda.synchronize(training.device)
+    with training.running(way):
+        torch.cuda.reset_peak_memory_stats(training.device)
+        training.step()
+        torch.cuda.synchronize(training.device)
     return torch.cuda.max_memory_reserved(training.device)
 
 
@@ -125,6 +153,8 @@ def print_measured(found: Measured, words: str, console: Console) -> None:
     if found.results.measured:
         report.print_results(f"training step: {words}", found.results, console)
         print_bars(found.results, console, resident_bytes=found.resident_bytes)
+    if found.plan is not None:
+        console.print(f"fused-plan follows: {found.plan}", markup=False, soft_wrap=True)
     for way, reason in found.no_room.items():
         console.print(f"no room: {way}: {reason}", markup=False)
     for metric, values in found.others.items():

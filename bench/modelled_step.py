@@ -9,14 +9,14 @@ the host), workspaces of libraries. No way trains the parameters that one contex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
 
 from bench import report
+from bench.fused_plan import INCLUDES, StepWay
 from bench.harness import is_ours
-from bench.placements import INCLUDES, Way, use
+from bench.placements import Way, use
 from mmkernels.cards import Card
 from mmkernels.planning.choices import OptimizerChoice, OptimizerKind, Plan
 from mmkernels.planning.search import MARGIN_GIB, make_plan
@@ -24,16 +24,11 @@ from mmkernels.planning.workload import Traced, Workload, trace_way
 
 GIB = 2**30
 BUDGETS_GIB = (16, 24, 48, 80)
-ModelledWay = Literal[Way, "fused-plan"]
-WAYS: tuple[ModelledWay, ...] = (
+WAYS: tuple[StepWay, ...] = (
     "torch", "diffusers-checkpoint", "checkpoint", "checkpoint-blocks", "checkpoint-nested-blocks",
     "checkpoint-nested-feed-forwards", "fine-grained", "fine-grained-one-token", "checkpoint+save-on-cpu", "fused",
     "fused-plan",
 )  # fmt: skip
-_WORDS = {
-    **INCLUDES,
-    "fused-plan": "fused, and of each unit what the planner chose for the card: keep, recompute, move",
-}
 DTYPES = {"adamw": "float32 under autocast to bfloat16", "adamw8bit": "bfloat16"}
 
 
@@ -67,7 +62,7 @@ def model_step(way: Way | Plan, workload: Workload, card: Card, optimizer: Optim
     return StepCost.of(trace_way(workload, lambda unet, clock: use(unet, way, clock=clock), card, optimizer))
 
 
-def model_ways(ways: Sequence[ModelledWay], workload: Workload, card: Card, kind: OptimizerKind) -> dict[str, StepCost]:
+def model_ways(ways: Sequence[StepWay], workload: Workload, card: Card, kind: OptimizerKind) -> dict[str, StepCost]:
     """By way, in the order given; the update comes after backward, unless the plan has it otherwise."""
     found: dict[str, StepCost] = {}
     for way in ways:
@@ -87,7 +82,7 @@ def rows_of(
     return [
         report.Row(
             bench="train_step", provider=way, mode="step", metric=metric, kind="modelled", median=value, low=value,
-            high=value, shape=shape, includes=_WORDS[way], **asdict(setting),
+            high=value, shape=shape, includes=INCLUDES[way], **asdict(setting),
         )
         for way, one in found.items()
         for metric, value in asdict(one).items()

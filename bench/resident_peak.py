@@ -70,8 +70,9 @@ def main(settings: Settings) -> None:
     sizes = {"num_frames": settings.frames, "height": settings.height, "width": settings.width}
     config = dataclasses.replace(preset, data=dataclasses.replace(preset.data, **sizes))
     training = TrainingStep(config, torch.device("cpu"), settings.part)
-    for _ in range(NUM_STEPS):
-        training.step(settings.way)
+    with training.running(settings.way):
+        for _ in range(NUM_STEPS):
+            training.step()
     print(high_water_bytes())
 
 

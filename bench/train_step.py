@@ -9,10 +9,12 @@ included (bench/modelled_step.py); about ten seconds a way. Writes modelled_step
 
 Measured, with --measure, on the device at hand: the trainer's step (noise, forward, loss, backward, clipping, update,
 moving average) on one synthetic clip of a preset's shape; `--part unet` is the UNet's forward and backward alone. All
-ways share one process and one set of weights, and are timed interleaved. Peak memory is the allocator's count of a step
-plus what is there before it, and on a CPU the resident memory of a fresh process for each way as well. On a GPU the
-preset is the full size (the gate alone wants about 45 GiB there): ways that have no room are named, the most frames
-that each has room for are found, and the kernel variants that were chosen are shown with their timings.
+ways share one process and one set of weights, and are timed interleaved; what is in a time says bench/measured_step.py.
+Peak memory is the allocator's count of a step plus what is there before it, and on a CPU the resident memory of a fresh
+process for each way as well. On a GPU the preset is the full size (the gate alone wants about 45 GiB there):
+fused-plan follows a plan made for the step, the GPU's measured rates and its memory; ways that have no room are named,
+the most frames that each has room for are found, a plan for each number of frames, and the kernel variants that were
+chosen are shown with their timings.
 Nothing is timed before its loss and every gradient pass the gate against float64, on a clip of as many frames and at
 most 64x64 pixels (float64 at full size would take longer than the measurement). Writes step_cost.json and .png.
 """
@@ -32,18 +34,19 @@ from rich.console import Console
 
 from bench import measured_step, modelled_step, report
 from bench.environment import tune_allocator
-from bench.modelled_step import ModelledWay
-from bench.placements import Way
+from bench.fused_plan import Plans, StepWay
 from mimicmotion import config as presets
+from mimicmotion.memory_plan import reserve_as_planned
 from mmkernels.cards import card
 from mmkernels.planning.choices import OptimizerKind
 from mmkernels.planning.svd import svd_workload
 
 BENCH = "train_step"
-MEASURED_WAYS: tuple[Way, ...] = ("torch", "checkpoint", "fused")
-MEASURED_ON_A_GPU: tuple[Way, ...] = (
+MEASURED_WAYS: tuple[StepWay, ...] = ("torch", "checkpoint", "fused")
+MEASURED_ON_A_GPU: tuple[StepWay, ...] = (
     "torch", "diffusers-checkpoint", "checkpoint", "checkpoint-nested-blocks", "checkpoint-nested-feed-forwards",
     "fine-grained", "fine-grained-one-token", "checkpoint+save-on-cpu", "fused",
+    "fused-plan",
 )  # fmt: skip
 LEAST_GIB_OF_ADAMW = 40  # memory of a card from which float32 weights and moments are the usual choice
 
@@ -55,7 +58,7 @@ class Settings:
     measure: bool = False  # on the device at hand, instead of modelled
     frames: int | None = None  # 72, or measured: the preset's
     size: str | None = None  # pixels as WIDTHxHEIGHT; 1024x576, or measured: the preset's
-    ways: tuple[ModelledWay, ...] = ()  # the first is the baseline; none: those of the tables
+    ways: tuple[StepWay, ...] = ()  # the first is the baseline; none: those of the tables
     out: Path = Path("runs/demo")  # folder of the rows and the picture
     json: Path | None = None  # rows go here instead of into OUT
     picture: Path | None = None  # the picture goes here instead of into OUT
@@ -92,12 +95,15 @@ class Settings:
         optimizer = preset.optimizer if preset.preset == "demo" else dataclasses.replace(preset.optimizer, ema="off")
         return dataclasses.replace(preset, data=data, optimizer=optimizer)
 
-    def measured_ways(self) -> tuple[Way, ...]:
-        """Raises ValueError for a way that is only modelled."""
-        ways: tuple[Way, ...] = tuple(way for way in self.ways if way != "fused-plan")
-        if ways != self.ways:
-            raise ValueError("fused-plan is modelled only; measure the plan by training with --plan")
-        return ways or (MEASURED_WAYS if self.torch_device().type == "cpu" else MEASURED_ON_A_GPU)
+    def measured_ways(self) -> tuple[StepWay, ...]:
+        """Raises ValueError where fused-plan is asked for on a CPU."""
+        is_on_cpu = self.torch_device().type == "cpu"
+        if is_on_cpu and "fused-plan" in self.ways:
+            raise ValueError(
+                "fused-plan moves what a GPU has no room for to the host, and here the host is the device; measure it "
+                "on a GPU, or fused here"
+            )
+        return self.ways or (MEASURED_WAYS if is_on_cpu else MEASURED_ON_A_GPU)
 
     def path(self, stem: str, suffix: str) -> Path:
         """Where a file goes."""
@@ -125,7 +131,12 @@ def model(settings: Settings, console: Console) -> int:
 
 def measure(settings: Settings, console: Console) -> int:
     """Measure, print, write. Returns the exit status: 1 where a fused way was refused."""
-    device, config = settings.torch_device(), settings.config()
+    try:
+        device, config, ways = settings.torch_device(), settings.config(), settings.measured_ways()
+    except ValueError as error:
+        raise SystemExit(f"{BENCH}: {error}") from error
+    if device.type == "cuda":
+        reserve_as_planned()  # every way alike
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     setting = dataclasses.replace(report.Setting.of(device, torch.float32), dtype=config.trainer.precision)
@@ -138,7 +149,8 @@ def measure(settings: Settings, console: Console) -> int:
     size = f"{data.num_frames} frames of {data.height}x{data.width} pixels"
     words = f"{config.preset}, {settings.part}, {size}, {setting.dtype}"
     console.print(f"{BENCH}, measured: {words}, {setting.threads} thread(s), {setting.device}")
-    found = measured_step.measure(config, device, settings.part, settings.measured_ways(), settings.rounds)
+    plans = Plans.for_gpu(config, device, settings.part) if "fused-plan" in ways else None
+    found = measured_step.measure(config, device, settings.part, ways, settings.rounds, plans)
     measured_step.print_measured(found, words, console)
     if device.type == "cuda":
         measured_step.print_variants(console)

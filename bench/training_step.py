@@ -2,13 +2,15 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 
 from bench import harness
+from bench.fused_plan import Plans, StepWay
 from bench.harness import Outputs
-from bench.placements import Way, use
+from bench.placements import use
 from mimicmotion import config as presets
 from mimicmotion.model.unet import MimicMotionModel, build_model, image_latents, model_input
 from mimicmotion.trainer import batch_loss, build_optimization, draw_samples
@@ -17,11 +19,13 @@ MOST_ERROR = 1e-3  # of the scale of any one gradient; a wrong formula is off by
 
 
 class TrainingStep:
-    """Model, optimizer and one synthetic micro-batch; each way runs on the same weights."""
+    """Model, optimizer and one synthetic micro-batch; each way runs on the same weights. plans: of fused-plan."""
 
-    def __init__(self, config: presets.Config, device: torch.device, part: str = "step") -> None:
+    def __init__(
+        self, config: presets.Config, device: torch.device, part: str = "step", plans: Plans | None = None
+    ) -> None:
         torch.manual_seed(config.trainer.seed)
-        self.config, self.part, self.device = config, part, device
+        self.config, self.part, self.device, self.plans = config, part, device, plans
         self.model = build_model(config.model).to(device).train()
         _fill_zero_layers(self.model)
         self.optimization = build_optimization(self.model, config, scales_loss=False)
@@ -30,7 +34,7 @@ class TrainingStep:
     def take_clip(self, frames: int) -> None:
         """Train on a clip of so many frames from here on."""
         config = self.config
-        size = config.trainer.micro_batch_size
+        size, self.frames = config.trainer.micro_batch_size, frames
         height, width = config.data.height // presets.LATENT_STRIDE, config.data.width // presets.LATENT_STRIDE
         batch = {
             "latents": torch.randn(size, frames, 4, height, width),
@@ -44,23 +48,38 @@ class TrainingStep:
         drawing = dataclasses.replace(config, diffusion=undropped)
         self.draws = draw_samples(drawing, 0, range(size), tuple(batch["latents"].shape[1:]))
 
-    def step(self, way: Way) -> None:
-        """The trainer's step: the loss, its gradients, clipping, AdamW and the moving average."""
-        undo = self._use(way)
+    @contextmanager
+    def running(self, way: StepWay) -> Iterator[None]:
+        """The model runs this way inside.
+
+        Where a plan moves, forward and backward run once before: the offload learns the order in which to prefetch.
+        Raises as Plans.of, and MemoryError where the host has no room for what moves.
+        """
+        plan = None
+        if way != "fused-plan":
+            undo = use(self.model.unet, way)
+        elif self.plans is None:
+            raise ValueError("fused-plan is asked for and there are no plans; give TrainingStep some")
+        else:
+            plan = self.plans.of(self.frames)
+            undo = self.plans.follow(self.model.unet, plan)
+        self.model.pose_net.recomputes_activations = way in ("fused", "fused-plan")  # as `--kernels fused` does
         try:
-            self._loss(self.model, self.batch).backward()
+            if plan is not None and plan.moves:
+                self._loss(self.model, self.batch).backward()
+                self.model.zero_grad(set_to_none=True)
+            yield
         finally:
             undo()
+
+    def step(self) -> None:
+        """The trainer's step: the loss, its gradients, clipping, AdamW and the moving average."""
+        self._loss(self.model, self.batch).backward()
         if self.part == "unet":
             self.model.zero_grad(set_to_none=True)
             return
         self.optimization.gradient_norm()
         self.optimization.step(is_finite=True)
-
-    def _use(self, way: Way) -> Callable[[], None]:
-        undo = use(self.model.unet, way)
-        self.model.pose_net.recomputes_activations = way == "fused"  # as `--kernels fused` does
-        return undo
 
     def _loss(self, model: MimicMotionModel, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         if self.part == "step":
@@ -70,13 +89,10 @@ class TrainingStep:
         ones = torch.ones(latents.shape[0], 3, dtype=latents.dtype, device=latents.device)
         return model.unet(sample, ones[:, 0], embedding, ones, return_dict=False)[0].square().mean()
 
-    def gradients(self, way: Way) -> Outputs:
+    def gradients(self, way: StepWay) -> Outputs:
         """The loss and the gradient of each trained parameter, by name."""
-        undo = self._use(way)
-        try:
+        with self.running(way):
             return self._gradients(self.model, self.batch)
-        finally:
-            undo()
 
     def exact(self) -> Outputs:
         """Loss and gradients of plain diffusers in float64."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -26,7 +27,7 @@ def choose_plan(config: Config, ranks: Ranks) -> tuple[Config, Plan | None]:
     """
     if config.plan is None and config.memory_budget is None:
         return config, None
-    free_gib = ranks.least(_free_gib(ranks.device))
+    free_gib = ranks.least(usable_gib(ranks.device))
     if config.plan is not None:
         return config, ranks.from_first(lambda: _read(config, free_gib))
     plan = ranks.from_first(lambda: _make(config, free_gib, ranks.world_size))
@@ -66,8 +67,10 @@ def _make(config: Config, free_gib: float, world_size: int) -> Plan:
     return plan_step(config, measured_card(), budget_gib, can_update_in_backward=can_update_in_backward)
 
 
-def plan_step(config: Config, card: Card, budget_gib: float, *, can_update_in_backward: bool) -> Plan:
-    """The fastest plan for the run's own step on a card. Raises ValueError with the least budget where none fits."""
+def plan_step(
+    config: Config, card: Card, budget_gib: float, *, can_update_in_backward: bool, can_update_on_host: bool = True
+) -> Plan:
+    """The fastest plan for the run's own step on a card. Raises BudgetTooSmallError with the least that would do."""
     plain = dataclasses.replace(config.optimizer, in_backward=False, states_on_host=False, ema="off")
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         step = fake_step(dataclasses.replace(config, optimizer=plain))
@@ -81,15 +84,28 @@ def plan_step(config: Config, card: Card, budget_gib: float, *, can_update_in_ba
         made_for=made_for(config),
     )
     return make_plan(
-        workload, card, budget_gib, kind=config.optimizer.kind, can_update_in_backward=can_update_in_backward
-    )
+        workload, card, budget_gib, kind=config.optimizer.kind, can_update_in_backward=can_update_in_backward,
+        can_update_on_host=can_update_on_host,
+    )  # fmt: skip
 
 
-def _free_gib(device: torch.device) -> float:
-    """Free memory of a GPU less the margin for what no trace sees; of a CPU there is no limit to hold a plan to."""
+def reserve_as_planned() -> None:
+    """Before CUDA starts: its allocator's segments grow as needed, unless the user has said otherwise.
+
+    Fixed segments would reserve up to a quarter more than a plan's peak (modelled).
+    """
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
+
+def usable_gib(device: torch.device) -> float:
+    """Memory of a GPU that is free or this process's own, less the margin for what no trace sees.
+
+    Of a CPU there is no limit to hold a plan to.
+    """
     if device.type != "cuda":
         return math.inf
-    return torch.cuda.mem_get_info(device)[0] / GIB - MARGIN_GIB
+    usable_bytes = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    return usable_bytes / GIB - MARGIN_GIB
 
 
 def _check_fits(plan: Plan, free_gib: float) -> None:

@@ -3,7 +3,6 @@
 With no arguments the demo preset runs on the prepared footage, and where nothing is prepared it is prepared first.
 """
 
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from mimicmotion.data.dataset import ClipDataset
 from mimicmotion.data.preparation import prepare_if_missing
 from mimicmotion.distributed import Ranks, join_ranks
 from mimicmotion.dry_run import dry_run
-from mimicmotion.memory_plan import choose_plan
+from mimicmotion.memory_plan import choose_plan, reserve_as_planned
 from mimicmotion.trainer import Trainer, TrainingStoppedError
 
 
@@ -96,8 +95,7 @@ def main() -> None:
             raise SystemExit(f"no dry run: {error}") from error
         return
     if arguments.config.plan is not None or arguments.config.memory_budget is not None:
-        # Fixed segments would reserve up to a quarter more than a plan's peak (modelled). Read when CUDA starts.
-        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+        reserve_as_planned()
     with join_ranks() as ranks:
         if ranks.is_first:
             is_asked = any(word.startswith("--preset") for word in words)

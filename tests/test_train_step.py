@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,17 +31,18 @@ def test_the_largest_clip_is_found_in_few_tries(room: int, most: int) -> None:
 
 def test_only_memory_that_ends_is_no_room() -> None:
     def raising(error: Exception) -> Any:
-        def step(_: str) -> None:
+        def step() -> None:
             raise error
 
         model = SimpleNamespace(zero_grad=lambda set_to_none: None)
-        return SimpleNamespace(step=step, model=model, device=torch.device("cpu"))
+        return SimpleNamespace(step=step, running=nullcontext, model=model, device=torch.device("cpu"))
 
     short = raising(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore"))
     assert why_no_room(short, "torch") == "CUDA out of memory. Tried to allocate 2 GiB."
+    assert why_no_room(raising(MemoryError("offload wants 40 GiB")), "torch") == "offload wants 40 GiB"
     with pytest.raises(RuntimeError, match="another"):
         why_no_room(raising(RuntimeError("another")), "torch")
-    short.step = lambda _: None
+    short.step = lambda: None
     assert why_no_room(short, "torch") is None
 
 

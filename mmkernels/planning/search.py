@@ -19,6 +19,10 @@ MOST_ROUNDS = 4
 NEAR_SHARE = 0.01  # of the budget: what a plan may leave unused
 
 
+class BudgetTooSmallError(ValueError):
+    """No plan fits the budget; the message says the least that would do."""
+
+
 @dataclass(frozen=True)
 class Chosen:
     """A plan and the trace that judged it."""
@@ -33,19 +37,20 @@ class Search:
 
     def __init__(
         self, workload: Workload, card: Card, kind: OptimizerKind, *, plain_flops: int | None = None,
-        host_gib: float = HOST_GIB, can_update_in_backward: bool = True,
+        host_gib: float = HOST_GIB, can_update_in_backward: bool = True, can_update_on_host: bool = True,
     ) -> None:  # fmt: skip
         self.workload, self.card, self.host_gib = workload, card, host_gib
         self.kind: OptimizerKind = kind
         profile = take_profile(workload, card, OptimizerChoice(kind=kind))
-        placed = replace(profile.optimizer, can_be_in_backward=can_update_in_backward)
+        host_s = profile.optimizer.host_s if can_update_on_host else 0.0
+        placed = replace(profile.optimizer, can_be_in_backward=can_update_in_backward, host_s=host_s)
         self.profile: Profile = replace(profile, optimizer=placed)
         if plain_flops is None:
             plain_flops = trace_way(workload, "torch", card, OptimizerChoice(kind=kind)).trace.flops
         self.plain_flops = plain_flops
 
     def best(self, budget_gib: float) -> Chosen:
-        """The fastest plan whose traced peak fits. Raises ValueError with the least budget that would do."""
+        """The fastest plan whose traced peak fits. Raises BudgetTooSmallError with the least that would do."""
         budget_bytes = int(budget_gib * GIB)
         corrections, best = None, None
         for _ in range(MOST_ROUNDS):
@@ -65,7 +70,7 @@ class Search:
             if budget_bytes * (1 - NEAR_SHARE) <= peak_bytes <= budget_bytes:
                 break
         if best is None:
-            raise RuntimeError(
+            raise BudgetTooSmallError(
                 f"no plan of {MOST_ROUNDS} rounds fits {budget_gib:g} GiB by its trace; give a little more"
             )
         return best
@@ -114,14 +119,14 @@ class Search:
         return [max(each) for each in zip(before, seen, strict=True)]
 
     def _least(self, budget_gib: float, corrections: list[int] | None) -> tuple[Chosen, list[int]]:
-        """The plan of the lowest peak; ValueError where that does not fit either."""
+        """The plan of the lowest peak; BudgetTooSmallError where that does not fit either."""
         solution = solve(self.profile, self._limits(0, corrections), "memory")
         assert solution is not None, "the lowest peak has no bound"
         chosen = self.judge(solution, budget_gib)
         peak_bytes = chosen.traced.trace.peak_bytes
         if peak_bytes > budget_gib * GIB:
             least_gib = math.ceil(10 * peak_bytes / GIB) / 10
-            raise ValueError(
+            raise BudgetTooSmallError(
                 f"no plan fits a budget of {budget_gib:g} GiB: the least that would do is {least_gib:.1f} GiB "
                 f"(modelled, {self.host_gib:g} GiB of the host taken); give that, fewer frames or a smaller size, "
                 "or adamw8bit instead of adamw"
@@ -131,17 +136,18 @@ class Search:
 
 def make_plan(
     workload: Workload, card: Card, budget_gib: float, *, kind: OptimizerKind = "adamw", plain_flops: int | None = None,
-    host_gib: float = HOST_GIB, can_update_in_backward: bool = True,
+    host_gib: float = HOST_GIB, can_update_in_backward: bool = True, can_update_on_host: bool = True,
 ) -> Plan:  # fmt: skip
     """The fastest plan for a step on a card whose modelled peak is within the budget, everything included.
 
     kind: of the optimizer that the workload's weights are made for. plain_flops: of plain diffusers' step, where they
-    are known already. can_update_in_backward: one rank, no accumulation, no loss scaling. Raises ValueError with the
-    least budget that would do where none fits.
+    are known already. can_update_in_backward: one rank, no accumulation, no loss scaling. Raises BudgetTooSmallError
+    with the least budget that would do where none fits.
     """
     search = Search(
-        workload, card, kind, plain_flops=plain_flops, host_gib=host_gib, can_update_in_backward=can_update_in_backward
-    )
+        workload, card, kind, plain_flops=plain_flops, host_gib=host_gib,
+        can_update_in_backward=can_update_in_backward, can_update_on_host=can_update_on_host,
+    )  # fmt: skip
     return search.best(budget_gib).plan
 
 
