@@ -135,22 +135,27 @@ def _group_norm_silu_conv(part: str, narrow_accesses: int) -> TritonKernel:
     )  # fmt: skip
 
 
-# Narrow: numbers by channel in float32, and where a thread's share of a tile is less than 16 bytes, the 3x3 kernels' x.
+# Narrow, since a thread's share of it is less than 16 bytes or not in one place:
 GROUP_NORM_SILU_CONV = {
-    "partial_statistics_kernel": 2, "merge_statistics_kernel": 34, "activate_kernel": 16,
-    "partial_backward_kernel": 18, "merge_backward_kernel": 35, "input_gradient_kernel": 32,
-    "forward_3x3": 41, "forward_3x3_two_inputs": 59, "data_gradient_3x3": 32, "weight_gradient_3x3": 6,
-    "forward_3x1x1": 14, "data_gradient_3x1x1": 0, "weight_gradient_3x1x1": 6,
+    # Two sums of each of 64 channels; those of a group's 10 channels, which begin at no multiple of 16 bytes.
+    "partial_statistics_kernel": 2, "merge_statistics_kernel": 34, "merge_backward_kernel": 35,
+    # The numbers of a group, gathered for each of its channels; the sums of channels.
+    "activate_kernel": 16, "partial_backward_kernel": 18, "input_gradient_kernel": 32,
+    # 3x3: tiles of x and of a tap's weights, 4 and 8 bytes a thread (twice the channels spill on sm_100 and sm_120).
+    "forward_3x3": 37, "forward_3x3_two_inputs": 55, "data_gradient_3x3": 32, "data_gradient_3x1x1": 0,
+    # Scale and offset of a tile's 32 channels and the bias of its outputs; 3x3: the tile of x, 8 bytes a thread.
+    "forward_3x1x1": 6, "weight_gradient_3x1x1": 4, "weight_gradient_3x3": 6,
 }  # fmt: skip
 TRITON: tuple[TritonKernel, ...] = (
     temporal_attention("forward"),
     temporal_attention("backward"),
-    # The statistics of a token; the vectors of a tile of columns, which every row of it shares.
+    # Mean and rstd of a token.
     launched("layer_norm", "forward", narrow_accesses=2),
     launched("layer_norm", "backward", narrow_accesses=4),
     launched("layer_norm", "forward residual", narrow_accesses=0),
-    launched("geglu", "forward", narrow_accesses=2),
-    launched("geglu", "backward", narrow_accesses=4),
+    launched("geglu", "forward", narrow_accesses=0),
+    # Each half's sums of a tile's columns: joined to 16 bytes a thread, they cost sm_90 and sm_120 16 registers.
+    launched("geglu", "backward", narrow_accesses=2),
     *(_group_norm_silu_conv(*item) for item in GROUP_NORM_SILU_CONV.items()),
 )
 # CUDA kernels of an op: the module whose measure(architecture, dtype) gives rows with the keys of TritonKernel.measure.

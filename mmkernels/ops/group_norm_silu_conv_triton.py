@@ -120,6 +120,8 @@ def convolve_kernel(
         shift += m * shift_m + far_h * shift_h + k[None, :]
     if residual is not None:
         residual += m * residual_m + far_h * residual_h + far_w * residual_w + k[None, :]
+    if bias is not None:
+        bias = tl.load(bias + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
     for i in tl.static_range(ROWS):
         y = sums[i * KW + KW // 2]
         if KW == 3:
@@ -127,7 +129,7 @@ def convolve_kernel(
             y += tl.where((w < W - 1)[:, None], tl.gather(sums[i * KW + 2], right, 0), 0.0)
         mask = (whole & (h + i < H))[:, None] & (k < K)[None, :]
         if bias is not None:
-            y += tl.load(bias + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
+            y += bias
         if shift is not None:
             y += tl.load(shift + tl.cast(shift_h, tl.int64) * i, mask=mask, other=0.0).to(tl.float32)
         if residual is not None:
@@ -214,8 +216,8 @@ def weight_gradient(
     channels = table.shape[2]
     tile_p, tile_c, tile_k = 32, 32, 64
     constants = {"KW": num_taps // 3, "TILE_P": tile_p, "TILE_C": tile_c, "TILE_K": tile_k}
-    limit = MOST_REGISTERS if num_taps == 9 else None
-    constants |= {"PRECISION": _precision(x.dtype), "STAGES": 2, "num_warps": 8, "maxnreg": limit}
+    num_warps, limit = (8, MOST_REGISTERS) if num_taps == 9 else (4, None)
+    constants |= {"PRECISION": _precision(x.dtype), "STAGES": 2, "num_warps": num_warps, "maxnreg": limit}
     total = M * H * triton.cdiv(W, tile_p)
     blocks = triton.cdiv(channels, tile_c) * triton.cdiv(K, tile_k)
     split_tiles = max(LEAST_SPLIT_TILES, triton.cdiv(total, triton.cdiv(WEIGHT_PROGRAMS, blocks)))
