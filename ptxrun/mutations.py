@@ -30,9 +30,14 @@ def without_barrier(number: int = 0) -> Mutation:
 
 
 def looser_wait(number: int = 0) -> Mutation:
-    """Let a wait for asynchronous copies leave one more group pending."""
-    wait = r"(\bcp\.async\.wait_group\s+)(\d+)"
+    """Let a wait for asynchronous copies or products leave one more group pending."""
+    wait = r"(\b(?:cp\.async\.wait_group|wgmma\.wait_group\.sync\.aligned)\s+)(\d+)"
     return replaced(wait, lambda match: f"{match[1]}{int(match[2]) + 1}", number)
+
+
+def without_fence(number: int = 0) -> Mutation:
+    """Take a fence before an asynchronous product out: of memory, fence.proxy.async, or of registers, wgmma.fence."""
+    return replaced(r"\b(?:fence\.proxy\.async|wgmma\.fence)\b[^;]*;", lambda match: "", number)
 
 
 def shifted_comparison(number: int = 0, by: int = 1) -> Mutation:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from ptxrun.launching import Mutation
 MMA_PRODUCTS = 16 * 8 * 16
 KERNELS = {"forward": kernels.forward_kernel, "backward": kernels.backward_kernel}
 P, N, D = 2, 2, 64
+ARCHITECTURES = (80, 90)  # products of a warp, and of a warpgroup
 
 
 class Inputs:
@@ -46,13 +48,14 @@ def count() -> list[dict[str, Any]]:
     inputs = Inputs(72)
     F = inputs.do.shape[1]
     rows = []
-    for direction, num_tensors, products in (("forward", 4, 2), ("backward", 7, 5)):
-        _, counts = run(inputs, direction)
+    kinds = (("forward", 4, 2), ("backward", 7, 5))
+    for (direction, num_tensors, products), architecture in itertools.product(kinds, ARCHITECTURES):
+        _, counts = run(inputs, direction, architecture)
         rows.append({
             "kernel": "temporal_attention",
             "backend": "triton",
             "part": KERNELS[direction].__name__,
-            "arch": 80,
+            "arch": architecture,
             "direction": direction,
             "shape": {"F": F, "P": P, "N": N, "D": D},
             "dtype": "bfloat16",

@@ -101,9 +101,10 @@ def within_budget(inputs: attention.Inputs, outputs: dict[str, torch.Tensor]) ->
     assert_within_budget(outputs, plain, fp64)
 
 
+@pytest.mark.parametrize("architecture", attention.ARCHITECTURES)
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_temporal_attention_in_three_orders(inputs: attention.Inputs, direction: str) -> None:
-    runs = [attention.run(inputs, direction, order=order)[0] for order in ORDERS]
+def test_temporal_attention_in_three_orders(inputs: attention.Inputs, direction: str, architecture: int) -> None:
+    runs = [attention.run(inputs, direction, architecture, order)[0] for order in ORDERS]
     within_budget(inputs, runs[0])
     for outputs in runs[1:]:
         assert all(torch.equal(outputs[name], value) for name, value in runs[0].items()), "bits depend on warp order"
@@ -117,7 +118,7 @@ def test_temporal_attention_of_odd_lengths(direction: str, frames: int, dtype: t
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("architecture", [86, 89, 120])
+@pytest.mark.parametrize("architecture", [86, 89, 90, 120])
 def test_temporal_attention_on_other_architectures(
     inputs: attention.Inputs, direction: str, architecture: int
 ) -> None:  # fmt: skip
@@ -129,28 +130,39 @@ def test_temporal_attention_on_other_architectures(
         torch.testing.assert_close(value, first[name], rtol=2**-7, atol=1e-5)
 
 
-def is_found(inputs: attention.Inputs, direction: str, mutate: Mutation) -> bool:
+def is_found(inputs: attention.Inputs, direction: str, mutate: Mutation, architecture: int = 80) -> bool:
     """Does one of the orders fault or give wrong numbers?"""
     for order in ORDERS:
         try:
-            within_budget(inputs, attention.run(inputs, direction, order=order, mutate=mutate)[0])
+            within_budget(inputs, attention.run(inputs, direction, architecture, order, mutate)[0])
         except (AssertionError, ptxrun.FaultError):
             return True
     return False
 
 
-def missed_barriers(inputs: attention.Inputs, direction: str, step: int) -> list[int]:
+def missed_barriers(inputs: attention.Inputs, direction: str, step: int, architecture: int = 80) -> list[int]:
     """Barriers, each step-th, without which nothing is found to be wrong."""
     texts = []
-    attention.run(inputs, direction, mutate=lambda text: texts.append(text) or text)
+    attention.run(inputs, direction, architecture, mutate=lambda text: texts.append(text) or text)
     places = range(0, mutations.num_barriers(texts[0]), step)
     assert places, "the kernel has no barrier"
-    return [number for number in places if not is_found(inputs, direction, mutations.without_barrier(number))]
+    broken = {number: mutations.without_barrier(number) for number in places}
+    return [number for number, mutate in broken.items() if not is_found(inputs, direction, mutate, architecture)]
 
 
+@pytest.mark.parametrize("architecture", attention.ARCHITECTURES)
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_temporal_attention_without_a_barrier(inputs: attention.Inputs, direction: str) -> None:
-    assert missed_barriers(inputs, direction, step=9) == []
+def test_temporal_attention_without_a_barrier(inputs: attention.Inputs, direction: str, architecture: int) -> None:
+    assert missed_barriers(inputs, direction, 9, architecture) == []
+
+
+@pytest.mark.parametrize("mutate", [mutations.looser_wait(1), mutations.without_fence(0), mutations.without_fence(1)],
+                         ids=["wait", "memory fence", "register fence"])  # fmt: skip
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_temporal_attention_without_order_of_its_asynchronous_products(
+    inputs: attention.Inputs, direction: str, mutate: Mutation
+) -> None:
+    assert is_found(inputs, direction, mutate, 90)
 
 
 @pytest.mark.deep

@@ -150,10 +150,10 @@ def test_arithmetic(form: Form) -> None:
         if halves == 2:
             got = [x >> (width * half) & (2**width - 1) for half in range(2) for x in got]
         is_float = element in registry.FORMATS
-        scalar_out = element if is_float else out
+        scalar_out = out.removesuffix("x2") if is_float else out
         arguments = zip(*lanes, strict=True)
         if is_float:
-            wanted = [define_float(form, element, choices, x) for x in arguments]
+            wanted = [define_float(form, scalar_out, choices, x) for x in arguments]
         else:
             wanted = [define_integer(form, element, x) for x in arguments]
             wanted = [registry.decode(out, registry.encode(out, x)) for x in wanted]

@@ -9,6 +9,7 @@ import test_ptxrun_bits
 import test_ptxrun_control
 import test_ptxrun_matrix
 import test_ptxrun_memory
+import test_ptxrun_warpgroup
 
 import ptxrun
 from ptxrun.assembler import find_forms
@@ -20,6 +21,7 @@ MODULES = (
     test_ptxrun_control,
     test_ptxrun_matrix,
     test_ptxrun_memory,
+    test_ptxrun_warpgroup,
 )
 # Instructions of which a test runs every form in every choice; opcodes that a test spells out.
 BY_CHOICE = {name for module in MODULES for name in module.TESTED}
@@ -81,7 +83,7 @@ def test_forms_do_not_overlap() -> None:
         "bra nowhere",
         "@%r0 add.s32 %r0, %r1",
         "not.pred %r0, %p1",
-        "wgmma.wait_group.sync.aligned 0",
+        "tcgen05.wait::ld.sync.aligned",
         "call f",
         ".branchtargets",
     ],

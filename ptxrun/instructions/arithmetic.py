@@ -31,6 +31,10 @@ def _floats() -> None:
         define(f"{name}[.ROUND][.ftz].TYPE", ">TYPE TYPE TYPE", function, flags, ROUND="rn rz rm rp", TYPE="f32x2")
         define(f"{name}[.ROUND].TYPE", ">TYPE TYPE TYPE", function, flags, ROUND="rn rz rm rp", TYPE="f64")
         define(f"{name}[.ROUND].TYPE", ">TYPE TYPE TYPE", function, flags, ROUND="rn", TYPE=HALVES)
+    mixed = "elementwise_widening<{}, {{TYPE}}>"  # sm_100
+    for name, operation in (("add", "Add"), ("sub", "Subtract")):
+        opcode, slots = f"{name}[.ROUND][.sat].f32.TYPE", {"ROUND": "rn rz rm rp", "TYPE": "f16 bf16"}
+        define(opcode, ">f32 TYPE f32", mixed.format(operation), flags, **slots)
     fused = "elementwise<FusedMultiplyAdd, {TYPE}, 3>"
     define("fma.ROUND[.ftz][.sat].TYPE", ">TYPE TYPE TYPE TYPE", fused, flags, ROUND="rn rz rm rp", TYPE="f32")
     define("fma.ROUND[.ftz].TYPE", ">TYPE TYPE TYPE TYPE", fused, flags, ROUND="rn rz rm rp", TYPE="f32x2")

@@ -59,7 +59,7 @@ def _hints_and_fences() -> None:
     define("createpolicy.fractional.PRIMARY.b64", ">b64 !f32", "make_policy", PRIMARY="L2::evict_last L2::evict_first")
     define("membar.SCOPE", "", "ignore", SCOPE="cta gl sys")
     define("fence[.SEMANTICS].SCOPE", "", "ignore", SEMANTICS="sc acq_rel", SCOPE="cta gpu sys cluster")
-    define("fence.proxy.async[.SPACE]", "", "ignore", SPACE="global shared::cta shared::cluster")
+    define("fence.proxy.async[.SPACE]", "", "fence_proxy", SPACE="global shared::cta shared::cluster")
     define("griddepcontrol.WHAT", "", "ignore", WHAT="wait launch_dependents")
     define("nanosleep.u32", "!u32", "ignore")
 

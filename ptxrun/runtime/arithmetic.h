@@ -163,6 +163,21 @@ void elementwise(Warp& w, const Instruction& i, const Mask& m) {
   for (int l = 0; l < NUMBER; l++) d[l] = m[l / Packed<T>::count] ? store_value<E>(results[l]) : d[l];
 }
 
+// d, a, b, flags: of float32, a is a half.
+template <class Op, class T>
+void elementwise_widening(Warp& w, const Instruction& i, const Mask& m) {
+  const int flags = int(i.arguments[3]);
+  f32 a[LANES], d[LANES];
+  for (int l = 0; l < LANES; l++) a[l] = widen(w.at<T>(i.arguments[1])[l]);
+  {
+    RoundingGuard guard(flags >> ROUNDING_SHIFT);
+    const f32* b = w.at<f32>(i.arguments[2]);
+    compute<Op, f32, LANES>(d, a, b, b, flags);
+  }
+  for (int l = 0; l < LANES && flags & SATURATE; l++) d[l] = d[l] > 0 ? (d[l] < 1 ? d[l] : 1) : 0;
+  write(w, i.arguments[0], d, m);
+}
+
 // d, a, b: a product of twice the width; with a third operand of that width added.
 template <class T, class Wide, bool HAS_ADDEND>
 void multiply_wide(Warp& w, const Instruction& i, const Mask& m) {

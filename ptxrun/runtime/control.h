@@ -1,6 +1,6 @@
 // Branches, barriers, and what the lanes of a warp tell each other.
 #pragma once
-#include "matrix.h"
+#include "warpgroup.h"
 
 namespace ptxrun {
 
@@ -28,6 +28,9 @@ inline void complete(Block& b, Barrier& barrier) {
       std::copy(known.begin(), known.end(), b.seen.begin() + u * n);
       (*b.warps)[size_t(u)].waiting = -1;
     }
+  if (b.has_proxy_fences)
+    for (Shadow& s : b.shadow)
+      if (s.fenced & barrier.arrived) s.fenced |= barrier.waiting;
   barrier = Barrier{};
 }
 

@@ -85,6 +85,11 @@ inline void start_warp(Warp& w, const Launch& x, const u32* ctaid) {
   w.is_done = false;
   w.copies.clear();
   w.copy_group = 0;
+  w.products.clear();
+  w.totals.clear();
+  w.product_group = 0;
+  w.num_issued = 0;
+  w.is_fenced = false;
   for (int k = 0; k < 3; k++) {
     fill(w, NTID + k, x.threads[k]);
     fill(w, CTAID + k, ctaid[k]);

@@ -2,6 +2,7 @@
 #pragma once
 #include <algorithm>
 #include <cstdio>
+#include <map>
 #include <stdexcept>
 #include <vector>
 
@@ -45,9 +46,10 @@ struct Buffer {
   std::vector<s32> shadow;
 };
 
-// Who touched a byte of shared memory since the last barrier that they share with everyone else.
+// Who touched a byte of shared memory since the last barrier that they share with everyone else, and which warps are
+// behind a fence.proxy.async that came after its writers.
 struct Shadow {
-  u32 writers, readers, written, read;
+  u32 writers, readers, written, read, fenced;
 };
 
 struct Barrier {
@@ -62,6 +64,20 @@ struct PendingCopy {
   u32 to;
   u64 from;
   int bytes, bytes_read, group;
+};
+
+// A warpgroup's product that has been issued; a and b are matrix descriptors, a is 0 where it is in registers.
+struct PendingProduct {
+  const Instruction* instruction;
+  u64 a, b;
+  bool adds;
+  int group;
+  void (*multiply)(Warp&, const PendingProduct&, f32* total);
+};
+
+struct IssuedProduct {
+  s32 line;
+  u64 a, b;
 };
 
 struct Block {
@@ -82,6 +98,8 @@ struct Block {
   std::vector<Shadow> shadow;
   std::vector<u32> seen;  // [reader * num_warps + writer]: what happened before this time is known to the reader
   Barrier barriers[16];
+  bool has_proxy_fences = false;
+  std::vector<IssuedProduct> issued[8];  // by a warpgroup's first warp to come there
   std::vector<Warp>* warps;
 };
 
@@ -96,6 +114,11 @@ struct Warp {
   bool is_done;
   std::vector<PendingCopy> copies;
   int copy_group;
+  std::vector<PendingProduct> products;
+  std::map<s64, std::vector<f32>> totals;  // of pending products, by their first register
+  int product_group;
+  size_t num_issued;
+  bool is_fenced;
 
   template <class T>
   T* at(s64 reference) {

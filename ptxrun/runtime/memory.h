@@ -39,6 +39,7 @@ inline void check_shared_race(Warp& w, const Instruction& i, u32 offset, int byt
       fault(w, i, "shared RACE: write to byte %llu after a read by warps %#llx", offset + k, s.readers);
     s.writers = is_behind ? self : s.writers | self;
     s.written = b.time;
+    s.fenced = 0;
   }
 }
 
@@ -218,6 +219,13 @@ void store(Warp& w, const Instruction& i, const Mask& m) {
     const u8* bits = reinterpret_cast<const u8*>(stored);
     memcpy(pointer(w, i, l, space, addresses[l], bytes, bits, WRITE), stored, size_t(bytes));
   }
+}
+
+// What this warp has stored, or has seen stored, is there for its asynchronous products from now on.
+inline void fence_proxy(Warp& w, const Instruction&, const Mask&) {
+  w.block->has_proxy_fences = true;
+  for (Shadow& s : w.block->shadow)
+    if (are_seen(w, s.writers, s.written)) s.fenced |= 1u << w.id;
 }
 
 // A hint or a fence: warps run one after the other here, so memory is in order.
