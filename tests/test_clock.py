@@ -13,6 +13,7 @@ from mmkernels.memory.clock import Clock
 from mmkernels.memory.offload import Offload
 from mmkernels.memory.trace import Trace, trace
 from mmkernels.memory.units import REST, unit
+from mmkernels.planning.watching import WatchingClock
 
 MIB = 1 << 20
 CPU = torch.device("cpu")
@@ -21,6 +22,17 @@ CARD = Card(
     name="slow", device="slow", memory_gib=1, bytes_per_s=8 * MIB / BANDWIDTH_SHARE, flops_per_s=1e9 / PRODUCT_SHARE,
     link_bytes_per_s=MIB,
 )  # fmt: skip
+
+
+def test_a_piece_is_a_tensor_such_as_most_that_left_and_the_small_ones_beside_it() -> None:
+    watch = WatchingClock(CARD)
+    assert watch.piece_bytes() == 0
+    left = {"attention": (640, 640, 30), "feed_forward": (640, 20, 10), "first": (1280, 70), "second": (160, 640, 5)}
+    for name, sizes in left.items():
+        with unit(name):
+            for size in sizes:
+                watch.copy_out(0, size, torch.empty(size, dtype=torch.uint8))
+    assert watch.piece_bytes() == 640 + 30  # of the feed forward; 15 in attention, and 160 are not small
 
 
 def test_streams_run_in_order_and_wait_for_events() -> None:

@@ -159,9 +159,9 @@ def test_80_gib(name: str) -> None:
 
 
 @pytest.mark.deep
-@pytest.mark.parametrize(("name", "host_gib"), [("RTX A6000", 40), ("L40S", 36)])
-def test_48_gib(name: str, host_gib: float) -> None:
-    plan = bar(name, "adamw", 44, host_gib=host_gib)
+@pytest.mark.parametrize("name", ["RTX A6000", "L40S"])
+def test_48_gib(name: str) -> None:
+    plan = bar(name, "adamw", 44)
     assert plan.modelled is not None and plan.modelled.peak_gib <= 44
     assert plan.modelled.recompute_flops_ratio <= 0.09 and plan.modelled.moved_gib <= 40
     assert plan.modelled.hidden_ratio >= 0.95

@@ -91,4 +91,4 @@ class Profile:
     phases: tuple[PhaseCost, ...]
     flops: int = 0
     optimizer: OptimizerCost = OptimizerCost()
-    piece_bytes: int = 0  # of the tensors that most of what can be moved lies in: a window holds a whole number of them
+    piece_bytes: int = 0  # of a tensor such as most of what can be moved, with its statistics; a window holds several

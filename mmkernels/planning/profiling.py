@@ -55,7 +55,7 @@ def take_profile(workload: Workload, card: Card, optimizer: OptimizerChoice) -> 
     return Profile(
         blocks=blocks, phases=phases.costs(), flops=base.trace.flops,
         optimizer=optimizer_cost(workload, card, optimizer),
-        piece_bytes=0 if away is None else max(watch.sizes, key=watch.sizes.__getitem__, default=0),
+        piece_bytes=watch.piece_bytes(),
     )  # fmt: skip
 
 

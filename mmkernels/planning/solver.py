@@ -9,7 +9,8 @@ backward, moments on the host. With b_k what the first k blocks hold beyond "rec
     when u is used:   the same with copies that come in, at most a window early:
                       c_u >= t_u + (bytes - window) / link;  c_u >= c_(u-1) + bytes / link;  and then t_u >= c_u
 
-c is when the copies, which run in order on a link of their own, are done; a window holds a whole number of tensors.
+c is when the copies, which run in order on a link of their own, are done; a window holds a whole number of tensors and
+what is small beside them.
 Minimised is the end of the step.
 """
 
