@@ -1,13 +1,15 @@
 """The error budget of every test, in one place: at most twice the error of plain torch in the same dtype.
 
 The rule is flash-attention's: both are held against a float64 reference, and what is bounded is the largest absolute
-error over the largest absolute value of the reference.
+error over the largest absolute value of the reference. `differentiate` gives what an op's tests hold to it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
+import torch
 from torch import Tensor
 
 FACTOR = 2.0
@@ -33,3 +35,15 @@ def assert_within_budget(actual: Mapping[str, Tensor], plain: Mapping[str, Tenso
         if not error <= FACTOR * plain_error + FLOOR:
             over.append(f"{name}: {error:.3g}, plain torch {plain_error:.3g}")
     assert not over, "past twice the error of plain torch:\n" + "\n".join(over)
+
+
+def differentiate(
+    function: Callable[..., Tensor], inputs: Mapping[str, Tensor], dy: Tensor, dtype: torch.dtype | None = None,
+    **settings: Any,
+) -> dict[str, Tensor]:  # fmt: skip
+    """y = function(**inputs, **settings) and the gradient d<name> of every input; all in `dtype` where it is given."""
+    leaves = {name: x.to(dtype or x.dtype).detach().requires_grad_() for name, x in inputs.items()}
+    y = function(**leaves, **settings)
+    gradients = torch.autograd.grad(y, list(leaves.values()), dy.to(y.dtype))
+    assert all(gradient.dtype == leaf.dtype for gradient, leaf in zip(gradients, leaves.values(), strict=True))
+    return {"y": y.detach(), **dict(zip((f"d{name}" for name in leaves), gradients, strict=True))}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,11 +11,12 @@ from diffusers.models.attention_processor import Attention, SlicedAttnProcessor
 from svd_blocks import C, indicator, resnet, resnet_inputs, transformer, transformer_inputs
 from torch import Tensor, nn
 
-from mmkernels.blocks.exactness import why_not_resnet, why_not_transformer
+from mmkernels.blocks.exactness import why_not_transformer
 from mmkernels.blocks.resnet import FusedResBlock
 from mmkernels.blocks.transformer import FusedTransformer
 
 pytestmark = pytest.mark.op
+Change = Callable[[Any], object]
 
 
 class Wrapped(nn.Module):
@@ -28,17 +30,17 @@ class Wrapped(nn.Module):
         return self.base_layer(x)
 
 
-def _set(path: str, value) -> partial:
+def _set(path: str, value: Any) -> Change:
     def change(module: nn.Module) -> None:
         parent, _, name = path.rpartition(".")
         target = module.get_submodule(parent)
         setattr(target, name, value(getattr(target, name)) if callable(value) else value)
 
-    return partial(change)
+    return change
 
 
 SPATIAL, TEMPORAL = "transformer_blocks.0", "temporal_transformer_blocks.0"
-TRANSFORMER_REASONS = {
+TRANSFORMER_REASONS: dict[str, tuple[Change, str]] = {
     "LoRA": (_set(f"{TEMPORAL}.attn1.to_q", Wrapped), "attn1.to_q is Wrapped, not Linear"),
     "LoRA beside the module": (
         lambda m: m.transformer_blocks[0].attn1.add_module("lora", nn.Linear(2, 2)),
@@ -73,7 +75,7 @@ TRANSFORMER_REASONS = {
     ),
     "scale": (_set(f"{SPATIAL}.attn1.scale", 1.0), "has another scale"),
 }
-RESNET_REASONS = {
+RESNET_REASONS: dict[str, tuple[Change, str]] = {
     "LoRA": (_set("spatial_res_block.conv1", Wrapped), "conv1 is Wrapped, not Conv2d"),
     "dropout": (_set("temporal_res_block.dropout.p", 0.1), "drops with probability 0.1"),
     "output scale": (_set("spatial_res_block.output_scale_factor", 2.0), "divides its output by 2.0"),
@@ -89,32 +91,31 @@ RESNET_REASONS = {
 }
 
 
-@pytest.mark.parametrize("name", TRANSFORMER_REASONS)
-def test_transformer_that_is_not_exactly_the_known_one(name: str) -> None:
-    change, reason = TRANSFORMER_REASONS[name]
-    original = transformer()
-    assert why_not_transformer(original) is None
-    fused = FusedTransformer.from_module(original)
+def check_refused(
+    fused_kind: type[FusedTransformer | FusedResBlock],
+    original: nn.Module,
+    inputs: dict[str, Tensor],
+    change: Change,
+    reason: str,
+) -> None:
+    """Known as it is; after `change` refused with its reason, and by a fused twin that was made before."""
+    fused = fused_kind.from_module(original)
     change(original)
     with pytest.raises(ValueError) as refusal:
-        FusedTransformer.from_module(original)
+        fused_kind.from_module(original)
     assert reason in str(refusal.value)
     with pytest.raises(RuntimeError, match="has changed since replace"):
-        fused(**transformer_inputs(), image_only_indicator=indicator())
+        fused(**inputs, image_only_indicator=indicator())
 
 
-@pytest.mark.parametrize("name", RESNET_REASONS)
-def test_resnet_that_is_not_exactly_the_known_one(name: str) -> None:
-    change, reason = RESNET_REASONS[name]
-    original = resnet()
-    assert why_not_resnet(original) is None
-    fused = FusedResBlock.from_module(original)
-    change(original)
-    with pytest.raises(ValueError) as refusal:
-        FusedResBlock.from_module(original)
-    assert reason in str(refusal.value)
-    with pytest.raises(RuntimeError, match="has changed since replace"):
-        fused(**resnet_inputs(), image_only_indicator=indicator())
+@pytest.mark.parametrize(("change", "reason"), TRANSFORMER_REASONS.values(), ids=TRANSFORMER_REASONS)
+def test_transformer_that_is_not_exactly_the_known_one(change: Change, reason: str) -> None:
+    check_refused(FusedTransformer, transformer(), transformer_inputs(), change, reason)
+
+
+@pytest.mark.parametrize(("change", "reason"), RESNET_REASONS.values(), ids=RESNET_REASONS)
+def test_resnet_that_is_not_exactly_the_known_one(change: Change, reason: str) -> None:
+    check_refused(FusedResBlock, resnet(), resnet_inputs(), change, reason)
 
 
 def test_dropout_that_is_off_is_known() -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from diffusers.models.attention import FeedForward
+from numerics import assert_within_budget, differentiate, relative_error
 from torch import Tensor
 from torch.nn.functional import layer_norm
 from torch.utils.flop_counter import FlopCounterMode
@@ -17,7 +17,6 @@ from mmkernels import extension
 from mmkernels.kernels.geglu import geglu_backward_into, geglu_into
 from mmkernels.kernels.layer_norm import add_residual_into, layer_norm_backward_into, layer_norm_into
 from mmkernels.ops.geglu_feed_forward import Keep, geglu_feed_forward, reference, why_unsupported
-from tests.numerics import assert_within_budget, relative_error
 
 pytestmark = pytest.mark.op
 
@@ -81,23 +80,6 @@ def diffusers_feed_forward(
     h = x if shift is None else x + shift
     normal = layer_norm(h, (C,), norm_weight, norm_bias).to(weights["up_weight"].dtype)
     return h + torch.func.functional_call(module, state, (normal,))
-
-
-def differentiate(
-    function: Callable[..., Tensor],
-    inputs: dict[str, Tensor],
-    dy: Tensor,
-    dtype: torch.dtype | None = None,
-    **keywords: Any,
-) -> dict[str, Tensor]:
-    """y and the gradient of every input; all in `dtype` where it is given."""
-    leaves: dict[str, Any] = {
-        name: value.to(dtype or value.dtype).detach().requires_grad_() for name, value in inputs.items()
-    }
-    y = function(**leaves, **keywords)
-    gradients = torch.autograd.grad(y, list(leaves.values()), dy.to(y.dtype))
-    assert all(gradient.dtype == leaf.dtype for gradient, leaf in zip(gradients, leaves.values(), strict=True))
-    return {"y": y.detach(), **dict(zip((f"d{name}" for name in leaves), gradients, strict=True))}
 
 
 def check(case: Case, **keywords: Any) -> None:

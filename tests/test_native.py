@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from numerics import assert_within_budget
 
 from mmkernels import extension
 from mmkernels.ops.temporal_attention import reference, temporal_attention_backward_into, temporal_attention_into
-from tests.numerics import assert_within_budget
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = sorted(set((ROOT / "csrc/cpu").glob("*.cpp")) - {ROOT / "csrc/cpu/instruction_set.cpp"})

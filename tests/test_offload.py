@@ -122,6 +122,16 @@ def test_nothing_is_leaked() -> None:
         assert not mover._leaving
 
 
+def forward_of_six_blocks(mover: Mover, device: SimulatedDevice) -> list[tuple[object, Ticket]]:
+    """What each wrote, and the ticket under which it left."""
+    tickets = []
+    for _ in range(6):
+        block = device.allocate(UNIT_BYTES)
+        tickets.append((device.compute("forward", write=block), mover.move_out(block, UNIT_BYTES)))
+        del block
+    return tickets
+
+
 def test_the_first_step_teaches_the_second() -> None:
     """What backward asks for first stays, what has not left is used as it is, the rest is back before it is wanted."""
     device = SimulatedDevice(lambda what, num_bytes: 1.0)
@@ -130,11 +140,7 @@ def test_the_first_step_teaches_the_second() -> None:
     for _ in range(2):
         mover.begin_step()
         begin_bytes = (mover.moved_out_bytes, mover.moved_in_bytes)
-        tickets = []
-        for _ in range(6):
-            block = device.allocate(UNIT_BYTES)
-            tickets.append((device.compute("forward", write=block), mover.move_out(block, UNIT_BYTES)))
-            del block
+        tickets = forward_of_six_blocks(mover, device)
         waited.append(0.0)
         while tickets:
             value, ticket = tickets.pop()
@@ -271,11 +277,7 @@ def test_a_skip_connection_comes_back_for_each_of_its_users() -> None:
     for is_first in (True, False):
         mover.begin_step()
         begin_bytes = (mover.moved_out_bytes, mover.moved_in_bytes)
-        tickets = []
-        for _ in range(6):
-            block = device.allocate(UNIT_BYTES)
-            tickets.append((device.compute("forward", write=block), mover.move_out(block, UNIT_BYTES)))
-            del block
+        tickets = forward_of_six_blocks(mover, device)
         mover.save_again(tickets[0][1])
         held = []
         for value, ticket in (tickets[0], *reversed(tickets)):

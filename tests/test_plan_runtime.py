@@ -12,6 +12,7 @@ import pytest
 import torch
 from numerics import assert_within_budget
 from spatio_temporal import (
+    Gradients,
     channels_last,
     pool_draws,
     pool_scalars,
@@ -97,17 +98,25 @@ def test_what_a_plan_keeps_is_what_was_counted_by_hand() -> None:
     assert large <= fused - recomputed <= large + (32 << 10)
 
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("num_tokens", [1, 3])
-def test_recomputing_gives_the_bits_of_fused(seed: int, num_tokens: int) -> None:
-    unet, inputs = small_unet(num_layers=1 + seed % 2), unet_inputs(num_tokens)
+def run_fused(unet: nn.Module, inputs: dict[str, torch.Tensor]) -> Gradients:
+    """What a plan must give again; the UNet is left as it was."""
     undo = mmkernels.replace(unet)
-    expected = run(unet, inputs)
+    found = run(unet, inputs)
     undo()
-    mmkernels.replace(unet, random_plan(unet, seed, ("recompute",)))
-    actual = run(unet, inputs)
+    return found
+
+
+def assert_same_bits(actual: Gradients, expected: Gradients) -> None:
     assert actual.keys() == expected.keys()
     assert [name for name, x in expected.items() if not torch.equal(actual[name], x)] == []
+
+
+@pytest.mark.parametrize(("seed", "num_tokens"), [(0, 1), (1, 3), (2, 3)])
+def test_recomputing_gives_the_bits_of_fused(seed: int, num_tokens: int) -> None:
+    unet, inputs = small_unet(num_layers=1 + seed % 2), unet_inputs(num_tokens)
+    expected = run_fused(unet, inputs)
+    mmkernels.replace(unet, random_plan(unet, seed, ("recompute",)))
+    assert_same_bits(run(unet, inputs), expected)
 
 
 def test_keeping_stays_within_the_budget_of_plain_torch() -> None:
@@ -160,22 +169,17 @@ def small_storages_move(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mmkernels.replacement.LEAST_BYTES", 4096)
 
 
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("num_tokens", [1, 3])
+@pytest.mark.parametrize(("seed", "num_tokens"), [(0, 1), (1, 3), (2, 3), (3, 1)])
 def test_moving_and_recomputing_gives_the_bits_of_fused(seed: int, num_tokens: int) -> None:
     unet, inputs = small_unet(num_layers=1 + seed % 2), unet_inputs(num_tokens)
-    undo = mmkernels.replace(unet)
-    expected = run(unet, inputs)
-    undo()
+    expected = run_fused(unet, inputs)
     plan = random_plan(unet, seed, ("recompute", "move"))
     window_bytes = (0, 20_000, 400_000, 1 << 30)[seed]
     device = CountingDevice(SLAB_BYTES)
     mmkernels.replace(unet, replace(plan, slab_bytes=SLAB_BYTES, window_bytes=window_bytes), device)
     for _ in range(3):  # the second step knows the order of the first
         device.left_bytes = 0
-        actual = run(unet, inputs)
-        assert actual.keys() == expected.keys()
-        assert [name for name, x in expected.items() if not torch.equal(actual[name], x)] == []
+        assert_same_bits(run(unet, inputs), expected)
     assert (device.left_bytes == 0) == (seed == 3), "what ends forward stays, and here all of it fits the window"
 
 
@@ -215,16 +219,13 @@ def test_undo_stops_the_moving_and_a_copy_goes_on() -> None:
     device.left_bytes = 0
     run(unet, inputs)
     assert device.left_bytes == 0
-    actual = run(twin, inputs)
-    assert all(torch.equal(actual[name], x) for name, x in expected.items())
+    assert_same_bits(run(twin, inputs), expected)
     assert device.left_bytes > 0
 
 
 def test_accumulation_evaluation_errors_and_second_backwards_leave_nothing() -> None:
     unet, inputs = small_unet(), unet_inputs()
-    undo = mmkernels.replace(unet)
-    expected = run(unet, inputs)
-    undo()
+    expected = run_fused(unet, inputs)
     device = CountingDevice(SLAB_BYTES)
     mmkernels.replace(unet, moving(every_unit_moves(unet)), device)
     weights = torch.randn(expected["output"].shape, generator=torch.Generator().manual_seed(2))
@@ -239,10 +240,8 @@ def test_accumulation_evaluation_errors_and_second_backwards_leave_nothing() -> 
     for loss in (losses[0], losses[1], losses[0]):
         loss.backward(retain_graph=True)
     gradients = {name: x.grad for name, x in unet.named_parameters() if x.grad is not None}
-    wanted = {name: expected[name] + expected[name] + expected[name] for name in gradients}
-    assert [name for name, x in gradients.items() if not torch.equal(x, wanted[name])] == []
-    actual = run(unet, inputs)
-    assert all(torch.equal(actual[name], x) for name, x in expected.items())
+    assert_same_bits(gradients, {name: expected[name] + expected[name] + expected[name] for name in gradients})
+    assert_same_bits(run(unet, inputs), expected)
 
 
 def run_broken(unet: Any, inputs: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention
-from numerics import assert_within_budget
+from numerics import assert_within_budget, differentiate
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -72,15 +72,6 @@ def diffusers_block(x: Tensor, num_heads: int, **parameters: Tensor) -> Tensor:
     wide = parameters["norm_weight"].dtype
     h = torch.nn.functional.layer_norm(x.to(wide), (C,), parameters["norm_weight"], parameters["norm_bias"])
     return torch.func.functional_call(attention, state, (h.to(parameters["to_q"].dtype),)) + x
-
-
-def differentiate(function: Any, inputs: dict[str, Any], dy: Tensor, **keywords: Any) -> dict[str, Tensor]:
-    leaves = {name: value.detach().requires_grad_() for name, value in inputs.items()}
-    y = function(**leaves, **keywords)
-    gradients = torch.autograd.grad(y, list(leaves.values()), dy.to(y.dtype))
-    for gradient, leaf in zip(gradients, leaves.values(), strict=True):
-        assert gradient.dtype == leaf.dtype
-    return {"y": y.detach(), **dict(zip((f"d{name}" for name in leaves), gradients, strict=True))}
 
 
 def in_float64(inputs: dict[str, Any]) -> dict[str, Any]:

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention
+from numerics import assert_within_budget, differentiate
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmkernels.blocks.temporal_attention import Keep, temporal_attention_block
 from mmkernels.memory.trace import trace
-from tests.numerics import assert_within_budget
 
 pytestmark = pytest.mark.op
 
@@ -66,15 +66,6 @@ def diffusers_block(x: Tensor, num_heads: int, **parameters: Tensor) -> Tensor:
     h = torch.nn.functional.layer_norm(rows, (C,), parameters["norm_weight"], parameters["norm_bias"])
     y = torch.func.functional_call(attention, state, (h,)) + rows
     return y.reshape(B, P, F, C).permute(0, 2, 1, 3)
-
-
-def differentiate(
-    function: Any, inputs: dict[str, Any], dy: Tensor, dtype: torch.dtype, **keywords
-) -> dict[str, Tensor]:
-    leaves = {name: value.to(dtype).detach().requires_grad_() for name, value in inputs.items()}
-    y = function(**leaves, **keywords)
-    gradients = torch.autograd.grad(y, list(leaves.values()), dy.to(dtype))
-    return {"y": y.detach(), **dict(zip((f"d{name}" for name in leaves), gradients, strict=True))}
 
 
 @pytest.mark.parametrize("keep", ["input", "qkv"])
