@@ -17,6 +17,20 @@ _CHUNK_BYTES = {"cpu": 1 << 22, "cuda": 1 << 26}
 _MIN_CHUNK_TOKENS = 576  # fewer rows slow the products down
 
 
+def check_shapes(**wanted: tuple[Tensor, tuple[int, ...]]) -> None:
+    """Raise ValueError for the first tensor, by its argument's name, that has not the shape beside it."""
+    for name, (tensor, shape) in wanted.items():
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} is {tuple(tensor.shape)}, wanted {shape}")
+
+
+def chunk_size(name: str, given: int | None, default: int) -> int:
+    """The chunk that the caller gave as argument `name`, or the default. Raises ValueError below 1."""
+    if given is not None and given < 1:
+        raise ValueError(f"got {name}={given}, wanted at least 1")
+    return default if given is None else given
+
+
 def default_chunk(tokens: Tensor) -> int:
     """How many of the first axis of tokens (R, P, C) make a chunk where the caller names none."""
     row_bytes = max(1, tokens.shape[2] * tokens.element_size())

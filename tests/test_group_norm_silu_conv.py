@@ -261,6 +261,8 @@ def test_rejects_tensors_that_do_not_fit() -> None:
     for name, (value, message) in changes.items():
         with pytest.raises(ValueError, match=message):
             group_norm_silu_conv(**tensors | {name: value}, **settings)
+    with pytest.raises(ValueError, match="got chunk_rows=0, wanted at least 1"):
+        group_norm_silu_conv(**tensors, **settings, chunk_rows=0)
     with pytest.raises(ValueError, match="21 channels in 4 groups"):
         group_norm_silu_conv(**tensors, num_groups=4)
 

@@ -164,6 +164,7 @@ def test_empty() -> None:
         ({"x": torch.zeros(2, 3, 64)}, "x has 3 dimensions, wanted 4"),
         ({"num_heads": 3}, "64 channels and 3 heads"),
         ({"to_k": torch.zeros(64, 32)}, r"to_k is \(64, 32\), wanted \(64, 64\)"),
+        ({"out_bias": torch.zeros(32)}, r"out_bias is \(32,\), wanted \(64,\)"),
         ({"chunk_pixels": 0}, "chunk_pixels=0"),
         ({"keep": "all"}, "keep='all'"),
     ],

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import register_flop_formula
 from mmkernels.costs import device_kind
 from mmkernels.kernels.layer_norm import add_residual_into, layer_norm_backward_into, layer_norm_into
 from mmkernels.ops.temporal_attention import temporal_attention_backward_into, temporal_attention_into
-from mmkernels.rows import add_product, num_sharing, wide_dtype
+from mmkernels.rows import add_product, check_shapes, chunk_size, num_sharing, wide_dtype
 
 Keep = Literal["input", "qkv"]
 
@@ -230,14 +230,11 @@ def temporal_attention_block(
     C = x.shape[3]
     if C % num_heads:
         raise ValueError(f"got {C} channels and {num_heads} heads, wanted channels divisible by heads")
-    for name, weight in (("to_q", to_q), ("to_k", to_k), ("to_v", to_v), ("out_weight", out_weight)):
-        if tuple(weight.shape) != (C, C):
-            raise ValueError(f"{name} is {tuple(weight.shape)}, wanted ({C}, {C}), x's channels on both sides")
+    matrices = {"to_q": to_q, "to_k": to_k, "to_v": to_v, "out_weight": out_weight}
+    check_shapes(**{name: (weight, (C, C)) for name, weight in matrices.items()}, out_bias=(out_bias, (C,)))
     if keep not in ("input", "qkv"):
         raise ValueError(f"got keep={keep!r}, wanted 'input' or 'qkv'")
-    chunk = default_chunk_pixels(x) if chunk_pixels is None else chunk_pixels
-    if chunk < 1:
-        raise ValueError(f"got chunk_pixels={chunk}, wanted at least 1")
+    chunk = chunk_size("chunk_pixels", chunk_pixels, default_chunk_pixels(x))
     qkv_weight = torch.cat((to_q, to_k, to_v))  # (3C, C)
     y, _ = _forward(x, norm_weight, norm_bias, qkv_weight, out_weight, out_bias, num_heads, eps, chunk, keep == "qkv")
     return y

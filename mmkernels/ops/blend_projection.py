@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from mmkernels.rows import ParameterSums, chunks, default_chunk, rows_of, wide_dtype
+from mmkernels.rows import ParameterSums, check_shapes, chunk_size, chunks, default_chunk, rows_of, wide_dtype
 
 # --- reference
 
@@ -142,14 +142,10 @@ def blend_projection(
         raise ValueError(f"spatial has {spatial.ndim} dimensions, wanted 3: (R, P, C); flatten the pixels")
     R, P, C = spatial.shape
     K = weight.shape[0]
-    wanted = {"temporal": (temporal, (R, P, C)), "residual": (residual, (R, P, K)), "alpha": (alpha, (R,))}
-    wanted |= {"weight": (weight, (K, C)), "bias": (bias, (K,))}
-    for name, (tensor, shape) in wanted.items():
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} is {tuple(tensor.shape)}, wanted {shape}")
+    check_shapes(temporal=(temporal, (R, P, C)), residual=(residual, (R, P, K)), alpha=(alpha, (R,)))
+    check_shapes(weight=(weight, (K, C)), bias=(bias, (K,)))
     for name, tensor, like in (("temporal", temporal, spatial), ("bias", bias, weight)):
         if tensor.dtype != like.dtype:
             raise ValueError(f"{name} is {tensor.dtype}, wanted {like.dtype}; give both one dtype")
-    if chunk_frames is not None and chunk_frames < 1:
-        raise ValueError(f"got chunk_frames={chunk_frames}, wanted at least 1")
-    return _forward(residual, spatial, temporal, alpha, weight, bias, chunk_frames or default_chunk(spatial))
+    chunk = chunk_size("chunk_frames", chunk_frames, default_chunk(spatial))
+    return _forward(residual, spatial, temporal, alpha, weight, bias, chunk)

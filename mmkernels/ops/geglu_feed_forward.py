@@ -31,7 +31,7 @@ from mmkernels.costs import device_kind
 from mmkernels.kernels.geglu import geglu_backward_into, geglu_into
 from mmkernels.kernels.layer_norm import add_residual_into, layer_norm_backward_into, layer_norm_into
 from mmkernels.kernels.storage import why_unsupported as why_storage_unsupported
-from mmkernels.rows import add_product, num_sharing, wide_dtype
+from mmkernels.rows import add_product, chunk_size, num_sharing, wide_dtype
 
 Keep = Literal["input", "up"]
 
@@ -268,9 +268,7 @@ def geglu_feed_forward(
     _check(x, norm_weight, norm_bias, up_weight, up_bias, down_weight, down_bias, shift)
     if keep not in ("input", "up"):
         raise ValueError(f"got keep={keep!r}, wanted 'input' or 'up'")
-    chunk = default_chunk_tokens(x, up_weight) if chunk_tokens is None else chunk_tokens
-    if chunk < 1:
-        raise ValueError(f"got chunk_tokens={chunk}, wanted at least 1")
+    chunk = chunk_size("chunk_tokens", chunk_tokens, default_chunk_tokens(x, up_weight))
     y, _ = _forward(
         x, shift, norm_weight, norm_bias, up_weight, up_bias, down_weight, down_bias, eps, chunk, keep == "up"
     )

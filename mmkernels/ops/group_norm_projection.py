@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from mmkernels.rows import ParameterSums, chunks, default_chunk, rows_of, wide_dtype
+from mmkernels.rows import ParameterSums, check_shapes, chunk_size, chunks, default_chunk, rows_of, wide_dtype
 
 # --- reference
 
@@ -177,14 +177,10 @@ def group_norm_projection(
     C = x.shape[2]
     if C % num_groups:
         raise ValueError(f"got {C} channels and {num_groups} groups, wanted channels divisible by groups")
-    wanted = {"gamma": (gamma, (C,)), "beta": (beta, (C,))}
-    wanted |= {"weight": (weight, (weight.shape[0], C)), "bias": (bias, (weight.shape[0],))}
-    for name, (parameter, shape) in wanted.items():
-        if tuple(parameter.shape) != shape:
-            raise ValueError(f"{name} is {tuple(parameter.shape)}, wanted {shape}")
+    check_shapes(gamma=(gamma, (C,)), beta=(beta, (C,)))
+    check_shapes(weight=(weight, (weight.shape[0], C)), bias=(bias, (weight.shape[0],)))
     if bias.dtype != weight.dtype:
         raise ValueError(f"bias is {bias.dtype}, wanted weight's {weight.dtype}; give both one dtype")
-    if chunk_frames is not None and chunk_frames < 1:
-        raise ValueError(f"got chunk_frames={chunk_frames}, wanted at least 1")
-    y, _, _ = _forward(x, gamma, beta, weight, bias, num_groups, eps, chunk_frames or default_chunk(x))
+    chunk = chunk_size("chunk_frames", chunk_frames, default_chunk(x))
+    y, _, _ = _forward(x, gamma, beta, weight, bias, num_groups, eps, chunk)
     return y

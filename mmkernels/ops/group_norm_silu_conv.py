@@ -39,6 +39,7 @@ from mmkernels.ops import group_norm_silu_conv_implicit as implicit
 from mmkernels.ops import group_norm_silu_conv_native as native
 from mmkernels.ops.group_norm_silu_conv_chunked import Norm
 from mmkernels.ops.group_norm_silu_conv_implicit import Kernels
+from mmkernels.rows import chunk_size
 
 # --- reference
 
@@ -293,9 +294,8 @@ def group_norm_silu_conv(
     at a time. Raises ValueError for tensors that do not fit together.
     """
     _check_fit(x, norm_weight, norm_bias, weight, bias, num_groups, x2, shift, residual)
-    if chunk_rows is None:
-        chunk_rows = chunked.default_chunk_rows(x, weight)
-    return _forward(x, x2, norm_weight, norm_bias, weight, bias, shift, residual, num_groups, eps, chunk_rows)[0]
+    chunk = chunk_size("chunk_rows", chunk_rows, chunked.default_chunk_rows(x, weight))
+    return _forward(x, x2, norm_weight, norm_bias, weight, bias, shift, residual, num_groups, eps, chunk)[0]
 
 
 def _check_fit(

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
 
 from mmkernels.kernels.layer_norm import add_residual_into, layer_norm_backward_into, layer_norm_into
-from mmkernels.rows import add_product, chunks, default_chunk, rows_of, wide_dtype
+from mmkernels.rows import add_product, check_shapes, chunk_size, chunks, default_chunk, rows_of, wide_dtype
 
 Backend = Literal["torch", "xformers", "flash-attn"]
 BACKENDS = ("torch", "xformers", "flash-attn")
@@ -285,9 +285,7 @@ def spatial_attention(
         raise ValueError(f"got backend={backend!r}, wanted one of {', '.join(BACKENDS)}")
     if backend != "torch" and importlib.util.find_spec(backend.replace("-", "_")) is None:
         raise ValueError(f"backend {backend!r} is not installed; install it or give backend='torch'")
-    if chunk_frames is not None and chunk_frames < 1:
-        raise ValueError(f"got chunk_frames={chunk_frames}, wanted at least 1")
-    chunk = min(chunk_frames or default_chunk(x), max(1, _MAX_GRID_YZ // num_heads))
+    chunk = min(chunk_size("chunk_frames", chunk_frames, default_chunk(x)), max(1, _MAX_GRID_YZ // num_heads))
     qkv_weight = torch.cat((to_q, to_k, to_v))  # (3 * N * D, C)
     parameters = (norm_weight, norm_bias, qkv_weight, out_weight, out_bias)
     if backend == "torch" and why_unsupported(x, qkv_weight.dtype, to_q.shape[0] // num_heads) is not None:
@@ -306,8 +304,7 @@ def _check_fit(
         raise ValueError(f"got {inner} channels and {num_heads} heads, wanted channels divisible by heads")
     wanted = {"to_q": (to_q, (inner, C)), "to_k": (to_k, (inner, C)), "to_v": (to_v, (inner, C))}
     wanted |= {"out_weight": (out_weight, (C, inner)), "out_bias": (out_bias, (C,))}
-    for name, (weight, shape) in wanted.items():
-        if tuple(weight.shape) != shape:
-            raise ValueError(f"{name} is {tuple(weight.shape)}, wanted {shape}")
+    check_shapes(**wanted)
+    for name, (weight, _) in wanted.items():
         if weight.dtype != to_q.dtype:
             raise ValueError(f"{name} is {weight.dtype}, wanted to_q's {to_q.dtype}; give all of them one dtype")
