@@ -49,7 +49,7 @@ def plans(folder: Path, ranks: Ranks) -> dict[str, object]:
     if ranks.is_first:
         write_plan(Plan(made_for=memory_plan.made_for(config), modelled=cost), path)
     with (
-        mock.patch.object(memory_plan, "_free_gib", lambda _: FREE_GIB[ranks.rank]),
+        mock.patch.object(memory_plan, "usable_gib", lambda _: FREE_GIB[ranks.rank]),
         mock.patch.object(memory_plan, "measured_card", lambda: card("RTX 4090")),
         mock.patch.object(memory_plan, "plan_step", plan_step),
     ):
