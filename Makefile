@@ -13,7 +13,7 @@ export OMP_WAIT_POLICY ?= passive
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc ptxrun tests/native -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help setup demo test verify-deep verify-gpu lint format clean
+.PHONY: help setup demo test verify-deep verify-gpu modelled lint format clean
 
 help:
 	@echo "make demo   footage -> poses -> 72-frame training with fused kernels -> video, in $(DEMO)/"
@@ -21,6 +21,7 @@ help:
 	@echo "make lint   ruff, clang-format and pyright"
 	@echo "make setup  only the virtual environment, in $(VENV)/"
 	@echo "make verify-deep  long shapes, whole recounts, every pass of Triton's compiler; no GPU needed"
+	@echo "make modelled     docs/: which card trains 72 frames, and what a step costs every other way; no GPU needed"
 	@echo "make verify-gpu   on a GPU: every op's tests, every variant, every bench, beside the card's limits"
 
 $(VENV)/.installed: pyproject.toml setup.py CMakeLists.txt $(SOURCES)
@@ -61,6 +62,13 @@ verify-deep: $(VENV)/.installed-test
 # Exit status 2, and make's error with it, means that no GPU was found: nothing was verified.
 verify-gpu: $(VENV)/.installed-test
 	$(BIN)/python bench/verify_gpu.py
+
+# What the documents show of plans and of a step on a GPU; no GPU needed.
+modelled: $(VENV)/.installed
+	$(BIN)/python -m mmkernels.plan --card "RTX 4090" --optimizer adamw8bit --budget 21.5 --out runs/plan
+	cp runs/plan/memory.png docs/plan_memory.png
+	cp runs/plan/front.png docs/plan_front.png
+	$(BIN)/python bench/train_step.py --json bench/results/train_step-modelled.json --picture docs/train_step.png
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check

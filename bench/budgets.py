@@ -18,10 +18,10 @@ if not __package__:  # run as a file: import from the checkout, not from this fo
 import tyro
 
 from bench import modelled_step, report
-from bench.modelled_step import GIB, StepCost, model_step
+from bench.modelled_step import StepCost, model_step
 from bench.placements import WAYS, Way
 from mmkernels.cards import card
-from mmkernels.planning.choices import OptimizerKind, Plan
+from mmkernels.planning.choices import GIB, OptimizerKind, Plan
 from mmkernels.planning.search import make_plan
 from mmkernels.planning.svd import svd_workload
 

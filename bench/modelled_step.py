@@ -9,6 +9,7 @@ the host), workspaces of libraries. No way trains the parameters that one contex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -18,12 +19,16 @@ from bench.fused_plan import INCLUDES, StepWay
 from bench.harness import is_ours
 from bench.placements import Way, use
 from mmkernels.cards import Card
-from mmkernels.planning.choices import OptimizerChoice, OptimizerKind, Plan
-from mmkernels.planning.search import MARGIN_GIB, make_plan
+from mmkernels.planning.choices import GIB, OptimizerChoice, OptimizerKind, Plan
+from mmkernels.planning.search import MARGIN_GIB, Search
 from mmkernels.planning.workload import Traced, Workload, trace_way
 
-GIB = 2**30
-BUDGETS_GIB = (16, 24, 48, 80)
+MEMORIES_GIB = (16, 24, 48, 80)  # that cards have
+# Of a name beside its point, in points, and how it is aligned there; the nearest first.
+LABEL_PLACES = (
+    ((9, 0), "left"), ((-9, 0), "right"), ((0, 13), "center"), ((0, -13), "center"), ((9, 10), "left"),
+    ((9, -10), "left"), ((-9, 10), "right"), ((-9, -10), "right"),
+)  # fmt: skip
 WAYS: tuple[StepWay, ...] = (
     "torch", "diffusers-checkpoint", "checkpoint", "checkpoint-blocks", "checkpoint-nested-blocks",
     "checkpoint-nested-feed-forwards", "fine-grained", "fine-grained-one-token", "checkpoint+save-on-cpu", "fused",
@@ -62,16 +67,23 @@ def model_step(way: Way | Plan, workload: Workload, card: Card, optimizer: Optim
     return StepCost.of(trace_way(workload, lambda unet, clock: use(unet, way, clock=clock), card, optimizer))
 
 
-def model_ways(ways: Sequence[StepWay], workload: Workload, card: Card, kind: OptimizerKind) -> dict[str, StepCost]:
-    """By way, in the order given; the update comes after backward, unless the plan has it otherwise."""
+def model_ways(
+    ways: Sequence[StepWay], workload: Workload, card: Card, kind: OptimizerKind
+) -> tuple[dict[str, StepCost], Plan | None]:
+    """Costs by way, in the order given, and the plan of fused-plan where it is among them.
+
+    The update comes after backward, unless the plan has it otherwise.
+    """
     found: dict[str, StepCost] = {}
+    plan = None
     for way in ways:
         if way == "fused-plan":
-            plan = make_plan(workload, card, card.memory_gib - MARGIN_GIB, kind=kind)
-            found[way] = model_step(plan, workload, card, plan.optimizer)
+            plain_flops = found["torch"].flops if "torch" in found else None
+            chosen = Search(workload, card, kind, plain_flops=plain_flops).best(card.memory_gib - MARGIN_GIB)
+            found[way], plan = StepCost.of(chosen.traced), chosen.plan
         else:
             found[way] = model_step(way, workload, card, OptimizerChoice(kind=kind))
-    return found
+    return found, plan
 
 
 def rows_of(
@@ -93,57 +105,72 @@ def print_costs(found: Mapping[str, StepCost], title: str, console: Console, mem
     """One line for each way; memory_gib: of the card, to say what fits."""
     table = Table(title=f"{title} (modelled)", title_justify="left")
     table.add_column("way", no_wrap=True)
-    for heading in (
-        "saved, GiB",
-        "peak, all in, GiB",
-        "reserved, GiB",
-        "TFLOP",
-        "moved, GiB",
-        "hidden",
-        "step, s",
-        "fits",
-    ):
+    headings = ("saved, GiB", "peak, all in, GiB", "reserved, GiB", "TFLOP", "moved, GiB", "hidden", "step, s")
+    for heading in (*headings, f"fits {memory_gib:g} GiB"):
         table.add_column(heading, justify="right")
     for way, one in found.items():
         sizes = (one.saved_bytes, one.peak_bytes, one.reserved_bytes)
-        cells = [f"{value / GIB:.1f}" for value in sizes]
-        cells += [
-            f"{one.flops / 1e12:.0f}",
-            f"{one.moved_bytes / GIB:.1f}",
-            f"{one.hidden_ratio:.0%}" if one.moved_bytes else "",
-            f"{one.step_s:.2f}",
-        ]
-        table.add_row(way, *cells, "yes" if one.peak_bytes <= memory_gib * GIB else "-")
+        table.add_row(
+            way, *(f"{value / GIB:.1f}" for value in sizes), f"{one.flops / 1e12:.0f}",
+            *((f"{one.moved_bytes / GIB:.1f}", f"{one.hidden_ratio:.0%}") if one.moved_bytes else ("", "")),
+            f"{one.step_s:.2f}", "yes" if one.peak_bytes <= memory_gib * GIB else "no",
+        )  # fmt: skip
     console.print(table)
 
 
-def draw(found: Mapping[str, StepCost], title: str, path: Path) -> None:
-    """Step time against peak memory, a point for each way, and a line for each budget."""
+def draw(found: Mapping[str, StepCost], title: str, card: Card, path: Path) -> None:
+    """Step time against peak memory, a point for each way, hollow where it does not fit the card."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 6.5), layout="constrained")
+    figure = Figure(figsize=(11, 5.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for budget_gib in BUDGETS_GIB:
-        axes.axvline(budget_gib, color="#999999", linestyle="--", linewidth=1)
-        axes.text(budget_gib, 1.005, f"{budget_gib} GiB", transform=axes.get_xaxis_transform(), ha="center", fontsize=9)
-    for way, one in found.items():
-        color = report.PANEL_COLORS["fused" if is_ours(way) else "other"]
-        point = (one.peak_bytes / GIB, one.step_s)
-        axes.scatter(*point, s=60, color=color, zorder=3)
-        axes.annotate(way, point, xytext=(7, 4), textcoords="offset points", fontsize=9, color=color)
+    peaks_gib, times_s = [one.peak_bytes / GIB for one in found.values()], [one.step_s for one in found.values()]
     axes.set_xscale("log")
-    peaks_gib = [one.peak_bytes / GIB for one in found.values()]
-    axes.set_xticks(
-        ticks := [8, 16, 24, 32, 48, 64, 80, 128, 192, 256, 384], [str(tick) for tick in ticks], minor=False
-    )
+    ticks = (8, 12, 16, 24, 32, 48, 64, 80, 128, 192, 256, 384)
+    axes.set_xticks(ticks, [str(tick) for tick in ticks], minor=False)
     axes.minorticks_off()
-    axes.set_xlim(min(*peaks_gib, min(BUDGETS_GIB)) / 1.15, max(*peaks_gib, max(BUDGETS_GIB)) * 1.6)
-    axes.set_ylim(0, 1.1 * max(one.step_s for one in found.values()))
-    axes.set_xlabel("peak memory of a step, everything included, GiB (modelled)")
+    axes.set_xlim(min(*peaks_gib, card.memory_gib) / 1.4, max(*peaks_gib, card.memory_gib) * 1.3)
+    axes.set_ylim(0, 1.1 * max(times_s))
+    for memory_gib in MEMORIES_GIB:
+        axes.axvline(memory_gib, color="#dddddd", linewidth=1, zorder=0)
+    axes.axvline(card.memory_gib, color="#333333", linestyle="--", linewidth=1.2, zorder=1)
+    words = f"{card.name}, {card.memory_gib:g} GiB"
+    axes.text(card.memory_gib, 1.01, words, transform=axes.get_xaxis_transform(), ha="center", fontsize=9)
+    axes.set_xlabel("peak memory of a step in GiB, everything included (modelled); hollow: does not fit the card")
     axes.set_ylabel("time of a step, s (modelled)")
-    axes.set_title(title, fontsize=12, pad=18)
+    axes.set_title(title, fontsize=12, pad=20)
     axes.spines[["top", "right"]].set_visible(False)
+    for way, peak_gib, time_s in zip(found, peaks_gib, times_s, strict=True):
+        color = report.PANEL_COLORS["fused" if is_ours(way) else "other"]
+        inside = color if peak_gib <= card.memory_gib else "white"
+        axes.scatter(peak_gib, time_s, s=60, color=inside, edgecolors=color, linewidths=1.6, zorder=3)
+    figure.draw_without_rendering()  # from here on places in the picture are final
+    _label(axes, dict(zip(found, zip(peaks_gib, times_s, strict=True), strict=True)), card.memory_gib)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
+
+
+def _label(axes: Any, points: Mapping[str, tuple[float, float]], line_gib: float) -> None:
+    """Name each point in the place where its name meets the fewest names and points, and rather not the card's line."""
+    from matplotlib.transforms import Bbox
+
+    x, frame = axes.transData.transform((line_gib, 0))[0], axes.get_window_extent()
+    line = Bbox.from_extents(x - 1, frame.y0, x + 1, frame.y1)
+    taken = [Bbox.from_bounds(x - 9, y - 9, 18, 18) for x, y in axes.transData.transform(list(points.values()))]
+    for way, point in points.items():
+        color = report.PANEL_COLORS["fused" if is_ours(way) else "other"]
+        labels = [
+            axes.annotate(
+                way, point, xytext=place, textcoords="offset points", ha=aligned, va="center", fontsize=9.5,
+                color=color, zorder=2, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+            )
+            for place, aligned in LABEL_PLACES
+        ]  # fmt: skip
+        boxes = [label.get_window_extent() for label in labels]
+        meets = [2 * sum(box.overlaps(other) for other in taken) + box.overlaps(line) for box in boxes]
+        best = meets.index(min(meets))
+        taken.append(boxes[best])
+        for label in labels[:best] + labels[best + 1 :]:
+            label.remove()

@@ -39,7 +39,7 @@ from mimicmotion import config as presets
 from mimicmotion.memory_plan import reserve_as_planned
 from mmkernels.cards import card
 from mmkernels.planning.choices import OptimizerKind
-from mmkernels.planning.svd import svd_workload
+from mmkernels.planning.svd import parse_size, svd_workload
 
 BENCH = "train_step"
 MEASURED_WAYS: tuple[StepWay, ...] = ("torch", "checkpoint", "fused")
@@ -79,10 +79,8 @@ class Settings:
         """Height and width, None where no size is given."""
         if self.size is None:
             return None
-        width, _, height = self.size.partition("x")
-        if not (width.isdigit() and height.isdigit()) or int(width) % 64 or int(height) % 64:
-            raise ValueError(f"size is {self.size!r}, wanted WIDTHxHEIGHT in pixels, multiples of 64, as 1024x576")
-        return int(height), int(width)
+        width, height = parse_size(self.size)
+        return height, width
 
     def config(self) -> presets.Config:
         """The preset to measure, with the sizes given here."""
@@ -120,11 +118,13 @@ def model(settings: Settings, console: Console) -> int:
     workload = svd_workload(kind, frames=settings.frames or 72, height=height, width=width)
     words = f"{settings.frames or 72} frames of {width}x{height}, {target.name}, {kind}"
     console.print(f"{BENCH}, modelled: {words}")
-    found = modelled_step.model_ways(settings.ways or modelled_step.WAYS, workload, target, kind)
+    found, plan = modelled_step.model_ways(settings.ways or modelled_step.WAYS, workload, target, kind)
     modelled_step.print_costs(found, f"training step: {words}", console, target.memory_gib)
+    if plan is not None:
+        console.print(f"fused-plan follows: {plan}", markup=False, soft_wrap=True)
     rows, picture = settings.path("modelled_step", "json"), settings.path("modelled_step", "png")
     report.write_json(modelled_step.rows_of(found, workload.made_for, target, kind), rows)
-    modelled_step.draw(found, f"One training step, modelled: {words}", picture)
+    modelled_step.draw(found, f"One training step, modelled: {words}", target, picture)
     console.print(f"rows and picture: {rows}, {picture}")
     return 0
 

@@ -9,15 +9,12 @@ from mimicmotion.config import LATENT_STRIDE, Config, OptimizerConfig
 from mimicmotion.execution import use_kernels
 from mimicmotion.model.unet import MimicMotionModel, build_model, num_parameters
 from mimicmotion.optimization import Optimization
-from mimicmotion.planned import describe
 from mimicmotion.trainer import batch_loss, build_optimization, draw_samples
 from mmkernels.cards import card
 from mmkernels.memory.clock import Clock
 from mmkernels.memory.cuda_autocast import norms_in_float32
 from mmkernels.memory.trace import Trace, trace
-from mmkernels.planning.choices import Plan
-
-GIB = 2**30
+from mmkernels.planning.choices import GIB, Plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +33,7 @@ class DryRun:
             [
                 f"preset {self.config.preset}, kernels {self.config.kernels}: {settings.micro_batch_size} clip(s) of "
                 f"{data.num_frames} frames, {data.height}x{data.width} pixels (height x width), {settings.precision}",
-                *([] if self.plan is None else [describe(self.plan)]),
+                *([] if self.plan is None else [str(self.plan)]),
                 f"parameters: {self.num_parameters:,} ({self.num_trained:,} trained)",
                 f"optimizer: {_described(self.config.optimizer)}",
                 f"memory at the peak of a step: {cost.peak_bytes / GIB:.2f} GiB, reserved by the CUDA allocator: "

@@ -12,9 +12,9 @@ from mimicmotion.distributed import Ranks
 from mimicmotion.dry_run import fake_step
 from mimicmotion.planned import check_plan, made_for
 from mmkernels.cards import Card
-from mmkernels.planning.choices import Plan, read_plan
+from mmkernels.planning.choices import GIB, Plan, read_plan
 from mmkernels.planning.device import measured_card
-from mmkernels.planning.search import GIB, MARGIN_GIB, make_plan
+from mmkernels.planning.search import MARGIN_GIB, make_plan
 from mmkernels.planning.workload import Workload
 
 

@@ -1,4 +1,4 @@
-"""What a memory plan was made for, held to a run, and how it is said in words."""
+"""What a memory plan was made for, held to a run."""
 
 import dataclasses
 
@@ -32,25 +32,6 @@ def check_plan(config: Config, plan: Plan) -> None:
             f"{config.plan} was made for another step: {'; '.join(differing)}. Make a plan for this run, python -m "
             "mmkernels.plan, or give the run what the plan was made for"
         )
-
-
-def describe(plan: Plan) -> str:
-    """A plan in two sentences, for the start of a run."""
-    choices = list(plan.units.values())
-    optimizer, cost = plan.optimizer, plan.modelled
-    text = (
-        f"plan for {plan.made_for.get('card', 'a card')}: keeps the inside of {choices.count('keep')} units, moves "
-        f"{choices.count('move')}, runs {len(plan.recomputed_blocks)} blocks whole again; {optimizer.kind}"
-        f"{', updates in backward' if optimizer.is_in_backward else ''}"
-        f"{', states on the host' if optimizer.states_on_host else ''}"
-    )
-    if cost is None:
-        return text
-    return (
-        f"{text}. Modelled: peak {cost.peak_gib:.1f} GiB, {cost.step_s:.2f} s a step, FLOPs "
-        f"{cost.recompute_flops_ratio:+.1%} over plain diffusers, {cost.moved_gib:.1f} GiB moved, "
-        f"{cost.hidden_ratio:.0%} of it hidden"
-    )
 
 
 def made_for(config: Config) -> dict[str, object]:

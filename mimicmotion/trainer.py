@@ -24,7 +24,6 @@ from mimicmotion.loss import denoising_loss
 from mimicmotion.model import weights
 from mimicmotion.model.unet import MimicMotionModel, build_model, image_latents, model_input
 from mimicmotion.optimization import Optimization
-from mimicmotion.planned import describe
 from mmkernels.planning.choices import Plan, document
 
 _BATCH_FIELDS = ("latents", "reference_latent", "image_embedding", "pose", "loss_weight")
@@ -126,7 +125,7 @@ class Trainer:
         self.kernels = use_kernels(self.model, config.kernels, plan)
         self.plan = plan
         if plan is not None:
-            self.notes.append(describe(plan))
+            self.notes.append(str(plan))
         self.wrapped = ranks.wrap(self.model)
         self.step = self.skipped = self.skipped_in_a_row = 0
         self._is_signalled = False  # on this rank

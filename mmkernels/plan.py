@@ -20,11 +20,11 @@ from rich.console import Console
 from rich.table import Table
 
 from mmkernels.cards import card
-from mmkernels.planning.choices import OptimizerChoice, OptimizerKind, Plan, write_plan
+from mmkernels.planning.choices import GIB, OptimizerChoice, OptimizerKind, write_plan
 from mmkernels.planning.device import measured_card
 from mmkernels.planning.pictures import Point, draw_front, draw_memory, parts_over_time
-from mmkernels.planning.search import GIB, HOST_GIB, MARGIN_GIB, Chosen, Search, make_plan
-from mmkernels.planning.svd import svd_workload
+from mmkernels.planning.search import HOST_GIB, MARGIN_GIB, Chosen, Search, make_plan
+from mmkernels.planning.svd import parse_size, svd_workload
 from mmkernels.planning.workload import Traced, Workload, trace_way
 
 __all__ = ["Workload", "main", "make_plan"]
@@ -50,14 +50,6 @@ class Settings:
     host: float = HOST_GIB  # GiB of the host's memory that moved tensors may take
     json: Path | None = None  # the plan; plan.json in `out` where not given
     out: Path = Path("runs/plan")  # folder for the plan and its pictures
-
-
-def parse_size(size: str) -> tuple[int, int]:
-    """Width and height of "1024x576". Raises ValueError for anything else."""
-    width, _, height = size.partition("x")
-    if not (width.isdigit() and height.isdigit()):
-        raise ValueError(f"got size {size!r}, wanted width x height in pixels, such as 1024x576")
-    return int(width), int(height)
 
 
 def main(settings: Settings) -> int:
@@ -101,7 +93,7 @@ def print_plan(chosen: Chosen, search: Search, title: str, console: Console) -> 
         says = _says(len(block.units), choices, is_again)
         table.add_row(block.name, *(f"{x / GIB:.2f}" for x in (saved, moved, kept)), says)
     console.print(table)
-    console.print(f"{title}: {figures(chosen.plan)}", markup=False)
+    console.print(str(chosen.plan), markup=False)
 
 
 def _says(num_units: int, choices: Mapping[str, str], is_again: bool) -> str:
@@ -110,20 +102,6 @@ def _says(num_units: int, choices: Mapping[str, str], is_again: bool) -> str:
         return "run whole again" + (", its input moved" if counts["move"] else "")
     counts["recompute"] = num_units - sum(counts.values())
     return ", ".join(f"{name} {count}" for name, count in counts.items() if count)
-
-
-def figures(plan: Plan) -> str:
-    """A plan's cost in a sentence."""
-    cost, optimizer = plan.modelled, plan.optimizer
-    assert cost is not None
-    where = "inside backward" if optimizer.is_in_backward else "after backward"
-    where += ", moments on the host" if optimizer.states_on_host else ""
-    return (
-        f"modelled: peak {cost.peak_gib:.1f} GiB, everything included (budget {plan.made_for['budget_gib']:g}); "
-        f"{cost.step_s:.2f} s a step; FLOPs {cost.recompute_flops_ratio:+.1%} over plain diffusers; "
-        f"{cost.moved_gib:.1f} GiB moved to the host and back, {cost.hidden_ratio:.1%} of it hidden behind compute, "
-        f"window {plan.window_bytes / GIB:.2f} GiB; {optimizer.kind}, update {where}"
-    )
 
 
 def draw(chosen: Chosen, search: Search, plain: Mapping[str, Traced], title: str, folder: Path) -> None:

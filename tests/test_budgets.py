@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from bench.budgets import BUDGETS, Comparison, compare
-from bench.modelled_step import GIB, StepCost
-from mmkernels.planning.choices import Plan
+from bench.modelled_step import StepCost
+from mmkernels.planning.choices import GIB, Plan
 
 
 def made_up(peak_gib: float, step_s: float) -> StepCost:

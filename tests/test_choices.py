@@ -30,6 +30,18 @@ def test_a_plan_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     assert PLAN.choices_of("down_blocks.0.attentions.0") == {"feed_forward": "move"}
 
 
+def test_a_plan_in_words() -> None:
+    assert str(PLAN) == (
+        "plan for RTX 4090: keeps the inside of 1 units, moves 1 in a window of 0.50 GiB, runs 1 blocks whole again; "
+        "adamw8bit, update inside backward; modelled: peak 21.0 GiB, everything included; 9.50 s a step; FLOPs +5.0% "
+        "over plain diffusers; 7.0 GiB moved to the host and back, 97.0% of it hidden"
+    )
+    assert str(Plan(made_for={"budget_gib": 21.5})) == (
+        "plan for a card, 21.5 GiB: keeps the inside of 0 units, moves 0, runs 0 blocks whole again; adamw, update "
+        "after backward"
+    )
+
+
 @pytest.mark.parametrize(
     "text", ["", "[]", "{}", '{"blocks": {"a": {"is_recomputed": false, "units": {"b": "keep"}}}}'], ids=repr
 )

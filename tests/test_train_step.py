@@ -62,7 +62,7 @@ def test_sizes_as_typed() -> None:
     data = Settings(size="128x64", frames=9, device="cpu").config().data
     assert (data.width, data.height, data.num_frames) == (128, 64, 9)
     assert Settings(device="cpu").config().preset == "demo"
-    with pytest.raises(ValueError, match="wanted WIDTHxHEIGHT"):
+    with pytest.raises(ValueError, match="wanted width x height"):
         Settings(size="1024x500").pixels()
 
 

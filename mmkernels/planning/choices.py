@@ -20,6 +20,7 @@ from typing import Any, Literal, get_args
 from mmkernels.memory.units import WHOLE, Choice
 
 OptimizerKind = Literal["adamw", "adamw8bit"]
+GIB = 1 << 30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,10 @@ class OptimizerChoice:
     is_in_backward: bool = False
     states_on_host: bool = False
 
+    def __str__(self) -> str:
+        where = "inside" if self.is_in_backward else "after"
+        return f"{self.kind}, update {where} backward{', moments on the host' if self.states_on_host else ''}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Modelled:
@@ -46,6 +51,13 @@ class Modelled:
     moved_gib: float  # one way
     hidden_ratio: float  # share of the moving, both ways, that does not lengthen the step; 1 where nothing moves
     step_s: float
+
+    def __str__(self) -> str:
+        moved = f"{self.moved_gib:.1f} GiB moved to the host and back, {self.hidden_ratio:.1%} of it hidden"
+        return (
+            f"modelled: peak {self.peak_gib:.1f} GiB, everything included; {self.step_s:.2f} s a step; FLOPs "
+            f"{self.recompute_flops_ratio:+.1%} over plain diffusers; {moved if self.moved_gib else 'nothing moved'}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +81,16 @@ class Plan:
     def moves(self) -> bool:
         """Whether anything goes to the host."""
         return "move" in self.units.values()
+
+    def __str__(self) -> str:
+        choices, budget_gib = list(self.units.values()), self.made_for.get("budget_gib")
+        window = f" in a window of {self.window_bytes / GIB:.2f} GiB" if self.moves else ""
+        return (
+            f"plan for {self.made_for.get('card', 'a card')}{'' if budget_gib is None else f', {budget_gib:.4g} GiB'}: "
+            f"keeps the inside of {choices.count('keep')} units, moves {choices.count('move')}{window}, runs "
+            f"{len(self.recomputed_blocks)} blocks whole again; {self.optimizer}"
+            f"{'' if self.modelled is None else f'; {self.modelled}'}"
+        )
 
     def check(self, units: Mapping[str, Mapping[str, tuple[Choice, ...]]], plain: Mapping[str, str]) -> None:
         """Raise ValueError where a UNet cannot follow the plan.

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmkernels.planning.choices import Plan
+from mmkernels.planning.choices import GIB, Plan
 from mmkernels.planning.profile import BlockCost, Profile
 from mmkernels.planning.workload import Traced
 
-GIB = 1 << 30
 PARTS = {  # what memory is used for, from the bottom of the picture, and its colour
     "weights": "#4c566a",
     "optimizer states": "#8a93a6",

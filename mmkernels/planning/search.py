@@ -6,13 +6,12 @@ import math
 from dataclasses import dataclass, replace
 
 from mmkernels.cards import Card
-from mmkernels.planning.choices import Modelled, OptimizerChoice, OptimizerKind, Plan
+from mmkernels.planning.choices import GIB, Modelled, OptimizerChoice, OptimizerKind, Plan
 from mmkernels.planning.profile import Profile
 from mmkernels.planning.profiling import take_profile
 from mmkernels.planning.solver import Limits, Solution, solve
 from mmkernels.planning.workload import Traced, Workload, trace_way
 
-GIB = 1 << 30
 MARGIN_GIB = 1.5  # of a card's memory: CUDA's context, workspaces of cuDNN and cuBLAS, fragments of the allocator
 HOST_GIB = 40.0  # of the host's memory that a plan may take where nothing is said: what a host of 64 GB can spare
 MOST_ROUNDS = 4

@@ -14,6 +14,15 @@ from mmkernels.replacement import dead_parameters
 
 HEADS = (5, 10, 20, 20)  # head dim 64 everywhere, as released; the class's default has (5, 10, 10, 20)
 LATENT_STRIDE = 8  # pixels of a side to one of the latent
+SIDE_PIXELS = LATENT_STRIDE * 8  # a side is a multiple of: the UNet halves latents three times
+
+
+def parse_size(size: str) -> tuple[int, int]:
+    """Width and height, in pixels, of "1024x576". Raises ValueError for anything else."""
+    width, _, height = size.partition("x")
+    if not (width.isdigit() and height.isdigit()) or int(width) % SIDE_PIXELS or int(height) % SIDE_PIXELS:
+        raise ValueError(f"got size {size!r}, wanted width x height, sides by {SIDE_PIXELS} pixels, such as 1024x576")
+    return int(width), int(height)
 
 
 def svd_workload(
@@ -24,10 +33,9 @@ def svd_workload(
     adamw: float32 weights under autocast; adamw8bit: bfloat16 weights and activations. config: other than as released.
     Raises ValueError for a size that the UNet's levels do not divide.
     """
-    unit = LATENT_STRIDE * 8
-    if height % unit or width % unit or min(height, width, frames, batch) < 1:
+    if height % SIDE_PIXELS or width % SIDE_PIXELS or min(height, width, frames, batch) < 1:
         raise ValueError(
-            f"got {batch} x {frames} frames of {width}x{height}, wanted at least one, sides by {unit} pixels"
+            f"got {batch} x {frames} frames of {width}x{height}, wanted at least one, sides by {SIDE_PIXELS} pixels"
         )
     is_wide = kind == "adamw"
     dtype, mode = torch.float32 if is_wide else torch.bfloat16, FakeTensorMode()
