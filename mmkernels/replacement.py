@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock, TemporalBasicTransformerBlock
 from diffusers.models.resnet import SpatioTemporalResBlock
 from diffusers.models.transformers.transformer_temporal import TransformerSpatioTemporalModel
 from diffusers.models.unets.unet_3d_blocks import CrossAttnUpBlockSpatioTemporal, UpBlockSpatioTemporal
+from diffusers.models.unets.unet_spatio_temporal_condition import UNetSpatioTemporalConditionModel
 from torch import nn
 
 from mmkernels.blocks.drop_in import PLAIN, CheckpointedBlock, DropIn, FusedBlock
+from mmkernels.blocks.output_head import FusedOutputHead, PassThrough
 from mmkernels.blocks.resnet import FusedResBlock
 from mmkernels.blocks.transformer import FusedTransformer
 from mmkernels.blocks.up_block import FusedUpBlock
@@ -31,8 +34,10 @@ _FUSED: dict[type[nn.Module], type[FusedBlock]] = {
     UpBlockSpatioTemporal: FusedUpBlock,
 }
 LEAST_BYTES = 1 << 20  # smaller storages do not move: a copy has its fixed cost
-_STAGES = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
+_STAGES = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2, "conv_out": 3}
+_HEAD = ("conv_norm_out", "conv_act", "conv_out")  # of a UNet, in the order they run; the last stands for all
 _CHECKPOINTED = (SpatioTemporalResBlock, TransformerSpatioTemporalModel)
+_Swap = tuple[nn.Module, str, DropIn]  # a parent, a name in it, and what is put there
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """How every spatio-temporal block of a UNet runs; str() is a table."""
+    """How every spatio-temporal block of a UNet runs, and its output head as "conv_out"; str() is a table."""
 
     rows: tuple[Row, ...]
 
@@ -77,22 +82,25 @@ def replace(unet: nn.Module, plan: str | Plan = "fused", device: Device | None =
     """
     if isinstance(plan, str) and plan not in PLANS:
         raise ValueError(f"plan is {plan!r}, wanted one of {', '.join(PLANS)}")
-    blocks = list(_blocks(unet))
-    if not blocks:
+    sites = _sites(unet)
+    if not sites:
         raise ValueError(
             f"{type(unet).__name__} holds no SpatioTemporalResBlock or TransformerSpatioTemporalModel; give it a "
             "UNetSpatioTemporalConditionModel, and unwrap it first if it is wrapped"
         )
-    if any(isinstance(block, DropIn) for *_, block in blocks):
+    if any(isinstance(site.block, DropIn) for site in sites):
         raise ValueError("the UNet is replaced already; call the undo() of the first replace() before a second one")
-    swaps, fused = [], {}
-    for name, owner, parent, child_name, block in blocks:
+    swaps: list[_Swap] = []
+    fused = {}
+    for site in sites:
         if plan == "checkpoint":
-            if isinstance(block, _CHECKPOINTED):
-                swaps.append((parent, child_name, CheckpointedBlock(block)))
-        elif _why_not(block, owner) is None:
-            fused[name] = _fused_kind(block)(block)
-            swaps.append((parent, child_name, fused[name]))
+            if isinstance(site.block, _CHECKPOINTED):
+                swaps.append((site.parent, site.child_name, CheckpointedBlock(site.block)))
+        elif _why_not(site) is None:
+            fused[site.name] = site.kind(_known(site))
+            swaps.append((site.parent, site.child_name, fused[site.name]))
+            if site.kind is FusedOutputHead:
+                swaps += [(site.parent, name, PassThrough(site.parent.get_submodule(name))) for name in _HEAD[:-1]]
     chosen = Plan() if isinstance(plan, str) else plan
     _follow(unet, fused, chosen)
     stop_moving = _move(unet, chosen, device) if chosen.moves else lambda: None
@@ -103,8 +111,7 @@ def replace(unet: nn.Module, plan: str | Plan = "fused", device: Device | None =
 
 def _follow(unet: nn.Module, fused: Mapping[str, FusedBlock], plan: Plan) -> None:
     """Tell every fused block its name and its part of the plan."""
-    blocks = list(_blocks(unet))
-    plain = {name: _why_not(block, owner) or "" for name, owner, _, _, block in blocks if name not in fused}
+    plain = {site.name: _why_not(site) or "" for site in _sites(unet) if site.name not in fused}
     plan.check(_units(fused), plain)
     for name, block in fused.items():
         block.follow(name, plan.choices_of(name), is_recomputed=name in plan.recomputed_blocks)
@@ -116,11 +123,11 @@ def plan_units(unet: nn.Module) -> dict[str, dict[str, tuple[Choice, ...]]]:
     "input" is the unit of a block that is run whole again, and stands instead of its others. What is saved outside of
     fused blocks is "rest" of the block "unet"; its "recompute" means that it is kept.
     """
-    return _units({name: block for name, *_, block in _blocks(unet) if isinstance(block, FusedBlock)})
+    return _units({site.name: site.block for site in _sites(unet) if isinstance(site.block, FusedBlock)})
 
 
 def _units(fused: Mapping[str, FusedBlock]) -> dict[str, dict[str, tuple[Choice, ...]]]:
-    units = {name: fused[name].units() for name in sorted(fused, key=_place)}
+    units = {name: block.units() for name, block in fused.items()}
     rest_block, rest_unit = REST.split("/")
     return {name: choices for name, choices in units.items() if choices} | {rest_block: {rest_unit: PLAIN}}
 
@@ -156,7 +163,7 @@ def _move(unet: nn.Module, plan: Plan, device: Device | None) -> Callable[[], No
     return stop
 
 
-def _undo_of(swaps: list[tuple[nn.Module, str, DropIn]], stop_moving: Callable[[], None]) -> Callable[[], None]:
+def _undo_of(swaps: list[_Swap], stop_moving: Callable[[], None]) -> Callable[[], None]:
     def undo() -> None:
         for parent, child_name, drop_in in swaps:
             if parent._modules.get(child_name) is not drop_in:
@@ -173,11 +180,12 @@ def _undo_of(swaps: list[tuple[nn.Module, str, DropIn]], stop_moving: Callable[[
 
 def report(unet: nn.Module) -> Report:
     """Which block of `unet` runs how, and why it is not fused where it is not."""
-    rows, blocks = [], list(_blocks(unet))
-    is_checkpointed = any(isinstance(block, CheckpointedBlock) for *_, block in blocks)
-    remains = 'plan="checkpoint" leaves an up block to its parts' if is_checkpointed else "not replaced"
-    for name, owner, _, _, block in blocks:
-        original = block.original if isinstance(block, DropIn) else block
+    rows, sites = [], _sites(unet)
+    is_checkpointed = any(isinstance(site.block, CheckpointedBlock) for site in sites)
+    remains = 'plan="checkpoint" is for residual blocks and transformers' if is_checkpointed else "not replaced"
+    for site in sites:
+        block = site.block
+        original = _original(block)
         how = block.how if isinstance(block, DropIn) else "torch"
         if how == "fused":
             why = _how_planned(block) if isinstance(block, FusedBlock) else ""
@@ -186,8 +194,8 @@ def report(unet: nn.Module) -> Report:
         elif how == "checkpoint":
             why = 'replaced with plan="checkpoint"'
         else:
-            why = _why_not(original, owner) or remains
-        rows.append(Row(name, type(original).__name__, how, why))
+            why = _why_not(site) or remains
+        rows.append(Row(site.name, type(original).__name__, how, why))
     return Report(tuple(rows))
 
 
@@ -208,24 +216,52 @@ def dead_parameters(unet: nn.Module) -> set[str]:
     return dead
 
 
-def _blocks(unet: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module, str, nn.Module]]:
-    """Full name, module that calls it, parent, name in the parent, and block, of every such block or its drop-in."""
+class _Site(NamedTuple):
+    """A block or its drop-in: its full name, what calls it, its parent and its name there, and what would fuse it."""
+
+    name: str
+    owner: nn.Module
+    parent: nn.Module
+    child_name: str
+    block: nn.Module
+    kind: type[FusedBlock]
+
+
+def _sites(unet: nn.Module) -> list[_Site]:
+    """Every block of a known class, and the head of a UNet as its conv_out; in the order they run."""
+    sites = []
     for parent_name, parent in unet.named_modules():
         is_list = isinstance(parent, nn.ModuleList)
         owner = unet.get_submodule(parent_name.rpartition(".")[0]) if is_list else parent
         for child_name, child in parent.named_children():
-            if isinstance(child, (*_FUSED, DropIn)):
-                yield f"{parent_name}.{child_name}".lstrip("."), owner, parent, child_name, child
+            if (kind := _fused_kind(parent, child_name, child)) is not None:
+                sites.append(_Site(f"{parent_name}.{child_name}".lstrip("."), owner, parent, child_name, child, kind))
+    return sorted(sites, key=lambda site: _place(site.name))
 
 
-def _why_not(block: nn.Module, owner: nn.Module) -> str | None:
-    if getattr(owner, "gradient_checkpointing", False):
+def _fused_kind(parent: nn.Module, child_name: str, child: nn.Module) -> type[FusedBlock] | None:
+    if isinstance(parent, UNetSpatioTemporalConditionModel) and child_name == _HEAD[-1]:
+        return FusedOutputHead
+    return next((fused for kind, fused in _FUSED.items() if isinstance(_original(child), kind)), None)
+
+
+def _why_not(site: _Site) -> str | None:
+    if getattr(site.owner, "gradient_checkpointing", False):
         return "diffusers' gradient checkpointing is on; call disable_gradient_checkpointing() first"
-    return _fused_kind(block).why_not(block)
+    if site.kind is FusedOutputHead and type(site.owner).forward is not UNetSpatioTemporalConditionModel.forward:
+        return f"{type(site.owner).__name__} has a forward of its own, which may use {_HEAD[0]} in another way"
+    return site.kind.why_not(_known(site))
 
 
-def _fused_kind(block: nn.Module) -> type[FusedBlock]:
-    return next(fused for kind, fused in _FUSED.items() if isinstance(block, kind))
+def _known(site: _Site) -> nn.Module:
+    """What its kind is made of: the block, of a head all three modules."""
+    if site.kind is FusedOutputHead:
+        return nn.ModuleDict({name: _original(getattr(site.parent, name, None)) for name in _HEAD})
+    return _original(site.block)
+
+
+def _original(block: Any) -> Any:
+    return block.original if isinstance(block, DropIn) else block
 
 
 def _how_planned(block: FusedBlock) -> str:

@@ -64,7 +64,7 @@ def test_units_are_named_in_the_order_they_run() -> None:
         "mid_block.resnets.0", MID, "mid_block.resnets.1",
         "up_blocks.0.resnets.0", "up_blocks.0.resnets.1", "up_blocks.0",
         "up_blocks.1.resnets.0", "up_blocks.1.attentions.0", "up_blocks.1.resnets.1", "up_blocks.1.attentions.1",
-        "unet",
+        "conv_out", "unet",
     ]  # fmt: skip
     layer = ["spatial_attention", "spatial_feed_forward", "feed_forward_in", "temporal_attention"]
     layer.append("temporal_feed_forward")
@@ -73,6 +73,7 @@ def test_units_are_named_in_the_order_they_run() -> None:
     assert {name for name, can in units[DOWN].items() if "keep" in can} == {*layer[1:], *second[1:]}
     assert list(units["mid_block.resnets.0"])[-3:] == ["temporal_second", "blend", "input"]
     assert units["up_blocks.0"] == {"upsample": ("recompute", "move")}
+    assert units["conv_out"] == {"output": ("recompute", "move")}
 
 
 def saved_bytes(unet: nn.Module, inputs: dict[str, Any], plan: Plan) -> int:
@@ -141,6 +142,8 @@ def test_refuses_what_this_unet_cannot_follow() -> None:
         (Plan(units={f"{DOWN}/{WHOLE}": "move"}), f"block {DOWN} is not recomputed whole"),
         (Plan(units={f"{DOWN}/norm_projection": "move"}, recomputed_blocks=(DOWN,)), "is recomputed whole"),
         (Plan(recomputed_blocks=("up_blocks.0",)), "no block up_blocks.0 that can be recomputed whole"),
+        (Plan(recomputed_blocks=("conv_out",)), "no block conv_out that can be recomputed whole"),
+        (Plan(units={"conv_out/output": "keep"}), "conv_out/output is 'keep', it can be recompute or move"),
         (Plan(recomputed_blocks=(MID,)), f"block {MID} stays plain torch"),
         (Plan(units={f"{MID}/feed_forward_in": "keep"}), f"block {MID} stays plain torch"),
     ]
@@ -192,6 +195,7 @@ def test_what_moves_is_what_was_counted_by_hand() -> None:
         ({f"{DOWN}/temporal_feed_forward": "move"}, token_bytes),
         ({"mid_block.resnets.0/spatial_second": "move"}, pixel_bytes),
         ({"up_blocks.0/upsample": "move"}, pixel_bytes),
+        ({"conv_out/output": "move"}, token_bytes),
     ]
     for units, wanted_bytes in cases:
         device = CountingDevice(SLAB_BYTES)

@@ -173,7 +173,7 @@ def test_a_block_that_is_not_the_known_one_stays_and_says_why() -> None:
     fp64, plain = run_in_float64(unet, inputs), run(channels_last(unet), inputs)
     mmkernels.replace(unet)
     rows = {row.name: row for row in mmkernels.report(unet).rows}
-    assert len(rows) == 12 + 2, "residual blocks and transformers, and the up blocks that hold some of them"
+    assert len(rows) == 12 + 2 + 1, "residual blocks and transformers, the up blocks that hold some of them, the head"
     assert [name for name, row in rows.items() if row.how != "fused"] == ["mid_block.attentions.0"]
     row = rows["mid_block.attentions.0"]
     assert (row.how, row.kind) == ("torch", "TransformerSpatioTemporalModel")
@@ -193,12 +193,14 @@ def test_reports_what_is_not_replaced_and_why() -> None:
     undo = mmkernels.replace(unet, "checkpoint")
     assert {(row.how, row.why) for row in mmkernels.report(unet).rows} == {
         ("checkpoint", 'replaced with plan="checkpoint"'),
-        ("torch", 'plan="checkpoint" leaves an up block to its parts'),
+        ("torch", 'plan="checkpoint" is for residual blocks and transformers'),
     }
     undo()
     unet.enable_gradient_checkpointing()
     mmkernels.replace(unet)
-    assert all("disable_gradient_checkpointing" in row.why for row in mmkernels.report(unet).rows)
+    *blocks, head = mmkernels.report(unet).rows
+    assert all("disable_gradient_checkpointing" in row.why for row in blocks)
+    assert (head.name, head.how) == ("conv_out", "fused"), "diffusers checkpoints blocks only"
 
 
 def test_fused_runs_fewer_flops_than_checkpoint_at_no_higher_peak() -> None:

@@ -22,9 +22,8 @@ class DropIn(nn.Module):
 
     def __init__(self, original: nn.Module) -> None:
         super().__init__()
-        self._modules.update(original._modules)
-        self._parameters.update(original._parameters)
-        self._buffers.update(original._buffers)
+        # The very dicts, so that a parameter put in another's place (functional_call, to_empty) is in both.
+        self._modules, self._parameters, self._buffers = original._modules, original._parameters, original._buffers
         self._original = (original,)  # in a tuple, so that it is not a child and its keys do not appear twice
         self.training = original.training
 
@@ -76,9 +75,14 @@ class FusedBlock(DropIn):
             raise ValueError(f"cannot replace this block: {reason}")
         return cls(original)
 
+    @property
+    def known(self) -> nn.Module:
+        """What `why_not` looks at."""
+        return self.original
+
     def check_unchanged(self) -> None:
         """Raise RuntimeError with the reason where the block is no longer what replace() found."""
-        if (reason := type(self).why_not(self.original)) is not None:
+        if (reason := type(self).why_not(self.known)) is not None:
             raise RuntimeError(f"the block has changed since replace(): {reason}; undo(), change it, replace again")
 
 

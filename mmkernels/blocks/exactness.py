@@ -20,6 +20,7 @@ from torch import nn
 _PLAIN_PROCESSORS = (AttnProcessor, AttnProcessor2_0)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _NORMS = (nn.LayerNorm, nn.GroupNorm)
+_PADDED_3X3 = ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")  # as _geometry gives it
 
 
 def why_not_transformer(module: Any) -> str | None:
@@ -64,7 +65,7 @@ def why_not_resnet(module: Any) -> str | None:
         if _geometry(conv) != ((3, 1, 1), (1, 1, 1), (1, 0, 0), (1, 1, 1), 1, "zeros"):
             return f"temporal_res_block has another convolution over frames: {conv}"
     for conv in (spatial.conv1, spatial.conv2):
-        if _geometry(conv) != ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros"):
+        if _geometry(conv) != _PADDED_3X3:
             return f"spatial_res_block has another convolution over pixels: {conv}"
     shortcut = spatial.conv_shortcut
     if shortcut is not None and _geometry(shortcut) != ((1, 1), (1, 1), (0, 0), (1, 1), 1, "zeros"):
@@ -89,6 +90,20 @@ def why_not_up_block(module: Any) -> str | None:
         reason = _why_not_called(child)
         if reason is not None:
             return f"{name or 'it'} {reason}"
+    return None
+
+
+def why_not_output_head(head: nn.ModuleDict) -> str | None:
+    """Why conv_norm_out, conv_act and conv_out of a UNet, by these names, are not exactly SVD's, or None."""
+    kinds = {"": nn.ModuleDict, "conv_norm_out": nn.GroupNorm, "conv_act": nn.SiLU, "conv_out": nn.Conv2d}
+    reason = _why_not_built_of(head, kinds)
+    if reason is not None:
+        return reason
+    norm, conv = head["conv_norm_out"], head["conv_out"]
+    if _geometry(conv) != _PADDED_3X3:
+        return f"conv_out is another convolution: {conv}"
+    if norm.num_channels != conv.in_channels:
+        return f"conv_norm_out gives {norm.num_channels} channels and conv_out takes {conv.in_channels}"
     return None
 
 
@@ -168,9 +183,14 @@ def _why_not_built_of(module: nn.Module, kinds: dict[str, type]) -> str | None:
     return None
 
 
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling the module does more, or other things, than the forward of its class."""
+    return "forward" in module.__dict__ or any(getattr(module, hooks, None) for hooks in _HOOKS)
+
+
 def _why_not_called(module: nn.Module) -> str | None:
     """What would happen around a module's forward that reading its parameters leaves out."""
-    if "forward" in module.__dict__ or any(getattr(module, hooks, None) for hooks in _HOOKS):
+    if is_hooked(module):
         return "has hooks or a replaced forward"
     if isinstance(module, nn.Dropout) and module.p > 0 and module.training:
         return f"drops with probability {module.p}"

@@ -75,9 +75,9 @@ def _spatial(block: ResnetBlock2D, hidden_states: Tensor, skip: Tensor | None, t
             dtype = torch.promote_types(hidden_states.dtype, skip.dtype)
             x, x2 = x.to(dtype), channels_last(skip).to(dtype)
         shift = _shift(block, temb)
-        hidden = _norm_silu_conv(block.norm1, block.conv1, x, x2=x2, shift=None if shift is None else shift[:, None])
+        hidden = norm_silu_conv(block.norm1, block.conv1, x, x2=x2, shift=None if shift is None else shift[:, None])
     with unit("spatial_second"):
-        return _norm_silu_conv(block.norm2, block.conv2, hidden, residual=_shortcut(block.conv_shortcut, x, x2))
+        return norm_silu_conv(block.norm2, block.conv2, hidden, residual=_shortcut(block.conv_shortcut, x, x2))
 
 
 def _temporal(block: TemporalResnetBlock, x: Tensor, temb: Tensor | None) -> Tensor:
@@ -85,12 +85,12 @@ def _temporal(block: TemporalResnetBlock, x: Tensor, temb: Tensor | None) -> Ten
     with unit("temporal_first"):
         shift = _shift(block, temb)
         shift = None if shift is None else shift.unflatten(0, x.shape[:2])
-        hidden = _norm_silu_conv(block.norm1, block.conv1, x, shift=shift)
+        hidden = norm_silu_conv(block.norm1, block.conv1, x, shift=shift)
     with unit("temporal_second"):
-        return _norm_silu_conv(block.norm2, block.conv2, hidden, residual=x)
+        return norm_silu_conv(block.norm2, block.conv2, hidden, residual=x)
 
 
-def _norm_silu_conv(
+def norm_silu_conv(
     norm: nn.GroupNorm,
     conv: nn.Conv2d | nn.Conv3d,
     x: Tensor,
@@ -99,6 +99,7 @@ def _norm_silu_conv(
     shift: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
+    """group_norm_silu_conv with the parameters of both modules, in autocast's dtype where it is on."""
     weight = conv.weight if conv.weight.ndim == 4 else conv.weight[..., 0]
     bias = conv.bias
     if torch.is_autocast_enabled(x.device.type):

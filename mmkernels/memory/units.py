@@ -3,7 +3,7 @@
 A block enters `unit("spatial_attention")` around an operation. Inside, whatever autograd saves belongs to the unit
 "<block>/spatial_attention"; a storage that several units save belongs to the first. The trace counts by these names and
 the offload asks by them.
-What is saved outside of any unit belongs to the unit `REST`: samplers between the blocks, first and last convolutions.
+What is saved outside of any unit belongs to the unit `REST`: the downsamplers, the first convolution, the loss.
 """
 
 from __future__ import annotations

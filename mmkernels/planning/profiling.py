@@ -162,7 +162,7 @@ class _Phases:
             block = index_of.get(phase.name) if turn == i else None
             if block is not None:
                 num_held = block
-            # What is saved outside of blocks is mostly the last norm's and convolution's, held between the last blocks.
+            # What is saved outside of blocks, mostly by downsamplers, counts where all blocks hold theirs.
             is_at_end = block is None and num_held == num_blocks
             found.append(self._cost(i, phase, len(self.blocks) if is_at_end else num_held, block))
             if block is not None and phase.direction == "forward":

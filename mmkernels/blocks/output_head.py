@@ -1,0 +1,61 @@
+"""The end of the UNet on one `group_norm_silu_conv`: conv_norm_out, conv_act and conv_out.
+
+Kept for backward are its input, read as it lies where that is channels last, and the statistics of the norm.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from mmkernels.blocks.drop_in import PLAIN, DropIn, FusedBlock
+from mmkernels.blocks.exactness import is_hooked, why_not_output_head
+from mmkernels.blocks.resnet import channels_last, norm_silu_conv
+from mmkernels.memory.units import Choice, unit
+
+
+class FusedOutputHead(FusedBlock):
+    """Stands for conv_out and computes the norm and the activation before it too, whose places `PassThrough`s take.
+
+    Made of a ModuleDict of the three originals by their names in the UNet.
+    """
+
+    why_not = staticmethod(why_not_output_head)
+
+    def __init__(self, head: nn.ModuleDict) -> None:
+        super().__init__(head["conv_out"])
+        self._head = (head,)  # in a tuple: the norm's parameters keep the place that they have in the UNet
+
+    @property
+    def known(self) -> nn.ModuleDict:
+        """All three originals."""
+        return self._head[0]
+
+    def units(self) -> dict[str, tuple[Choice, ...]]:
+        """The one operation."""
+        return {"output": PLAIN}
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """hidden_states (B*F, C, H, W), not yet normalised -> (B*F, C_out, H, W), contiguous."""
+        self.check_unchanged()
+        return self.run(self._compute, hidden_states)
+
+    def _compute(self, hidden_states: Tensor) -> Tensor:
+        norm, conv = self.known["conv_norm_out"], self.known["conv_out"]
+        with unit("output"):
+            y = norm_silu_conv(norm, conv, channels_last(hidden_states))  # pyright: ignore[reportArgumentType]  known
+        return y.permute(0, 3, 1, 2).contiguous()
+
+
+class PassThrough(DropIn):
+    """Stands for a module that a later one computes: keeps its parameters and returns what it is given."""
+
+    def forward(self, x: Any) -> Any:
+        """x itself. Raises RuntimeError where a hook would see that and not what the original gives."""
+        if is_hooked(self):
+            raise RuntimeError(
+                f"a {type(self.original).__name__} that is part of a fused operation has hooks or a replaced forward; "
+                "undo(), add them, replace again"
+            )
+        return x
