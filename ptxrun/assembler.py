@@ -152,7 +152,7 @@ class _Assembler:
         wanted = int(match[2] or (choices.get("VEC") or "v1")[1:])
         if len(elements) != wanted:
             raise _MismatchError(f"wanted a vector of {wanted}, got {len(elements)}")
-        read = self._destination if word.startswith(">") else self._source
+        read = self._element if word.startswith(">") else self._source
         return [len(elements), *(read(f"~{type_}", x) for x in elements)]
 
     def _destinations(self, word: str, choices: Choices, operand: Operand) -> Iterable[int]:
@@ -163,6 +163,12 @@ class _Assembler:
         pair = operand if isinstance(operand, Pair) else Pair(operand, Symbol("_"))
         yield self._destination(_resolve(first, choices), pair.first, may_sink=True)
         yield self._destination(_resolve(second, choices), pair.second, may_sink=True)
+
+    def _element(self, type_: str, operand: Operand) -> int:
+        """A destination within a vector; what is written to the sink goes to a register that nobody reads."""
+        if operand == Symbol("_"):
+            return self.program.new_register("_", width_code(type_.removeprefix("~"))).reference
+        return self._destination(type_, operand)
 
     def _destination(self, type_: str, operand: Operand, may_sink: bool = False) -> int:
         if may_sink and operand == Symbol("_"):

@@ -19,9 +19,10 @@ from mmkernels.ops import group_norm_silu_conv_triton, group_norm_silu_triton
 
 # (M, H, W, C, C2, G): C/G = 10, 30 and 20, a group across two inputs, several splits of rows, one pixel.
 NORMS = ((2, 5, 7, 40, 0, 4), (1, 3, 150, 50, 40, 3), (2, 3, 4, 80, 20, 5), (1, 1, 1, 16, 0, 1))
-# (M, H, W, C, C2, K, G, KW): more columns than a tile's, rows and channels that fill none, two inputs, one pixel.
+# (M, H, W, C, C2, K, G, KW): more columns than a tile's, rows and channels that fill none, two inputs, one pixel, the
+# four channels that a UNet gives.
 CONVOLUTIONS = ((1, 6, 17, 40, 0, 24, 4, 3), (2, 3, 5, 20, 28, 16, 3, 3), (1, 6, 20, 40, 8, 72, 3, 1),
-                (1, 1, 1, 16, 0, 16, 1, 3))  # fmt: skip
+                (1, 1, 1, 16, 0, 16, 1, 3), (2, 6, 17, 40, 0, 4, 4, 3))  # fmt: skip
 
 
 def check_norm(shape: tuple[int, ...], dtype: torch.dtype, launch: Any) -> dict[str, Tensor]:

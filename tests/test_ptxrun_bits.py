@@ -128,6 +128,9 @@ def test_moves(form: Form) -> None:
             a = registry.inputs(whole, 0)
             got = registry.apply(opcode, [part] * number, [whole], [a], f"{{{{{names}}}}}, {{{number}}}")
             assert got == [[x >> (bits * k) & (2**bits - 1) for x in a] for k in range(number)]
+            names = ", ".join(["_", *(f"{{{k}}}" for k in range(number - 1))])
+            rest = registry.apply(opcode, [part] * (number - 1), [whole], [a], f"{{{{{names}}}}}, {{{number - 1}}}")
+            assert rest == got[1:], "one element goes to the sink"
 
 
 INTEGER_ROUNDING: dict[str, Callable[[Fraction], int]] = {
