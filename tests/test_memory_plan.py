@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from mmkernels.planning.choices import Modelled, OptimizerChoice, Plan, read_pla
 
 ONE = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
 ON_GPU = dataclasses.replace(ONE, device=torch.device("cuda"))
+UNLINKED = dataclasses.replace(card("RTX 4090"), link_bytes_per_s=0)  # nothing is large enough to move in these models
 BLOCK = "mid_block.attentions.0"
 COST = Modelled(peak_gib=20.5, recompute_flops_ratio=0.1, moved_gib=3, hidden_ratio=0.95, step_s=9)
 MADE_FOR = {"frames": 4, "height": 128, "width": 128, "batch": 2, "precision": "fp32", "card": "RTX 4090"}
@@ -124,6 +126,24 @@ def test_what_does_not_fit_is_refused_with_what_would(tmp_path: Path, monkeypatc
     assert not (config.run_dir / "loss.jsonl").exists()
 
 
+def test_a_budget_that_nothing_meets_ends_the_command_and_leaves_no_trace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--memory-budget", "auto", "--data.num-frames", "8", "--data.height", "64", "--data.width", "64"]
+    words += ["--run-dir", str(tmp_path / "run"), "--data.prepared", str(tmp_path / "prepared")]
+    monkeypatch.setattr(memory_plan, "usable_gib", lambda device: 0.02)
+    monkeypatch.setattr(memory_plan, "measured_card", lambda: UNLINKED)
+    monkeypatch.setattr("sys.argv", ["train.py", *words])
+    with pytest.raises(SystemExit, match=r"training stopped: no plan fits a budget of 0\.02 GiB") as stopped:
+        train.main()
+    least = re.search(r"the least that would do is (\S+) GiB \(modelled; (.*?); at most", str(stopped.value))
+    assert least is not None and least[2] == "adamw, update inside backward"
+    weights_gib = 4 * dry_run(train.parse(words[2:]).config).num_parameters / 2**30
+    assert 3 * weights_gib < float(least[1]) < 5 * weights_gib  # with both moments, and what a step holds besides
+    assert "or adamw8bit instead of adamw" in str(stopped.value)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_dry_run_follows_the_plan(tmp_path: Path) -> None:
     config = planned_config(tmp_path, build_plan())
     kept, fused = dry_run(config, build_plan(recomputed_blocks=())), dry_run(config)
@@ -137,8 +157,7 @@ def test_a_budget_makes_a_plan_for_the_runs_own_step(tmp_path: Path, monkeypatch
     config = planned_config(tmp_path, build_plan())
     config = dataclasses.replace(config, plan=None, memory_budget="auto", optimizer=tiny_config(tmp_path).optimizer)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 << 30, 24 << 30))
-    here = dataclasses.replace(card("RTX 4090"), link_bytes_per_s=0)  # nothing is large enough to move in this model
-    monkeypatch.setattr(memory_plan, "measured_card", lambda: here)
+    monkeypatch.setattr(memory_plan, "measured_card", lambda: UNLINKED)
     placed, plan = choose_plan(config, ON_GPU)
     assert plan is not None and plan.modelled is not None
     assert plan.made_for == {**MADE_FOR, "budget_gib": 0.5}

@@ -125,10 +125,11 @@ class Search:
         peak_bytes = chosen.traced.trace.peak_bytes
         if peak_bytes > budget_gib * GIB:
             least_gib = math.ceil(10 * peak_bytes / GIB) / 10
+            other = ", or adamw8bit instead of adamw" if self.kind == "adamw" else ""
             raise BudgetTooSmallError(
                 f"no plan fits a budget of {budget_gib:g} GiB: the least that would do is {least_gib:.1f} GiB "
-                f"(modelled, {self.host_gib:g} GiB of the host taken); give that, fewer frames or a smaller size, "
-                "or adamw8bit instead of adamw"
+                f"(modelled; {chosen.plan.optimizer}; at most {self.host_gib:g} GiB of the host taken); give that, "
+                f"fewer frames or a smaller size{other}"
             )
         return chosen, self._correct(chosen, None, 0)
 
