@@ -8,12 +8,10 @@ with CUDA events and max_memory_allocated. A third part is modelled: what each w
 UNet's real shape (bench/modelled_attention.py).
 """
 
-import dataclasses
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 if not __package__:  # run as a file: import from the checkout, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -22,8 +20,8 @@ import torch
 import tyro
 from rich.console import Console
 
-from bench import harness, modelled_attention, report
-from bench.environment import tune_allocator
+from bench import harness, modelled_attention, report, sub_block
+from bench.environment import chosen_device, tune_allocator
 from bench.harness import Results
 from bench.shapes import TemporalShape
 from bench.temporal_attention import Core
@@ -34,34 +32,14 @@ MODES = ("forward", "both")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(sub_block.Settings):
     """Defaults: the shape and conditions that the README's figures are taken under."""
 
-    json: Path | None = None  # write one row per result here
-    picture: Path | None = None  # draw the results here
-    batch: int = 1  # B, clips
-    frames: int = 72  # F, frames of a clip
     height: int = 24  # latent pixels
     width: int = 40  # latent pixels
-    channels: int = 320  # C
-    heads: int = 5  # N
-    threads: int = 1  # CPU threads of every provider
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU where there is one
     rounds: int = 7  # every provider runs once a round
-    warm_ups: int = 1  # calls of each provider before it is counted and timed
     chunk_pixels: tuple[int, ...] = ()  # chunk sizes of fused; none: its own choice
     eager_chunk_pixels: int = 96  # chunk of the eager checkpoint per chunk of pixels
-    compile_limit_s: float = 180.0  # leave torch.compile out where it takes longer; 0: leave it out
-
-    def __post_init__(self) -> None:
-        for name in ("threads", "rounds", "eager_chunk_pixels"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-
-    def shape(self) -> TemporalShape:
-        """The shape flags as one value."""
-        return TemporalShape(**{f.name: getattr(self, f.name) for f in dataclasses.fields(TemporalShape)})
 
 
 @dataclass(frozen=True)
@@ -93,10 +71,7 @@ UNHELD = (
 
 def main(settings: Settings) -> int:
     """Measure, print, write. Returns the exit status: 1 where a provider of ours was refused."""
-    device_type = settings.device
-    if device_type == "auto":
-        device_type = "cuda" if torch.cuda.is_available() else "cpu"
-    device, dtype = torch.device(device_type), getattr(torch, settings.dtype)
+    device, dtype = chosen_device(settings.device), getattr(torch, settings.dtype)
     torch.set_num_threads(settings.threads)
     shape, console = settings.shape(), report.make_console()
     setting = report.Setting.of(device, dtype)
@@ -108,18 +83,18 @@ def main(settings: Settings) -> int:
     )
     found: dict[tuple[str, str], Results] = {}
     rows: list[report.Row] = []
-    core, sub_block = Core(shape, dtype, device), SubBlock(shape, dtype, device)
+    core, block = Core(shape, dtype, device), SubBlock(shape, dtype, device)
     for section, mode in ((section, mode) for section in ("core", "sub-block") for mode in MODES):
         if section == "core":
             subject, providers, baseline = core, core.providers(mode), "torch"
         else:
-            providers = sub_block.providers(
+            providers = block.providers(
                 mode,
                 chunk_pixels=settings.chunk_pixels,
                 eager_chunk_pixels=settings.eager_chunk_pixels,
                 compile_limit_s=settings.compile_limit_s,
             )
-            subject, baseline = sub_block, "checkpoint"
+            subject, baseline = block, "checkpoint"
         results = harness.measure(
             providers, subject.plain(mode), subject.exact(mode), baseline=baseline, device=device,
             num_rounds=settings.rounds, num_warm_ups=settings.warm_ups,
@@ -128,7 +103,7 @@ def main(settings: Settings) -> int:
         title = f"temporal attention {section}, {mode}"
         report.print_results(title, results, console)
         rows += report.rows_of(results, bench=f"{BENCH}/{section}", mode=mode, shape=shape.as_row(), setting=setting)
-    for name, reason in sub_block.skipped.items():
+    for name, reason in block.skipped.items():
         console.print(f"left out: {name}: {reason}", markup=False)
     at_real_shape = modelled_attention.costs()
     modelled_attention.print_costs(at_real_shape, console)

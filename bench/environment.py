@@ -65,6 +65,12 @@ def command() -> str:
     return shlex.join(["python", *sys.orig_argv[1:]])
 
 
+def chosen_device(name: str) -> torch.device:
+    """The device that was asked for; auto: the GPU where there is one."""
+    has_gpu = torch.cuda.is_available()
+    return torch.device(("cuda" if has_gpu else "cpu") if name == "auto" else name)
+
+
 def device_name(device: torch.device) -> str:
     """Name of the GPU, or of the processor and the instruction set that torch uses on it."""
     if device.type == "cuda":

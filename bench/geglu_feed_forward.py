@@ -8,7 +8,7 @@ every parameter. On a GPU the same command measures with CUDA events and max_mem
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -22,9 +22,10 @@ from rich.console import Console
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from bench import harness, report
-from bench.environment import tune_allocator
+from bench import harness, report, sub_block
+from bench.environment import chosen_device, tune_allocator
 from bench.harness import Outputs, Provider, Results
+from bench.shapes import TemporalShape
 from mmkernels.ops.geglu_feed_forward import Keep, default_chunk_tokens, geglu_feed_forward
 
 BENCH = "geglu_feed_forward"
@@ -34,47 +35,13 @@ Function = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class FeedForwardShape:
-    """B clips of F frames of height x width latent pixels, C channels; hidden layers are 4C wide as in the UNet."""
-
-    batch: int = 1
-    frames: int = 72
-    height: int = 16
-    width: int = 24
-    channels: int = 320
-
-    def __str__(self) -> str:
-        return f"B={self.batch} F={self.frames} P={self.height}x{self.width} C={self.channels}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(sub_block.Settings):
     """Defaults: the shape and conditions that the README's figures are taken under."""
 
-    json: Path | None = None  # write one row per result here
-    picture: Path | None = None  # draw the results here
-    batch: int = 1  # B, clips
-    frames: int = 72  # F, frames of a clip
-    height: int = 16  # latent pixels
-    width: int = 24  # latent pixels
-    channels: int = 320  # C
-    threads: int = 1  # CPU threads of every provider
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU where there is one
+    heads: int = 1  # not used
     rounds: int = 7  # every provider runs once a round
-    warm_ups: int = 1  # calls of each provider before it is counted and timed
     chunk_tokens: tuple[int, ...] = ()  # chunk sizes of fused; none: its own choice
     eager_chunk_tokens: int = 4096  # chunk of the eager checkpoint per chunk of tokens
-    compile_limit_s: float = 180.0  # leave torch.compile out where it takes longer; 0: leave it out
-
-    def __post_init__(self) -> None:
-        for name in ("batch", "frames", "height", "width", "channels", "threads", "rounds", "eager_chunk_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-
-    def shape(self) -> FeedForwardShape:
-        """The shape flags as one value."""
-        return FeedForwardShape(**{f.name: getattr(self, f.name) for f in fields(FeedForwardShape)})
 
 
 class DiffusersFeedForward(nn.Module):
@@ -93,7 +60,7 @@ class DiffusersFeedForward(nn.Module):
 class SubBlock:
     """Inputs and weights of one run, and its providers in the two modes."""
 
-    def __init__(self, shape: FeedForwardShape, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, shape: TemporalShape, dtype: torch.dtype, device: torch.device) -> None:
         torch.manual_seed(0)
         self.device, self.channels = device, shape.channels
         self.module = DiffusersFeedForward(shape.channels).to(device, dtype)
@@ -190,10 +157,7 @@ def _gradients(y: torch.Tensor, x: torch.Tensor, module: nn.Module, dy: torch.Te
 
 def main(settings: Settings) -> int:
     """Measure, print, write. Returns the exit status: 1 where a provider of ours was refused."""
-    device_type = settings.device
-    if device_type == "auto":
-        device_type = "cuda" if torch.cuda.is_available() else "cpu"
-    device, dtype = torch.device(device_type), getattr(torch, settings.dtype)
+    device, dtype = chosen_device(settings.device), getattr(torch, settings.dtype)
     torch.set_num_threads(settings.threads)
     shape, console = settings.shape(), report.make_console()
     setting = report.Setting.of(device, dtype)
@@ -205,17 +169,17 @@ def main(settings: Settings) -> int:
     )
     found: dict[str, Results] = {}
     rows: list[report.Row] = []
-    sub_block = SubBlock(shape, dtype, device)
+    block = SubBlock(shape, dtype, device)
     for mode in MODES:
         found[mode] = harness.measure(
-            sub_block.providers(mode, settings), sub_block.plain(mode), sub_block.exact(mode), baseline="checkpoint",
+            block.providers(mode, settings), block.plain(mode), block.exact(mode), baseline="checkpoint",
             device=device, num_rounds=settings.rounds, num_warm_ups=settings.warm_ups,
         )  # fmt: skip
         report.print_results(f"GEGLU feed-forward, {mode}", found[mode], console)
-        rows += report.rows_of(found[mode], bench=BENCH, mode=mode, shape=asdict(shape), setting=setting)
-    for name, reason in sub_block.skipped.items():
+        rows += report.rows_of(found[mode], bench=BENCH, mode=mode, shape=shape.as_row(), setting=setting)
+    for name, reason in block.skipped.items():
         console.print(f"left out: {name}: {reason}", markup=False)
-    is_held = shape == FeedForwardShape() and (device.type, settings.dtype) == ("cpu", "float32")
+    is_held = shape == Settings().shape() and (device.type, settings.dtype) == ("cpu", "float32")
     print_bars(found["both"], console, is_held=is_held)
     if settings.json:
         report.write_json(rows, settings.json)
@@ -246,7 +210,7 @@ def print_bars(both: Results, console: Console, *, is_held: bool) -> None:
             console.print(f"  {name} against {baseline}: {speed:.2f}x at {peak:.3f} of the peak{verdict}")
 
 
-def draw(found: dict[str, Results], shape: FeedForwardShape, setting: report.Setting, path: Path) -> None:
+def draw(found: dict[str, Results], shape: TemporalShape, setting: report.Setting, path: Path) -> None:
     """Time and peak of forward + backward."""
     measured = found["both"].measured
     peaks = {

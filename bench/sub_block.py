@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from bench import harness, report
+from bench.environment import chosen_device
 from bench.harness import Outputs, Provider, Results
 from bench.shapes import TemporalShape
 
@@ -38,17 +39,17 @@ class Settings:
     warm_ups: int = 1  # calls of each provider before it is counted and timed
     compile_limit_s: float = 180.0  # leave torch.compile out where it takes longer; 0: leave it out
 
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, int) and value < 1 and name != "warm_ups":
+                raise ValueError(f"{name} must be at least 1, got {value}")
+
     def shape(self) -> TemporalShape:
         """The shape flags as one value."""
         return TemporalShape(
             batch=self.batch, frames=self.frames, height=self.height, width=self.width,
             channels=self.channels, heads=self.heads,
         )  # fmt: skip
-
-    def torch_device(self) -> torch.device:
-        """The device that was asked for."""
-        has_gpu = torch.cuda.is_available()
-        return torch.device(("cuda" if has_gpu else "cpu") if self.device == "auto" else self.device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +83,7 @@ class SubBlock:
     ) -> None:  # fmt: skip
         torch.manual_seed(0)
         self.settings, self.shape = settings, settings.shape()
-        self.device, dtype = settings.torch_device(), getattr(torch, settings.dtype)
+        self.device, dtype = chosen_device(settings.device), getattr(torch, settings.dtype)
         self.make, self.ways, self.pieces = make, ways, pieces
         self.module = make(self.shape).to(self.device, dtype)
         size = (settings.batch * settings.frames, self.shape.pixels, settings.channels)

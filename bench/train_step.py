@@ -33,7 +33,7 @@ import tyro
 from rich.console import Console
 
 from bench import measured_step, modelled_step, report
-from bench.environment import tune_allocator
+from bench.environment import chosen_device, tune_allocator
 from bench.fused_plan import Plans, StepWay
 from mimicmotion import config as presets
 from mimicmotion.memory_plan import reserve_as_planned
@@ -70,11 +70,6 @@ class Settings:
     threads: int | None = None  # measured: CPU threads; torch's choice by default
     device: Literal["auto", "cpu", "cuda"] = "auto"  # measured; auto: the GPU where there is one
 
-    def torch_device(self) -> torch.device:
-        """The device that was asked for."""
-        has_gpu = torch.cuda.is_available()
-        return torch.device(("cuda" if has_gpu else "cpu") if self.device == "auto" else self.device)
-
     def pixels(self) -> tuple[int, int] | None:
         """Height and width, None where no size is given."""
         if self.size is None:
@@ -84,7 +79,7 @@ class Settings:
 
     def config(self) -> presets.Config:
         """The preset to measure, with the sizes given here."""
-        by_device = "mimicmotion-72" if self.torch_device().type == "cuda" else "demo"
+        by_device = "mimicmotion-72" if chosen_device(self.device).type == "cuda" else "demo"
         preset = presets.PRESETS[by_device if self.preset == "auto" else self.preset]()
         height, width = self.pixels() or (preset.data.height, preset.data.width)
         frames = preset.data.num_frames if self.frames is None else self.frames
@@ -95,7 +90,7 @@ class Settings:
 
     def measured_ways(self) -> tuple[StepWay, ...]:
         """Raises ValueError where fused-plan is asked for on a CPU."""
-        is_on_cpu = self.torch_device().type == "cpu"
+        is_on_cpu = chosen_device(self.device).type == "cpu"
         if is_on_cpu and "fused-plan" in self.ways:
             raise ValueError(
                 "fused-plan moves what a GPU has no room for to the host, and here the host is the device; measure it "
@@ -132,7 +127,7 @@ def model(settings: Settings, console: Console) -> int:
 def measure(settings: Settings, console: Console) -> int:
     """Measure, print, write. Returns the exit status: 1 where a fused way was refused."""
     try:
-        device, config, ways = settings.torch_device(), settings.config(), settings.measured_ways()
+        device, config, ways = chosen_device(settings.device), settings.config(), settings.measured_ways()
     except ValueError as error:
         raise SystemExit(f"{BENCH}: {error}") from error
     if device.type == "cuda":

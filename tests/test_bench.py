@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import environment, harness, report, training_step
+from bench import attn72, environment, geglu_feed_forward, harness, report, training_step
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -127,6 +127,13 @@ def test_rows_have_every_key_and_survive_json(tmp_path):
         assert (row["kind"], row["ratio"], row["dtype"]) == ("measured", 1.0, "float32")
         assert row["versions"]["torch"] == torch.__version__
     assert x.nbytes <= loaded[1]["median"] <= x.nbytes + 64  # and the factor, which torch makes a tensor of
+
+
+def test_counts_below_one_are_refused():
+    for settings, name in ((attn72.Settings, "threads"), (geglu_feed_forward.Settings, "eager_chunk_tokens")):
+        with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+            settings(**{name: 0})
+        assert settings(warm_ups=0).warm_ups == 0
 
 
 def test_a_row_is_measured_or_modelled():
