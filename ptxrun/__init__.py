@@ -1,8 +1,9 @@
 """Runs the PTX that Triton and nvcc emit on the CPU, with checks for races and bounds and counts of what it does.
 
 Stands alone: tests and benches use it, it uses nothing of ours. A launch runs block after block, and in a block warp
-after warp to the next barrier, forward, in reverse or shuffled. Not covered: TMA, tcgen05 and mbarriers (code for
-sm_100a), races inside a warp, what ptxas makes of the PTX, time. What it does not know is an error.
+after warp to the next barrier, forward, in reverse or shuffled; what is asynchronous happens as late as it may. Not
+covered: TMA, products of two blocks, races inside a warp, what ptxas makes of the PTX, time. What it does not know is
+an error.
 """
 
 from ptxrun.building import nvcc_ptx

@@ -5,6 +5,7 @@ Each takes the number of the place, counted from 0 in the order of the text. Val
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 
@@ -24,9 +25,15 @@ def replaced(pattern: str, change: Callable[[re.Match[str]], str], number: int =
     return mutate
 
 
-def without_barrier(number: int = 0) -> Mutation:
-    """Take a barrier of the block out."""
-    return replaced(r"\bbar(?:rier)?(?:\.cta)?\.sync\b[^;]*;", lambda match: "", number)
+def without(beginning: str, number: int = 0) -> Mutation:
+    """Take a statement that begins like this regular expression out."""
+    return replaced(rf"{beginning}[^;]*;", lambda match: "", number)
+
+
+def without_barrier(number: int = 0, together: int = 1) -> Mutation:
+    """Take a barrier of the block out, or several that follow each other."""
+    once = without(r"\bbar(?:rier)?(?:\.cta)?\.sync\b", number)
+    return lambda text: functools.reduce(lambda broken, _: once(broken), range(together), text)
 
 
 def looser_wait(number: int = 0) -> Mutation:
@@ -37,7 +44,7 @@ def looser_wait(number: int = 0) -> Mutation:
 
 def without_fence(number: int = 0) -> Mutation:
     """Take a fence before an asynchronous product out: of memory, fence.proxy.async, or of registers, wgmma.fence."""
-    return replaced(r"\b(?:fence\.proxy\.async|wgmma\.fence)\b[^;]*;", lambda match: "", number)
+    return without(r"\b(?:fence\.proxy\.async|wgmma\.fence)\b", number)
 
 
 def shifted_comparison(number: int = 0, by: int = 1) -> Mutation:

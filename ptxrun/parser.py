@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import re
 import struct
 
@@ -74,6 +75,8 @@ class _Parser:
         self.newlines = [match.start() for match in re.finditer("\n", text)]
         self.program = Program(entry["name"])
         self.scopes: list[dict[str, Register]] = []
+        # Of the same blocks: names for the labels in them, and the number of the first instruction.
+        self.labels: list[tuple[dict[str, str], int]] = []
         special = enumerate(SPECIAL_REGISTERS)
         self.special = {f"%{name}": Register(name, 128 * number, width_code("b32")) for number, name in special}
         start = text.index("{", entry.end())
@@ -127,21 +130,38 @@ class _Parser:
                 position += 1
             if text[position] == "{":
                 self.scopes.append({})
+                self.labels.append(({}, len(self.program.instructions)))
                 position += 1
             elif text[position] == "}":
                 self.scopes.pop()
+                self._end_labels()
                 position += 1
                 if not self.scopes:
                     return
             elif match := _SKIPPED.match(text, position):
                 position = match.end()
             elif match := _LABEL.match(text, position):
-                self.program.labels[match[1]] = len(self.program.instructions)
+                self._label(match[1], self._line(position))
                 position = match.end()
             else:
                 end = text.index(";", position)
                 self._statement(" ".join(text[position:end].split()), self._line(position))
                 position = end + 1
+
+    def _label(self, name: str, line: int) -> None:
+        """A label of an inner block is known there only, so that another block may have one of the same name."""
+        unique = name if len(self.scopes) == 1 else f"{name} of line {line}"
+        self.labels[-1][0][name] = unique
+        self.program.labels[unique] = len(self.program.instructions)
+
+    def _end_labels(self) -> None:
+        """Let the branches of a block that ends go to its own labels."""
+        names, first = self.labels.pop()
+        instructions = self.program.instructions
+        for number in range(first, len(instructions) if names else first):
+            operands = instructions[number].operands
+            named = tuple(Symbol(names.get(x.name, x.name)) if isinstance(x, Symbol) else x for x in operands)
+            instructions[number] = dataclasses.replace(instructions[number], operands=named)
 
     def _statement(self, text: str, line: int) -> None:
         if match := re.fullmatch(r"\.reg\s*\.(\w+)\s+(.*)", text):

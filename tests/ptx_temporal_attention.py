@@ -15,7 +15,7 @@ from ptxrun.launching import Mutation
 MMA_PRODUCTS = 16 * 8 * 16
 KERNELS = {"forward": kernels.forward_kernel, "backward": kernels.backward_kernel}
 P, N, D = 2, 2, 64
-ARCHITECTURES = (80, 90)  # products of a warp, and of a warpgroup
+ARCHITECTURES = (80, 90, 100)  # products of a warp, of a warpgroup, in tensor memory
 
 
 class Inputs:

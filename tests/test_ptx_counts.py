@@ -118,7 +118,7 @@ def test_temporal_attention_of_odd_lengths(direction: str, frames: int, dtype: t
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("architecture", [86, 89, 90, 120])
+@pytest.mark.parametrize("architecture", [86, 89, 90, 100, 120])
 def test_temporal_attention_on_other_architectures(
     inputs: attention.Inputs, direction: str, architecture: int
 ) -> None:  # fmt: skip
@@ -141,12 +141,14 @@ def is_found(inputs: attention.Inputs, direction: str, mutate: Mutation, archite
 
 
 def missed_barriers(inputs: attention.Inputs, direction: str, step: int, architecture: int = 80) -> list[int]:
-    """Barriers, each step-th, without which nothing is found to be wrong."""
+    """Barriers, each step-th, without which nothing is found to be wrong; for sm_100, with up to three in a row, three."""
     texts = []
     attention.run(inputs, direction, architecture, mutate=lambda text: texts.append(text) or text)
-    places = range(0, mutations.num_barriers(texts[0]), step)
+    count = mutations.num_barriers(texts[0])
+    places = range(0, count, step)
     assert places, "the kernel has no barrier"
-    broken = {number: mutations.without_barrier(number) for number in places}
+    together = 3 if architecture == 100 else 1
+    broken = {number: mutations.without_barrier(number, together) for number in places if number + together < count}
     return [number for number, mutate in broken.items() if not is_found(inputs, direction, mutate, architecture)]
 
 
@@ -156,20 +158,32 @@ def test_temporal_attention_without_a_barrier(inputs: attention.Inputs, directio
     assert missed_barriers(inputs, direction, 9, architecture) == []
 
 
-@pytest.mark.parametrize("mutate", [mutations.looser_wait(1), mutations.without_fence(0), mutations.without_fence(1)],
-                         ids=["wait", "memory fence", "register fence"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("architecture", "mutate"),
+    [
+        (90, mutations.looser_wait(1)),
+        (90, mutations.without_fence(0)),
+        (90, mutations.without_fence(1)),
+        (100, mutations.without_fence(0)),
+        (100, mutations.without(r"tcgen05\.wait::st")),
+        (100, mutations.without(r"tcgen05\.wait::ld")),
+        (100, mutations.without(r"@%p\d+ tcgen05\.commit")),
+    ],
+)
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_temporal_attention_without_order_of_its_asynchronous_products(
-    inputs: attention.Inputs, direction: str, mutate: Mutation
+def test_temporal_attention_without_order_of_what_is_asynchronous(
+    inputs: attention.Inputs, direction: str, architecture: int, mutate: Mutation
 ) -> None:
-    assert is_found(inputs, direction, mutate, 90)
+    assert is_found(inputs, direction, mutate, architecture)
 
 
 @pytest.mark.deep
+@pytest.mark.parametrize("architecture", attention.ARCHITECTURES)
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_temporal_attention_without_any_barrier(inputs: attention.Inputs, direction: str) -> None:
-    """Triton sets one in backward that orders nothing."""
-    assert len(missed_barriers(inputs, direction, step=1)) <= (direction == "backward")
+def test_temporal_attention_without_any_barrier(inputs: attention.Inputs, direction: str, architecture: int) -> None:
+    """For sm_80 Triton sets one in backward that orders nothing, for sm_100 a fourth in a row."""
+    missed = missed_barriers(inputs, direction, 1, architecture)
+    assert len(missed) <= (direction == "backward" and architecture != 90)
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)

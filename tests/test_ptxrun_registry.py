@@ -9,6 +9,7 @@ import test_ptxrun_bits
 import test_ptxrun_control
 import test_ptxrun_matrix
 import test_ptxrun_memory
+import test_ptxrun_tensor_memory
 import test_ptxrun_warpgroup
 
 import ptxrun
@@ -21,6 +22,7 @@ MODULES = (
     test_ptxrun_control,
     test_ptxrun_matrix,
     test_ptxrun_memory,
+    test_ptxrun_tensor_memory,
     test_ptxrun_warpgroup,
 )
 # Instructions of which a test runs every form in every choice; opcodes that a test spells out.
@@ -83,7 +85,7 @@ def test_forms_do_not_overlap() -> None:
         "bra nowhere",
         "@%r0 add.s32 %r0, %r1",
         "not.pred %r0, %p1",
-        "tcgen05.wait::ld.sync.aligned",
+        "tcgen05.cp.cta_group::1.128x256b [%r0], %d0",
         "call f",
         ".branchtargets",
     ],

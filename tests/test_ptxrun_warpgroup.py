@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from swizzled_matrix import DEPTH, DTYPES, MATRIX_BYTES, Stored
 
 import ptxrun
 from ptxrun import mutations
@@ -13,35 +14,12 @@ from ptxrun.forms import FORMS
 from ptxrun.launching import Mutation
 
 TESTED = ("wgmma",)
-THREADS, DEPTH, MATRIX_BYTES = 128, 16, 1 << 15  # a matrix has its half of the tests' memory at most
+THREADS = 128
 SWIZZLES = {128: 1, 64: 2, 32: 3}  # bytes of a row of memory: code in a descriptor
-DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
 
 
-class Stored:
-    """A matrix (rows, 16) as bytes of shared memory from `start`, and its descriptor.
-
-    Eight rows of row_bytes follow each other, and in row r of the eight the 16-byte piece j lies where j ^ (r * pieces
-    // 8) would. Along a row run k (from first_k on), or the rows of the matrix where it is transposed.
-    """
-
-    def __init__(self, matrix: torch.Tensor, row_bytes: int, is_transposed: bool, first_k: int = 0) -> None:
-        self.memory = torch.zeros(MATRIX_BYTES // 2, dtype=matrix.dtype)
-        group_bytes = 8 * row_bytes
-        leading, stride = (4 * group_bytes, group_bytes) if is_transposed else (16, 2 * group_bytes)
-        places = []
-        for row, k in itertools.product(range(matrix.shape[0]), range(DEPTH)):
-            line, along = (k, row) if is_transposed else (row, first_k + k)
-            block, column = divmod(2 * along, row_bytes)
-            assert is_transposed or block == 0
-            piece, rest = divmod(column, 16)
-            piece ^= line % 8 * (row_bytes // 16) // 8
-            places.append((block * leading + line // 8 * stride + line % 8 * row_bytes + piece * 16 + rest) // 2)
-        self.memory[places] = matrix.flatten()
-        self.fields = (2 * first_k >> 4) | leading >> 4 << 16 | stride >> 4 << 32 | SWIZZLES[row_bytes] << 62
-
-    def descriptor(self, start: int) -> int:
-        return self.fields + (start >> 4)
+def descriptor(matrix: Stored, row_bytes: int, start: int) -> int:
+    return matrix.fields + (start >> 4) | SWIZZLES[row_bytes] << 62
 
 
 def program(columns: int, type_: str, flags: str, is_a_in_registers: bool) -> str:
@@ -111,7 +89,7 @@ def check(
     registers = A[elements(DEPTH)]  # A's fragment is D's of 16 columns
     stored = [Stored(A, row_bytes, transposed[0], first_k), Stored(B, row_bytes, transposed[1], first_k)]
     flags = ", ".join(map(str, (int(adds), *signs, *map(int, transposed[is_a_in_registers:]))))
-    a, b = stored[0].descriptor(0), stored[1].descriptor(MATRIX_BYTES)
+    a, b = (descriptor(x, row_bytes, number * MATRIX_BYTES) for number, x in enumerate(stored))
     memory = torch.cat([x.memory for x in stored])
     counts = ptxrun.launch_ptx(
         program(columns, type_, flags, is_a_in_registers), None, (1,), (THREADS,), 0, [memory, registers, total, a, b],

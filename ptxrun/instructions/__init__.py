@@ -1,5 +1,5 @@
 """The instruction table, by family; importing the families fills the registry in `ptxrun.forms`."""
 
-from ptxrun.instructions import arithmetic, bits, control, conversion, matrix, memory, warpgroup
+from ptxrun.instructions import arithmetic, bits, control, conversion, matrix, memory, tensor_memory, warpgroup
 
-__all__ = ["arithmetic", "bits", "control", "conversion", "matrix", "memory", "warpgroup"]
+__all__ = ["arithmetic", "bits", "control", "conversion", "matrix", "memory", "tensor_memory", "warpgroup"]

@@ -1,6 +1,6 @@
 // Branches, barriers, and what the lanes of a warp tell each other.
 #pragma once
-#include "warpgroup.h"
+#include "tensor_memory.h"
 
 namespace ptxrun {
 

@@ -87,6 +87,8 @@ inline void start_warp(Warp& w, const Launch& x, const u32* ctaid) {
   w.copy_group = 0;
   w.products.clear();
   w.totals.clear();
+  w.tensor_loads.clear();
+  w.tensor_stores.clear();
   w.product_group = 0;
   w.num_issued = 0;
   w.is_fenced = false;
@@ -191,6 +193,7 @@ inline void run_blocks(const Launch& x, const Function* functions) {
       start_warp(w, x, ctaid);
     }
     run_block(b, x.order);
+    if (b.tensor_columns) throw Fault("tensor memory is not freed at the end of block " + std::to_string(b.number));
   }
 }
 

@@ -80,6 +80,36 @@ struct IssuedProduct {
   u64 a, b;
 };
 
+// Between the registers and tensor memory; values are those of a store.
+struct PendingMove {
+  const Instruction* instruction;
+  u32 address;
+  int split, count;
+  const s64* registers;
+  std::vector<u32> values;
+};
+
+// Who stored a word of tensor memory last, and when.
+struct TensorWrite {
+  int warp = -1;
+  u32 time = 0;
+};
+
+// d and a are addresses in tensor memory or, for a, a matrix descriptor as b is.
+struct PendingTensorProduct {
+  const Instruction* instruction;
+  u32 d;
+  u64 a, b;
+  u32 kind;
+  bool adds, is_a_in_tensor_memory;
+};
+
+// committed: how many products of the block are done when it is arrived at, 0 for none.
+struct MemoryBarrier {
+  u32 phase = 0;
+  size_t committed = 0;
+};
+
 struct Block {
   const std::vector<Instruction>* code;
   u8* shared;
@@ -100,6 +130,12 @@ struct Block {
   Barrier barriers[16];
   bool has_proxy_fences = false;
   std::vector<IssuedProduct> issued[8];  // by a warpgroup's first warp to come there
+  std::vector<u32> tensor;  // [lane][column]
+  std::vector<TensorWrite> tensor_writes;
+  u32 tensor_columns = 0;
+  std::vector<PendingTensorProduct> tensor_products;
+  size_t num_finished = 0;
+  std::map<u32, MemoryBarrier> memory_barriers;  // by where they are in shared memory
   std::vector<Warp>* warps;
 };
 
@@ -118,6 +154,7 @@ struct Warp {
   std::map<s64, std::vector<f32>> totals;  // of pending products, by their first register
   int product_group;
   size_t num_issued;
+  std::vector<PendingMove> tensor_loads, tensor_stores;
   bool is_fenced;
 
   template <class T>

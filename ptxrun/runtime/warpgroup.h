@@ -12,13 +12,9 @@ constexpr int CHUNK_BYTES = 16;  // that lie together however shared memory is s
 struct Descriptor {
   u64 start, leading, stride, row_bytes;
 
-  Descriptor(const Warp& w, const Instruction& i, u64 bits)
-      : start((bits & 0x3fff) << 4), leading((bits >> 16 & 0x3fff) << 4), stride((bits >> 32 & 0x3fff) << 4) {
-    const u64 swizzle = bits >> 62;
-    if (swizzle == 0 || bits >> 49 & 7)
-      fault(w, i, "matrix descriptor %#llx: ptxrun knows swizzled matrices without a base offset", bits);
-    row_bytes = 256 >> swizzle;  // 1: 128, 2: 64, 3: 32
-  }
+  Descriptor(u64 bits, u64 swizzled_bytes)
+      : start((bits & 0x3fff) << 4), leading((bits >> 16 & 0x3fff) << 4), stride((bits >> 32 & 0x3fff) << 4),
+        row_bytes(swizzled_bytes) {}
 
   // Where the chunk of eight elements from (row, k) is; a row is one of A or a column of B. Rows of row_bytes lie one
   // after the other in groups of eight; along them run k, or the matrix's rows where it is transposed.
@@ -30,10 +26,17 @@ struct Descriptor {
   }
 };
 
+inline Descriptor descriptor(const Warp& w, const Instruction& i, u64 bits) {
+  const u64 swizzle = bits >> 62;  // 1: 128 bytes, 2: 64, 3: 32
+  if (swizzle == 0 || bits >> 49 & 7)
+    fault(w, i, "matrix descriptor %#llx: ptxrun knows swizzled matrices without a base offset", bits);
+  return {bits, 256u >> swizzle};
+}
+
 // Calls use(row, k, chunk) for each chunk of a matrix of rows x 16, of which `first` is the first row to be read.
 template <class Use>
-void for_each_chunk(Warp& w, const Instruction& i, u64 bits, bool is_transposed, int first, int rows, Use use) {
-  const Descriptor matrix(w, i, bits);
+void for_each_chunk(Warp& w, const Instruction& i, const Descriptor& matrix, bool is_transposed, int first, int rows,
+                    Use use) {
   for (int row = first; row < first + rows; row += is_transposed ? 8 : 1)
     for (int k = 0; k < DEPTH; k += is_transposed ? 1 : 8)
       use(row, k, shared_pointer(w, i, matrix.chunk(row, k, is_transposed), CHUNK_BYTES, nullptr));
@@ -44,7 +47,7 @@ inline void need_proxy_fence(Warp& w, const Instruction& i, const u8* chunk) {
   const Block& b = *w.block;
   for (size_t k = size_t(chunk - b.shared); b.flags & SHARED_RACES && k < size_t(chunk - b.shared) + CHUNK_BYTES; k++)
     if (b.shadow[k].writers && !(b.shadow[k].fenced >> w.id & 1))
-      fault(w, i, "wgmma reads byte %llu, stored without a fence.proxy.async since", k);
+      fault(w, i, "a matrix product reads byte %llu, stored without a fence.proxy.async since", k);
 }
 
 // The arguments: A's descriptor or -1, B's descriptor, does it add, signs of A and B, are A and B transposed, columns,
@@ -78,8 +81,8 @@ void multiply_now(Warp& w, const PendingProduct& pending, f32* total) {
         A[size_t((l / 4 + j / 2 % 2 * 8) * DEPTH + l % 4 * 2 + j % 2 + j / 4 * 8)] =
             Fragment<T>::element(w.at<u32>(p.a()[j / 2]), l, j % 2);
   else
-    for_each_chunk(w, i, pending.a, p.x[5], first, 16, read(A.data(), first, p.x[5]));
-  for_each_chunk(w, i, pending.b, p.x[6], 0, p.columns(), read(B.data(), 0, p.x[6]));
+    for_each_chunk(w, i, descriptor(w, i, pending.a), p.x[5], first, 16, read(A.data(), first, p.x[5]));
+  for_each_chunk(w, i, descriptor(w, i, pending.b), p.x[6], 0, p.columns(), read(B.data(), 0, p.x[6]));
   const f32 sign = f32(p.x[3] * p.x[4]);
   for (int row = 0; row < 16; row++)
     for (int column = 0; column < p.columns(); column++) {
@@ -125,8 +128,8 @@ void multiply_later(Warp& w, const Instruction& i, const Mask& m) {
                          multiply_now<T>};
   need_same_product(w, i, {i.line, pending.a, pending.b});
   const auto check = [&](int, int, const u8* chunk) { need_proxy_fence(w, i, chunk); };
-  if (!p.has_a_in_registers()) for_each_chunk(w, i, pending.a, p.x[5], w.id % 4 * 16, 16, check);
-  for_each_chunk(w, i, pending.b, p.x[6], 0, p.columns(), check);
+  if (!p.has_a_in_registers()) for_each_chunk(w, i, descriptor(w, i, pending.a), p.x[5], w.id % 4 * 16, 16, check);
+  for_each_chunk(w, i, descriptor(w, i, pending.b), p.x[6], 0, p.columns(), check);
   std::vector<f32>& total = w.totals[p.d()[0]];
   const bool is_first = total.empty();
   total.resize(size_t(16 * p.columns()));
