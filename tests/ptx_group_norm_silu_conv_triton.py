@@ -20,13 +20,14 @@ FRAMES, HEIGHT, WIDTH, CHANNELS, OUTPUTS, GROUPS = 72, 72, 128, 64, 64, 4
 
 
 def launcher(
-    order: int = 0, mutate: Mutation | None = None, counts: dict[str, ptxrun.Counts] | None = None
+    order: int = 0, mutate: Mutation | None = None, counts: dict[str, ptxrun.Counts] | None = None,
+    architecture: int = 80,
 ) -> Launch:  # fmt: skip
     """Executes launches in an order of warps, noting what each kernel did."""
 
     def launch(kernel: Any, num_programs: int, arguments: list[Any], constants: dict[str, Any]) -> None:
         done = ptxrun.launch_triton(
-            kernel, (num_programs,), *arguments, cap=80, order=order, mutate=mutate, **constants
+            kernel, (num_programs,), *arguments, cap=architecture, order=order, mutate=mutate, **constants
         )  # fmt: skip
         if counts is not None:
             counts[kernel.__name__] = done

@@ -68,9 +68,10 @@ def test_emitted_ptx_in_three_orders(name: str) -> None:
 
 def test_emitted_ptx_for_another_architecture_means_the_same() -> None:
     for program, _ in PROGRAMS.values():
-        ampere, hopper = (program(Executor(architecture=architecture)) for architecture in (80, 90))
-        for key, value in ampere.items():
-            torch.testing.assert_close(hopper[key], value, atol=1e-3, rtol=1e-2)
+        first, *others = (program(Executor(architecture=architecture)) for architecture in (80, 90, 100, 120))
+        for other in others:
+            for key, value in first.items():
+                torch.testing.assert_close(other[key], value, atol=1e-3, rtol=1e-2)
 
 
 def is_found(program: Program, kernel: str, mutate: Mutation) -> bool:

@@ -66,6 +66,14 @@ def test_ptx_in_three_warp_orders(kernels: str) -> None:
         assert all(torch.equal(other[name], value) for name, value in first.items()), "bits depend on warp order"
 
 
+@pytest.mark.parametrize("architecture", [90, 100, 120])
+@pytest.mark.parametrize("kernels", ["norm", "3x3, two inputs", "3x1x1"])
+def test_ptx_of_other_architectures(kernels: str, architecture: int) -> None:
+    first, other = (PTX[kernels](launcher(architecture=x)) for x in (80, architecture))
+    for name, value in first.items():
+        torch.testing.assert_close(other[name], value, rtol=2**-7, atol=1e-5 * float(value.abs().max()))
+
+
 @pytest.mark.parametrize(
     ("kernels", "kernel", "mutation"),
     [

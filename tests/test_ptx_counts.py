@@ -141,7 +141,7 @@ def is_found(inputs: attention.Inputs, direction: str, mutate: Mutation, archite
 
 
 def missed_barriers(inputs: attention.Inputs, direction: str, step: int, architecture: int = 80) -> list[int]:
-    """Barriers, each step-th, without which nothing is found to be wrong; for sm_100, with up to three in a row, three."""
+    """Barriers, each step-th, without which nothing is found to be wrong; three for sm_100, where some are in a row."""
     texts = []
     attention.run(inputs, direction, architecture, mutate=lambda text: texts.append(text) or text)
     count = mutations.num_barriers(texts[0])
