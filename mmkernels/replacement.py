@@ -66,9 +66,10 @@ class Report:
 def replace(unet: nn.Module, plan: str | Plan = "fused", device: Device | None = None) -> Callable[[], None]:
     """Swap the blocks of `unet` in place by a plan and return undo(), which puts the very same objects back.
 
-    "fused": every block that is exactly the known one runs on fused operations and segments; any other stays as it is,
-    and `report` says why. "checkpoint": every SpatioTemporalResBlock and TransformerSpatioTemporalModel runs whole
-    under torch.utils.checkpoint. A Plan: as "fused", with each unit as the plan has it.
+    "fused": every block that is exactly the known one, and the UNet's last norm and convolution, runs on fused
+    operations and segments; any other stays as it is, and `report` says why. "checkpoint": every SpatioTemporalResBlock
+    and TransformerSpatioTemporalModel runs whole under torch.utils.checkpoint. A Plan: as "fused", with each unit as
+    the plan has it.
 
     device: what a plan moves through; by default a CudaDevice of plan.slab_bytes for the UNet's GPU, which undo()
         closes. On a CPU moving is of no use, and one has to be given.
