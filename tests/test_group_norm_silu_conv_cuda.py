@@ -166,7 +166,7 @@ def test_on_the_device(name: str) -> None:
 @pytest.mark.skipif(not COMPILER, reason="no C++ compiler to build the check with")
 def test_source_under_sanitizers(tmp_path: Path) -> None:
     program = str(tmp_path / "program")
-    flags = ["-std=c++17", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    flags = ["-std=c++17", "-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     includes = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests/native'}"]
     source = str(ROOT / "tests/native/group_norm_silu_conv_host.cpp")
     for command in ([COMPILER, *flags, *includes, source, "-o", program], [program]):

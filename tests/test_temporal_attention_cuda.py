@@ -129,7 +129,7 @@ def host_program(tmp_path_factory: pytest.TempPathFactory) -> str:
     if not COMPILER:
         pytest.skip("no C++ compiler to build the check with")
     program = str(tmp_path_factory.mktemp("host") / "program")
-    flags = ["-std=c++17", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    flags = ["-std=c++17", "-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     includes = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests/native'}"]
     run(COMPILER, *flags, *includes, str(ROOT / "tests/native/temporal_attention_cuda.cpp"), "-o", program)
     return program
