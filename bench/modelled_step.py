@@ -39,7 +39,7 @@ DTYPES = {"adamw": "float32 under autocast to bfloat16", "adamw8bit": "bfloat16"
 
 @dataclass(frozen=True, kw_only=True)
 class StepCost:
-    """What a step costs. moved_bytes: to the host, and as much comes back; hidden_ratio: of the clock."""
+    """What a step costs. moved_bytes: to the host, one way; hidden_ratio: of the clock."""
 
     saved_bytes: int
     peak_bytes: int
@@ -53,10 +53,11 @@ class StepCost:
     def of(cls, traced: Traced) -> "StepCost":
         """The figures of a trace."""
         cost, clock = traced.trace, traced.clock
+        # save_on_cpu's copies are not an offload's: the clock knows their time alone, as much each way.
+        moved_bytes = clock.moved_out_bytes or clock.copied_s * clock.card.link_bytes_per_s / 2
         return cls(
             saved_bytes=cost.saved_bytes, peak_bytes=cost.peak_bytes, reserved_bytes=cost.reserved_bytes,
-            flops=cost.flops, moved_bytes=clock.copied_s * clock.card.link_bytes_per_s / 2,
-            hidden_ratio=clock.hidden_ratio, step_s=clock.seconds,
+            flops=cost.flops, moved_bytes=moved_bytes, hidden_ratio=clock.hidden_ratio, step_s=clock.seconds,
         )  # fmt: skip
 
 
