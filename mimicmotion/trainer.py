@@ -126,6 +126,10 @@ class Trainer:
         self.plan = plan
         if plan is not None:
             self.notes.append(str(plan))
+            if config.optimizer.ema == "host":
+                self.notes.append(
+                    "not in the plan's time: the moving average on the host, a copy of the weights a step"
+                )
         self.wrapped = ranks.wrap(self.model)
         self.step = self.skipped = self.skipped_in_a_row = 0
         self._is_signalled = False  # on this rank

@@ -23,11 +23,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from mimicmotion.config import OptimizerConfig
+from mmkernels.planning.choices import PIECE_ELEMENTS, TEMPORARY_BYTES
 
 _BLOCK_ELEMENTS = 256  # that share a scale
 _LEAST_ELEMENTS = 4096  # below it moments stay float32, as in bitsandbytes
-_PIECE_ELEMENTS = 1 << 21  # updated at once by adamw8bit
-TEMPORARY_BYTES = 57  # an element of a piece, while it is updated; a test counts them
 
 
 class WeightUpdate:
@@ -102,7 +101,7 @@ class WeightUpdate:
         state = self._moved(kept, to_host=False) if self.is_on_host else kept
         if isinstance(weight, FakeTensor) and self.is_8bit:
             # a dry run: the memory alone, since the hundred operations of each piece would take minutes
-            torch.empty(TEMPORARY_BYTES * min(weight.numel(), _PIECE_ELEMENTS), dtype=torch.uint8)
+            torch.empty(TEMPORARY_BYTES * min(weight.numel(), PIECE_ELEMENTS), dtype=torch.uint8)
         elif self.is_8bit:
             with self._rounding(name, int(state["step"])):
                 self._update_pieces(weight, state)
@@ -217,14 +216,14 @@ def _copied(value: Any, device: torch.device, is_locked: bool) -> Tensor:
 
 
 def _pieces(weight: Tensor, state: dict[str, Any]) -> Iterator[tuple[slice, dict[str, Any]]]:
-    """Rows of a weight (its first axis) and views of their moments, at most about _PIECE_ELEMENTS at a time."""
+    """Rows of a weight (its first axis) and views of their moments, at most about PIECE_ELEMENTS at a time."""
     moments = {key: value for key, value in state.items() if key != "step"}
-    if weight.numel() <= _PIECE_ELEMENTS or not hasattr(moments["exp_avg"], "codes"):
+    if weight.numel() <= PIECE_ELEMENTS or not hasattr(moments["exp_avg"], "codes"):
         yield slice(None), moments
         return
     row = weight[0].numel()
     least = _BLOCK_ELEMENTS // math.gcd(row, _BLOCK_ELEMENTS)  # rows that fill whole blocks
-    rows = max(least, _PIECE_ELEMENTS // row // least * least)
+    rows = max(least, PIECE_ELEMENTS // row // least * least)
     for begin in range(0, len(weight), rows):
         taken = slice(begin, begin + rows)
         scales = slice(begin * row // _BLOCK_ELEMENTS, (begin + rows) * row // _BLOCK_ELEMENTS)

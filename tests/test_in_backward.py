@@ -6,8 +6,8 @@ import torch
 from mimicmotion.config import OptimizerConfig
 from mimicmotion.in_backward import InBackward
 from mimicmotion.optimization import Optimization
-from mimicmotion.weight_update import TEMPORARY_BYTES
 from mmkernels.memory.trace import trace
+from mmkernels.planning.choices import TEMPORARY_BYTES
 
 LIMIT = 2.0
 

@@ -107,9 +107,9 @@ def test_states_of_the_other_kind_are_refused():
 def test_8bit_moments_in_pieces_are_those_of_the_whole(monkeypatch):
     whole, pieces = _make("adamw8bit"), _make("adamw8bit")
     for number in range(3):
-        monkeypatch.setattr(weight_update, "_PIECE_ELEMENTS", 1 << 21)
+        monkeypatch.setattr(weight_update, "PIECE_ELEMENTS", 1 << 21)
         _step(whole, number)
-        monkeypatch.setattr(weight_update, "_PIECE_ELEMENTS", 7000)  # of rows of 216: 32 rows fill 27 blocks
+        monkeypatch.setattr(weight_update, "PIECE_ELEMENTS", 7000)  # of rows of 216: 32 rows fill 27 blocks
         _step(pieces, number)
         if number == 0:  # the same up to the rounding, which draws other numbers
             spacing = 2**-7 * whole.weights["wide"].abs()

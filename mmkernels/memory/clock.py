@@ -34,11 +34,6 @@ class Clock:
         self._now["compute"] += seconds
         self.compute_s += seconds
 
-    def run_on_host(self, seconds: float) -> None:
-        """Work of the host that the compute stream waits for and that hides no copy of its own."""
-        self._now["compute"] += seconds
-        self.compute_s += seconds
-
     def restart(self) -> None:
         """Begin again at 0, with nothing queued; events recorded before mean nothing afterwards."""
         self.__init__(self.card)

@@ -20,6 +20,8 @@ from typing import Any, Literal, get_args
 from mmkernels.memory.units import WHOLE, Choice
 
 OptimizerKind = Literal["adamw", "adamw8bit"]
+PIECE_ELEMENTS = 1 << 21  # of a weight, that adamw8bit updates at once
+TEMPORARY_BYTES = 57  # an element of a piece, while it is updated; tests/test_in_backward.py counts them
 GIB = 1 << 30
 
 
@@ -30,7 +32,7 @@ class OptimizerChoice:
     kind: "adamw": float32 weights used under autocast, float32 moments; "adamw8bit": bfloat16 weights rounded
         stochastically, 8-bit moments.
     is_in_backward: each weight is updated as soon as its gradient is there, which is freed at once.
-    states_on_host: moments (and the update) live on the host.
+    states_on_host: moments live on the host, and those of one weight at a time come over for its update and go back.
     """
 
     kind: OptimizerKind = "adamw"

@@ -73,8 +73,8 @@ class PhaseCost:
 class OptimizerCost:
     """Of the update of the weights.
 
-    moments_bytes: what could lie on the host instead. host_s: seconds that the update takes longer there, gradients and
-    weights on the link included; 0 where it may not be there.
+    moments_bytes: what could lie on the host instead. host_s: seconds that their way to the device and back takes then;
+        0 where they may not be there.
     can_be_in_backward: whether each weight may be updated as soon as its gradient is there.
     """
 

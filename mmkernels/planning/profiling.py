@@ -14,13 +14,10 @@ from mmkernels.planning.choices import OptimizerChoice, Plan
 from mmkernels.planning.profile import BlockCost, OptimizerCost, PhaseCost, Profile, UnitCost
 from mmkernels.planning.watching import WatchingClock
 from mmkernels.planning.workload import (
-    HOST_BYTES_PER_S,
     Traced,
     Workload,
-    link_bytes,
     moments_bytes,
     trace_way,
-    update_bytes,
 )
 from mmkernels.replacement import plan_units, replace
 
@@ -83,12 +80,11 @@ def gradient_bytes(workload: Workload, blocks: Sequence[str]) -> dict[str, int]:
 
 
 def optimizer_cost(workload: Workload, card: Card, optimizer: OptimizerChoice) -> OptimizerCost:
-    """Of the update on the device, and of having it on the host."""
-    traffic_bytes = update_bytes(workload.trained, optimizer)
-    update_s, host_s = card.seconds(0, traffic_bytes), 0.0
-    if card.link_bytes_per_s:
-        host_s = link_bytes(workload.trained) / card.link_bytes_per_s + traffic_bytes / HOST_BYTES_PER_S
-    return OptimizerCost(moments_bytes=moments_bytes(workload.trained, optimizer), host_s=max(0.0, host_s - update_s))
+    """Of moments on the host: out and in once a step, one weight after the other."""
+    moments = moments_bytes(workload.trained, optimizer)
+    return OptimizerCost(
+        moments_bytes=moments, host_s=2 * moments / card.link_bytes_per_s if card.link_bytes_per_s else 0.0
+    )
 
 
 def _block(

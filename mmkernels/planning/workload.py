@@ -15,12 +15,11 @@ from mmkernels.cards import Card
 from mmkernels.memory.clock import Clock
 from mmkernels.memory.cuda_autocast import norms_in_float32
 from mmkernels.memory.trace import Trace, trace
-from mmkernels.planning.choices import OptimizerChoice, Plan
+from mmkernels.planning.choices import PIECE_ELEMENTS, TEMPORARY_BYTES, OptimizerChoice, Plan
 from mmkernels.replacement import dead_parameters, replace, report
 
 Way = str | Plan | Callable[[nn.Module, Clock], Callable[[], None]]
 BASELINES = ("torch", "diffusers-checkpoint", "checkpoint")  # what plain torch has
-HOST_BYTES_PER_S = 20e9  # of an update on the host: what a few cores get of one socket's memory, assumed
 SCALED_ELEMENTS = 256  # of an 8-bit moment that share one float32 scale, as in bitsandbytes and torchao
 
 
@@ -62,16 +61,15 @@ def moments_bytes(trained: Sequence[Tensor], optimizer: OptimizerChoice) -> int:
 
 def update_bytes(trained: Sequence[Tensor], optimizer: OptimizerChoice) -> int:
     """Traffic of the update: gradients read, weights and moments read and written."""
-    return 3 * _weight_bytes(trained) + 2 * moments_bytes(trained, optimizer)
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in trained)
+    return 3 * weights + 2 * moments_bytes(trained, optimizer)
 
 
-def link_bytes(trained: Sequence[Tensor]) -> int:
-    """What an update on the host moves: gradients out and weights in."""
-    return 2 * _weight_bytes(trained)
-
-
-def _weight_bytes(trained: Sequence[Tensor]) -> int:
-    return sum(parameter.numel() * parameter.element_size() for parameter in trained)
+def temporary_bytes(parameter: Tensor, optimizer: OptimizerChoice) -> int:
+    """On the device while one weight is updated: its moments where they live on the host, and what 8 bits need."""
+    visiting = moments_bytes([parameter], optimizer) if optimizer.states_on_host else 0
+    is_8bit = optimizer.kind == "adamw8bit"
+    return visiting + is_8bit * TEMPORARY_BYTES * min(parameter.numel(), PIECE_ELEMENTS)
 
 
 def trace_way(
@@ -147,14 +145,15 @@ def _running(unet: Any, way: Way, clock: Clock) -> Iterator[None]:
 
 @contextmanager
 def _updating(trained: Sequence[Tensor], clock: Clock, optimizer: OptimizerChoice) -> Iterator[Callable[[], None]]:
-    """What updates the weights after backward, on the clock only; nothing where backward does it."""
+    """What updates the weights after backward, on the clock only; nothing where backward does it.
+
+    What an update makes counts inside backward alone: after it there is the room that activations took.
+    """
 
     def update(parameters: Sequence[Tensor]) -> None:
         if optimizer.states_on_host:
-            clock.copy_synchronously(link_bytes(parameters))
-            clock.run_on_host(update_bytes(parameters, optimizer) / HOST_BYTES_PER_S)
-        else:
-            clock.compute(0, update_bytes(parameters, optimizer))
+            clock.copy_synchronously(2 * moments_bytes(parameters, optimizer))
+        clock.compute(0, update_bytes(parameters, optimizer))
 
     if not optimizer.is_in_backward:
         yield lambda: update(trained)
@@ -162,6 +161,7 @@ def _updating(trained: Sequence[Tensor], clock: Clock, optimizer: OptimizerChoic
 
     def update_one(parameter: Tensor) -> None:
         update([parameter])
+        torch.empty(temporary_bytes(parameter, optimizer), dtype=torch.uint8)
         parameter.grad = None
 
     handles = [parameter.register_post_accumulate_grad_hook(update_one) for parameter in trained]
