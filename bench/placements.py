@@ -121,7 +121,7 @@ def _whole(forward: Callable[..., Any], module: nn.Module, *args: Any, **kwargs:
 
 
 def place_fine_grained(unet: nn.Module, *, is_one_token: bool) -> Undo:
-    """A checkpoint around each norm+attention, norm+feed-forward and norm+SiLU+convolution of every block.
+    """A checkpoint around each norm+attention, norm+feed-forward and norm+SiLU+convolution, the UNet's last as well.
 
     torch.utils.checkpoint stops at the last saved tensor, so the product or convolution that ends each is run once.
     is_one_token: attn2 of one context token is to_out(to_v(context)) for every query; wrong for several tokens.
@@ -132,7 +132,27 @@ def place_fine_grained(unet: nn.Module, *, is_one_token: bool) -> Undo:
         BasicTransformerBlock: partial(_spatial_block, is_one_token=is_one_token),
         TemporalBasicTransformerBlock: partial(_temporal_block, is_one_token=is_one_token),
     }
-    return _place(unet, forwards)
+    undo_blocks, undo_head = _place(unet, forwards), _place_around_head(unet)
+
+    def undo() -> None:
+        undo_blocks()
+        undo_head()
+
+    return undo
+
+
+def _place_around_head(unet: Any) -> Undo:
+    """conv_norm_out, conv_act and conv_out, which the UNet calls one after the other, all in the last one's place."""
+    parts = unet.conv_norm_out, unet.conv_act, unet.conv_out
+    norm, act, conv = (part.forward for part in parts)
+    parts[0].forward = parts[1].forward = lambda x: x
+    parts[2].forward = lambda x: _kept(lambda x: conv(act(norm(x))), x)
+
+    def undo() -> None:
+        for part in parts:
+            del part.forward
+
+    return undo
 
 
 def _place(unet: nn.Module, forwards: Mapping[type[nn.Module], Callable[..., Any]]) -> Undo:
