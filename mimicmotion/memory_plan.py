@@ -28,9 +28,8 @@ def choose_plan(config: Config, ranks: Ranks) -> tuple[Config, Plan | None]:
     if config.plan is None and config.memory_budget is None:
         return config, None
     free_gib = ranks.least(usable_gib(ranks.device))
-    if config.plan is not None:
-        return config, ranks.from_first(lambda: _read(config, free_gib))
-    plan = ranks.from_first(lambda: _make(config, free_gib, ranks.world_size))
+    choose = _read if config.plan is not None else _make
+    plan = ranks.from_first(lambda: choose(config, free_gib, ranks.world_size))
     settings, chosen = config.optimizer, plan.optimizer
     placed = dataclasses.replace(
         settings,
@@ -41,7 +40,7 @@ def choose_plan(config: Config, ranks: Ranks) -> tuple[Config, Plan | None]:
     return dataclasses.replace(config, optimizer=placed), plan
 
 
-def _read(config: Config, free_gib: float) -> Plan:
+def _read(config: Config, free_gib: float, _: int) -> Plan:
     """The plan of the run's file, held to the run."""
     assert config.plan is not None
     if not config.plan.is_file():
