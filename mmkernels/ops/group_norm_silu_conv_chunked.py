@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from mmkernels.costs import device_kind
+from mmkernels.rows import num_sharing
 
 # Pixels of a chunk: on a GPU about an L2's worth, on the CPU enough to pay for oneDNN's reordering of the weights and,
 # with several threads, for adding up each one's gradient of them.
 _CHUNK_ROWS = {"cpu": 5760, "cuda": 32768}
-# A 3x1 on the CPU reorders nothing: its scratch lies in the cache, and fewer rows slow the products down.
-_PRODUCTS_CHUNK_BYTES, _PRODUCTS_MIN_ROWS = 3 << 19, 1152
+# A 3x1 on the CPU reorders nothing: its scratch lies in the cache, and fewer rows for a thread slow the products down.
+_PRODUCTS_CHUNK_BYTES, _PRODUCTS_MIN_ROWS = 3 << 19, 1536
 
 Rows = tuple[slice, slice, slice]  # of M, H and W
 
@@ -51,7 +52,7 @@ def default_chunk_rows(x: Tensor, weight: Tensor) -> int:
     """Pixels of a chunk where the caller names none."""
     if _is_products(x, weight):
         row_bytes = weight.shape[1] * product_dtype(x, weight).itemsize
-        return max(_PRODUCTS_MIN_ROWS, _PRODUCTS_CHUNK_BYTES // row_bytes)
+        return max(_PRODUCTS_MIN_ROWS * num_sharing("cpu"), _PRODUCTS_CHUNK_BYTES // row_bytes)
     return _CHUNK_ROWS.get(device_kind(x), _CHUNK_ROWS["cuda"])
 
 
