@@ -130,7 +130,7 @@ struct Block {
   Barrier barriers[16];
   bool has_proxy_fences = false;
   std::vector<IssuedProduct> issued[8];  // by a warpgroup's first warp to come there
-  std::vector<u32> tensor;  // [lane][column]
+  std::vector<u32> tensor;               // [lane][column]
   std::vector<TensorWrite> tensor_writes;
   u32 tensor_columns = 0;
   std::vector<PendingTensorProduct> tensor_products;

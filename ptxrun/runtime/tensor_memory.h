@@ -60,8 +60,8 @@ inline void free_tensor_memory(Warp& w, const Instruction& i, const Mask& m) {
   b.tensor_columns = 0;
 }
 
-// Calls use(word, register, lane). Either a lane of the warp has one of tensor memory, or lanes 16 to 31 have the same 16
-// as lanes 0 to 15, `split` columns further.
+// Calls use(word, register, lane). Either a lane of the warp has one of tensor memory, or lanes 16 to 31 have the same
+// 16 as lanes 0 to 15, `split` columns further.
 template <class Use>
 void for_each_word(Warp& w, const PendingMove& move, Use use) {
   const Instruction& i = *move.instruction;
@@ -138,8 +138,11 @@ struct TensorProduct {
 
   // PTX ISA, "Instruction descriptor" of .kind::f16.
   TensorProduct(const Warp& w, const Instruction& i, u32 bits)
-      : is_bf16(bits >> 7 & 1), is_a_transposed(bits >> 15 & 1), is_b_transposed(bits >> 16 & 1),
-        columns((bits >> 17 & 63) * 8), rows((bits >> 24 & 31) * 16) {
+      : is_bf16(bits >> 7 & 1),
+        is_a_transposed(bits >> 15 & 1),
+        is_b_transposed(bits >> 16 & 1),
+        columns((bits >> 17 & 63) * 8),
+        rows((bits >> 24 & 31) * 16) {
     const u32 known = 1u << 4 | 1u << 7 | 1u << 10 | 1u << 15 | 1u << 16 | 63u << 17 | 31u << 24;
     if (bits & ~known || !(bits >> 4 & 1) || (bits >> 10 & 1) != (bits >> 7 & 1) || (rows != 64 && rows != 128))
       fault(w, i, "instruction descriptor %#llx: ptxrun knows 64 or 128 rows of f16 or bf16 into f32", bits);
@@ -201,8 +204,13 @@ void multiply_tensors_later(Warp& w, const Instruction& i, const Mask& m) {
     return values[lane];
   };
   const u64 a = IS_A_IN_TENSOR_MEMORY ? uniform_address(w, i, m, x + 2) : value(x[2]);
-  const PendingTensorProduct pending{&i, uniform_address(w, i, m, x), a, value(after_a[0]), u32(value(after_a[1])),
-                                     read_predicate(w, after_a[2])[lane] != 0, IS_A_IN_TENSOR_MEMORY};
+  const PendingTensorProduct pending{&i,
+                                     uniform_address(w, i, m, x),
+                                     a,
+                                     value(after_a[0]),
+                                     u32(value(after_a[1])),
+                                     read_predicate(w, after_a[2])[lane] != 0,
+                                     IS_A_IN_TENSOR_MEMORY};
   const TensorProduct p(w, i, pending.kind);
   const auto check = [&](int, int, const u8* chunk) { need_proxy_fence(w, i, chunk); };
   for (u32 row = 0; row < p.rows; row++) {

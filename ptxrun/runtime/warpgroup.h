@@ -13,7 +13,9 @@ struct Descriptor {
   u64 start, leading, stride, row_bytes;
 
   Descriptor(u64 bits, u64 swizzled_bytes)
-      : start((bits & 0x3fff) << 4), leading((bits >> 16 & 0x3fff) << 4), stride((bits >> 32 & 0x3fff) << 4),
+      : start((bits & 0x3fff) << 4),
+        leading((bits >> 16 & 0x3fff) << 4),
+        stride((bits >> 32 & 0x3fff) << 4),
         row_bytes(swizzled_bytes) {}
 
   // Where the chunk of eight elements from (row, k) is; a row is one of A or a column of B. Rows of row_bytes lie one
@@ -124,7 +126,11 @@ void multiply_later(Warp& w, const Instruction& i, const Mask& m) {
   };
   for (int k : {3, 4})
     if (p.x[k] != 1 && p.x[k] != -1) fault(w, i, "a sign of %llu, wanted 1 or -1", u64(p.x[k]));
-  PendingProduct pending{&i, uniform(p.x[0]), uniform(p.x[1]), lane_bits(read_predicate(w, p.x[2])) != 0, w.product_group,
+  PendingProduct pending{&i,
+                         uniform(p.x[0]),
+                         uniform(p.x[1]),
+                         lane_bits(read_predicate(w, p.x[2])) != 0,
+                         w.product_group,
                          multiply_now<T>};
   need_same_product(w, i, {i.line, pending.a, pending.b});
   const auto check = [&](int, int, const u8* chunk) { need_proxy_fence(w, i, chunk); };
