@@ -101,12 +101,14 @@ def test_norms_run_in_float32_as_under_autocast_on_cuda() -> None:
                 seen.clear()
 
 
+# The published fine-grained placement leaves the last norm and SiLU plain, which keep two tensors of 320 channels.
+HEAD_GIB = 2 * 72 * (72 * 128) * 320 * 2 / GIB
 PUBLISHED: dict[Placement, tuple[float, float, float]] = {  # saved and peak over weights in GiB, TFLOP
     "checkpoint": (12.8, 45.6, 930),
     "checkpoint-blocks": (33.7, 53.5, 911),
     "checkpoint-nested-blocks": (12.8, 34.9, 1058),
     "checkpoint-nested-feed-forwards": (12.8, 33.0, 980),
-    "fine-grained": (65.6, 74.3, 825),
+    "fine-grained": (65.6 - HEAD_GIB, 74.3, 825),
 }
 
 
