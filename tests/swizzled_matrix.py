@@ -34,3 +34,24 @@ class Stored:
             places.append((block * leading + line // 8 * stride + line % 8 * row_bytes + piece * 16 + rest) // 2)
         self.memory[places] = matrix.flatten()
         self.fields = (2 * first_k >> 4) | leading >> 4 << 16 | stride >> 4 << 32
+
+
+# PTX of a block of THREADS: `memory` in shared memory becomes the two matrices at %d0, fenced for products to read.
+# Takes %r0 as the thread and %r1 as the address of `memory`; uses %r2 to %r4, %d5 to %d8 and %p0.
+THREADS = 128
+COPY_TO_SHARED = f"""
+  shl.b32 %r2, %r0, 4;
+  add.u32 %r3, %r1, %r2;
+  cvt.u64.u32 %d5, %r2;
+  add.u64 %d6, %d0, %d5;
+  mov.u32 %r4, 0;
+copy:
+  ld.global.v2.b64 {{%d7, %d8}}, [%d6];
+  st.shared.v2.b64 [%r3], {{%d7, %d8}};
+  add.u64 %d6, %d6, {16 * THREADS};
+  add.u32 %r3, %r3, {16 * THREADS};
+  add.u32 %r4, %r4, 1;
+  setp.lt.u32 %p0, %r4, {2 * MATRIX_BYTES // 16 // THREADS};
+  @%p0 bra copy;
+  fence.proxy.async.shared::cta;
+"""

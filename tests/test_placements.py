@@ -128,3 +128,11 @@ def test_autocast_costs_as_published(way: Placement, saved_gib: float, peak_gib:
     found = cost(way, Settings(trains_dead=True, precision="autocast"))
     figures = (found.saved_bytes / GIB, (found.peak_bytes - found.resident_bytes) / GIB)
     assert figures == pytest.approx((saved_gib, peak_gib), rel=0.005)
+
+
+@pytest.mark.deep
+def test_the_strongest_placement_of_checkpoints_is_as_published() -> None:
+    found = cost("fine-grained-one-token", Settings())
+    over_weights = found.peak_bytes - found.resident_bytes
+    figures = (found.saved_bytes / GIB, over_weights / GIB, found.flops / TERA)
+    assert figures == pytest.approx((58.7 - HEAD_GIB, 67.4, 796), rel=0.005)

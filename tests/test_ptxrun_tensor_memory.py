@@ -7,14 +7,13 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from swizzled_matrix import DEPTH, DTYPES, MATRIX_BYTES, Stored
+from swizzled_matrix import COPY_TO_SHARED, DEPTH, DTYPES, MATRIX_BYTES, THREADS, Stored
 
 import ptxrun
 from ptxrun import mutations
 from ptxrun.launching import Mutation
 
 TESTED = ("tcgen05", "mbarrier")
-THREADS = 128
 SWIZZLES = {128: 2, 64: 4, 32: 6}  # bytes of a row of memory: code in a descriptor
 VERSION = 1 << 46
 COLUMNS = 256  # allocated; D has the first 128, A those from 128 on
@@ -76,20 +75,7 @@ def program(case: Case) -> str:
   setp.lt.u32 %p1, %r0, 32;
   mov.u32 %r5, address; mov.u32 %r6, barrier;
   @%p1 tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r5], {COLUMNS};
-  shl.b32 %r2, %r0, 4;
-  add.u32 %r3, %r1, %r2;
-  cvt.u64.u32 %d5, %r2;
-  add.u64 %d6, %d0, %d5;
-  mov.u32 %r4, 0;
-copy:
-  ld.global.v2.b64 {{%d7, %d8}}, [%d6];
-  st.shared.v2.b64 [%r3], {{%d7, %d8}};
-  add.u64 %d6, %d6, {16 * THREADS};
-  add.u32 %r3, %r3, {16 * THREADS};
-  add.u32 %r4, %r4, 1;
-  setp.lt.u32 %p0, %r4, {2 * MATRIX_BYTES // 16 // THREADS};
-  @%p0 bra copy;
-  fence.proxy.async.shared::cta;
+  {COPY_TO_SHARED}
   setp.eq.u32 %p2, %r0, 0;
   @%p2 mbarrier.init.shared::cta.b64 [%r6], 1;
   bar.sync 0;

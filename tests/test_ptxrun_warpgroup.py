@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from swizzled_matrix import DEPTH, DTYPES, MATRIX_BYTES, Stored
+from swizzled_matrix import COPY_TO_SHARED, DEPTH, DTYPES, MATRIX_BYTES, THREADS, Stored
 
 import ptxrun
 from ptxrun import mutations
@@ -14,7 +14,6 @@ from ptxrun.forms import FORMS
 from ptxrun.launching import Mutation
 
 TESTED = ("wgmma",)
-THREADS = 128
 SWIZZLES = {128: 1, 64: 2, 32: 3}  # bytes of a row of memory: code in a descriptor
 
 
@@ -34,26 +33,13 @@ def program(columns: int, type_: str, flags: str, is_a_in_registers: bool) -> st
 .address_size 64
 .visible .entry test(.param .u64 in, .param .u64 registers, .param .u64 total, .param .u64 a, .param .u64 b)
 {{
-  .reg .pred %p; .reg .b32 %r<8>; .reg .b64 %d<12>; .reg .b32 %f<{count}>; .reg .b32 %a<4>;
+  .reg .pred %p<1>; .reg .b32 %r<8>; .reg .b64 %d<12>; .reg .b32 %f<{count}>; .reg .b32 %a<4>;
   .shared .align 1024 .b8 memory[{2 * MATRIX_BYTES}];
   ld.param.u64 %d0, [in]; ld.param.u64 %d1, [registers]; ld.param.u64 %d2, [a]; ld.param.u64 %d3, [b];
   ld.param.u64 %d4, [total];
   mov.u32 %r0, %tid.x;
   mov.u32 %r1, memory;
-  shl.b32 %r2, %r0, 4;
-  add.u32 %r3, %r1, %r2;
-  cvt.u64.u32 %d5, %r2;
-  add.u64 %d6, %d0, %d5;
-  mov.u32 %r4, 0;
-copy:
-  ld.global.v2.b64 {{%d7, %d8}}, [%d6];
-  st.shared.v2.b64 [%r3], {{%d7, %d8}};
-  add.u64 %d6, %d6, {16 * THREADS};
-  add.u32 %r3, %r3, {16 * THREADS};
-  add.u32 %r4, %r4, 1;
-  setp.lt.u32 %p, %r4, {2 * MATRIX_BYTES // 16 // THREADS};
-  @%p bra copy;
-  fence.proxy.async.shared::cta;
+  {COPY_TO_SHARED}
   bar.sync 0;
   mad.wide.u32 %d9, %r0, 16, %d1;
   ld.global.v4.b32 {{{a}}}, [%d9];
