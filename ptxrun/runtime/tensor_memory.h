@@ -150,31 +150,19 @@ struct TensorProduct {
   f32 widened(u16 x) const { return is_bf16 ? widen(bf16{x}) : widen(f16{x}); }
 };
 
-template <class Use>
-void for_each_tensor_chunk(Warp& w, const Instruction& i, u64 bits, bool is_transposed, u32 rows, Use use) {
-  for_each_chunk(w, i, tensor_descriptor(w, i, bits), is_transposed, 0, int(rows), use);
-}
-
 inline void multiply_tensors_now(Warp& w, const PendingTensorProduct& pending) {
   const Instruction& i = *pending.instruction;
   const TensorProduct p(w, i, pending.kind);
-  std::vector<f32> A(size_t(p.rows * DEPTH)), B(size_t(p.columns * DEPTH));
-  const auto read = [&](std::vector<f32>& to, bool is_transposed) {
-    return [&to, &p, is_transposed](int row, int k, const u8* chunk) {
-      for (int j = 0; j < 8; j++) {
-        u16 element;
-        memcpy(&element, chunk + 2 * j, 2);
-        to[size_t((row + (is_transposed ? j : 0)) * DEPTH + k + (is_transposed ? 0 : j))] = p.widened(element);
-      }
-    };
-  };
+  const auto widened = [&](u16 bits) { return p.widened(bits); };
+  std::vector<f32> A(size_t(p.rows * DEPTH));
   if (pending.is_a_in_tensor_memory)
     for (u32 row = 0; row < p.rows; row++)
       for (u32 k = 0; k < DEPTH; k++)
         A[row * DEPTH + k] = p.widened(u16(tensor_element(w, i, u32(pending.a), p.rows, row, k / 2) >> k % 2 * 16));
   else
-    for_each_tensor_chunk(w, i, pending.a, p.is_a_transposed, p.rows, read(A, p.is_a_transposed));
-  for_each_tensor_chunk(w, i, pending.b, p.is_b_transposed, p.columns, read(B, p.is_b_transposed));
+    A = read_matrix(w, i, tensor_descriptor(w, i, pending.a), p.is_a_transposed, 0, int(p.rows), widened);
+  const std::vector<f32> B =
+      read_matrix(w, i, tensor_descriptor(w, i, pending.b), p.is_b_transposed, 0, int(p.columns), widened);
   for (u32 row = 0; row < p.rows; row++)
     for (u32 column = 0; column < p.columns; column++) {
       f32 sum = 0;
@@ -219,8 +207,9 @@ void multiply_tensors_later(Warp& w, const Instruction& i, const Mask& m) {
     for (u32 column = 0; column < p.columns; column++)
       need_stored(w, i, tensor_element(w, i, pending.d, p.rows, row, column));
   }
-  if (!IS_A_IN_TENSOR_MEMORY) for_each_tensor_chunk(w, i, a, p.is_a_transposed, p.rows, check);
-  for_each_tensor_chunk(w, i, pending.b, p.is_b_transposed, p.columns, check);
+  if (!IS_A_IN_TENSOR_MEMORY)
+    for_each_chunk(w, i, tensor_descriptor(w, i, a), p.is_a_transposed, 0, int(p.rows), check);
+  for_each_chunk(w, i, tensor_descriptor(w, i, pending.b), p.is_b_transposed, 0, int(p.columns), check);
   w.block->tensor_products.push_back(pending);
   w.block->counts->mma += p.rows / 16 * p.columns / 8;
   w.block->counts->mma_products += p.rows * p.columns * DEPTH;

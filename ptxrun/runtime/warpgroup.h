@@ -62,29 +62,36 @@ struct Product {
   const s64* a() const { return d() + columns() / 2 + 1; }
 };
 
+// A matrix of rows x 16 as float32, from the row `first` on; widened(bits) is an element's value.
+template <class Widened>
+std::vector<f32> read_matrix(Warp& w, const Instruction& i, const Descriptor& matrix, bool is_transposed, int first,
+                             int rows, Widened widened) {
+  std::vector<f32> found(size_t(rows * DEPTH));
+  for_each_chunk(w, i, matrix, is_transposed, first, rows, [&](int row, int k, const u8* chunk) {
+    for (int j = 0; j < 8; j++) {
+      u16 bits;
+      memcpy(&bits, chunk + 2 * j, 2);
+      found[size_t((row - first + (is_transposed ? j : 0)) * DEPTH + k + (is_transposed ? 0 : j))] = widened(bits);
+    }
+  });
+  return found;
+}
+
 template <class T>
 void multiply_now(Warp& w, const PendingProduct& pending, f32* total) {
   const Instruction& i = *pending.instruction;
   const Product p{i.arguments};
-  std::vector<f32> A(16 * DEPTH), B(size_t(p.columns() * DEPTH));
-  const auto read = [&](f32* to, int first, bool is_transposed) {
-    return [=](int row, int k, const u8* chunk) {
-      for (int j = 0; j < 8; j++) {
-        T element;
-        memcpy(&element, chunk + 2 * j, 2);
-        to[(row - first + (is_transposed ? j : 0)) * DEPTH + k + (is_transposed ? 0 : j)] = widen(element);
-      }
-    };
-  };
+  const auto widened = [](u16 bits) { return widen(T{bits}); };
   const int first = w.id % 4 * 16;
+  std::vector<f32> A(16 * DEPTH);
   if (p.has_a_in_registers())
     for (int l = 0; l < LANES; l++)
       for (int j = 0; j < 8; j++)
         A[size_t((l / 4 + j / 2 % 2 * 8) * DEPTH + l % 4 * 2 + j % 2 + j / 4 * 8)] =
             Fragment<T>::element(w.at<u32>(p.a()[j / 2]), l, j % 2);
   else
-    for_each_chunk(w, i, descriptor(w, i, pending.a), p.x[5], first, 16, read(A.data(), first, p.x[5]));
-  for_each_chunk(w, i, descriptor(w, i, pending.b), p.x[6], 0, p.columns(), read(B.data(), 0, p.x[6]));
+    A = read_matrix(w, i, descriptor(w, i, pending.a), p.x[5], first, 16, widened);
+  const std::vector<f32> B = read_matrix(w, i, descriptor(w, i, pending.b), p.x[6], 0, p.columns(), widened);
   const f32 sign = f32(p.x[3] * p.x[4]);
   for (int row = 0; row < 16; row++)
     for (int column = 0; column < p.columns(); column++) {
