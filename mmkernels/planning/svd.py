@@ -39,13 +39,14 @@ class Guide(nn.Module):
         ]
         first, *rest = [*convolutions, nn.Conv2d(GUIDE_CHANNELS[-1], out_channels, 1)]
         self.stages = nn.ModuleList([first, *(nn.Sequential(nn.SiLU(), layer) for layer in rest)])
+        self.scale = nn.Parameter(torch.ones(1))
 
     def forward(self, pictures: Tensor) -> Tensor:
         """Features; shapes in the class."""
         features = pictures.contiguous(memory_format=torch.channels_last)
         for stage in self.stages:
             features = segment(stage, features)
-        return features
+        return (features * self.scale).to(features.dtype)
 
 
 def parse_size(size: str) -> tuple[int, int]:
