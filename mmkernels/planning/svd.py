@@ -43,7 +43,9 @@ class Guide(nn.Module):
 
     def forward(self, pictures: Tensor) -> Tensor:
         """Features; shapes in the class."""
-        features = pictures.contiguous(memory_format=torch.channels_last)
+        kind = pictures.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else pictures.dtype
+        features = pictures.to(dtype, memory_format=torch.channels_last)
         for stage in self.stages:
             features = segment(stage, features)
         return (features * self.scale).to(features.dtype)
