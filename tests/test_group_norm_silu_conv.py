@@ -307,7 +307,7 @@ def test_the_kernels_that_are_fastest_run(name: str, monkeypatch) -> None:
     """The path of Triton and CUDA C++, with kernels of plain torch behind their functions."""
     asked: list[tuple[Any, ...]] = []
 
-    def fastest(op: str, key: tuple[Any, ...], variants: dict[str, Any], device: torch.device) -> str:
+    def fastest(op: str, key: tuple[Any, ...], variants: dict[str, Any], device: torch.device, kind: str) -> str:
         asked.append((op, key[0], *sorted(variants)))
         for call in variants.values():
             call()
@@ -323,8 +323,9 @@ def test_the_kernels_that_are_fastest_run(name: str, monkeypatch) -> None:
 
 def test_a_forced_variant_that_is_not_offered_is_refused(monkeypatch) -> None:
     """Also where the chunked way is the only one."""
-    x: Any = types.SimpleNamespace(device=torch.device("cuda"), shape=(1, 2, 3, 4), dtype=torch.float32)
+    x = torch.empty(1, 2, 3, 4)
     monkeypatch.setattr(module, "_variants", lambda *_: {"chunked": None})
+    monkeypatch.setattr(module, "device_of", lambda _: torch.device("cuda"))
     monkeypatch.setenv("MMKERNELS_VARIANT", "group_norm_silu_conv=triton")
     with pytest.raises(tuning.NotOfferedError, match="has group_norm_silu_conv=triton, wanted chunked"):
         module._fastest("forward", lambda *_: None, x, None, torch.empty(4, 4, 3, 3), ())

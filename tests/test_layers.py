@@ -13,6 +13,7 @@ PACKAGES = ("mmkernels", "mimicmotion", "ptxrun", "bench")
 # The first prefix that matches a module's dotted name gives its layer.
 LAYERS = [
     ("mmkernels.extension", 1),
+    ("mmkernels.known_choices", 1.4),
     ("mmkernels.tuning", 1.5),
     ("mmkernels.costs", 1.2),
     ("mmkernels.rows", 1.5),

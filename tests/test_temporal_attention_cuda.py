@@ -225,7 +225,7 @@ def test_variants_are_timed_on_outputs_of_their_own(monkeypatch: pytest.MonkeyPa
 
         return SimpleNamespace(forward=forward)
 
-    def fastest(op, key, variants, device) -> str:
+    def fastest(op, key, variants, device, kind) -> str:
         assert (op, key[:2], device.type) == ("temporal_attention", ("forward", (1, 2, 1, 1, 16)), "cpu")
         for call in variants.values():
             call()
