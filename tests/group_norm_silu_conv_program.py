@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from numerics import assert_within_budget
 from torch import Tensor
 
+from mmkernels.kernels.launch import carried_out_by
 from mmkernels.ops import group_norm_silu_conv_triton, group_norm_silu_triton
 
 # (M, H, W, C, C2, G): C/G = 10, 30 and 20, a group across two inputs, several splits of rows, one pixel.
@@ -33,11 +34,12 @@ def check_norm(shape: tuple[int, ...], dtype: torch.dtype, launch: Any) -> dict[
     da, gamma, beta = torch.randn(joined.shape).to(dtype), torch.randn(C + C2).to(dtype), torch.randn(C + C2).to(dtype)
     x, x2 = joined[..., :C], joined[..., C:] if C2 else None
     kernels = group_norm_silu_triton
-    mean, rstd = kernels.statistics(x, x2, G, 1e-5, launch=launch)
     out, djoined = torch.full_like(joined, float("nan")), torch.full_like(joined, float("nan"))
-    kernels.activate(x, x2, mean, rstd, gamma, beta, out, launch=launch)
     dx, dx2 = djoined[..., :C], djoined[..., C:] if C2 else None
-    dgamma, dbeta = kernels.group_norm_silu_backward(x, x2, da, mean, rstd, gamma, beta, dx, dx2, launch=launch)
+    with carried_out_by(launch=launch):
+        mean, rstd = kernels.statistics(x, x2, G, 1e-5)
+        kernels.activate(x, x2, mean, rstd, gamma, beta, out)
+        dgamma, dbeta = kernels.group_norm_silu_backward(x, x2, da, mean, rstd, gamma, beta, dx, dx2)
     names = ("mean", "rstd", "a", "dx", "dgamma", "dbeta")
     actual: dict[str, Tensor] = dict(zip(names, (mean, rstd, out, djoined, dgamma, dbeta), strict=True))
     fp64, plain = ({**_moments(joined.to(narrow), G), **_gradients(joined.to(wide), da, gamma, beta, G)}
@@ -67,9 +69,10 @@ def check_convolution(
     kernels = group_norm_silu_conv_triton
     norm = (mean, rstd, gamma, beta)
     added = (None, None, None) if is_plain else (bias, shift, residual)
-    kernels.forward(x, x2, *norm, weight_tck, *added, y, launch=launch)
-    kernels.data_gradient(dy, weight_tck, da, launch=launch)
-    dweight = kernels.weight_gradient(x, x2, *norm, dy, 3 * KW, launch=launch)
+    with carried_out_by(launch=launch):
+        kernels.forward(x, x2, *norm, weight_tck, *added, y)
+        kernels.data_gradient(dy, weight_tck, da)
+        dweight = kernels.weight_gradient(x, x2, *norm, dy, 3 * KW)
 
     def by_torch(wide: torch.dtype) -> dict[str, Tensor]:
         normal = F.group_norm(joined.to(wide).permute(0, 3, 1, 2), G, gamma.to(wide), beta.to(wide), 1e-5)

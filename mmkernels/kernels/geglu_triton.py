@@ -150,11 +150,11 @@ def backward_launch(u: Tensor, bias: Tensor, dg: Tensor, du: Tensor, g: Tensor) 
 
 def forward(u: Tensor, bias: Tensor, g: Tensor) -> None:
     """Write g; layouts as in mmkernels.kernels.geglu."""
-    forward_launch(u, bias, g).on(u.device)
+    forward_launch(u, bias, g).run()
 
 
 def backward(u: Tensor, bias: Tensor, dg: Tensor, du: Tensor, g: Tensor) -> Tensor:
     """Write du and g; returns the sums (blocks, 2H) of du over rows, to be added over blocks."""
     launch, sums = backward_launch(u, bias, dg, du, g)
-    launch.on(u.device)
+    launch.run()
     return sums

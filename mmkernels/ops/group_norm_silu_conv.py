@@ -31,7 +31,7 @@ from torch.nn import functional
 from torch.utils.flop_counter import register_flop_formula
 
 from mmkernels import extension, tuning
-from mmkernels.costs import is_modelled
+from mmkernels.costs import device_kind, device_of, is_modelled, is_noting
 from mmkernels.kernels.storage import DTYPE_NAMES
 from mmkernels.ops import group_norm_silu_conv_chunked as chunked
 from mmkernels.ops import group_norm_silu_conv_formula as formula
@@ -66,7 +66,7 @@ def _statistics(x: Tensor, x2: Tensor | None, num_groups: int, eps: float) -> tu
         return like, torch.empty_like(like)
     if why_unsupported(x, x2) is not None:
         return formula.statistics(x, x2, num_groups, eps)
-    if x.device.type == "cuda":
+    if device_kind(x) == "cuda":
         from mmkernels.ops import group_norm_silu_triton
 
         return group_norm_silu_triton.statistics(x, x2, num_groups, eps)
@@ -79,7 +79,7 @@ def _activate(x: Tensor, x2: Tensor | None, norm: Norm, out: Tensor) -> None:
         return
     if why_unsupported(x, x2) is not None:
         formula.activate(x, x2, norm, out)
-    elif x.device.type == "cuda":
+    elif device_kind(x) == "cuda":
         from mmkernels.ops import group_norm_silu_triton
 
         group_norm_silu_triton.activate(x, x2, *norm, out)
@@ -96,7 +96,7 @@ def _norm_backward(
         return torch.empty_like(norm.gamma), torch.empty_like(norm.beta)
     if why_unsupported(x, x2) is not None:
         return formula.norm_backward(x, x2, da, norm, dx, dx2)
-    if x.device.type == "cuda":
+    if device_kind(x) == "cuda":
         from mmkernels.ops import group_norm_silu_triton
 
         return group_norm_silu_triton.group_norm_silu_backward(x, x2, da, *norm, dx, dx2)
@@ -106,7 +106,7 @@ def _norm_backward(
 def _variants(x: Tensor, x2: Tensor | None, weight: Tensor, others: Sequence[Tensor]) -> dict[str, Kernels | None]:
     """Ways to run the op on x's device, None for the chunked one; the others take tensors of one dtype."""
     found: dict[str, Kernels | None] = {"chunked": None}
-    if x.device.type != "cuda" or why_unsupported(x, x2) or any(v.dtype != x.dtype for v in (weight, *others)):
+    if device_kind(x) != "cuda" or why_unsupported(x, x2) or any(v.dtype != x.dtype for v in (weight, *others)):
         return found
     from mmkernels.ops import group_norm_silu_conv_cuda, group_norm_silu_conv_triton
 
@@ -122,13 +122,15 @@ def _fastest(
     *others: Tensor,
 ) -> Kernels | None:  # fmt: skip
     """The kernels that `run` is fastest with, None for the chunked way; timed on scratch outputs where first seen."""
+    if is_noting():
+        return None  # a modelled step takes the chunked way
     variants = _variants(x, x2, weight, (*outputs, *others))
     calls = {
         name: partial(lambda way: run(way, *map(torch.empty_like, outputs)), way) for name, way in variants.items()
     }
     channels_2 = 0 if x2 is None else x2.shape[3]
     key = (direction, *x.shape, channels_2, *weight.shape, str(x.dtype))
-    return variants[tuning.fastest("group_norm_silu_conv", key, calls, x.device)]
+    return variants[tuning.fastest("group_norm_silu_conv", key, calls, device_of(x))]
 
 
 def _norm(mean: Tensor, rstd: Tensor, norm_weight: Tensor, norm_bias: Tensor) -> Norm:
@@ -193,7 +195,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dx, dx2, *parameters = _gradients(x, x2, norm_weight, norm_bias, weight)
     if x.shape[:3].numel() == 0:
-        dgamma, dbeta, dweight = (value.zero_() for value in parameters)
+        dgamma, dbeta, dweight = (target.zero_() for target in parameters)
         return dx, dx2, dgamma, dbeta, dweight
     norm = _norm(mean, rstd, norm_weight, norm_bias)
 
@@ -208,7 +210,8 @@ def _backward(
 
     with torch.autocast(x.device.type, enabled=False):
         found = run(_fastest("backward", run, x, x2, weight, (dx, dx2), dy), dx, dx2)
-    dgamma, dbeta, dweight = (value.to(like.dtype) for value, like in zip(found, parameters, strict=True))
+    # Into outputs of their own: what the kernels return may view one tensor, or lie in another order.
+    dgamma, dbeta, dweight = (target.copy_(value) for target, value in zip(parameters, found, strict=True))
     return dx, dx2, dgamma, dbeta, dweight
 
 
@@ -276,11 +279,12 @@ def why_unsupported(x: Tensor, x2: Tensor | None = None) -> str | None:
         return f"dtype {x.dtype}, the kernels take {', '.join(DTYPE_NAMES.values())}"
     if any(value is not None and value.stride(3) != 1 and value.shape[3] > 1 for value in (x, x2)):
         return "the channels of x or x2 are not contiguous"
-    if x.device.type == "cpu":
+    kind = device_kind(x)
+    if kind == "cpu":
         return None if extension.available() else f"no native CPU kernels: {extension.why_not()}"
-    if x.device.type == "cuda":
+    if kind == "cuda":
         return None if importlib.util.find_spec("triton") else "Triton is not installed; pip install triton"
-    return f"no kernel for device {x.device.type}"
+    return f"no kernel for device {kind}"
 
 
 def group_norm_silu_conv(

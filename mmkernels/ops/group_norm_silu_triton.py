@@ -13,7 +13,6 @@ input gives the same bits. Variances are merged with Chan's formula, never E[x^2
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,14 +20,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmkernels.kernels.launch import launch
+
 BLOCK_C = 64
 BLOCK_ROWS = 32
 LEAST_SPLIT_ROWS = 256
 MOST_SPLITS = 512
 _TILE = {"BLOCK_C": BLOCK_C, "BLOCK_ROWS": BLOCK_ROWS, "num_warps": 4}
-
-# Called with a kernel, the number of programs, positional arguments and compile-time ones: a test puts its own here.
-Launch = Callable[[Any, int, list[Any], dict[str, Any]], None]
 
 
 # --- kernels
@@ -255,16 +253,7 @@ def input_gradient_kernel(
 # --- launches
 
 
-def launch_on_device(kernel: Any, num_programs: int, arguments: list[Any], constants: dict[str, Any]) -> None:
-    """Launch on the device of the first argument, a tensor."""
-    if num_programs:
-        with torch.cuda.device(arguments[0].device):
-            kernel[(num_programs,)](*arguments, **constants)
-
-
-def statistics(
-    x: Tensor, x2: Tensor | None, num_groups: int, eps: float, *, launch: Launch = launch_on_device
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def statistics(x: Tensor, x2: Tensor | None, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
     """mean and rstd (M, G) in float32; x and x2 are read once."""
     M, H, W, _ = x.shape
     channels = _channels(x, x2)
@@ -281,9 +270,8 @@ def statistics(
 
 
 def activate(
-    x: Tensor, x2: Tensor | None, mean: Tensor, rstd: Tensor, gamma: Tensor, beta: Tensor, out: Tensor,
-    *, launch: Launch = launch_on_device,
-) -> None:  # fmt: skip
+    x: Tensor, x2: Tensor | None, mean: Tensor, rstd: Tensor, gamma: Tensor, beta: Tensor, out: Tensor
+) -> None:
     """Write silu((x - mean) * rstd * gamma + beta) into out (M, H, W, C + C2)."""
     M, H, W, _ = x.shape
     split_rows, num_splits = _splits(H * W)
@@ -295,7 +283,7 @@ def activate(
 
 def group_norm_silu_backward(
     x: Tensor, x2: Tensor | None, da: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor, beta: Tensor,
-    dx: Tensor, dx2: Tensor | None, *, launch: Launch = launch_on_device,
+    dx: Tensor, dx2: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Write the gradient by x (and x2) into dx (and dx2), given da (M, H, W, C + C2) by a; dgamma, dbeta in float32."""
     M, H, W, _ = x.shape
@@ -316,8 +304,7 @@ def group_norm_silu_backward(
         sizes = [*_strides(side, da, target), H, W, C, joined, channels, G, split_rows, num_splits]
         programs = M * num_splits * _blocks(C)
         launch(input_gradient_kernel, programs, [side, da, *normalisation, means, target, *sizes], _TILE)
-    dgamma, dbeta = partial.sum((0, 1))
-    return dgamma, dbeta
+    return partial[:, :, 0].sum((0, 1)), partial[:, :, 1].sum((0, 1))
 
 
 def _sides(x: Tensor, x2: Tensor | None) -> list[tuple[Tensor, int]]:
