@@ -33,6 +33,7 @@ LAYERS = [
     ("mmkernels.__init__", 4.1),
     ("mimicmotion.__init__", 5),
     ("mimicmotion.config", 5),
+    ("mimicmotion.paths", 5),
     ("mimicmotion.diffusion", 5.1),
     ("mimicmotion.model", 5.1),
     ("mimicmotion.loss", 5.2),
