@@ -13,6 +13,7 @@ PACKAGES = ("mmkernels", "mimicmotion", "ptxrun", "bench")
 # The first prefix that matches a module's dotted name gives its layer.
 LAYERS = [
     ("mmkernels.extension", 1),
+    ("mmkernels.version", 1),
     ("mmkernels.tuning", 1.5),
     ("mmkernels.costs", 1.2),
     ("mmkernels.rows", 1.5),
