@@ -88,6 +88,19 @@ def check_convolution(
     return actual
 
 
+def check_far_from_zero(launch: Any) -> None:
+    """Mean 1e4 and deviation 1 in float32, with a first row of zeros and without: the statistics of float64."""
+    torch.manual_seed(0)
+    whole = 1e4 + torch.randn(1, 30, 50, 40)
+    whole[:, 0] = 0
+    for x in (whole, whole[:, 1:]):
+        with carried_out_by(launch=launch):
+            mean, rstd = group_norm_silu_triton.statistics(x, None, 4, 1e-5)
+        exact = _moments(x.double().contiguous(), 4)
+        torch.testing.assert_close(mean.double(), exact["mean"], rtol=2e-7, atol=0)
+        torch.testing.assert_close(rstd.double(), exact["rstd"], rtol=4e-7, atol=0)
+
+
 def _moments(x: Tensor, G: int) -> dict[str, Tensor]:
     """mean and rstd of every group, in x's dtype: statistics are float32 whatever the activations are."""
     M, H, W, C = x.shape
@@ -117,6 +130,9 @@ def main() -> None:
             for shape in shapes:
                 check(shape, getattr(torch, name), launch_directly)
                 print(f"ok {shape} {name}")
+        if name == "float32":
+            check_far_from_zero(launch_directly)
+            print("ok far from zero")
 
 
 if __name__ == "__main__":

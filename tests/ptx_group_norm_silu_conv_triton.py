@@ -58,10 +58,10 @@ def _count_norm() -> list[dict[str, Any]]:
             x, None, torch.randn_like(x), mean, rstd, gamma, gamma, torch.empty_like(x), None
         )
     bytes_of = x.nbytes
-    partial = 4 * 4 * 2 * CHANNELS  # four splits of rows
+    partial, moments = (4 * 4 * count * CHANNELS for count in (2, 3))  # of four splits of rows
     least = {
-        "partial_statistics_kernel": bytes_of + partial,
-        "merge_statistics_kernel": partial + mean.nbytes + rstd.nbytes,
+        "partial_statistics_kernel": bytes_of + moments,
+        "merge_statistics_kernel": moments + mean.nbytes + rstd.nbytes,
         "activate_kernel": 2 * bytes_of,
         "partial_backward_kernel": 2 * bytes_of + partial,
         "merge_backward_kernel": partial + gamma.nbytes + 2 * mean.nbytes,

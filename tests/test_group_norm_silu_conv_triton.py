@@ -36,7 +36,7 @@ def run(*command: str, **environment: str) -> str:
 
 def test_interpreter() -> None:
     out = run(PROGRAM, "--dtypes", "float16", "float32", TRITON_INTERPRET="1")
-    assert out.count("ok ") == 18
+    assert out.count("ok ") == 19
 
 
 def test_compiler_ir_in_bfloat16() -> None:
