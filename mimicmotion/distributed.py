@@ -43,6 +43,10 @@ class Ranks:
         torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MIN)
         return float(values)
 
+    def is_any(self, is_here: bool) -> bool:
+        """Whether it is so on any rank."""
+        return self.least(-float(is_here)) < 0
+
     def from_first(self, make: Callable[[], Made]) -> Made:
         """What `make` returns on the first rank, the only one that calls it; a Python object, given to every rank.
 

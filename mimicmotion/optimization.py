@@ -92,6 +92,10 @@ class Optimization:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
 
+    def drop(self) -> None:
+        """Forget the gradients of a step that is not finished; nothing was updated by them."""
+        self.optimizer.zero_grad(set_to_none=True)
+
     @property
     def learning_rate(self) -> float:
         """Learning rate of the next step."""

@@ -1,13 +1,9 @@
 """The training loop: dataset, noise, model, loss, backward, step, moving average, checkpoint. No maths here."""
 
-import contextlib
 import math
-import signal
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -24,9 +20,13 @@ from mimicmotion.loss import denoising_loss
 from mimicmotion.model import weights
 from mimicmotion.model.unet import MimicMotionModel, build_model, image_latents, model_input
 from mimicmotion.optimization import Optimization
+from mimicmotion.stopping import Stop
 from mmkernels.planning.choices import Plan, document
 
 _BATCH_FIELDS = ("latents", "reference_latent", "image_embedding", "pose", "loss_weight")
+WAIT_S = 0.1  # between two looks at whether to stop, while data are awaited
+
+Batches = list[tuple[dict[str, Tensor], range]]  # micro-batches of a step with their sample ids
 
 
 class TrainingStoppedError(RuntimeError):
@@ -100,9 +100,12 @@ class Trainer:
 
     def __init__(
         self, config: Config, dataset: Samples, ranks: Ranks, *, encoder: str, resume: bool = False,
-        plan: Plan | None = None,
+        plan: Plan | None = None, stop: Stop | None = None,
     ) -> None:  # fmt: skip
-        """encoder: name of what made the latents, for the pictures and the checkpoint. plan: what the blocks follow."""
+        """encoder: name of what made the latents, for the pictures and the checkpoint. plan: what the blocks follow.
+
+        stop: entered, where signals are to end the run after a step.
+        """
         self.config, self.dataset, self.ranks, self.encoder = config, dataset, ranks, encoder
         self._sample_ids = rank_sample_ids(config, ranks)
         if config.trainer.precision == "fp16" and ranks.device.type == "cpu":
@@ -132,7 +135,7 @@ class Trainer:
                 )
         self.wrapped = ranks.wrap(self.model)
         self.step = self.skipped = self.skipped_in_a_row = 0
-        self._is_signalled = False  # on this rank
+        self._stop = stop or Stop()
         self.is_stopping = False  # agreed by all ranks
         if resume:
             self._resume()
@@ -140,22 +143,24 @@ class Trainer:
         self.history = History(self.history_path, resumed_step=self.step) if ranks.is_first else None
 
     def run(self) -> bool:
-        """Train from the current step to the last; False where SIGTERM ended it early, after saving."""
+        """Train from the current step to the last; False where a signal ended it early, after saving."""
         settings, first = self.config.trainer, self.step
         with (
             Reporter(
                 first=first, last=settings.num_steps, log_every=settings.log_every, is_quiet=not self.ranks.is_first
             ) as reporter,
             ThreadPoolExecutor(max_workers=1) as loader,
-            self._stop_at_sigterm(),
         ):
+            self._stop.begin()
             for note in self.notes:
                 reporter.say(note)
             batches = loader.submit(self._load, self.step)
-            while self.step < settings.num_steps and not self.is_stopping:
-                ready = batches.result()
+            while self.step < settings.num_steps:
+                ready = self._await(batches)
                 batches = loader.submit(self._load, self.step + 1)
                 row = self._train_step(ready)
+                if row is None:
+                    break
                 reporter.step(row)
                 if self.history is not None:
                     self.history.append(row)
@@ -207,7 +212,7 @@ class Trainer:
             if name in ("optimizer.learning_rate", "optimizer.schedule", "optimizer.warmup_steps"):
                 self.notes.append("  the learning rate goes on as the checkpoint has it")
 
-    def _load(self, step: int) -> list[tuple[dict[str, Tensor], range]]:
+    def _load(self, step: int) -> Batches:
         """This rank's micro-batches of a step, stacked on the CPU, with their sample ids."""
         if step >= self.config.trainer.num_steps:
             return []
@@ -217,15 +222,24 @@ class Trainer:
             loaded.append(({name: torch.stack([clip[name] for clip in clips]) for name in _BATCH_FIELDS}, ids))
         return loaded
 
-    def _train_step(self, batches: list[tuple[dict[str, Tensor], range]]) -> dict[str, Any]:
-        """One optimizer step, or a skipped one; returns its row of the history."""
+    def _await(self, batches: Future[Batches]) -> Batches:
+        """The micro-batches of a step; none where this rank is asked to stop while they are loaded."""
+        while not self._stop.is_asked:
+            if wait((batches,), timeout=WAIT_S).done:
+                return batches.result()
+        return []
+
+    def _train_step(self, batches: Batches) -> dict[str, Any] | None:
+        """One optimizer step, or a skipped one; returns its row of the history, None where a stop dropped it."""
         start = time.monotonic()
         mean_loss = self._backward(batches)
+        if self.is_stopping:
+            self.optimization.drop()
+            return None
         norm = float(self.optimization.gradient_norm())
         is_bad = not (math.isfinite(norm) and math.isfinite(mean_loss))
-        # One sum settles the loss, a skip and a stop for every rank alike.
-        agreed = self.ranks.sum(torch.tensor([mean_loss, float(is_bad), float(self._is_signalled)]))
-        is_skipped, self.is_stopping = bool(agreed[1] > 0), bool(agreed[2] > 0)
+        agreed = self.ranks.sum(torch.tensor([mean_loss, float(is_bad)]))  # one sum settles both for every rank alike
+        is_skipped = bool(agreed[1] > 0)
         rate = self.optimization.learning_rate
         self.optimization.step(is_finite=not is_skipped)
         self.step += 1
@@ -240,14 +254,21 @@ class Trainer:
             "seconds": round(time.monotonic() - start, 3),
         }
 
-    def _backward(self, batches: list[tuple[dict[str, Tensor], range]]) -> float:
-        """Leave the step's gradients, averaged over micro-batches and ranks; returns this rank's mean loss."""
-        mean_loss = torch.zeros((), device=self.ranks.device)
-        for index, (batch, ids) in enumerate(batches):
+    def _backward(self, batches: Batches) -> float:
+        """Leave the step's gradients, averaged over micro-batches and ranks; returns this rank's mean loss.
+
+        Before each micro-batch all ranks look at whether one of them is to stop; then it ends there.
+        """
+        mean_loss, num_batches = torch.zeros((), device=self.ranks.device), len(self._sample_ids)
+        for index in range(num_batches):
+            self.is_stopping = self.ranks.is_any(self._stop.is_asked)
+            if self.is_stopping:
+                break
+            batch, ids = batches[index]
             on_device = {name: tensor.to(self.ranks.device, non_blocking=True) for name, tensor in batch.items()}
             draws = draw_samples(self.config, self.step, ids, tuple(batch["latents"].shape[1:]))
-            with no_sync(self.wrapped, is_last=index == len(batches) - 1):
-                loss = batch_loss(self.wrapped, on_device, draws, self.config) / len(batches)
+            with no_sync(self.wrapped, is_last=index == num_batches - 1):
+                loss = batch_loss(self.wrapped, on_device, draws, self.config) / num_batches
                 self.optimization.backward(loss)
             mean_loss += loss.detach()
         return float(mean_loss)
@@ -261,19 +282,6 @@ class Trainer:
                 f"({self.skipped} skipped in all); the weights are those of step {self.step - limit}. "
                 "Look at the data, lower optimizer.learning_rate, or use another trainer.precision."
             )
-
-    @contextlib.contextmanager
-    def _stop_at_sigterm(self) -> Iterator[None]:
-        """Turn SIGTERM into the wish to finish the step, save and end."""
-
-        def want_stop(_signal: int, _frame: FrameType | None) -> None:
-            self._is_signalled = True
-
-        previous = signal.signal(signal.SIGTERM, want_stop)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, previous)
 
 
 def rank_sample_ids(config: Config, ranks: Ranks) -> list[range]:
