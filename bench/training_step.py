@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -72,9 +72,15 @@ class TrainingStep:
         finally:
             undo()
 
-    def step(self) -> None:
-        """The trainer's step: the loss, its gradients, clipping, AdamW and the moving average."""
-        self._loss(self.model, self.batch).backward()
+    def step(self, done: Callable[[str], object] = lambda what: None) -> None:
+        """The trainer's step: the loss, its gradients, clipping, AdamW and the moving average.
+
+        done: called after "forward" and after "backward".
+        """
+        loss = self._loss(self.model, self.batch)
+        done("forward")
+        loss.backward()
+        done("backward")
         if self.part == "unet":
             self.model.zero_grad(set_to_none=True)
             return
