@@ -14,6 +14,7 @@ PACKAGES = ("mmkernels", "mimicmotion", "ptxrun", "bench")
 LAYERS = [
     ("mmkernels.extension", 1),
     ("mmkernels.tuning", 1.5),
+    ("mmkernels.allocator", 1.2),
     ("mmkernels.costs", 1.2),
     ("mmkernels.rows", 1.5),
     ("mmkernels.cards", 1.5),
@@ -41,6 +42,8 @@ LAYERS = [
     ("mimicmotion.moving_average", 5.5),
     ("mimicmotion.weight_update", 5.5),
     ("mimicmotion.generation", 6.5),
+    ("mimicmotion.fitting", 6.5),
+    ("mimicmotion.micro_batch", 6.5),
     ("mimicmotion.trainer", 7),
     ("mimicmotion.dry_run", 7.5),
     ("mimicmotion.memory_plan", 7.6),
