@@ -28,18 +28,21 @@ def plans(folder: Path, ranks: Ranks) -> dict[str, object]:
     """What each rank is told where plans are asked for; the planning itself costs nothing and is the first rank's."""
     asked: list[tuple[float, bool]] = []
 
-    def plan_step(config: Config, _card: object, budget_gib: float, *, can_update_in_backward: bool) -> Plan:
-        asked.append((budget_gib, can_update_in_backward))
-        if budget_gib == 1:
-            raise ValueError("no plan fits a budget of 1 GiB")
-        if budget_gib == 2:
-            raise KeyError("a fault of ours")
-        return Plan(made_for=memory_plan.made_for(config) | {"budget_gib": budget_gib})
+    def search_step(config: Config, _card: object, *, can_update_in_backward: bool) -> Any:
+        def best(budget_gib: float) -> Any:
+            asked.append((budget_gib, can_update_in_backward))
+            if budget_gib == 1:
+                raise ValueError("no plan fits a budget of 1 GiB")
+            if budget_gib == 2:
+                raise KeyError("a fault of ours")
+            return mock.Mock(plan=Plan(made_for=memory_plan.made_for(config) | {"budget_gib": budget_gib}))
+
+        return mock.Mock(best=best)
 
     def choose(**changes: Any) -> object:
         config = dataclasses.replace(tiny_config(folder / "planned"), kernels="fused", **changes)
         try:
-            config, plan = memory_plan.choose_plan(config, ranks)
+            config, plan, _ = memory_plan.choose_plan(config, ranks)
         except (ValueError, RuntimeError, KeyError) as error:
             return [type(error).__name__, str(error)]
         assert plan is not None
@@ -54,7 +57,7 @@ def plans(folder: Path, ranks: Ranks) -> dict[str, object]:
     with (
         mock.patch.object(memory_plan, "usable_gib", lambda _: FREE_GIB[ranks.rank]),
         mock.patch.object(memory_plan, "measured_card", lambda: card("RTX 4090")),
-        mock.patch.object(memory_plan, "plan_step", plan_step),
+        mock.patch.object(memory_plan, "search_step", search_step),
     ):
         return {
             "auto": choose(memory_budget="auto"),
