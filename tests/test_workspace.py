@@ -59,11 +59,11 @@ def test_our_attentions_backward_does_so_for_a_chunk() -> None:
         x = torch.empty(frames, pixels, channels, requires_grad=True)
         gamma, beta = (torch.empty(channels, requires_grad=True) for _ in range(2))
         bias = torch.empty(channels, dtype=HALF, requires_grad=True)
-        weights = [torch.empty(channels, channels, dtype=HALF, requires_grad=True) for _ in range(4)]
+        q, k, v, out = (torch.empty(channels, channels, dtype=HALF, requires_grad=True) for _ in range(4))
 
         def peak_bytes(chunk_frames: int) -> int:
             def step() -> None:
-                y = spatial_attention(x, gamma, beta, *weights, bias, heads, chunk_frames=chunk_frames)
+                y = spatial_attention(x, gamma, beta, q, k, v, out, bias, heads, chunk_frames=chunk_frames)
                 y.sum().backward()
 
             return trace(step, device_kind="cuda").peak_bytes - trace(step, device_kind="cpu").peak_bytes
