@@ -1,14 +1,14 @@
 """The CPU standing in for a GPU: real numbers, and an error where tensors of the two would meet.
 
-Inside `StandInDevice` a tensor lies on the device if Python made it as under `with torch.device("cuda")` (a factory that
-names no device, or the torch.device object of the test's fixture or of another tensor) or computed it from one that
+Inside `StandInDevice` a tensor lies on the device if Python made it as under `with torch.device("cuda")`, by a factory
+that names no device or the torch.device object of the test's fixture or of another tensor, or computed it from one that
 does. Everything else lies on the host: what names "cpu", `.cpu()`, `torch.from_numpy`, `torch.Tensor([1.0])`, tensors
 made at import. Told apart by storage; a move copies. What torch does inside one call, backward included, is not seen.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,10 +19,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 from torch.utils._pytree import tree_leaves
 
-# These take tensors of both, as on a GPU: copies, gradients of leaves wherever they lie, indices from the host.
+# These take tensors of both, as on a GPU: copies, moves of modules, gradients of leaves anywhere, indices of the host.
 _TAKES_BOTH = {
     Tensor.copy_, Tensor.data.__set__, Tensor.__getitem__, Tensor.__setitem__, Tensor.backward,
-    torch.autograd.grad, torch.autograd.backward,
+    torch.autograd.grad, torch.autograd.backward, torch._has_compatible_shallow_copy_type,
 }  # fmt: skip
 _NEEDS_HOST = {Tensor.numpy, Tensor.__array__}
 # They follow tensors with machinery of their own, which is no program of the test's.
