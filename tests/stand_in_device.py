@@ -30,7 +30,7 @@ _WHOLE = ((torch, "compile"), (torch.library, "opcheck"))
 
 
 class StandInDevice(TorchFunctionMode):
-    """Raises RuntimeError where a call would on a GPU: tensors of two devices, a generator or numpy of the other."""
+    """Raises RuntimeError where a call would on a GPU: tensors of two devices, a generator or numpy of the host's."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,9 +76,8 @@ class StandInDevice(TorchFunctionMode):
     def _construct(self, func: Any, args: tuple, kwargs: dict) -> Any:
         if isinstance(kwargs.get("device"), str):
             return func(*args, **kwargs)
-        generator = kwargs.get("generator")
-        if generator is not None:
-            raise RuntimeError(f"{func.__name__} on the device takes a generator of the host; name device='cpu'")
+        if kwargs.get("generator") is not None:  # whose device it has is not to be seen
+            raise RuntimeError(f"{func.__name__} takes a generator: name device='cpu' and move what it gives")
         result = func(*args, **kwargs)
         if any(result is x for x in args):  # as_tensor of a tensor
             return result
