@@ -7,9 +7,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mimicmotion.config import LATENT_STRIDE, Config, OptimizerConfig
 from mimicmotion.execution import use_kernels
+from mimicmotion.micro_batch import batch_loss, draw_samples
 from mimicmotion.model.unet import MimicMotionModel, build_model, num_parameters
 from mimicmotion.optimization import Optimization
-from mimicmotion.trainer import batch_loss, build_optimization, draw_samples
+from mimicmotion.trainer import build_optimization
 from mmkernels.cards import card
 from mmkernels.memory.clock import Clock
 from mmkernels.memory.cuda_autocast import norms_in_float32

@@ -12,6 +12,7 @@ from mimicmotion.config import Config, from_json
 from mimicmotion.execution import autocast, use_kernels
 from mimicmotion.model.encoders import load_encoder
 from mimicmotion.model.unet import MimicMotionModel, build_model
+from mimicmotion.paths import near
 
 
 class Decoder(Protocol):
@@ -33,7 +34,8 @@ def load_averaged(run_dir: Path, kernels: str | None = None) -> tuple[Config, Mi
     """
     folder = run_dir if (run_dir / checkpoint.MANIFEST).is_file() else checkpoint.newest(run_dir)
     if folder is None:
-        raise ValueError(f"{run_dir} holds no checkpoint; train first, or give the folder of a run.")
+        found = near(run_dir, checkpoint.is_run)
+        raise ValueError(f"{run_dir} holds no checkpoint (runs {found}); train first, or give the folder of a run.")
     saved = checkpoint.load(folder)
     config: Config = from_json(saved.documents["config"])
     model = build_model(config.model)
@@ -44,7 +46,7 @@ def load_averaged(run_dir: Path, kernels: str | None = None) -> tuple[Config, Mi
 
 
 def load_decoder(name_or_path: str) -> Decoder:
-    """The encoder of a run for its decoder, on the GPU in float16 where there is one."""
+    """The encoder of a run for its decoder, on the GPU in float16, unless it asks for float32, where there is one."""
     if torch.cuda.is_available():
         return load_encoder(name_or_path, device="cuda", dtype=torch.float16)
     return load_encoder(name_or_path)

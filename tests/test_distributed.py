@@ -77,6 +77,16 @@ def test_a_plan_is_the_first_ranks_for_the_least_free_memory(two_ranks):
     assert first["no file"][0] == "ValueError" and "there is no file" in first["no file"][1]
 
 
+def test_dead_parameters_under_ddp_as_the_report_advises(two_ranks):
+    """Without the advice the second step of a fused UNet raises; with either half of it the gradients are right."""
+    for rank in range(2):
+        found = json.loads((two_ranks / f"dead-{rank}.json").read_text())
+        assert "Expected to have finished reduction in the prior iteration" in found["as it is"]
+        for way in ("find unused", "frozen"):
+            assert found[way]["silent"] == found["dead"] and len(found["dead"]) == 32
+            assert found[way]["off"] == 0
+
+
 def test_ranks_share_the_batch_without_overlap(tmp_path):
     config = tiny_config(tmp_path, batch_size=8, micro_batch_size=2)
     shares = [rank_sample_ids(config, Ranks(rank=rank, world_size=2, device=CPU)) for rank in range(2)]

@@ -9,8 +9,11 @@ from unittest import mock
 
 import safetensors.torch
 import torch
+from spatio_temporal import run, small_unet, unet_inputs
 from tiny import NoiseClips, tiny_config
+from torch.nn.parallel import DistributedDataParallel
 
+import mmkernels
 from mimicmotion import memory_plan
 from mimicmotion.config import Config
 from mimicmotion.distributed import Ranks, join_ranks
@@ -25,18 +28,21 @@ def plans(folder: Path, ranks: Ranks) -> dict[str, object]:
     """What each rank is told where plans are asked for; the planning itself costs nothing and is the first rank's."""
     asked: list[tuple[float, bool]] = []
 
-    def plan_step(config: Config, _card: object, budget_gib: float, *, can_update_in_backward: bool) -> Plan:
-        asked.append((budget_gib, can_update_in_backward))
-        if budget_gib == 1:
-            raise ValueError("no plan fits a budget of 1 GiB")
-        if budget_gib == 2:
-            raise KeyError("a fault of ours")
-        return Plan(made_for=memory_plan.made_for(config) | {"budget_gib": budget_gib})
+    def search_step(config: Config, _card: object, *, can_update_in_backward: bool) -> Any:
+        def best(budget_gib: float) -> Any:
+            asked.append((budget_gib, can_update_in_backward))
+            if budget_gib == 1:
+                raise ValueError("no plan fits a budget of 1 GiB")
+            if budget_gib == 2:
+                raise KeyError("a fault of ours")
+            return mock.Mock(plan=Plan(made_for=memory_plan.made_for(config) | {"budget_gib": budget_gib}))
+
+        return mock.Mock(best=best)
 
     def choose(**changes: Any) -> object:
         config = dataclasses.replace(tiny_config(folder / "planned"), kernels="fused", **changes)
         try:
-            config, plan = memory_plan.choose_plan(config, ranks)
+            config, plan, _ = memory_plan.choose_plan(config, ranks)
         except (ValueError, RuntimeError, KeyError) as error:
             return [type(error).__name__, str(error)]
         assert plan is not None
@@ -51,7 +57,7 @@ def plans(folder: Path, ranks: Ranks) -> dict[str, object]:
     with (
         mock.patch.object(memory_plan, "usable_gib", lambda _: FREE_GIB[ranks.rank]),
         mock.patch.object(memory_plan, "measured_card", lambda: card("RTX 4090")),
-        mock.patch.object(memory_plan, "plan_step", plan_step),
+        mock.patch.object(memory_plan, "search_step", search_step),
     ):
         return {
             "auto": choose(memory_budget="auto"),
@@ -63,11 +69,48 @@ def plans(folder: Path, ranks: Ranks) -> dict[str, object]:
         }
 
 
+def dead_parameters_under_ddp(ranks: Ranks) -> dict[str, Any]:
+    """Two steps of a fused UNet whose owner wraps it as given: what that raises, or what its gradients are.
+
+    silent: the parameters without one. off: the largest difference from the mean of what every rank's inputs give
+    without DDP.
+    """
+
+    def wrapped(is_frozen: bool = False, finds_unused: bool = False) -> Any:
+        unet = small_unet()
+        mmkernels.replace(unet)
+        for name in mmkernels.dead_parameters(unet) if is_frozen else ():
+            unet.get_parameter(name).requires_grad_(False)
+        alone = [run(unet, unet_inputs(seed=1 + rank)) for rank in range(ranks.world_size)]
+        unet.zero_grad(set_to_none=True)
+        model = DistributedDataParallel(unet, find_unused_parameters=finds_unused)
+        try:
+            run(unet, unet_inputs(seed=1 + ranks.rank), model)
+            found = run(unet, unet_inputs(seed=1 + ranks.rank), model)
+        except RuntimeError as error:
+            return str(error)
+        silent = sorted(name for name, _ in unet.named_parameters() if name not in found)
+        off = []
+        for name, _ in unet.named_parameters():
+            if name in found:
+                mean = torch.stack([each[name] for each in alone]).mean(0)
+                off.append(float((found[name] - mean).abs().max()))
+        return {"silent": silent, "off": max(off)}
+
+    return {
+        "as it is": wrapped(),
+        "find unused": wrapped(finds_unused=True),
+        "frozen": wrapped(is_frozen=True),
+        "dead": sorted(mmkernels.dead_parameters(small_unet())),
+    }
+
+
 def main() -> None:
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
     with join_ranks() as ranks:
         (folder / f"plans-{ranks.rank}.json").write_text(json.dumps(plans(folder, ranks)))
+        (folder / f"dead-{ranks.rank}.json").write_text(json.dumps(dead_parameters_under_ddp(ranks)))
         config = tiny_config(folder / "gradients", batch_size=4)
         trainer = Trainer(config, NoiseClips(config=config), ranks, encoder="noise")
         trainer._backward(trainer._load(0))
