@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import json
 import os
@@ -20,7 +21,7 @@ import torch
 
 from bench import limits, report, verify_gpu
 from bench.environment import ROOT
-from bench.verification import benches, ops, page, real_ops, tests, variants
+from bench.verification import benches, memory, ops, page, real_ops, step, tests, variants
 from bench.verification.device import Gpu, StandIn
 from bench.verification.record import Record, failures_of, stem_of
 from mmkernels.cards import card, card_of
@@ -57,7 +58,7 @@ BENCHES_OF = {  # what each part leaves, beside what became of it
     "memory": {"memory"},
     "ops": {f"ops/{name}" for name in real_ops.real_ops(1)},
     "variants": {"variants/group_norm_silu_conv", "variants/temporal_attention"},
-    "benches": {"attn72/core", "attn72/sub-block"},
+    "benches": {"temporal_transformer_block"},
     "bits": {"bits"},
 }
 
@@ -99,6 +100,15 @@ def test_what_asks_cuda_is_replaced_on_a_stand_in_and_no_more() -> None:
     assert ours <= set(vars(Gpu))
     names = {name for name in vars(Gpu) if not name.startswith("__") and asks_cuda(name)}
     assert len(names) > 8 and names <= ours
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("make", [step.make_plan, memory.make_plan])
+def test_plans_are_made_as_the_parts_ask_for_them(make: Any) -> None:
+    """What a stand-in's planner takes the place of."""
+    config = memory.memory_config(StandIn())
+    plan = make(config, StandIn().card(), 22.5)
+    assert plan.modelled is not None and 0 < plan.modelled.peak_gib < 22.5 and "keep" in plan.units.values()
 
 
 @pytest.mark.parametrize("name", real_ops.real_ops(1))

@@ -47,7 +47,7 @@ def arguments_of(name: str, gpu: Gpu) -> list[str]:
 def run(gpu: Gpu, record: Record, seconds: float) -> None:
     """Each bench in a process of its own, with an even share of the time that is left."""
     names, end_s = benches(), time.monotonic() + seconds
-    names = names if gpu.is_full_size else names[:1]
+    names = names if gpu.is_full_size else names[-1:]
     with tempfile.TemporaryDirectory() as folder:
         for index, name in enumerate(names):
             path = Path(folder) / f"{name}.json"

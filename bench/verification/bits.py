@@ -19,8 +19,6 @@ from bench.verification.step import SMALL
 from mimicmotion import checkpoint
 from mimicmotion import config as presets
 
-STEPS = 4
-
 
 def run(gpu: Gpu, record: Record, seconds: float) -> None:
     """A row for each comparison: tensors of the last checkpoint that differ, of how many."""
@@ -29,7 +27,9 @@ def run(gpu: Gpu, record: Record, seconds: float) -> None:
         record = record.of_dtype(config.trainer.precision)
         first = trained(config, gpu, folder / "first")
         compare(record, "rerun", first, trained(config, gpu, folder / "again"))
-        half = dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, num_steps=STEPS // 2))
+        half = dataclasses.replace(
+            config, trainer=dataclasses.replace(config.trainer, num_steps=config.trainer.save_every)
+        )
         trained(half, gpu, folder / "resumed")
         compare(record, "resume", first, trained(config, gpu, folder / "resumed", resume=True))
 
@@ -39,7 +39,8 @@ def bits_config(gpu: Gpu) -> presets.Config:
     base = presets.demo()
     size = {"num_frames": 72, "height": 256, "width": 256} if gpu.is_full_size else SMALL
     model = dataclasses.replace(base.model, block_out_channels=(64, 128, 256, 256), num_attention_heads=(1, 2, 4, 4))
-    trainer = dataclasses.replace(base.trainer, num_steps=STEPS, save_every=STEPS // 2, precision="bf16")
+    steps = 4 if gpu.is_full_size else 2
+    trainer = dataclasses.replace(base.trainer, num_steps=steps, save_every=steps // 2, precision="bf16")
     return dataclasses.replace(
         base, kernels="fused", data=dataclasses.replace(base.data, **size), trainer=trainer,
         model=model if gpu.is_full_size else base.model,

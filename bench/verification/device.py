@@ -16,15 +16,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from mimicmotion.config import Config
 from mimicmotion.memory_plan import usable_gib
+from mimicmotion.planned import made_for
 from mmkernels import tuning
 from mmkernels.cards import Card, card, card_of
-from mmkernels.memory.transfer import Device
-from mmkernels.planning.choices import GIB, Plan
+from mmkernels.planning.choices import GIB, Modelled, Plan
 from mmkernels.planning.device import measured_card
 
+Planner = Callable[[Config, Card, float], Plan]  # of a run's step, for a card and a budget in GiB
 MOST_OPERATIONS = 40  # of the profiler's, those with most time of their own; our ops all
 
 
@@ -73,9 +74,9 @@ class Gpu:
         """The data sheet, what a limit is counted with; rates measured here where there is none."""
         return card_of(self.name) or measured_card()
 
-    def through(self, plan: Plan) -> Device | None:
-        """What a plan moves through; None: the GPU's own copies."""
-        return None
+    def planner(self, make: Planner) -> Planner:
+        """What makes a plan: `make` itself."""
+        return make
 
     def choices(self) -> list[tuning.Choice]:
         """The kernels that were timed into this process's folder of choices."""
@@ -156,29 +157,10 @@ class Gpu:
         return sorted({*ours, *others}, key=lambda one: one.own_ms, reverse=True)
 
 
-class HostCopies:
-    """Copies that are done when they are queued, for plans that move on a stand-in."""
-
-    def __init__(self, num_bytes: int) -> None:
-        self._slab = torch.empty(num_bytes, dtype=torch.uint8)
-
-    def allocate(self, num_bytes: int) -> Tensor:
-        """Bytes."""
-        return torch.empty(num_bytes, dtype=torch.uint8)
-
-    def record(self, stream: str) -> None:
-        """There is nothing to wait for."""
-
-    def wait(self, stream: str, event: object) -> None:
-        """There is nothing to wait for."""
-
-    def copy_out(self, begin: int, num_bytes: int, source: Tensor) -> None:
-        """At once."""
-        self._slab[begin : begin + num_bytes] = source
-
-    def copy_in(self, target: Tensor, begin: int, num_bytes: int) -> None:
-        """At once."""
-        target.copy_(self._slab[begin : begin + num_bytes])
+def made_up_plan(config: Config, card: Card, budget_gib: float) -> Plan:
+    """Everything recomputed: making a real plan takes half a minute and asks nothing of CUDA."""
+    cost = Modelled(peak_gib=1.0, recompute_flops_ratio=0.1, moved_gib=0.0, hidden_ratio=1.0, step_s=1.0)
+    return Plan(made_for=made_for(config) | {"budget_gib": budget_gib}, modelled=cost)
 
 
 class StandIn(Gpu):
@@ -186,10 +168,14 @@ class StandIn(Gpu):
 
     kind = "dry"
     device = torch.device("cpu")
-    name = "stand-in for a GPU"
     activities = (torch.profiler.ProfilerActivity.CPU,)
     profiled = "cpu"
     is_full_size = False
+
+    @property
+    def name(self) -> str:
+        """Of no card."""
+        return "stand-in for a GPU"
 
     def memory_gib(self) -> float:
         """Made up."""
@@ -209,9 +195,9 @@ class StandIn(Gpu):
 
     sheet = card
 
-    def through(self, plan: Plan) -> Device | None:
-        """Copies on the host."""
-        return HostCopies(plan.slab_bytes)
+    def planner(self, make: Planner) -> Planner:
+        """One that takes no time."""
+        return made_up_plan
 
     def choices(self) -> list[tuning.Choice]:
         """One that names each way once, and one that leaves a way out."""

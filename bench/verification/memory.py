@@ -38,7 +38,7 @@ def run(gpu: Gpu, record: Record, seconds: float) -> None:
     sizes_gib = [size for size in SMALLER_GIB if size < gpu.memory_gib()] + [gpu.memory_gib()]
     with processes(len(sizes_gib)) as pool, tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        made = {size: pool.submit(make_plan, config, card, size - MARGIN_GIB) for size in sizes_gib}
+        made = {size: pool.submit(gpu.planner(make_plan), config, card, size - MARGIN_GIB) for size in sizes_gib}
         for size, plan in made.items():
             path = folder / f"{size:.0f}.json"
             planned = dataclasses.replace(config, run_dir=folder / f"planned-{size:.0f}", plan=path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -67,9 +67,8 @@ def why_wrong(op: RealOp, inputs: Tensors) -> str | None:
     return harness.why_wrong({name: op.last(name, x) for name, x in found.items()}, plain, exact)
 
 
-def gradients(call: object, inputs: Tensors, dy: Tensor) -> Tensors:
+def gradients(call: Callable[..., Tensor], inputs: Tensors, dy: Tensor) -> Tensors:
     """y, and the gradient of each input under that input's name."""
-    assert callable(call)
     leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
     y = call(**leaves)
     found = torch.autograd.grad(y, list(leaves.values()), dy)

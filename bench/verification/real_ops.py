@@ -98,8 +98,12 @@ def _heads(s: Sizes) -> Tensors:
     return {name: _normal(*shape) for name in "qkv"}
 
 
-def _spatial_formula(*, to_q: Tensor, to_k: Tensor, to_v: Tensor, num_heads: int, **inputs: Tensor) -> Tensor:
-    return spatial_attention.reference(qkv_weight=torch.cat([to_q, to_k, to_v]), num_heads=num_heads, **inputs)
+def _spatial_formula(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, to_q: Tensor, to_k: Tensor, to_v: Tensor, out_weight: Tensor,
+    out_bias: Tensor, num_heads: int,
+) -> Tensor:  # fmt: skip
+    qkv_weight = torch.cat([to_q, to_k, to_v])
+    return spatial_attention.reference(x, norm_weight, norm_bias, qkv_weight, out_weight, out_bias, num_heads)
 
 
 def _temporal_formula(

@@ -34,8 +34,8 @@ SMALL = {"num_frames": 8, "height": 64, "width": 64}  # of a dry pass
 class MadePlan(Plans):
     """The plan that another process makes: waited for when it is first asked for."""
 
-    def __init__(self, made: Future[Plan], gpu: Gpu) -> None:
-        self._future, self._through = made, gpu.through
+    def __init__(self, made: Future[Plan]) -> None:
+        self._future, self._through = made, lambda plan: None
 
     def of(self, frames: int) -> Plan:
         """Raises what making it raised."""
@@ -77,14 +77,15 @@ def processes(count: int) -> ProcessPoolExecutor:
 
 def run(gpu: Gpu, record: Record, seconds: float) -> None:
     """Gate, time and profile each way, then write what was modelled beside it."""
-    config, card, ways = step_config(gpu), gpu.card(), WAYS if gpu.is_full_size else ("fused", "fused-plan")
+    config, card = step_config(gpu), gpu.card()
+    ways: tuple[StepWay, ...] = WAYS if gpu.is_full_size else ("fused", "fused-plan")
     record = record.of_dtype(config.trainer.precision)
     with processes(2 if gpu.is_full_size else 1) as pool:
-        plan = pool.submit(make_plan, config, card, gpu.usable_gib())
+        plan = pool.submit(gpu.planner(make_plan), config, card, gpu.usable_gib())
         costs: dict[StepWay, Future[dict[str, float]]] = {
             way: pool.submit(model, way, config, card) for way in ways if way != "fused-plan"
         }
-        training = TrainingStep(config, gpu.device, plans=MadePlan(plan, gpu))
+        training = TrainingStep(config, gpu.device, plans=MadePlan(plan))
         refused = refused_ways(training, ways[:-1])
         for way in ways:
             if way in refused:
@@ -118,7 +119,7 @@ def refused_ways(training: TrainingStep, ways: Sequence[StepWay]) -> dict[StepWa
     training.config = dataclasses.replace(whole, data=small)
     training.take_clip(whole.data.num_frames)
     plain, exact = training.gradients("torch"), training.exact()
-    reasons = {way: why_wrong_step(training.gradients(way), plain, exact) for way in ways}
+    reasons: dict[StepWay, str | None] = {way: why_wrong_step(training.gradients(way), plain, exact) for way in ways}
     training.config = whole
     training.take_clip(whole.data.num_frames)
     return {way: reason for way, reason in reasons.items() if reason is not None}
