@@ -39,7 +39,7 @@ from mmkernels.blocks.temporal_attention import temporal_attention_block
 from mmkernels.kernels import launch
 from mmkernels.ops import blend, temporal_attention
 from mmkernels.ops.blend_projection import blend_projection
-from mmkernels.ops.geglu_feed_forward import geglu_feed_forward
+from mmkernels.ops.geglu_feed_forward import Keep, geglu_feed_forward
 from mmkernels.ops.group_norm_projection import group_norm_projection
 from mmkernels.ops.group_norm_silu_conv import group_norm_silu_conv
 from mmkernels.ops.spatial_attention import spatial_attention
@@ -98,7 +98,7 @@ def _spatial_attention(level: Level, dtype: torch.dtype) -> Run:
     return Run(fused=fused, plain=module.diffusers_block, inputs=inputs, dy=dy, settings={"num_heads": level.num_heads})
 
 
-def _feed_forward(level: Level, dtype: torch.dtype, keep: str = "input") -> Run:
+def _feed_forward(level: Level, dtype: torch.dtype, keep: Keep = "input") -> Run:
     module = test_geglu_feed_forward
     inputs, dy = module.build(module.Case(R=F, T=level.H * level.W, C=level.C, H=4 * level.C, dtype=dtype))
     fused = partial(geglu_feed_forward, chunk_tokens=8, keep=keep)
