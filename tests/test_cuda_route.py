@@ -55,7 +55,7 @@ class Level:
     W: int
 
 
-LEVELS = (Level(320, 5, 3, 2), Level(640, 10, 2, 2), Level(1280, 20, 2, 1), Level(1280, 20, 1, 1))
+LEVELS = (Level(320, 5, 3, 2), Level(640, 10, 2, 2), Level(1280, 20, 2, 1), Level(1280, 20, 1, 2))
 
 
 @dataclass(frozen=True, kw_only=True)
