@@ -43,7 +43,7 @@ class DryRun:
                 f"  activations saved for backward: {cost.saved_bytes / GIB:.2f} GiB (modelled)",
                 f"work of a step: {cost.flops / 1e12:.2f} TFLOP (modelled)",
                 "modelled: counted over the operators of a step with fake CPU tensors; not measured on any device. "
-                "It stands for a GPU: chunks and autocast are those of CUDA. Workspaces of libraries are not in it.",
+                "It stands for a GPU: chunks, autocast and what libraries allocate inside are those of CUDA.",
             ]
         )
 

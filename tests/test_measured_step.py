@@ -1,9 +1,10 @@
 """The model of a step, memory and time, held to the same step on an H200 (driver 580, torch 2.11 for CUDA 13.0).
 
 The real UNet and PoseNet, 72 frames of 1024x576, batch 1, bf16 autocast, AdamW in float32, no moving average. PoseNet
-ran in contiguous layout then. Nothing in the model of memory was fitted to these peaks: each term comes from a source
-named in mmkernels/memory/workspace.py. Of the times, rates of kinds were measured on kernels alone, those of passes
-over memory by a profile of selective checkpointing; the other two ways were not used.
+and the UNet's convolutions that are not fused ran in contiguous layout then. Nothing in the model of memory was fitted
+to these peaks: each term comes from a source named in mmkernels/memory/workspace.py. Of the times, rates of kinds were
+measured on kernels alone, those of passes over memory by a profile of selective checkpointing; the other two ways were
+not used.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ MEASURED: dict[Placement, tuple[float, float]] = {  # seconds, peak in GiB
     "fine-grained-one-token": (3.40, 93.1),
     "fused": (2.62, 72.4),
 }
+# Since then the last upsampler gives what it enlarged in channels last: a copy of 640 channels is gone at the peak.
+GONE_BYTES: dict[Placement, int] = {"fused": 2 * 72 * 128 * 72 * 640}
 UNEXPLAINED_GIB = 0.05  # the most that a peak above is off by, half of which is their rounding
 
 
@@ -51,8 +54,8 @@ def _contiguous_pose_net(module: Any, pose: Tensor) -> Tensor:
 
 def measured_step(*, is_fused: bool) -> FakeStep:
     config = mimicmotion_72()
-    config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, ema="off"))
-    fake = fake_step(config)
+    optimizer = dataclasses.replace(config.optimizer, ema="off")
+    fake = fake_step(dataclasses.replace(config, optimizer=optimizer, kernels="torch"))  # all contiguous, as then
     pose_net: Any = fake.model.pose_net
     pose_net.forward, pose_net.recomputes_activations = partial(_contiguous_pose_net, pose_net), is_fused
     for parameter in pose_net.parameters():
@@ -79,7 +82,8 @@ def traced(way: Placement) -> tuple[Trace, Clock]:
 def test_a_step_takes_the_memory_and_the_time_that_it_took(way: Placement) -> None:
     found, clock = traced(way)
     seconds, peak_gib = MEASURED[way]
-    assert found.peak_bytes / GIB == pytest.approx(peak_gib, abs=UNEXPLAINED_GIB)
+    peak_bytes = found.peak_bytes + GONE_BYTES.get(way, 0)
+    assert peak_bytes / GIB == pytest.approx(peak_gib, abs=UNEXPLAINED_GIB)
     assert clock.seconds == pytest.approx(seconds, rel=0.1)
 
 

@@ -38,6 +38,7 @@ class MimicMotionModel(nn.Module):
         super().__init__()
         self.unet = unet
         self.pose_net = pose_net
+        self.is_channels_last = False  # how the UNet is given each frame
 
     def forward(
         self,
@@ -54,8 +55,8 @@ class MimicMotionModel(nn.Module):
         ln(sigma) / 4; image_embedding (B, 1, C); time_ids (B, 3); pose (B, F, 3, 8h, 8w) in [-1, 1], or None for
         no pose feature at all; pose_keep (B,): 0 where a clip's pose feature is dropped, else 1.
         """
-        if self.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last):
-            sample = sample.movedim(2, 4).contiguous().movedim(4, 2)  # each frame lies as the weight does
+        if self.is_channels_last:
+            sample = sample.movedim(2, 4).contiguous().movedim(4, 2)  # each frame
         if pose is None:
             return self.unet(sample, timestep, image_embedding, time_ids, return_dict=False)[0]
         if pose.shape[:2] != sample.shape[:2]:
@@ -84,6 +85,7 @@ def build_model(config: ModelConfig, kernels: Kernels = "torch") -> MimicMotionM
     """
     model = MimicMotionModel(build_unet(config), PoseNet(config.block_out_channels[0]))
     if kernels == "fused":
+        model.is_channels_last = True
         between = [module for module in model.unet.modules() if isinstance(module, (Downsample2D, Upsample2D))]
         for module in (model.unet.conv_in, *between):
             lay_out_channels_last(module)
