@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -12,8 +12,9 @@ from bench.fused_plan import Plans, StepWay
 from bench.harness import Outputs
 from bench.placements import use
 from mimicmotion import config as presets
+from mimicmotion.micro_batch import batch_loss, draw_samples
 from mimicmotion.model.unet import MimicMotionModel, build_model, image_latents, model_input
-from mimicmotion.trainer import batch_loss, build_optimization, draw_samples
+from mimicmotion.trainer import build_optimization
 
 MOST_ERROR = 1e-3  # of the scale of any one gradient; a wrong formula is off by far more
 
@@ -72,9 +73,15 @@ class TrainingStep:
         finally:
             undo()
 
-    def step(self) -> None:
-        """The trainer's step: the loss, its gradients, clipping, AdamW and the moving average."""
-        self._loss(self.model, self.batch).backward()
+    def step(self, done: Callable[[str], object] = lambda what: None) -> None:
+        """The trainer's step: the loss, its gradients, clipping, AdamW and the moving average.
+
+        done: called after "forward" and after "backward".
+        """
+        loss = self._loss(self.model, self.batch)
+        done("forward")
+        loss.backward()
+        done("backward")
         if self.part == "unet":
             self.model.zero_grad(set_to_none=True)
             return

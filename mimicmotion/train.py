@@ -82,7 +82,7 @@ def start_afresh(run_dir: Path) -> str | None:
 def train(arguments: Arguments, ranks: Ranks, stop: Stop) -> bool:
     """Prepare what is to be prepared, then train on this rank; False where a signal ended it early."""
     check_given(arguments)
-    config, plan = choose_plan(arguments.config, ranks)
+    config, plan, fitting = choose_plan(arguments.config, ranks)
 
     def make_ready() -> None:
         prepare_if_missing(config)
@@ -92,7 +92,9 @@ def train(arguments: Arguments, ranks: Ranks, stop: Stop) -> bool:
     ranks.from_first(make_ready)
     dataset = ClipDataset(config.data.prepared, config.data.num_frames, config.trainer.seed)
     encoder = dataset.manifest.encoder_name
-    trainer = Trainer(config, dataset, ranks, encoder=encoder, resume=arguments.resume, plan=plan, stop=stop)
+    trainer = Trainer(
+        config, dataset, ranks, encoder=encoder, resume=arguments.resume, plan=plan, fitting=fitting, stop=stop
+    )
     if ranks.is_first:
         about = f"kernels {config.kernels}, encoder {encoder}, {ranks.world_size} rank(s)"
         print(f"{about}, run folder {config.run_dir}", flush=True)
@@ -113,7 +115,7 @@ def main() -> None:
         try:
             is_for_this_gpu = arguments.config.memory_budget is not None and torch.cuda.is_available()
             here = Ranks(rank=0, world_size=1, device=torch.device("cuda" if is_for_this_gpu else "cpu"))
-            config, plan = choose_plan(arguments.config, here)
+            config, plan, _ = choose_plan(arguments.config, here)
             print(dry_run(config, plan))
         except ValueError as error:
             raise SystemExit(f"no dry run: {error}") from error

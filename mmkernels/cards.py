@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 PCIE_4, PCIE_5 = 25e9, 55e9  # bytes a second one way between pinned host memory and the card, 16 lanes, as reached
@@ -44,6 +44,10 @@ class Rate:
         if not flops and not num_bytes:
             return 0.0
         return self.start_s + math.hypot(flops / self.flops_per_s, num_bytes / self.bytes_per_s)
+
+    def faster(self, factor: float) -> Rate:
+        """Both rates times a factor."""
+        return replace(self, flops_per_s=factor * self.flops_per_s, bytes_per_s=factor * self.bytes_per_s)
 
 
 H200_SHEET = (4.8e12, 989e12)  # bytes and operations a second, which the shares of every other card are counted from

@@ -29,6 +29,7 @@ from pathlib import Path
 
 import torch
 
+from mmkernels.allocator import uncounted
 from mmkernels.known_choices import worth_timing
 
 Variant = Callable[[], None]
@@ -287,9 +288,10 @@ def _cuda_ms(variant: Variant, repeats: int) -> float:
         raise RuntimeError("a kernel cannot be timed while a CUDA graph is captured; run the step once before capture")
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
-    start.record()
-    for _ in range(repeats):
-        variant()
-    end.record()
-    end.synchronize()
+    with uncounted():
+        start.record()
+        for _ in range(repeats):
+            variant()
+        end.record()
+        end.synchronize()
     return start.elapsed_time(end)

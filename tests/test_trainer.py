@@ -15,9 +15,10 @@ from mimicmotion.distributed import Ranks
 from mimicmotion.execution import use_kernels
 from mimicmotion.generation import load_averaged
 from mimicmotion.history import read_history
+from mimicmotion.micro_batch import batch_loss, draw_samples
 from mimicmotion.model.unet import build_model
 from mimicmotion.stopping import SIGNALS, Stop
-from mimicmotion.trainer import Trainer, TrainingStoppedError, batch_loss, build_optimization, draw_samples
+from mimicmotion.trainer import Trainer, TrainingStoppedError, build_optimization
 
 ONE = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
 

@@ -67,11 +67,13 @@ def _kind(func: Any, args: tuple, kwargs: dict, out: object, flops: int, is_insi
         return "group norm"
     if name.startswith(_REDUCTIONS):
         return "reduction"
+    if name.startswith(("_foreach", "_fused", "cat")):
+        return "pass"  # lists of tensors, each in one order
     given, made = list(_tensors((args, kwargs))), list(_tensors(out))
     many = [x for x in (*given, *made) if x.dim()]
     largest = max((x.numel() for x in many), default=0)
     streams = [x for x in many if x.numel() == largest]
-    if name != "cat" and (len(streams) < len(many) or len({x.stride() for x in streams}) > 1 or not _is_dense(streams)):
+    if len(streams) < len(many) or len({x.stride() for x in streams}) > 1 or not _is_dense(streams):
         return "strided"
     widest = max((x.element_size() for x in made), default=0)
     return "widening" if any(x.element_size() < widest for x in given if x.dim()) else "pass"
@@ -93,13 +95,14 @@ def is_convolution(func: Any) -> bool:
 
 def convolution_copies(func: Any, args: tuple, out: object) -> list[list[int]]:
     """Bytes of the copies in channels last that each kernel of a convolution takes: one forward, up to two backward."""
-    made = [x for x in tree_leaves(out) if isinstance(x, Tensor) and x.dim() > 2]
+    made: Any = out
     if func._overloadpacket.__name__ == "convolution":
-        sets = [[args[0], args[1], *made]]
+        kernels = [(*args[:2], made)]
     else:
         dy, x, weight = args[:3]
-        sets = [[dy, other, gradient] for other, gradient in zip((weight, x), out, strict=False) if gradient is not None]  # pyright: ignore[reportArgumentType]
-    return [[x.nbytes for x in each if x.dtype in HALF and not _is_channels_last(x)] for each in sets or [[]]]
+        dx, dweight, _ = made
+        kernels = [each for each in ((dy, weight, dx), (dy, x, dweight)) if each[2] is not None]
+    return [[x.nbytes for x in each if x.dtype in HALF and not _is_channels_last(x)] for each in kernels]
 
 
 def _is_channels_last(x: Tensor) -> bool:
