@@ -113,7 +113,7 @@ def test_no_choice_costs_much_over_the_fastest(tmp_path: Path) -> None:
 def compiled_in_the_first_step() -> Counter[str]:
     """Kernels that Triton compiles for the fused step where what KNOWN decides is taken: by name, how often.
 
-    A kernel is compiled again for other constants, dtypes, and numbers that are 1 or multiples of 16 only here or there.
+    It is compiled again for other constants and dtypes, and where another number is 1 or a multiple of 16.
     """
     seen: set[Any] = set()
 
