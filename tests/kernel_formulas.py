@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.grad import conv2d_weight
 
 Arguments = Any  # a launch's arguments and constants by their names
 
@@ -173,7 +174,7 @@ def _weight_gradient_of(a: Tensor, dy: Tensor, taps: int) -> Tensor:
     """(taps, C, K) in float32."""
     a, dy = (x.float().permute(0, 3, 1, 2) for x in (a, dy))
     shape = (dy.shape[1], a.shape[1], 3, taps // 3)
-    gradient = torch.nn.grad.conv2d_weight(a, shape, dy, padding=(1, taps // 9))
+    gradient = conv2d_weight(a, shape, dy, padding=(1, taps // 9))  # pyright: ignore[reportArgumentType]
     return gradient.permute(2, 3, 1, 0).flatten(0, 1)
 
 
@@ -221,8 +222,8 @@ def _frames(a: Arguments, tensors: dict[str, str]) -> list[Tensor]:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, o: Tensor, scale: float) -> None:
-    rows = (x.float().permute(0, 2, 3, 1, 4) for x in (q, k, v))
-    o.copy_(functional.scaled_dot_product_attention(*rows, scale=scale).permute(0, 3, 1, 2, 4))
+    q, k, v = (x.float().permute(0, 2, 3, 1, 4) for x in (q, k, v))
+    o.copy_(functional.scaled_dot_product_attention(q, k, v, scale=scale).permute(0, 3, 1, 2, 4))
 
 
 def _differentiate_attention(inputs: Sequence[Tensor], gradients: Sequence[Tensor], scale: float) -> None:
@@ -275,7 +276,7 @@ def call_formula(entry: str, tensors: Sequence[Any], *arguments: Any) -> None:
         scale = arguments[3]
         views = [_at(x, shape, strides[4 * i : 4 * i + 4]) for i, x in enumerate(tensors)]
         if entry.endswith("forward"):
-            _attend(*views, scale)
+            _attend(views[0], views[1], views[2], views[3], scale)
         else:
             _differentiate_attention(views[:4], views[4:], scale)
         return
@@ -296,7 +297,7 @@ def _native_inputs(tensors: Sequence[Any], shape: Sequence[int], strides: Sequen
 
 
 def _native_forward(tensors: Sequence[Any], shape: Any, strides: Any, shift_strides: Any, _: str) -> None:
-    M, H, W, *_, K, taps = shape
+    M, H, W, K, taps = *shape[:3], *shape[6:]
     x, table = _native_inputs(tensors, shape, strides)
     weight, bias, shift, residual, out = tensors[6:]
     y = _convolved(_activated(x, table), weight.view(taps, -1, K))
@@ -307,7 +308,7 @@ def _native_forward(tensors: Sequence[Any], shape: Any, strides: Any, shift_stri
 
 
 def _native_weight_gradient(tensors: Sequence[Any], shape: Any, strides: Any, *_: Any) -> None:
-    M, H, W, *_, K, taps = shape
+    M, H, W, K, taps = *shape[:3], *shape[6:]
     x, table = _native_inputs(tensors, shape, strides)
     dy = _at(tensors[6], (M, H, W, K), strides[6:9])
     tensors[8].copy_(_weight_gradient_of(_activated(x, table), dy, taps))
