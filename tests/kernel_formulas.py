@@ -105,14 +105,15 @@ def _partial_statistics(a: Arguments) -> None:
     for split, rows in enumerate(_splits(_pixels(a.x, "x", a, M), a)):
         mean = rows.mean(1)
         here = a.partial[:, split, :, a.joined : a.joined + a.C]
-        here.copy_(torch.stack((mean, (rows - mean[:, None]).square().sum(1)), 1))
+        here.copy_(torch.stack((mean, torch.zeros_like(mean), (rows - mean[:, None]).square().sum(1)), 1))
 
 
 def _merge_statistics(a: Arguments) -> None:
     M, splits, _, channels = a.partial.shape
     counts = [min(a.split_rows, a.rows - split * a.split_rows) for split in range(splits)]
     count = torch.tensor(counts, dtype=torch.float32)[:, None, None]
-    mean, deviation = (a.partial[:, :, i].unflatten(2, (a.G, -1)) for i in range(2))  # (M, splits, G, width)
+    mean, low, deviation = (a.partial[:, :, i].unflatten(2, (a.G, -1)) for i in range(3))  # (M, splits, G, width)
+    mean = mean + low
     elements = a.rows * channels // a.G
     center = (count * mean).sum((1, 3)) / elements
     total = (deviation + count * (mean - center[:, None, :, None]).square()).sum((1, 3))
@@ -252,8 +253,8 @@ TRITON: dict[tuple[str, str], Callable[[Arguments], None]] = {
     ("layer_norm", "residual_kernel"): _residual,
     ("geglu", "forward_kernel"): _geglu,
     ("geglu", "backward_kernel"): _geglu_backward,
-    ("group_norm_silu", "partial_statistics_kernel"): _partial_statistics,
-    ("group_norm_silu", "merge_statistics_kernel"): _merge_statistics,
+    ("group_norm_statistics", "partial_statistics_kernel"): _partial_statistics,
+    ("group_norm_statistics", "merge_statistics_kernel"): _merge_statistics,
     ("group_norm_silu", "activate_kernel"): _activate,
     ("group_norm_silu", "partial_backward_kernel"): _partial_backward,
     ("group_norm_silu", "merge_backward_kernel"): _merge_backward,

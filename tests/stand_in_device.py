@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 # These take tensors of both, as on a GPU: copies, moves of modules, gradients of leaves anywhere, indices of the host.
 _TAKES_BOTH = {
-    Tensor.copy_, Tensor.data.__set__, Tensor.__getitem__, Tensor.__setitem__, Tensor.backward,
+    Tensor.copy_, Tensor.data.__set__, Tensor.__getitem__, Tensor.__setitem__, Tensor.backward,  # pyright: ignore[reportAttributeAccessIssue]
     torch.autograd.grad, torch.autograd.backward, torch._has_compatible_shallow_copy_type,
 }  # fmt: skip
 _NEEDS_HOST = {Tensor.numpy, Tensor.__array__}
