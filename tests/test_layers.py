@@ -23,6 +23,7 @@ LAYERS = [
     ("mmkernels.kernels.storage", 1.8),
     ("mmkernels.kernels", 1.9),
     ("mmkernels.ops", 2),
+    ("mmkernels.memory.__main__", 4.4),
     ("mmkernels.memory", 2),
     ("mmkernels.blocks", 3),
     ("mmkernels.planning.__init__", 3.5),

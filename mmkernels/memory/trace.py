@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from torch.utils._pytree import tree_leaves
 
 from mmkernels.costs import modelled_device
+from mmkernels.memory.attribution import History
 from mmkernels.memory.caching_allocator import CachingAllocator, allocated_bytes
 from mmkernels.memory.clock import Clock
 from mmkernels.memory.operator_body import Bodies
@@ -86,6 +87,7 @@ def trace(
     blocks: Mapping[str, nn.Module] | None = None,
     by_unit: bool = False,
     device_kind: str | None = None,
+    history: History | None = None,
 ) -> Trace:
     """Run `step` once and return what it costs.
 
@@ -98,11 +100,12 @@ def trace(
     blocks: modules whose forward and backward become `Trace.phases`.
     device_kind: "cpu" or "cuda", what the tensors stand for where fused operators choose their chunks; "cuda" with a
         clock, otherwise what they lie on.
+    history: told of every storage and who made it.
     by_unit: whether to count `Trace.saved_by_unit`. What other hooks of autograd take, as the offload's, is not in it.
     """
     if device_kind is None and clock is not None:
         device_kind = "cuda"
-    follower = _StorageFollower(resident, clock)
+    follower = _StorageFollower(resident, clock, history)
     resident_bytes = follower.live_bytes
     found = {name: Part() for name in parts or {}}
     with ExitStack() as hooks:
@@ -133,7 +136,7 @@ def trace(
 class _StorageFollower(TorchDispatchMode):
     """Counts the bytes of live storages, the FLOPs and the time of the operators dispatched under it."""
 
-    def __init__(self, resident: Iterable[torch.Tensor], clock: Clock | None) -> None:
+    def __init__(self, resident: Iterable[torch.Tensor], clock: Clock | None, history: History | None) -> None:
         super().__init__()
         self.live_bytes = 0
         self.peak_bytes = 0
@@ -142,7 +145,7 @@ class _StorageFollower(TorchDispatchMode):
         self.saved_by_unit: dict[str, int] = {}
         self.allocator = CachingAllocator()
         self.phases = Phases(self._read)
-        self._clock = clock
+        self._clock, self._history = clock, history
         self._costs = OperatorCosts()
         self._bodies = Bodies(self._costs)
         self._has_begun_backward = False
@@ -193,6 +196,8 @@ class _StorageFollower(TorchDispatchMode):
         for leaf in tree_leaves((args, kwargs)):
             if isinstance(leaf, torch.Tensor):
                 self._see(leaf, is_counted=False)
+        if self._history is not None:
+            self._history.operator(func)
         out = func(*args, **kwargs)
         flops = self._costs.flops(func, args, kwargs, out)
         self.flops += flops
@@ -206,6 +211,8 @@ class _StorageFollower(TorchDispatchMode):
                 self._see(leaf, is_counted=True)
         if body is not None:
             self._see_peak(bytes_before + body.peak_bytes)
+            if self._history is not None:
+                self._history.inside(bytes_before + body.peak_bytes - self.live_bytes)
             for address in [self.allocator.allocate(size) for size in body.buffers if size]:
                 self.allocator.free(address)
         return out
@@ -221,6 +228,8 @@ class _StorageFollower(TorchDispatchMode):
         address = self.allocator.allocate(num_bytes) if num_bytes else None
         self._seen[key] = weakref.ref(storage, lambda _: self._forget(key, num_bytes, address)), num_bytes
         self.live_bytes += num_bytes
+        if self._history is not None and num_bytes:
+            self._history.allocated(key, num_bytes)
         self._see_peak(self.live_bytes)
 
     def _see_peak(self, live_bytes: int) -> None:
@@ -233,4 +242,6 @@ class _StorageFollower(TorchDispatchMode):
         self._saved.pop(key, None)
         if address is not None:
             self.allocator.free(address)
+        if self._history is not None:
+            self._history.freed(key)
         self.live_bytes -= num_bytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -26,11 +27,13 @@ def parse_size(size: str) -> tuple[int, int]:
 
 
 def svd_workload(
-    kind: OptimizerKind, *, frames: int = 72, height: int = 576, width: int = 1024, batch: int = 1, **config: Any
-) -> Workload:
+    kind: OptimizerKind, *, frames: int = 72, height: int = 576, width: int = 1024, batch: int = 1,
+    device: torch.device | None = None, **config: Any,
+) -> Workload:  # fmt: skip
     """Forward and backward of the UNet over latents of height x width pixels, all live parameters trained.
 
     adamw: float32 weights under autocast; adamw8bit: bfloat16 weights and activations. config: other than as released.
+    device: where real tensors lie; fake ones without.
     Raises ValueError for a size that the UNet's levels do not divide.
     """
     if height % SIDE_PIXELS or width % SIDE_PIXELS or min(height, width, frames, batch) < 1:
@@ -38,8 +41,9 @@ def svd_workload(
             f"got {batch} x {frames} frames of {width}x{height}, wanted at least one, sides by {SIDE_PIXELS} pixels"
         )
     is_wide = kind == "adamw"
-    dtype, mode = torch.float32 if is_wide else torch.bfloat16, FakeTensorMode()
-    with mode:
+    dtype, mode = torch.float32 if is_wide else torch.bfloat16, FakeTensorMode() if device is None else nullcontext()
+    kind_of_device = "cpu" if device is None else device.type
+    with mode, torch.device(device or "cpu"):
         unet: Any = UNetSpatioTemporalConditionModel(**{"num_attention_heads": HEADS, **config})
         for parameter in unet.parameters():
             parameter.data = parameter.data.to(dtype)
@@ -47,6 +51,8 @@ def svd_workload(
         trained = [parameter for name, parameter in unet.named_parameters() if name not in dead]
         for name in dead:
             unet.get_parameter(name).requires_grad_(False)
+        if device is not None:
+            unet.to(device)  # diffusers makes its mix factors on the CPU whatever the context
         size = batch, frames, unet.config["in_channels"], height // LATENT_STRIDE, width // LATENT_STRIDE
         sample, context = (
             torch.empty(size, dtype=dtype),
@@ -55,7 +61,7 @@ def svd_workload(
         time_ids, times = torch.empty(batch, 3, dtype=dtype), torch.empty(batch)
 
     def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=is_wide):
+        with torch.autocast(kind_of_device, torch.bfloat16, enabled=is_wide):
             output = unet(sample, times, context, time_ids, return_dict=False)[0]
         output.float().square().mean().backward()
 
