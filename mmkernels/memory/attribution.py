@@ -27,7 +27,7 @@ from torch.autograd import graph
 from mmkernels.memory.phases import is_in_backward
 from mmkernels.memory.units import REST, current_unit
 
-GRADIENT = "gradient of a parameter"
+GRADIENT = "gradients"
 _MODULE_CALL = nn.Module._call_impl.__code__
 _ENGINE_CALL: CodeType = graph._engine_run_backward.__code__
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -97,18 +97,18 @@ class Origins:
     def of(self, func: Any) -> Origin:
         """The origin of what an operator makes, called while it is dispatched."""
         source, module, thread = self._asker()
-        operation = operation_name(func)
-        if not is_in_backward() or source:
-            unit = current_unit()
-            place = self._names.get(module, "") if unit == REST else unit
+        operation, unit = operation_name(func), current_unit()
+        place = self._names.get(module, "") if unit == REST else unit
+        node = torch._C._current_autograd_node() if is_in_backward() else None
+        made = None if node is None else self._made.get((thread, node._sequence_nr()))
+        if source:
+            place = place or (made.place if made is not None else "")  # what runs again may be no named module
             origin = Origin(operation=operation, source=source, place=place)
             self._made.setdefault((threading.get_ident(), torch.autograd._get_sequence_nr() - 1), origin)
             return origin
-        node = torch._C._current_autograd_node()
-        if node is None:
-            return Origin(operation=operation, source="autograd")
-        made = self._made.get((thread, node._sequence_nr()))
-        return Origin(operation=operation, source=node.name()) if made is None else replace(made, operation=operation)
+        if made is not None:
+            return replace(made, operation=operation)
+        return Origin(operation=operation, source="torch" if node is None else node.name())
 
     def _asker(self) -> tuple[str, int, int]:
         """The innermost source line below torch and the ops, the innermost named module, both up to autograd's engine;

@@ -75,9 +75,9 @@ def _size(row: PeakRow) -> int:
 
 
 def shown_rows(report: PeakReport) -> list[PeakRow]:
-    """The rows of at least SHOWN_SHARE of the peak; the others as one row."""
+    """The rows of at least SHOWN_SHARE of the peak, and those of no source line; the others as one row."""
     least = SHOWN_SHARE * max(report.modelled_bytes, report.measured_bytes or 0)
-    large, small = ([row for row in report.rows if (_size(row) >= least) is wanted] for wanted in (True, False))
+    large, small = ([row for row in report.rows if (_size(row) >= least or not row.source) is x] for x in (True, False))
     if not small:
         return large
     is_measured = report.measured_bytes is not None
