@@ -4,8 +4,9 @@ import contextlib
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -131,6 +132,7 @@ class Trainer:
                     "not in the plan's time: the moving average on the host, a copy of the weights a step"
                 )
         self.wrapped = ranks.wrap(self.model)
+        self.around_step: Callable[[Callable[[], Any]], Any] = lambda step: step()  # what watches a step runs it
         self.step = self.skipped = self.skipped_in_a_row = 0
         self._is_signalled = False  # on this rank
         self.is_stopping = False  # agreed by all ranks
@@ -155,7 +157,7 @@ class Trainer:
             while self.step < settings.num_steps and not self.is_stopping:
                 ready = batches.result()
                 batches = loader.submit(self._load, self.step + 1)
-                row = self._train_step(ready)
+                row = self.around_step(partial(self._train_step, ready))
                 reporter.step(row)
                 if self.history is not None:
                     self.history.append(row)
