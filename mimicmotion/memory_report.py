@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import torch
-from rich.console import Console
 
 from mimicmotion.config import Config
 from mimicmotion.dry_run import dry_run
@@ -12,7 +11,7 @@ from mimicmotion.trainer import Trainer
 from mmkernels.memory.attribution import History, Origin, at_peak
 from mmkernels.memory.measured import Allocator, CudaAllocator, measure
 from mmkernels.planning.choices import Plan
-from mmkernels.planning.peak_report import peak_report, print_report, write_report
+from mmkernels.planning.peak_report import peak_report, print_report, wide_console, write_report
 
 Row = TypeVar("Row")
 
@@ -58,7 +57,7 @@ class MemoryReport:
         where = torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU"
         title = f"a step of preset {config.preset}, kernels {config.kernels}, {where}"
         report = peak_report(title, modelled_peak(config, self.trainer.plan), measured)
-        print_report(report, Console(highlight=False))
+        print_report(report, wide_console())
         paths = write_report(report, config.run_dir / "memory_report")
         print(f"memory report: {paths[0]}, {paths[1]}", flush=True)
 

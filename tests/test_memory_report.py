@@ -14,6 +14,7 @@ from mimicmotion.dry_run import dry_run
 from mimicmotion.memory_report import MemoryReport
 from mimicmotion.trainer import Trainer
 from mmkernels.memory.attribution import GRADIENT, Origin
+from mmkernels.memory.caching_allocator import allocated_bytes
 from mmkernels.planning.choices import GIB
 from mmkernels.planning.peak_report import PeakReport, peak_report, print_report, shown_rows, write_report
 
@@ -70,10 +71,13 @@ def test_a_trainer_reports_on_its_own_step(tmp_path, capsys):
     path = watched.config.run_dir / "memory_report.json"
     assert not (plain.config.run_dir / path.name).exists() and path.with_suffix(".png").exists()
     found = json.loads(path.read_text())
-    sums = {row["operation"]: row["measured_bytes"] for row in found["rows"] if not row["source"]}
-    assert set(sums) == {"weights", "moments and moving average", GRADIENT, "batch"}
-    live_bytes = sum(p.nbytes for p in plain.optimization.live.values())
-    assert live_bytes <= sums[GRADIENT] <= 1.1 * live_bytes
+    there = {row["operation"]: row["measured_bytes"] for row in found["rows"] if not row["source"]}
+    assert set(there) == {"weights", "moments and moving average", GRADIENT, "batch"}
+    assert there["weights"] == sum(allocated_bytes(p.nbytes) for p in watched.model.parameters())
+    live_bytes = sum(allocated_bytes(p.nbytes) for p in watched.optimization.live.values())
+    assert 0.8 * live_bytes < there[GRADIENT] <= live_bytes, "the peak is near the end of backward"
+    ours = [row for row in found["rows"] if not row["source"].startswith("mimicmotion") and row["operation"] != "batch"]
+    assert len(ours) > 40 and [row for row in ours if row["modelled_bytes"] != row["measured_bytes"]] == []
     assert found["measured_bytes"] == sum(row["measured_bytes"] for row in found["rows"])
     for name, value in watched.model.state_dict().items():
         assert torch.equal(value, plain.model.state_dict()[name]), name

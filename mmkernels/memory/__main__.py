@@ -17,13 +17,12 @@ from typing import Literal
 
 import torch
 import tyro
-from rich.console import Console
 
 from mmkernels.cards import card, card_of
 from mmkernels.memory.attribution import History, at_peak
 from mmkernels.memory.measured import CudaAllocator
 from mmkernels.planning.choices import OptimizerChoice, OptimizerKind, Plan, read_plan
-from mmkernels.planning.peak_report import peak_report, print_report, write_report
+from mmkernels.planning.peak_report import peak_report, print_report, wide_console, write_report
 from mmkernels.planning.svd import parse_size, svd_workload
 from mmkernels.planning.workload import PeakBytes, measure_way, trace_way
 
@@ -44,8 +43,7 @@ class Settings:
 
 def main(settings: Settings) -> int:
     """Model, measure where there is a GPU, print, write, draw."""
-    console = Console(highlight=False)
-    console = console if console.is_terminal else Console(width=170, highlight=False)
+    console = wide_console()
     try:
         report = peak_report(_title(settings), *_halves(settings))
     except (ValueError, torch.OutOfMemoryError) as error:

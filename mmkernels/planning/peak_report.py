@@ -89,6 +89,12 @@ def shown_rows(report: PeakReport) -> list[PeakRow]:
     return [*large, others]
 
 
+def wide_console() -> Console:
+    """The terminal, or 170 columns where the output is none."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(width=170, highlight=False)
+
+
 def print_report(report: PeakReport, console: Console) -> None:
     """One row for each source line and operation, then the peak."""
     table = Table(title=f"the peak of {report.title}", title_justify="left", title_style="bold", show_footer=True)
