@@ -77,7 +77,7 @@ def test_a_trainer_reports_on_its_own_step(tmp_path, capsys):
     live_bytes = sum(allocated_bytes(p.nbytes) for p in watched.optimization.live.values())
     assert 0.8 * live_bytes < there[GRADIENT] <= live_bytes, "the peak is near the end of backward"
     ours = [row for row in found["rows"] if not row["source"].startswith("mimicmotion") and row["operation"] != "batch"]
-    assert len(ours) > 40 and [row for row in ours if row["modelled_bytes"] != row["measured_bytes"]] == []
+    assert len(ours) > 30 and [row for row in ours if row["modelled_bytes"] != row["measured_bytes"]] == []
     assert found["measured_bytes"] == sum(row["measured_bytes"] for row in found["rows"])
     for name, value in watched.model.state_dict().items():
         assert torch.equal(value, plain.model.state_dict()[name]), name
