@@ -12,6 +12,7 @@ from mimicmotion.model.unet import MimicMotionModel, build_model, num_parameters
 from mimicmotion.optimization import Optimization
 from mimicmotion.trainer import build_optimization
 from mmkernels.cards import card
+from mmkernels.memory.attribution import History, marking_gradients
 from mmkernels.memory.clock import Clock
 from mmkernels.memory.cuda_autocast import norms_in_float32
 from mmkernels.memory.trace import Trace, trace
@@ -87,10 +88,11 @@ def fake_step(config: Config) -> FakeStep:
     return FakeStep(config=config, model=model, optimization=optimization, batch=batch)
 
 
-def dry_run(config: Config, plan: Plan | None = None) -> DryRun:
+def dry_run(config: Config, plan: Plan | None = None, history: History | None = None) -> DryRun:
     """Build the model with fake tensors and trace one step after the optimizer's state exists.
 
-    What a plan moves goes to a host on a clock. Raises ValueError where the plan's card is not known.
+    What a plan moves goes to a host on a clock. history: told who made what. Raises ValueError where the plan's card
+    is not known.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
         fake = fake_step(config)
@@ -104,8 +106,11 @@ def dry_run(config: Config, plan: Plan | None = None) -> DryRun:
             optimization.step(is_finite=True)
 
         resident = [*model.parameters(), *fake.batch.values(), *optimization.resident()]
-        with norms_in_float32():
-            cost = trace(step, resident, clock=clock, device_kind="cuda")
+        there = {"weights": model.parameters(), "moments and moving average": optimization.resident()}
+        history = history or History()
+        history.begin(model, **there, batch=fake.batch.values())
+        with norms_in_float32(), marking_gradients(model, history.gradient):
+            cost = trace(step, resident, clock=clock, device_kind="cuda", history=history)
     return DryRun(
         config=config,
         plan=plan,

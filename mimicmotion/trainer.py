@@ -3,7 +3,9 @@
 import gc
 import math
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -92,6 +94,7 @@ class Trainer:
                 )
         # Where memory may run out on one rank alone, gradients are averaged once all have theirs.
         self.wrapped = ranks.wrap(self.model) if fitting is None else self.model
+        self.around_step: Callable[[Callable[[], Any]], Any] = lambda step: step()  # what watches a step runs it
         self.step = self.skipped = self.skipped_in_a_row = 0
         self._stop = stop or Stop()
         self.is_stopping = self._has_run_out = False  # agreed by all ranks
@@ -119,7 +122,7 @@ class Trainer:
             while self.step < settings.num_steps:
                 ready = self._await(batches)
                 batches = loader.submit(self._load, self.step + 1)
-                row = self._train_step(ready)
+                row = self.around_step(partial(self._train_step, ready))
                 if self.is_stopping:
                     break
                 if row is None:
