@@ -14,7 +14,7 @@ namespace mm {
 namespace {
 
 // (devices, why there is none); a device is (name, compute capability, capability of the code it runs, bytes).
-py::tuple cuda_devices() {
+py::tuple listed_cuda_devices() {
   py::list rows;
   std::string why_not = "built without CUDA";
 #ifdef MM_WITH_CUDA
@@ -54,7 +54,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("temporal_attention_backward_cuda", mm::temporal_attention_backward_cuda, no_gil);
   m.def("temporal_attention_shared_bytes_cuda", mm::temporal_attention_shared_bytes_cuda);
 #endif
-  m.def("cuda_devices", mm::cuda_devices);
+  m.def("cuda_devices", mm::listed_cuda_devices);
   m.attr("compiler") = MM_COMPILER;
   m.attr("openmp") = static_cast<bool>(MM_OPENMP);
   m.attr("cuda_architectures") = MM_CUDA_ARCHITECTURES;  // empty: built without CUDA

@@ -75,7 +75,7 @@ def fake_step(config: Config) -> FakeStep:
     """Call it under FakeTensorMode(allow_non_fake_inputs=True). The kernels are plain diffusers'."""
     data, size = config.data, config.trainer.micro_batch_size
     height, width = data.height // LATENT_STRIDE, data.width // LATENT_STRIDE
-    model = build_model(config.model)
+    model = build_model(config.model, config.kernels)
     optimization = build_optimization(model, config, scales_loss=False)  # a scale takes no memory
     batch = {
         "latents": torch.empty(size, data.num_frames, 4, height, width),

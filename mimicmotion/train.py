@@ -1,6 +1,6 @@
 """Train: `torchrun mimicmotion/train.py --kernels fused --preset demo [--overrides]`, or plain python for one process.
 
-With no arguments the demo preset runs on the prepared footage, and where nothing is prepared it is prepared first.
+With no arguments the demo preset runs on its embedded footage, which is prepared first where it is not yet.
 """
 
 import signal
@@ -26,6 +26,7 @@ from mimicmotion.data.preparation import prepare_if_missing
 from mimicmotion.distributed import Ranks, join_ranks
 from mimicmotion.dry_run import dry_run
 from mimicmotion.memory_plan import choose_plan, reserve_as_planned
+from mimicmotion.paths import check_there, near
 from mimicmotion.stopping import EndedBySignalError, Stop, say
 from mimicmotion.trainer import Trainer, TrainingStoppedError
 
@@ -53,6 +54,20 @@ def parse(arguments: list[str]) -> Arguments:
     return tyro.cli(Arguments, args=arguments, default=default)
 
 
+def check_given(arguments: Arguments) -> None:
+    """Raise ValueError where a path that was given, or the checkpoint to resume, is not there."""
+    config = arguments.config
+    check_there("--plan", config.plan, "make a plan with `python -m mmkernels.plan`")
+    for name, path in (("", config.model.pretrained), ("-pose-net", config.model.pretrained_pose_net)):
+        check_there(f"--model.pretrained{name}", path, "give a .pth, a .safetensors or a diffusers folder")
+    if arguments.resume and not checkpoint.is_run(config.run_dir):
+        found = near(config.run_dir, checkpoint.is_run)
+        raise ValueError(
+            f"--resume: {config.run_dir} holds no checkpoint (runs {found}); give the --run-dir of a run, or leave "
+            "--resume out to start one"
+        )
+
+
 def start_afresh(run_dir: Path) -> str | None:
     """Move an earlier run's folder aside where it holds checkpoints; returns what to say about it."""
     if not checkpoint.folders(run_dir):
@@ -65,13 +80,16 @@ def start_afresh(run_dir: Path) -> str | None:
 
 
 def train(arguments: Arguments, ranks: Ranks, stop: Stop) -> bool:
-    """Prepare where nothing is prepared, then train on this rank; False where a signal ended it early."""
+    """Prepare what is to be prepared, then train on this rank; False where a signal ended it early."""
+    check_given(arguments)
     config, plan, fitting = choose_plan(arguments.config, ranks)
-    if ranks.is_first:
+
+    def make_ready() -> None:
         prepare_if_missing(config)
         if not arguments.resume and (note := start_afresh(config.run_dir)):
             print(note, flush=True)
-    ranks.wait()
+
+    ranks.from_first(make_ready)
     dataset = ClipDataset(config.data.prepared, config.data.num_frames, config.trainer.seed)
     encoder = dataset.manifest.encoder_name
     trainer = Trainer(

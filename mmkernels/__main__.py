@@ -2,10 +2,31 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
+import importlib
+import warnings
+from types import ModuleType
+from typing import Any
 
 from mmkernels import extension
+from mmkernels.version import version
+
+
+def _load(name: str, install: str) -> tuple[ModuleType | None, str]:
+    """The module of that name, and its row of the table: its version, or why it is not there."""
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name == name:
+            return None, f"no: not installed; {install}"
+        return None, f"no: it is installed and does not import: {_first_line(error)}"
+    except Exception as error:  # whatever a broken installation raises is the reason
+        return None, f"no: it is installed and does not import: {_first_line(error)}"
+    return module, f"yes: {getattr(module, '__version__', 'of unknown version')}"
+
+
+def _first_line(error: Exception | Warning) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
 
 
 def _native_row() -> str:
@@ -23,45 +44,38 @@ def _cuda_row() -> str:
     return f"yes: built for {extension.native().cuda_architectures}"
 
 
-def _triton_row() -> str:
-    if importlib.util.find_spec("triton") is None:
-        return "no: not installed; `pip install triton` (Linux)"
-    return f"yes: {importlib.metadata.version('triton')}"
-
-
-def _torch_row() -> str:
-    if importlib.util.find_spec("torch") is None:
-        return "no: not installed; `pip install torch`"
-    return f"yes: {importlib.metadata.version('torch')}"
-
-
-def _gpu_rows() -> list[str]:
-    if importlib.util.find_spec("torch") is None:
-        return ["unknown: torch is not installed"]
-    import torch
-
+def _gpu_rows(torch: Any) -> list[str]:
+    """One row for each GPU, or one that says why there is none; what torch warns of meanwhile is in it."""
+    if torch is None:
+        return ["unknown: torch is asked for GPUs, and it is not there"]
     if torch.version.cuda is None:
         return [f"no: torch {torch.__version__} is built without CUDA; install a CUDA build of torch"]
-    if not torch.cuda.is_available():
-        return [f"no: torch finds no usable GPU{_driver_reason()}; see `nvidia-smi`"]
-    rows = []
-    for index in range(torch.cuda.device_count()):
-        device = torch.cuda.get_device_properties(index)
-        rows.append(f"yes: {device.name}, sm_{device.major}{device.minor}, {device.total_memory / 2**30:.0f} GiB")
-    return rows
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+            rows = [_gpu_row(torch, index) for index in range(count)]
+        except Exception as error:  # whatever the driver raises is the reason
+            return [f"no: torch finds a GPU and cannot use it ({_first_line(error)}); see `nvidia-smi`"]
+    said = "; ".join(str(warning.message).strip().splitlines()[0] for warning in caught)
+    if rows:
+        return [f"{row}{f' ({said})' if said else ''}" for row in rows]
+    reason = said or _driver_reason()
+    return [f"no: torch finds no usable GPU{f' ({reason})' if reason else ''}; see `nvidia-smi`"]
+
+
+def _gpu_row(torch: Any, index: int) -> str:
+    device = torch.cuda.get_device_properties(index)
+    return f"yes: {device.name}, sm_{device.major}{device.minor}, {device.total_memory / 2**30:.0f} GiB"
 
 
 def _driver_reason() -> str:
-    if extension.why_no_cuda() is not None:
-        return ""
-    _, reason = extension.native().cuda_devices()
-    return f" ({reason})" if reason else ""
+    """Why the CUDA runtime sees no GPU; "" where it does, or where the native module has none to ask."""
+    return "" if extension.why_no_cuda() is not None else extension.native().cuda_devices()[1]
 
 
 def _choice_lines() -> list[str]:
     """The kernel variants chosen on each kind of GPU, with their times."""
-    if importlib.util.find_spec("torch") is None:
-        return []
     from mmkernels import tuning
 
     found = tuning.stored()
@@ -77,17 +91,20 @@ def _choice_lines() -> list[str]:
 
 def main() -> None:
     """Print the table."""
+    _, triton_row = _load("triton", "on Linux `pip install triton`")
+    torch, torch_row = _load("torch", "`pip install torch`")
     rows = [
         ("native CPU kernels", _native_row()),
         ("native CUDA code", _cuda_row()),
-        ("Triton", _triton_row()),
-        ("torch", _torch_row()),
-        *(("GPU", row) for row in _gpu_rows()),
+        ("Triton", triton_row),
+        ("torch", torch_row),
+        *(("GPU", row) for row in _gpu_rows(torch)),
     ]
-    print(f"mmkernels {importlib.metadata.version('mimicmotion-trainer')}")
+    print(f"mmkernels {version()}")
     for name, text in rows:
         print(f"  {name:<20}{text}")
-    print("\n".join(_choice_lines()))
+    if torch is not None:
+        print("\n".join(_choice_lines()))
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ _FUSED: dict[type[nn.Module], type[FusedBlock]] = {
 LEAST_BYTES = 1 << 20  # smaller storages do not move: a copy has its fixed cost
 _STAGES = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2, "conv_out": 3}
 _HEAD = ("conv_norm_out", "conv_act", "conv_out")  # of a UNet, in the order they run; the last stands for all
+_DEAD = ("norm2", "attn2.to_q", "attn2.to_k")  # of a transformer block whose attn2 reads one token
 _CHECKPOINTED = (SpatioTemporalResBlock, TransformerSpatioTemporalModel)
 _Swap = tuple[nn.Module, str, DropIn]  # a parent, a name in it, and what is put there
 
@@ -52,14 +53,26 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """How every spatio-temporal block of a UNet runs, and its output head as "conv_out"; str() is a table."""
+    """How every spatio-temporal block of a UNet runs, and its output head as "conv_out"; str() is a table.
+
+    without_gradient: parameters that require a gradient and get none (None) while the context is one token, since a
+        fused block does not run what cannot change the result; see `dead_parameters`.
+    """
 
     rows: tuple[Row, ...]
+    without_gradient: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         cells = [("block", "kind", "how", "why"), *((row.name, row.kind, row.how, row.why) for row in self.rows)]
         widths = [max(len(row[i]) for row in cells) for i in range(3)]
         lines = ["  ".join([*(row[i].ljust(widths[i]) for i in range(3)), row[3]]).rstrip() for row in cells]
+        if self.without_gradient:
+            parts = sorted({part for name in self.without_gradient for part in _DEAD if f".{part}." in name})
+            lines.append(
+                f"no gradient while the context is one token: {len(self.without_gradient)} parameters "
+                f"({', '.join(parts)}; mmkernels.dead_parameters names them). DistributedDataParallel needs "
+                "find_unused_parameters=True, or requires_grad_(False) for them before it wraps the model."
+            )
         return "\n".join(lines)
 
 
@@ -180,8 +193,9 @@ def _undo_of(swaps: list[_Swap], stop_moving: Callable[[], None]) -> Callable[[]
 
 
 def report(unet: nn.Module) -> Report:
-    """Which block of `unet` runs how, and why it is not fused where it is not."""
+    """Which block of `unet` runs how, why it is not fused where it is not, and what gets no gradient."""
     rows, sites = [], _sites(unet)
+    dead = [name for name in sorted(dead_parameters(unet)) if unet.get_parameter(name).requires_grad]
     is_checkpointed = any(isinstance(site.block, CheckpointedBlock) for site in sites)
     remains = 'plan="checkpoint" is for residual blocks and transformers' if is_checkpointed else "not replaced"
     for site in sites:
@@ -197,7 +211,9 @@ def report(unet: nn.Module) -> Report:
         else:
             why = _why_not(site) or remains
         rows.append(Row(site.name, type(original).__name__, how, why))
-    return Report(tuple(rows))
+    kind = TransformerSpatioTemporalModel.__name__
+    fused = tuple(f"{row.name}." for row in rows if (row.how, row.kind) == ("fused", kind))
+    return Report(tuple(rows), tuple(name for name in dead if name.startswith(fused)))
 
 
 def dead_parameters(unet: nn.Module) -> set[str]:
@@ -211,7 +227,7 @@ def dead_parameters(unet: nn.Module) -> set[str]:
         if isinstance(module, (BasicTransformerBlock, TemporalBasicTransformerBlock)) and module.attn2 is not None:
             if not module.attn2.is_cross_attention:
                 continue
-            for part in ("norm2", "attn2.to_q", "attn2.to_k"):
+            for part in _DEAD:
                 prefix = f"{name}.{part}" if name else part
                 dead |= {f"{prefix}.{key}" for key, _ in module.get_submodule(part).named_parameters()}
     return dead

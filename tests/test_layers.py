@@ -13,6 +13,8 @@ PACKAGES = ("mmkernels", "mimicmotion", "ptxrun", "bench")
 # The first prefix that matches a module's dotted name gives its layer.
 LAYERS = [
     ("mmkernels.extension", 1),
+    ("mmkernels.known_choices", 1.4),
+    ("mmkernels.version", 1),
     ("mmkernels.tuning", 1.5),
     ("mmkernels.allocator", 1.2),
     ("mmkernels.costs", 1.2),
@@ -34,6 +36,7 @@ LAYERS = [
     ("mmkernels.__init__", 4.1),
     ("mimicmotion.__init__", 5),
     ("mimicmotion.config", 5),
+    ("mimicmotion.paths", 5),
     ("mimicmotion.diffusion", 5.1),
     ("mimicmotion.model", 5.1),
     ("mimicmotion.loss", 5.2),

@@ -180,11 +180,30 @@ def test_a_block_that_is_not_the_known_one_stays_and_says_why() -> None:
     assert row.why == "temporal_transformer_blocks.0.attn1.to_q is Wrapped, not Linear"
     table = str(mmkernels.report(unet))
     assert row.why in table
-    assert len(table.splitlines()) == 1 + len(rows)
+    *lines, about_gradients = table.splitlines()
+    assert len(lines) == 1 + len(rows)
+    assert about_gradients.startswith("no gradient while the context is one token: 24 parameters (attn2.to_k, attn2.")
     fused = run(unet, inputs)
     assert "mid_block.attentions.0.temporal_transformer_blocks.0.attn1.to_q.down.weight" in fused
     dead = mmkernels.dead_parameters(unet)
+    silent = set(mmkernels.report(unet).without_gradient)
+    assert silent == dead - fused.keys() and {name.split(".")[0] for name in dead & fused.keys()} == {"mid_block"}
     assert_within_budget(*(pool_scalars(without(x, dead)) for x in (fused, plain, fp64)))
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_reports_what_gets_no_gradient(plan: str) -> None:
+    """By name, and only what requires one: exactly the parameters that backward leaves without."""
+    unet = small_unet()
+    assert mmkernels.report(unet).without_gradient == ()
+    mmkernels.replace(unet, plan)
+    found = mmkernels.report(unet)
+    names = {name for name, _ in unet.named_parameters()}
+    assert set(found.without_gradient) == names - run(unet, unet_inputs()).keys()
+    assert ("find_unused_parameters=True" in str(found)) == (plan == "fused") == bool(found.without_gradient)
+    for name in mmkernels.dead_parameters(unet):
+        unet.get_parameter(name).requires_grad_(False)
+    assert mmkernels.report(unet).without_gradient == ()
 
 
 def test_reports_what_is_not_replaced_and_why() -> None:

@@ -12,7 +12,7 @@ from mmkernels.planning.profiling import take_profile
 from mmkernels.planning.solver import Limits, Solution, solve
 from mmkernels.planning.workload import Traced, Workload, trace_way
 
-MARGIN_GIB = 1.5  # of a card's memory: CUDA's context, workspaces of cuDNN and cuBLAS, fragments of the allocator
+MARGIN_GIB = 1.5  # of what is free on a device: fragments, 0.3 where seen, and what other versions of libraries take
 HOST_GIB = 40.0  # of the host's memory that a plan may take where nothing is said: what a host of 64 GB can spare
 MOST_ROUNDS = 4
 NEAR_SHARE = 0.01  # of the budget: what a plan may leave unused
