@@ -106,43 +106,49 @@ class Trainer:
     def run(self) -> bool:
         """Train from the current step to the last; False where a signal ended it early, after saving."""
         settings, first = self.config.trainer, self.step
-        with (
-            Reporter(
+        loader = ThreadPoolExecutor(max_workers=1)
+        try:
+            with Reporter(
                 first=first, last=settings.num_steps, log_every=settings.log_every, is_quiet=not self.ranks.is_first
-            ) as reporter,
-            ThreadPoolExecutor(max_workers=1) as loader,
-        ):
-            self._stop.begin()
-            self._say = reporter.say
-            for note in self.notes:
-                self._say(note)
-            if self.fitting is not None and self.config.optimizer.in_backward and self.step == 0:
-                self.save()  # memory may run out with half of the weights moved
-            batches = loader.submit(self._load, self.step)
-            while self.step < settings.num_steps:
-                ready = self._await(batches)
-                batches = loader.submit(self._load, self.step + 1)
-                row = self.around_step(partial(self._train_step, ready))
-                if self.is_stopping:
-                    break
-                if row is None:
-                    self._make_room()
-                    batches = loader.submit(self._load, self.step)
-                    continue
-                reporter.step(row)
-                if self.history is not None:
-                    self.history.append(row)
-                self._check_skipped()
-                if self.fitting is not None and (change := self.fitting.settle(row["seconds"])) is not None:
-                    self._follow(change)
-                if self.step % settings.save_every == 0:
-                    self.save()
+            ) as reporter:
+                self._train(reporter, loader)
+        finally:
+            loader.shutdown(wait=False, cancel_futures=True)  # data that hang do not keep the steps from being saved
         if self.step > first and self.step % settings.save_every != 0:
             self.save()
         if self.ranks.is_first and self.step > 0:
             title = f"{self.config.preset}, kernels {self.config.kernels}, encoder {self.encoder}"
             draw_loss(read_history(self.history_path), self.config.run_dir / "loss.png", title)
         return self.step >= settings.num_steps
+
+    def _train(self, reporter: Reporter, loader: ThreadPoolExecutor) -> None:
+        """The steps of `run`, until the last or a stop."""
+        settings = self.config.trainer
+        self._stop.begin()
+        self._say = reporter.say
+        for note in self.notes:
+            self._say(note)
+        if self.fitting is not None and self.config.optimizer.in_backward and self.step == 0:
+            self.save()  # memory may run out with half of the weights moved
+        batches = loader.submit(self._load, self.step)
+        while self.step < settings.num_steps:
+            ready = self._await(batches)
+            batches = loader.submit(self._load, self.step + 1)
+            row = self.around_step(partial(self._train_step, ready))
+            if self.is_stopping:
+                break
+            if row is None:
+                self._make_room()
+                batches = loader.submit(self._load, self.step)
+                continue
+            reporter.step(row)
+            if self.history is not None:
+                self.history.append(row)
+            self._check_skipped()
+            if self.fitting is not None and (change := self.fitting.settle(row["seconds"])) is not None:
+                self._follow(change)
+            if self.step % settings.save_every == 0:
+                self.save()
 
     def save(self) -> Path:
         """Write a checkpoint of the current step (rank 0) and wait for it on every rank."""

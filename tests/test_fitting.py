@@ -273,7 +273,7 @@ def test_at_most_three_plans_follow_and_the_last_one_is_no_larger() -> None:
         change = ladder.fitting.settle(1.0)
         assert change is not None and change.is_new
     assert ladder.fitting.is_held and ladder.fitting.settle(1.0) is None
-    assert ladder.rooms == pytest.approx([19, 18, 17])  # the largest difference seen
+    assert ladder.rooms == pytest.approx([19, 18, 17])
 
 
 def test_running_out_of_memory_drops_further_each_time_and_never_climbs_back() -> None:
