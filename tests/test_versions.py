@@ -23,7 +23,7 @@ def test_floors_are_those_of_every_list_of_pyproject() -> None:
 def test_only_the_oldest_torch_comes_with_the_oldest_of_the_rest() -> None:
     oldest = versions.whole(LEAST["torch"])
     assert versions.requirements(oldest, LEAST)[0] == f"torch=={oldest}"
-    assert f"diffusers=={LEAST['diffusers']}" in versions.requirements(oldest, LEAST)
+    assert f"diffusers=={LEAST['diffusers']}.*" in versions.requirements(oldest, LEAST)
     assert versions.requirements("2.99.0", LEAST)[0] == "torch==2.99.0"
     assert {"diffusers", "torchao"} < set(versions.requirements("newest", LEAST))
     assert versions.requirements("newest", LEAST)[0] == "torch"
@@ -50,7 +50,7 @@ def test_an_environment_is_made_once_for_its_requirements(tmp_path: Path, monkey
     versions.environment("2.10.0", tmp_path, {"torch": "2.10"})
     assert len(commands) == 3
     versions.environment("2.10.0", tmp_path, {"torch": "2.10", "diffusers": "0.33"})
-    assert len(commands) == 6 and "diffusers==0.33" in commands[4]
+    assert len(commands) == 6 and "diffusers==0.33.*" in commands[4]
 
 
 def test_a_release_that_fails_is_named_and_the_others_run(monkeypatch: Any, capsys: Any) -> None:

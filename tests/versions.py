@@ -3,7 +3,7 @@
     python tests/versions.py [--folder build/versions] [2.8.0 2.11.0 2.14.1]
 
 Without releases: the oldest that pyproject.toml allows, 2.11.0 (what the first GPU run had) and the newest that there
-is. The oldest runs with the oldest of everything else that pyproject.toml gives a least release for: what is allowed
+is. The oldest runs with the oldest series of all else that pyproject.toml gives a least release of: what is allowed
 and does not pass here is not allowed, so the floor there is raised. The others run with the newest of everything.
 
 An environment is made once, with pip, several GB each, and kept in the folder; Triton is the one that a release of
@@ -43,7 +43,9 @@ def whole(release: str) -> str:
 def requirements(release: str, least: dict[str, str]) -> list[str]:
     """What pip is asked for. The floor of torch comes with every other floor."""
     is_oldest = release == whole(least["torch"])
-    found = [f"{name}=={least[name]}" if is_oldest and name in least else name for name in PACKAGES if name != "torch"]
+    found = [
+        f"{name}=={least[name]}.*" if is_oldest and name in least else name for name in PACKAGES if name != "torch"
+    ]
     return ["torch" if release == NEWEST else f"torch=={release}", *found]
 
 

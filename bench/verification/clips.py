@@ -47,8 +47,9 @@ class UnsavedTrainer(Trainer):
 def trainer_of(config: Config, gpu: Gpu, kind: type[Trainer] = Trainer, *, resume: bool = False) -> Trainer:
     """The trainer of a run on noise, under the plan that its config asks for."""
     ranks = Ranks(rank=0, world_size=1, device=gpu.device)
-    config, plan = choose_plan(config, ranks)
-    return kind(config, NoiseClips(config=config), ranks, encoder="noise", resume=resume, plan=plan)
+    config, plan, fitting = choose_plan(config, ranks)
+    clips = NoiseClips(config=config)
+    return kind(config, clips, ranks, encoder="noise", resume=resume, plan=plan, fitting=fitting)
 
 
 def watched_run(config: Config, gpu: Gpu) -> list[dict[str, float]]:
@@ -59,7 +60,8 @@ def watched_run(config: Config, gpu: Gpu) -> list[dict[str, float]]:
     def watched(**settings: Any) -> None:
         update(**settings)
         peaks.append(gpu.peak_gib())
-        gpu.reset_peak()
+        if trainer.fitting is None or trainer.fitting.is_held:  # else it reads the peak after this, and resets it
+            gpu.reset_peak()
 
     trainer.optimization.step = watched
     gpu.reset_peak()

@@ -57,11 +57,6 @@ class Gpu:
         """Of the whole card."""
         return torch.cuda.get_device_properties(self.device).total_memory / GIB
 
-    def context_gib(self) -> float:
-        """What this process takes of the card beside what its allocator holds, and whatever others take."""
-        free_bytes, all_bytes = torch.cuda.mem_get_info(self.device)
-        return (all_bytes - free_bytes - torch.cuda.memory_reserved(self.device)) / GIB
-
     def usable_gib(self) -> float:
         """What a plan for all of the card may take."""
         return usable_gib(self.device)
@@ -180,10 +175,6 @@ class StandIn(Gpu):
     def memory_gib(self) -> float:
         """Made up."""
         return 24.0
-
-    def context_gib(self) -> float:
-        """Made up."""
-        return 0.5
 
     def usable_gib(self) -> float:
         """Made up."""

@@ -1,8 +1,8 @@
 """Part `memory`: the trainer under plans for cards of less memory and for this one's, with the allocator held to each.
 
-Weights in bfloat16 with 8-bit moments, 72 frames of 1024x576, on clips of noise. A card of so many GiB is what it has
-less what CUDA's context takes of this one; the plan's budget leaves the margin that every plan leaves. Then the closed
-loop of `--memory-budget`, and where the bytes are at the peak.
+Weights in bfloat16 with 8-bit moments, 72 frames of 1024x576, on clips of noise. The plan for a smaller card takes what
+mmkernels/cards.py says that one offers; the cap is that and the fragments that a plan leaves room for. Then the closed
+loop of `--memory-budget` under the same cap, the plan for this card, and where the bytes are at the peak.
 """
 
 from __future__ import annotations
@@ -22,32 +22,32 @@ from bench.verification.record import Record
 from bench.verification.step import processes, shape_of, step_config
 from mimicmotion import config as presets
 from mimicmotion.memory_plan import plan_step
+from mmkernels import cards
 from mmkernels.cards import Card
 from mmkernels.planning.choices import Plan, write_plan
-from mmkernels.planning.search import MARGIN_GIB
 
-SMALLER_GIB = (24.0,)  # cards that a plan is tried for where this one has more
+SMALLER = "RTX 4090"  # whose plan is tried where this card has more memory
 STEPS = 4  # of each run: the offload learns in the first
 REPORT = ROOT / "mmkernels/memory/__main__.py"  # what measures where the bytes are
 
 
 def run(gpu: Gpu, record: Record, seconds: float) -> None:
     """A plan for each size, made at once in processes of their own, then run one after the other, smallest first."""
-    card, config = gpu.card(), memory_config(gpu)
-    context_gib = gpu.context_gib()
-    sizes_gib = [size for size in SMALLER_GIB if size < gpu.memory_gib()] + [gpu.memory_gib()]
-    with processes(len(sizes_gib)) as pool, tempfile.TemporaryDirectory() as name:
+    card, config, smaller = gpu.card(), memory_config(gpu), cards.card(SMALLER)
+    sizes = {smaller.name: (smaller.usable_gib, smaller.usable_gib + cards.FRAGMENTS_GIB)}
+    sizes["this card"] = gpu.usable_gib(), gpu.memory_gib()
+    with processes(len(sizes) if gpu.is_full_size else 1) as pool, tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        made = {size: pool.submit(gpu.planner(make_plan), config, card, size - MARGIN_GIB) for size in sizes_gib}
-        for size, plan in made.items():
-            path = folder / f"{size:.0f}.json"
-            planned = dataclasses.replace(config, run_dir=folder / f"planned-{size:.0f}", plan=path)
-            measure(gpu, record, planned, f"plan for {size:.0f} GiB", size - context_gib, plan)
-            if gpu.is_full_size and size == sizes_gib[0]:
-                budget_gib = size - MARGIN_GIB
+        made = {size: pool.submit(gpu.planner(make_plan), config, card, sizes[size][0]) for size in sizes}
+        for size, (budget_gib, cap_gib) in sizes.items():
+            run_dir = folder / size.replace(" ", "-")
+            planned = dataclasses.replace(config, run_dir=run_dir, plan=run_dir.with_suffix(".json"))
+            measure(gpu, record, planned, f"plan for {size}", cap_gib, made[size])
+            if gpu.is_full_size and size == SMALLER:  # a CPU has no memory to fit
                 closed = dataclasses.replace(config, run_dir=folder / "closed", memory_budget=budget_gib)
-                measure(gpu, record, closed, f"--memory-budget {budget_gib:.1f}", size - context_gib)
-    report_bytes(record)
+                measure(gpu, record, closed, f"--memory-budget {budget_gib:.1f}", cap_gib)
+    if gpu.is_full_size:
+        report_bytes(record)
 
 
 def memory_config(gpu: Gpu) -> presets.Config:

@@ -58,14 +58,14 @@ def make_plan(config: presets.Config, card: Card, budget_gib: float) -> Plan:
 
 
 def model(way: Way, config: presets.Config, card: Card) -> dict[str, float]:
-    """For another process: what one way costs, modelled: the UNet, its optimizer and the batch, without PoseNet."""
+    """For another process: what one way costs, modelled, PoseNet included."""
     data, net, kind = config.data, config.model, config.optimizer.kind
     width, height = max(data.width, 64), max(data.height, 64)
     shape = {
         "block_out_channels": net.block_out_channels, "num_attention_heads": net.num_attention_heads,
         "layers_per_block": net.layers_per_block, "cross_attention_dim": net.cross_attention_dim,
     }  # fmt: skip
-    workload = svd_workload(kind, frames=data.num_frames, height=height, width=width, **shape)
+    workload = svd_workload(kind, frames=data.num_frames, height=height, width=width, has_guide=True, **shape)
     cost = model_step(way, workload, card, OptimizerChoice(kind=kind))
     return {"step_s": cost.step_s, "peak_gib": cost.peak_bytes / GIB}
 
