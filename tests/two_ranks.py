@@ -71,7 +71,8 @@ def main() -> None:
         config = tiny_config(folder / "gradients", batch_size=4)
         trainer = Trainer(config, NoiseClips(config=config), ranks, encoder="noise")
         trainer._backward(trainer._load(0))
-        gradients = {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
+        found = {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
+        gradients = {name: gradient.contiguous() for name, gradient in found.items()}  # safetensors takes no other
         safetensors.torch.save_file(gradients, folder / f"gradients-{ranks.rank}.safetensors")
 
         # a clip of the second rank alone is NaN, first at one step, then at three in a row
@@ -85,9 +86,8 @@ def main() -> None:
         except TrainingStoppedError as error:
             why = str(error)
         counts = {"step": torch.tensor(trainer.step), "skipped": torch.tensor(trainer.skipped)}
-        safetensors.torch.save_file(
-            {**trainer.model.state_dict(), **counts}, folder / f"end-{ranks.rank}.safetensors", metadata={"why": why}
-        )
+        end = {name: value.contiguous() for name, value in {**trainer.model.state_dict(), **counts}.items()}
+        safetensors.torch.save_file(end, folder / f"end-{ranks.rank}.safetensors", metadata={"why": why})
 
 
 if __name__ == "__main__":
