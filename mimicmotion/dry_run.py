@@ -12,6 +12,7 @@ from mimicmotion.model.unet import MimicMotionModel, build_model, num_parameters
 from mimicmotion.optimization import Optimization
 from mimicmotion.trainer import build_optimization
 from mmkernels.cards import card
+from mmkernels.memory.attribution import History, marking_gradients
 from mmkernels.memory.clock import Clock
 from mmkernels.memory.cuda_autocast import norms_in_float32
 from mmkernels.memory.trace import Trace, trace
@@ -43,7 +44,7 @@ class DryRun:
                 f"  activations saved for backward: {cost.saved_bytes / GIB:.2f} GiB (modelled)",
                 f"work of a step: {cost.flops / 1e12:.2f} TFLOP (modelled)",
                 "modelled: counted over the operators of a step with fake CPU tensors; not measured on any device. "
-                "It stands for a GPU: chunks and autocast are those of CUDA. Workspaces of libraries are not in it.",
+                "It stands for a GPU: chunks, autocast and what libraries allocate inside are those of CUDA.",
             ]
         )
 
@@ -75,7 +76,7 @@ def fake_step(config: Config) -> FakeStep:
     """Call it under FakeTensorMode(allow_non_fake_inputs=True). The kernels are plain diffusers'."""
     data, size = config.data, config.trainer.micro_batch_size
     height, width = data.height // LATENT_STRIDE, data.width // LATENT_STRIDE
-    model = build_model(config.model)
+    model = build_model(config.model, config.kernels)
     optimization = build_optimization(model, config, scales_loss=False)  # a scale takes no memory
     batch = {
         "latents": torch.empty(size, data.num_frames, 4, height, width),
@@ -87,10 +88,11 @@ def fake_step(config: Config) -> FakeStep:
     return FakeStep(config=config, model=model, optimization=optimization, batch=batch)
 
 
-def dry_run(config: Config, plan: Plan | None = None) -> DryRun:
+def dry_run(config: Config, plan: Plan | None = None, history: History | None = None) -> DryRun:
     """Build the model with fake tensors and trace one step after the optimizer's state exists.
 
-    What a plan moves goes to a host on a clock. Raises ValueError where the plan's card is not known.
+    What a plan moves goes to a host on a clock. history: told who made what. Raises ValueError where the plan's card
+    is not known.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
         fake = fake_step(config)
@@ -104,8 +106,11 @@ def dry_run(config: Config, plan: Plan | None = None) -> DryRun:
             optimization.step(is_finite=True)
 
         resident = [*model.parameters(), *fake.batch.values(), *optimization.resident()]
-        with norms_in_float32():
-            cost = trace(step, resident, clock=clock, device_kind="cuda")
+        there = {"weights": model.parameters(), "moments and moving average": optimization.resident()}
+        history = history or History()
+        history.begin(model, **there, batch=fake.batch.values())
+        with norms_in_float32(), marking_gradients(model, history.gradient):
+            cost = trace(step, resident, clock=clock, device_kind="cuda", history=history)
     return DryRun(
         config=config,
         plan=plan,

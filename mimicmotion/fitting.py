@@ -1,9 +1,8 @@
 """A run kept within its memory budget by what its allocator says: plans are made again until the measured peak fits.
 
 A plan's peak p is modelled. After a step the allocator's own peak P is known, and the next plan is made for
-budget - (P - p); where P was over the budget, for the largest P - p seen. A step that runs out of memory says only that
-the device has less than that plan needs: the next plan's p is lower by a share of the budget, twice that where memory
-runs out again at once.
+budget - (P - p). A step that runs out of memory says only that the device has less than that plan needs: the next plan's
+p is lower by a share of the budget, twice that where memory runs out again at once.
 """
 
 from collections.abc import Callable
@@ -78,8 +77,7 @@ class Fitting:
         # A plan that keeps more may turn out to keep too much, and needs another one after it.
         if not is_over and (peak_gib >= budget_gib * (1 - NEAR_SHARE) or is_last):
             return Change(plan=self.plan, is_new=False, why=f"the plan holds: {found}")
-        unmodelled_gib = peak_gib - before.peak_gib
-        self._unmodelled_gib = max(unmodelled_gib, self._unmodelled_gib) if is_over else unmodelled_gib
+        self._unmodelled_gib = peak_gib - before.peak_gib
         plan = self._within(min(budget_gib - self._unmodelled_gib, self._failed_gib - DROP_SHARE * budget_gib))
         now = _modelled(plan)
         if is_over and now.peak_gib >= before.peak_gib:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mimicmotion import checkpoint, sampler
-from mimicmotion.config import Config, from_json
+from mimicmotion.config import Config, Kernels, from_json
 from mimicmotion.execution import autocast, use_kernels
 from mimicmotion.model.encoders import load_encoder
 from mimicmotion.model.unet import MimicMotionModel, build_model
@@ -26,7 +26,7 @@ class Decoder(Protocol):
         ...
 
 
-def load_averaged(run_dir: Path, kernels: str | None = None) -> tuple[Config, MimicMotionModel, Path]:
+def load_averaged(run_dir: Path, kernels: Kernels | None = None) -> tuple[Config, MimicMotionModel, Path]:
     """Config, model with the moving average of the weights, and folder of a run's newest checkpoint.
 
     Where the run takes no average (optimizer.ema off) the model has the weights themselves.
@@ -38,9 +38,10 @@ def load_averaged(run_dir: Path, kernels: str | None = None) -> tuple[Config, Mi
         raise ValueError(f"{run_dir} holds no checkpoint (runs {found}); train first, or give the folder of a run.")
     saved = checkpoint.load(folder)
     config: Config = from_json(saved.documents["config"])
-    model = build_model(config.model)
+    kernels = kernels or config.kernels
+    model = build_model(config.model, kernels)
     model.load_state_dict(saved.tensors["model"] | saved.tensors.get("ema", {}))  # dead parameters have no average
-    use_kernels(model, config.kernels if kernels is None else kernels)
+    use_kernels(model, kernels)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return config, model.to(device).eval().requires_grad_(False), folder
 

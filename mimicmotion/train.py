@@ -26,6 +26,7 @@ from mimicmotion.data.preparation import prepare_if_missing
 from mimicmotion.distributed import Ranks, join_ranks
 from mimicmotion.dry_run import dry_run
 from mimicmotion.memory_plan import choose_plan, reserve_as_planned
+from mimicmotion.memory_report import MemoryReport
 from mimicmotion.paths import check_there, near
 from mimicmotion.stopping import EndedBySignalError, Stop, say
 from mimicmotion.trainer import Trainer, TrainingStoppedError
@@ -37,6 +38,7 @@ class Arguments:
 
     config: Annotated[Config, tyro.conf.arg(name="")]
     resume: bool = False  # go on from the newest checkpoint of the run folder, bit for bit
+    memory_report: bool = False  # write where the bytes at the peak of a step are, to memory_report.json and .png
     dry_run: bool = False  # only print parameters and modelled memory of a step; needs neither a GPU nor the memory
 
 
@@ -95,6 +97,8 @@ def train(arguments: Arguments, ranks: Ranks, stop: Stop) -> bool:
     trainer = Trainer(
         config, dataset, ranks, encoder=encoder, resume=arguments.resume, plan=plan, fitting=fitting, stop=stop
     )
+    if arguments.memory_report:
+        trainer.around_step = MemoryReport(trainer)
     if ranks.is_first:
         about = f"kernels {config.kernels}, encoder {encoder}, {ranks.world_size} rank(s)"
         print(f"{about}, run folder {config.run_dir}", flush=True)

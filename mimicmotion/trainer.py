@@ -3,7 +3,9 @@
 import gc
 import math
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -73,7 +75,7 @@ class Trainer:
                 f"trainer.batch_size {batch} and trainer.micro_batch_size {micro}. Give one rank and equal sizes."
             )
         torch.manual_seed(config.trainer.seed)
-        self.model = build_model(config.model).to(ranks.device).train()
+        self.model = build_model(config.model, config.kernels).to(ranks.device).train()
         self.notes: list[str] = []
         if ranks.device.type == "cpu" and (config.optimizer.states_on_host or config.optimizer.ema == "host"):
             self.notes.append("the device is a CPU: optimizer.states_on_host and ema host move nothing off it")
@@ -92,6 +94,7 @@ class Trainer:
                 )
         # Where memory may run out on one rank alone, gradients are averaged once all have theirs.
         self.wrapped = ranks.wrap(self.model) if fitting is None else self.model
+        self.around_step: Callable[[Callable[[], Any]], Any] = lambda step: step()  # what watches a step runs it
         self.step = self.skipped = self.skipped_in_a_row = 0
         self._stop = stop or Stop()
         self.is_stopping = self._has_run_out = False  # agreed by all ranks
@@ -103,43 +106,49 @@ class Trainer:
     def run(self) -> bool:
         """Train from the current step to the last; False where a signal ended it early, after saving."""
         settings, first = self.config.trainer, self.step
-        with (
-            Reporter(
+        loader = ThreadPoolExecutor(max_workers=1)
+        try:
+            with Reporter(
                 first=first, last=settings.num_steps, log_every=settings.log_every, is_quiet=not self.ranks.is_first
-            ) as reporter,
-            ThreadPoolExecutor(max_workers=1) as loader,
-        ):
-            self._stop.begin()
-            self._say = reporter.say
-            for note in self.notes:
-                self._say(note)
-            if self.fitting is not None and self.config.optimizer.in_backward and self.step == 0:
-                self.save()  # memory may run out with half of the weights moved
-            batches = loader.submit(self._load, self.step)
-            while self.step < settings.num_steps:
-                ready = self._await(batches)
-                batches = loader.submit(self._load, self.step + 1)
-                row = self._train_step(ready)
-                if self.is_stopping:
-                    break
-                if row is None:
-                    self._make_room()
-                    batches = loader.submit(self._load, self.step)
-                    continue
-                reporter.step(row)
-                if self.history is not None:
-                    self.history.append(row)
-                self._check_skipped()
-                if self.fitting is not None and (change := self.fitting.settle(row["seconds"])) is not None:
-                    self._follow(change)
-                if self.step % settings.save_every == 0:
-                    self.save()
+            ) as reporter:
+                self._train(reporter, loader)
+        finally:
+            loader.shutdown(wait=False, cancel_futures=True)  # data that hang do not keep the steps from being saved
         if self.step > first and self.step % settings.save_every != 0:
             self.save()
         if self.ranks.is_first and self.step > 0:
             title = f"{self.config.preset}, kernels {self.config.kernels}, encoder {self.encoder}"
             draw_loss(read_history(self.history_path), self.config.run_dir / "loss.png", title)
         return self.step >= settings.num_steps
+
+    def _train(self, reporter: Reporter, loader: ThreadPoolExecutor) -> None:
+        """The steps of `run`, until the last or a stop."""
+        settings = self.config.trainer
+        self._stop.begin()
+        self._say = reporter.say
+        for note in self.notes:
+            self._say(note)
+        if self.fitting is not None and self.config.optimizer.in_backward and self.step == 0:
+            self.save()  # memory may run out with half of the weights moved
+        batches = loader.submit(self._load, self.step)
+        while self.step < settings.num_steps:
+            ready = self._await(batches)
+            batches = loader.submit(self._load, self.step + 1)
+            row = self.around_step(partial(self._train_step, ready))
+            if self.is_stopping:
+                break
+            if row is None:
+                self._make_room()
+                batches = loader.submit(self._load, self.step)
+                continue
+            reporter.step(row)
+            if self.history is not None:
+                self.history.append(row)
+            self._check_skipped()
+            if self.fitting is not None and (change := self.fitting.settle(row["seconds"])) is not None:
+                self._follow(change)
+            if self.step % settings.save_every == 0:
+                self.save()
 
     def save(self) -> Path:
         """Write a checkpoint of the current step (rank 0) and wait for it on every rank."""

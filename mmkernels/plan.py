@@ -85,8 +85,8 @@ def why_too_much(budget_gib: float, chosen: Card) -> str:
     """What is wrong with a budget over what a card leaves a step."""
     return (
         f"warning: a budget of {budget_gib:g} GiB is more than the {chosen.usable_gib:.1f} GiB that a {chosen.name} of "
-        f"{chosen.memory_gib:g} GB leaves a training step: CUDA's context takes {CONTEXT_GIB} GiB, a desktop, where one "
-        f"runs on it, {DISPLAY_GIB}, and {FRAGMENTS_GIB} are lost in fragments; the plan may run out of memory there"
+        f"{chosen.memory_gib:g} GB leaves a training step: CUDA's context takes {CONTEXT_GIB} GiB, a desktop, where "
+        f"one runs on it, {DISPLAY_GIB}, and {FRAGMENTS_GIB} are lost in fragments; the plan may run out of memory"
     )
 
 

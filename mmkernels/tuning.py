@@ -7,6 +7,7 @@ mmkernels` shows them. What `mmkernels.known_choices` leaves out is neither time
 Compiled kernels are Triton's to keep, in TRITON_CACHE_DIR, else ~/.triton/cache.
 
 MMKERNELS_VARIANT="temporal_attention=cuda,other_op=triton" forces variants by op, for debugging: nothing is timed.
+MMKERNELS_TIME_ALL=1 times what `mmkernels.known_choices` leaves out as well, for another reading.
 The logger "mmkernels" says at level INFO what is timed.
 """
 
@@ -207,6 +208,8 @@ def fastest(
         return forced
     if len(variants) == 1:
         return first
+    if os.environ.get("MMKERNELS_TIME_ALL"):
+        kind = ""
     with torch.cuda.device(device):
         return _tuner(torch.cuda.current_device()).fastest(op, key, variants, kind)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers.models.attention import FeedForward
 from numerics import assert_within_budget, differentiate, relative_error
+from spatio_temporal import pool_draws
 from torch import Tensor
 from torch.nn.functional import layer_norm
 from torch.utils.flop_counter import FlopCounterMode
@@ -50,9 +51,9 @@ CASES = {
 WEIGHTS = ("up_weight", "up_bias", "down_weight", "down_bias")
 
 
-def build(case: Case) -> tuple[dict[str, Tensor], Tensor]:
+def build(case: Case, seed: int = 0) -> tuple[dict[str, Tensor], Tensor]:
     """The inputs by name, rounded to their dtypes, and the gradient of the output."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     R, T, C, H = case.R, case.T, case.C, case.H
     inputs = {
         "x": torch.randn(R, T, C),
@@ -83,11 +84,15 @@ def diffusers_feed_forward(
 
 
 def check(case: Case, **keywords: Any) -> None:
-    inputs, dy = build(case)
-    actual = differentiate(geglu_feed_forward, inputs, dy, chunk_tokens=case.chunk_tokens, **keywords)
-    assert actual["y"].dtype == case.dtype
-    plain = differentiate(diffusers_feed_forward, inputs, dy)
-    assert_within_budget(actual, plain, differentiate(diffusers_feed_forward, inputs, dy, torch.float64))
+    """One draw, or eight where a gradient is of so few numbers that its error in one is chance."""
+    actual, plain, fp64 = [], [], []
+    for seed in range(8 if case.C == 1 else 1):
+        inputs, dy = build(case, seed)
+        actual.append(differentiate(geglu_feed_forward, inputs, dy, chunk_tokens=case.chunk_tokens, **keywords))
+        plain.append(differentiate(diffusers_feed_forward, inputs, dy))
+        fp64.append(differentiate(diffusers_feed_forward, inputs, dy, torch.float64))
+    assert actual[0]["y"].dtype == case.dtype
+    assert_within_budget(*(pool_draws(draws) for draws in (actual, plain, fp64)))
 
 
 @pytest.mark.parametrize("keep", ["input", "up"])

@@ -66,20 +66,49 @@ def test_a_signal_between_micro_batches_drops_the_step_and_saves(tmp_path: Path,
     assert "the step is finished or dropped" in err and "Traceback" not in out + err
 
 
-def test_a_signal_while_data_are_awaited_waits_for_them_no_longer(tmp_path: Path, capfd) -> None:
+def test_a_signal_while_data_are_awaited_saves_without_them(tmp_path: Path) -> None:
+    saved: list[bool] = []
+
     def load(sample: Any) -> Any:
         def loaded(step: int, sample_id: int) -> Any:
-            if (step, sample_id) == (0, 0):
+            if step == STOPPED_STEP and not saved:
+                wait_for_done(tmp_path / "loss.jsonl")
                 os.kill(os.getpid(), signal.SIGINT)
-                time.sleep(0.5)
+                saved.append(wait_for_done(tmp_path / f"step-{STOPPED_STEP:08d}"))
             return sample(step, sample_id)
 
         return loaded
 
+    def wait_for_done(path: Path) -> bool:
+        for _ in range(300):
+            if path.exists() and (path.is_dir() or path.stat().st_size):
+                return True
+            time.sleep(0.1)
+        return False
+
     begun: list[int] = []
     with patched(small_run(tmp_path), lambda step, _: begun.append(step), wrap=load), pytest.raises(SystemExit) as end:
         train.main()
-    assert end.value.code == 130 and not begun and checkpoint.newest(tmp_path) is None
+    assert end.value.code == 130 and set(begun) == set(range(STOPPED_STEP))
+    for _ in range(100):
+        if saved:
+            break
+        time.sleep(0.1)
+    assert saved == [True]
+
+
+def test_a_signal_before_any_step_leaves_nothing(tmp_path: Path, capfd) -> None:
+    def load(sample: Any) -> Any:
+        def loaded(step: int, sample_id: int) -> Any:
+            if (step, sample_id) == (0, 0):
+                os.kill(os.getpid(), signal.SIGINT)
+            return sample(step, sample_id)
+
+        return loaded
+
+    with patched(small_run(tmp_path), lambda *_: None, wrap=load), pytest.raises(SystemExit) as end:
+        train.main()
+    assert end.value.code == 130 and checkpoint.newest(tmp_path) is None
     assert "at step 0: nothing was trained" in capfd.readouterr().out
 
 
@@ -99,6 +128,8 @@ def test_a_second_ctrl_c_ends_at_once_and_the_same_one_passed_on_does_not(tmp_pa
     wait_for(tmp_path / "ready-0", process)
     for _ in range(2):  # as from a terminal and from torchrun
         process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+    assert process.poll() is None
     time.sleep(REPEAT_S + 0.5)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)

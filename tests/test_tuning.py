@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -243,6 +244,27 @@ def test_forced_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MMKERNELS_VARIANT", "op")
     with pytest.raises(ValueError, match="is 'op', wanted op=variant"):
         tuning.fastest("op", (), variants, CUDA)
+
+
+def test_what_is_known_to_be_slower_is_timed_where_that_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = Machine(chunked=2.0, cuda=1.0)
+    tuner = Tuner(tmp_path / "x.json", MACHINE, machine.clock)
+    monkeypatch.setattr(tuning, "_tuner", lambda _: tuner)
+    monkeypatch.setattr(tuning.torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(tuning.torch.cuda, "current_device", lambda: 0)
+    ask = partial(tuning.fastest, "group_norm_silu_conv", ("forward",), machine.variants(), CUDA, "3x3")
+    assert (ask(), machine.calls) == ("chunked", [])
+    monkeypatch.setenv("MMKERNELS_TIME_ALL", "1")
+    assert ask() == "cuda"
+    monkeypatch.delenv("MMKERNELS_TIME_ALL")
+    assert (
+        Tuner(tmp_path / "x.json", MACHINE, machine.clock).fastest(
+            "group_norm_silu_conv", ("forward",), machine.variants(), "3x3"
+        )
+        == "chunked"
+    )
 
 
 def test_not_inside_a_trace() -> None:

@@ -9,12 +9,16 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.unets.unet_3d_blocks import CrossAttnUpBlockSpatioTemporal, UpBlockSpatioTemporal
+from diffusers.models.upsampling import Upsample1D
 from numerics import assert_within_budget
+from placed import placed
 from spatio_temporal import channels_last, pool_scalars, run, run_in_float64, without
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mmkernels
+from mmkernels.blocks import up_block as up_block_module
 from mmkernels.blocks.exactness import why_not_up_block
 from mmkernels.blocks.up_block import FusedUpBlock
 
@@ -27,7 +31,7 @@ def up_block(kind: type, *, add_upsample: bool = True) -> Any:
     sizes: dict[str, Any] = {"in_channels": 32, "prev_output_channel": 96, "out_channels": C, "temb_channels": 16}
     if kind is CrossAttnUpBlockSpatioTemporal:
         sizes |= {"num_attention_heads": 2, "cross_attention_dim": 24}
-    return kind(**sizes, num_layers=2, add_upsample=add_upsample)
+    return placed(kind(**sizes, num_layers=2, add_upsample=add_upsample))
 
 
 class Owner(nn.Module):
@@ -72,7 +76,7 @@ def test_against_diffusers(kind: type, is_resnet_known: bool) -> None:
 
 
 class Counter(TorchDispatchMode):
-    """Counts how often each operator runs; a cat only where it is one of pictures."""
+    """Counts how often each operator runs; a cat only where it is one of pictures, a copy that doubles as "double"."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,7 +84,8 @@ class Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         is_of_weights = func is torch.ops.aten.cat.default and args[0][0].ndim == 2
-        self.calls[func.name()] += not is_of_weights
+        is_double = func is torch.ops.aten.clone.default and args[0].ndim == 6
+        self.calls["double" if is_double else func.name()] += not is_of_weights
         return func(*args, **(kwargs or {}))
 
 
@@ -92,7 +97,7 @@ def test_nothing_is_concatenated_and_no_convolution_runs_again() -> None:
     assert counter.calls["aten::cat"] == 0
     assert counter.calls["mmkernels::group_norm_silu_conv"] == 2 * 4
     assert counter.calls["aten::convolution"] == 1, "the upsampler's"
-    assert counter.calls["aten::upsample_nearest2d"] == 2, "its picture is made again in backward"
+    assert counter.calls["double"] == 2, "its picture is made again in backward"
 
 
 def test_the_enlarged_picture_is_not_kept() -> None:
@@ -105,17 +110,32 @@ def test_the_enlarged_picture_is_not_kept() -> None:
     assert max(x.numel() for x in saved if x.data_ptr() not in weights) == B * F * 96 * H * W
 
 
+@pytest.mark.parametrize("size", [None, (2 * H, 2 * W), (2 * H - 1, 2 * W + 3)])
+def test_enlarging_is_interpolation_and_stays_channels_last_from_64_pictures_on(size: tuple[int, int] | None) -> None:
+    x = torch.randn(66, H, W, 8).permute(0, 3, 1, 2).requires_grad_()
+    wanted = functional.interpolate(x, size=size, scale_factor=2 if size is None else None, mode="nearest")
+    y, dy = up_block_module._enlarge(x, size), torch.randn_like(wanted)
+    assert torch.equal(y, wanted) and y.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(torch.autograd.grad(y, x, dy)[0], torch.autograd.grad(wanted, x, dy)[0])
+
+
 def test_what_is_not_the_known_block() -> None:
     reasons = {
         "is a Linear": nn.Linear(2, 2),
         "disable_gradient_checkpointing": up_block(UpBlockSpatioTemporal),
         "has an extra module lora": up_block(UpBlockSpatioTemporal),
         "upsamplers has hooks": up_block(CrossAttnUpBlockSpatioTemporal),
+        "upsamplers.0 has hooks": up_block(CrossAttnUpBlockSpatioTemporal),
+        "upsamplers.0 does not enlarge by nearest pixels": up_block(UpBlockSpatioTemporal),
+        "upsamplers.0 is Upsample1D": up_block(UpBlockSpatioTemporal),
     }
     blocks: list[Any] = list(reasons.values())
     blocks[1].gradient_checkpointing = True
     blocks[2].add_module("lora", nn.Linear(2, 2))
     blocks[3].upsamplers.register_forward_hook(lambda *_: None)
+    blocks[4].upsamplers[0].register_forward_hook(lambda *_: None)
+    blocks[5].upsamplers[0].interpolate = False
+    blocks[6].upsamplers[0] = Upsample1D(C, use_conv=True)
     for reason, block in reasons.items():
         assert reason in str(why_not_up_block(block))
         with pytest.raises(ValueError, match=reason):

@@ -17,6 +17,7 @@ import mmkernels
 from mimicmotion import memory_plan
 from mimicmotion.config import Config
 from mimicmotion.distributed import Ranks, join_ranks
+from mimicmotion.fitting import Fitting
 from mimicmotion.trainer import Trainer, TrainingStoppedError
 from mmkernels.cards import card
 from mmkernels.planning.choices import Modelled, Plan, document, write_plan
@@ -105,6 +106,48 @@ def dead_parameters_under_ddp(ranks: Ranks) -> dict[str, Any]:
     }
 
 
+class OutOnce:
+    """An allocator, and a model's forward that runs out of memory on the second rank, once, at its second call."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.calls_left = 2 if ranks.rank == 1 else 0
+
+    def begin(self) -> None:
+        pass
+
+    def peak_bytes(self) -> int:
+        return 10 << 30
+
+    def before(self, *_: object) -> None:
+        self.calls_left -= 1
+        if self.calls_left == 0:
+            raise torch.OutOfMemoryError("no room on this rank")
+
+
+def fit(folder: Path, ranks: Ranks) -> None:
+    """Two steps under a plan, as wrapped by DDP, and as fitted to a budget on ranks of which one runs out of memory."""
+    large, small = (
+        Plan(
+            recomputed_blocks=blocks,
+            modelled=Modelled(peak_gib=gib, recompute_flops_ratio=0, moved_gib=0, hidden_ratio=1, step_s=1),
+        )
+        for gib, blocks in ((10, ()), (8, ("mid_block.resnets.0",)))
+    )
+    for name in ("wrapped", "fitted"):
+        config = tiny_config(folder / name, num_frames=3, num_steps=2, batch_size=4, micro_batch_size=1)
+        config = dataclasses.replace(config, kernels="fused")
+        allocator, clips = OutOnce(ranks), NoiseClips(config=config)
+        fitting = Fitting(large, 10.0, lambda _: small, allocator, ranks) if name == "fitted" else None
+        trainer = Trainer(config, clips, ranks, encoder="noise", plan=large, fitting=fitting)
+        if fitting is not None:
+            trainer.model.register_forward_pre_hook(allocator.before)
+        trainer.run()
+        blocks = "" if trainer.plan is None else trainer.plan.recomputed_blocks
+        safetensors.torch.save_file(
+            trainer.model.state_dict(), folder / f"{name}-{ranks.rank}.safetensors", {"blocks": str(blocks)}
+        )
+
+
 def main() -> None:
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
@@ -116,6 +159,8 @@ def main() -> None:
         trainer._backward(trainer._load(0))
         gradients = {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
         safetensors.torch.save_file(gradients, folder / f"gradients-{ranks.rank}.safetensors")
+
+        fit(folder, ranks)
 
         # a clip of the second rank alone is NaN, first at one step, then at three in a row
         config = tiny_config(folder / "run", num_steps=9, batch_size=4, max_skipped_in_a_row=3)

@@ -26,7 +26,8 @@ def run_tests(gpu: Gpu, record: Record, forced: str) -> None:
     chosen = ["-m", "op and not deep"] if gpu.is_full_size else ["-m", "op", "tests/test_blend.py"]
     spread = ["-n", "auto"] if gpu.is_full_size and importlib.util.find_spec("xdist") else []
     command = [sys.executable, "-m", "pytest", *chosen, "--device", gpu.device.type, *spread, "--tb=line", "-rf"]
-    environment = os.environ | ({"MMKERNELS_VARIANT": forced} if forced else {})
+    every = {"MMKERNELS_TIME_ALL": "1"}  # so that each variant is known by name
+    environment = os.environ | every | ({"MMKERNELS_VARIANT": forced} if forced else {})
     ran = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=False)
     print(ran.stdout, flush=True)
     failed = [line.removeprefix("FAILED ") for line in ran.stdout.splitlines() if line.startswith("FAILED ")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
 
 from bench import report
@@ -14,6 +15,7 @@ from mmkernels import tuning
 
 def run(gpu: Gpu, record: Record, seconds: float) -> None:
     """A row for each variant of each choice; the driver gives this process an empty folder of choices."""
+    os.environ["MMKERNELS_TIME_ALL"] = "1"
     training = TrainingStep(step_config(gpu), gpu.device)
     with training.running("fused"):
         training.step()

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from mmkernels.cards import LARGEST_WORKSPACE_BYTES
 from mmkernels.costs import modelled_device
+from mmkernels.memory.attribution import History
 from mmkernels.memory.caching_allocator import CachingAllocator, allocated_bytes
 from mmkernels.memory.clock import Clock
 from mmkernels.memory.operator_body import Bodies
@@ -88,6 +89,7 @@ def trace(
     blocks: Mapping[str, nn.Module] | None = None,
     by_unit: bool = False,
     device_kind: str | None = None,
+    history: History | None = None,
 ) -> Trace:
     """Run `step` once and return what it costs.
 
@@ -100,11 +102,12 @@ def trace(
     blocks: modules whose forward and backward become `Trace.phases`.
     device_kind: "cpu" or "cuda", what the tensors stand for where fused operators choose their chunks; "cuda" with a
         clock, otherwise what they lie on.
+    history: told of every storage and who made it.
     by_unit: whether to count `Trace.saved_by_unit`. What other hooks of autograd take, as the offload's, is not in it.
     """
     if device_kind is None and clock is not None:
         device_kind = "cuda"
-    follower = _StorageFollower(resident, clock, is_cuda=device_kind == "cuda")
+    follower = _StorageFollower(resident, clock, history, is_cuda=device_kind == "cuda")
     resident_bytes = follower.live_bytes
     found = {name: Part() for name in parts or {}}
     with ExitStack() as hooks:
@@ -135,7 +138,9 @@ def trace(
 class _StorageFollower(TorchDispatchMode):
     """Counts the bytes of live storages, the FLOPs and the time of the operators dispatched under it."""
 
-    def __init__(self, resident: Iterable[torch.Tensor], clock: Clock | None, *, is_cuda: bool) -> None:
+    def __init__(
+        self, resident: Iterable[torch.Tensor], clock: Clock | None, history: History | None, *, is_cuda: bool
+    ) -> None:
         super().__init__()
         self._is_cuda = is_cuda
         self._has_blas = False  # once a product has run
@@ -146,7 +151,7 @@ class _StorageFollower(TorchDispatchMode):
         self.saved_by_unit: dict[str, int] = {}
         self.allocator = CachingAllocator()
         self.phases = Phases(self._read)
-        self._clock = clock
+        self._clock, self._history = clock, history
         self._costs = OperatorCosts()
         self._bodies = Bodies(self._costs)
         self._has_begun_backward = False
@@ -197,6 +202,8 @@ class _StorageFollower(TorchDispatchMode):
         for leaf in tree_leaves((args, kwargs)):
             if isinstance(leaf, torch.Tensor):
                 self._see(leaf, is_counted=False)
+        if self._history is not None:
+            self._history.operator(func)
         out = func(*args, **kwargs)
         self.flops += self._costs.flops(func, args, kwargs, out)
         body = self._bodies.of(func, args, kwargs)
@@ -219,6 +226,8 @@ class _StorageFollower(TorchDispatchMode):
     def _see_inside(self, live_bytes: int, buffers: Iterable[int]) -> None:
         """What an operator allocates and frees again; live_bytes: at most alive meanwhile."""
         self._see_peak(live_bytes)
+        if self._history is not None:
+            self._history.inside(live_bytes - self.live_bytes)
         for address in [self.allocator.allocate(size) for size in buffers if size]:
             self.allocator.free(address)
 
@@ -229,6 +238,8 @@ class _StorageFollower(TorchDispatchMode):
         for _ in range(BLAS_THREADS):
             self.allocator.allocate(size)
             self.live_bytes += allocated_bytes(size)
+        if self._history is not None:
+            self._history.kept(BLAS_THREADS * allocated_bytes(size))
 
     def _see(self, tensor: torch.Tensor, is_counted: bool) -> None:
         if tensor.layout != torch.strided:
@@ -241,6 +252,8 @@ class _StorageFollower(TorchDispatchMode):
         address = self.allocator.allocate(num_bytes) if num_bytes else None
         self._seen[key] = weakref.ref(storage, lambda _: self._forget(key, num_bytes, address)), num_bytes
         self.live_bytes += num_bytes
+        if self._history is not None and num_bytes:
+            self._history.allocated(key, num_bytes)
         self._see_peak(self.live_bytes)
 
     def _see_peak(self, live_bytes: int) -> None:
@@ -253,4 +266,6 @@ class _StorageFollower(TorchDispatchMode):
         self._saved.pop(key, None)
         if address is not None:
             self.allocator.free(address)
+        if self._history is not None:
+            self._history.freed(key)
         self.live_bytes -= num_bytes

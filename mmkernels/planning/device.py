@@ -18,6 +18,7 @@ PRODUCT_SIDE = 8192
 COPY_BYTES = 1 << 28
 ROWS, PIXELS_SIDE, CHANNELS, HEADS, HEAD_DIM = 18, 48, 640, 10, 64  # of the other samples
 REPEATS = 5
+LEAST_S = 1e-6  # that a sample is taken for beyond its start
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def measured_rates(device: torch.device, seconds: Callable[[Callable[[], object]
         if (make := _SAMPLES.get(kind)) is not None:
             sample, start_s = make(device), H200_RATES[kind].start_s  # which is not measured: no card differs much
             modelled_s = H200_RATES[kind].seconds(sample.flops, sample.num_bytes)
-            factors[kind] = (modelled_s - start_s) / max(seconds(sample.work) - start_s, start_s)
+            factors[kind] = (modelled_s - start_s) / max(seconds(sample.work) - start_s, LEAST_S)
     return {kind: H200_RATES[kind].faster(factors.get(kind, factors["pass"])) for kind in get_args(Kind)}
 
 

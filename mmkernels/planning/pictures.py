@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,3 +149,26 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
 def _save(figure: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
+
+
+def draw_peak(labels: Sequence[str], halves: Mapping[str, Sequence[float]], title: str, path: Path) -> None:
+    """GiB of each row of a report about a peak, largest above, a bar for each half."""
+    colours = {"modelled": "#9fd3bf", "measured": "#1b7f5c"}
+    figure, axes = _figure(10.5, 1.4 + 0.3 * len(labels))
+    thickness = 0.8 / len(halves)
+    for index, (half, sizes) in enumerate(halves.items()):
+        offsets = [place + (index - (len(halves) - 1) / 2) * thickness for place in range(len(labels))]
+        name = f"{half}: peak {sum(sizes):.2f} GiB"
+        axes.barh(offsets, sizes, thickness, color=colours[half], label=name, zorder=3)
+        for offset, size in zip(offsets, sizes, strict=True):
+            axes.annotate(
+                f"{size:.2f}", (size, offset), xytext=(3, 0), textcoords="offset points", va="center", fontsize=8
+            )
+    axes.set_yticks(range(len(labels)), labels, fontsize=8)
+    axes.invert_yaxis()
+    axes.margins(x=0.08, y=0.02)
+    axes.grid(axis="x", color="#e5e7eb", linewidth=0.8, zorder=0)
+    axes.set_xlabel("GiB alive at the peak")
+    axes.legend(loc="lower right", frameon=False, fontsize=9)
+    figure.suptitle(title, fontsize=11)
+    _save(figure, path)

@@ -6,7 +6,7 @@ features that are added after the UNet's first. Held to the trainer's own step i
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -39,13 +39,16 @@ class Guide(nn.Module):
         ]
         first, *rest = [*convolutions, nn.Conv2d(GUIDE_CHANNELS[-1], out_channels, 1)]
         self.stages = nn.ModuleList([first, *(nn.Sequential(nn.SiLU(), layer) for layer in rest)])
+        self.scale = nn.Parameter(torch.ones(1))
 
     def forward(self, pictures: Tensor) -> Tensor:
         """Features; shapes in the class."""
-        features = pictures.contiguous(memory_format=torch.channels_last)
+        kind = pictures.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else pictures.dtype
+        features = pictures.to(dtype, memory_format=torch.channels_last)
         for stage in self.stages:
             features = segment(stage, features)
-        return features
+        return (features * self.scale).to(features.dtype)
 
 
 def parse_size(size: str) -> tuple[int, int]:
@@ -58,12 +61,13 @@ def parse_size(size: str) -> tuple[int, int]:
 
 def svd_workload(
     kind: OptimizerKind, *, frames: int = 72, height: int = 576, width: int = 1024, batch: int = 1,
-    has_guide: bool = False, **config: Any,
+    has_guide: bool = False, device: torch.device | None = None, **config: Any,
 ) -> Workload:  # fmt: skip
     """Forward and backward of the UNet over latents of height x width pixels, all live parameters trained.
 
     adamw: float32 weights under autocast; adamw8bit: bfloat16 weights and activations. config: other than as released.
-    has_guide: pictures of poses, in float32, and what makes features of them are there as well.
+    has_guide: pictures of poses, in float32, and what makes features of them are there as well. device: where real
+    tensors lie; fake ones without.
     Raises ValueError for a size that the UNet's levels do not divide.
     """
     if height % SIDE_PIXELS or width % SIDE_PIXELS or min(height, width, frames, batch) < 1:
@@ -71,8 +75,9 @@ def svd_workload(
             f"got {batch} x {frames} frames of {width}x{height}, wanted at least one, sides by {SIDE_PIXELS} pixels"
         )
     is_wide = kind == "adamw"
-    dtype, mode = torch.float32 if is_wide else torch.bfloat16, FakeTensorMode()
-    with mode:
+    dtype, mode = torch.float32 if is_wide else torch.bfloat16, FakeTensorMode() if device is None else nullcontext()
+    kind_of_device = "cpu" if device is None else device.type
+    with mode, torch.device(device or "cpu"):
         unet: Any = UNetSpatioTemporalConditionModel(**{"num_attention_heads": HEADS, **config})
         guide = Guide(unet.config["block_out_channels"][0])
         for parameter in (*unet.parameters(), *guide.parameters()):
@@ -83,6 +88,8 @@ def svd_workload(
         trained = [parameter for name, parameter in unet.named_parameters() if name not in dead]
         for name in dead:
             unet.get_parameter(name).requires_grad_(False)
+        if device is not None:
+            unet.to(device)  # diffusers makes its mix factors on the CPU whatever the context
         size = batch, frames, unet.config["in_channels"], height // LATENT_STRIDE, width // LATENT_STRIDE
         sample, context = (
             torch.empty(size, dtype=dtype),
@@ -92,7 +99,7 @@ def svd_workload(
         pictures = torch.empty(batch * frames, GUIDE_CHANNELS[0], height, width)
 
     def step() -> None:
-        with ExitStack() as hooks, torch.autocast("cpu", torch.bfloat16, enabled=is_wide):
+        with ExitStack() as hooks, torch.autocast(kind_of_device, torch.bfloat16, enabled=is_wide):
             if has_guide:
                 features = guide(pictures.to(dtype))
                 hook = unet.conv_in.register_forward_hook(lambda module, inputs, output: output + features)

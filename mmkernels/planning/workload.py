@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mmkernels.cards import Card
+from mmkernels.cards import CARDS, Card
+from mmkernels.memory.attribution import History, Origin, marking_gradients
 from mmkernels.memory.clock import Clock
 from mmkernels.memory.cuda_autocast import norms_in_float32
+from mmkernels.memory.measured import Allocator, measure
 from mmkernels.memory.trace import Trace, trace
 from mmkernels.planning.choices import PIECE_ELEMENTS, TEMPORARY_BYTES, OptimizerChoice, Plan
 from mmkernels.replacement import dead_parameters, replace, report
 
+PeakBytes = dict[Origin, int]
 Way = str | Plan | Callable[[nn.Module, Clock], Callable[[], None]]
 BASELINES = ("torch", "diffusers-checkpoint", "checkpoint")  # what plain torch has
 SCALED_ELEMENTS = 256  # of an 8-bit moment that share one float32 scale, as in bitsandbytes and torchao
@@ -25,7 +27,9 @@ SCALED_ELEMENTS = 256  # of an 8-bit moment that share one float32 scale, as in 
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """A step to plan for: tensors of `mode`, weights in the dtypes that the kind of optimizer has.
+    """A step to plan for: weights in the dtypes that the kind of optimizer has.
+
+    mode: a FakeTensorMode, whose the tensors are; a null context where they are real, for measure_way alone.
 
     unet: what mmkernels.replace() takes, not replaced. trained: the parameters that the optimizer updates.
     step: forward, loss and backward; gradients are left in the parameters. It neither updates nor zeroes them.
@@ -36,7 +40,7 @@ class Workload:
     step: Callable[[], object]
     trained: Sequence[nn.Parameter]
     resident: Sequence[Tensor]
-    mode: FakeTensorMode
+    mode: AbstractContextManager[Any]
     made_for: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -73,14 +77,15 @@ def temporary_bytes(parameter: Tensor, optimizer: OptimizerChoice) -> int:
 
 
 def trace_way(
-    workload: Workload, way: Way, card: Card, optimizer: OptimizerChoice, clock: Clock | None = None
-) -> Traced:
+    workload: Workload, way: Way, card: Card, optimizer: OptimizerChoice, clock: Clock | None = None,
+    history: History | None = None,
+) -> Traced:  # fmt: skip
     """Trace the step in a way: "torch", "diffusers-checkpoint", "checkpoint", "fused" or a Plan; undone afterwards.
 
     Or a function that makes the UNet run another way on the clock, and returns what undoes it.
 
     The first three train dead parameters too, as anyone does who does not know of them. A plan that moves runs one step
-    before, in which the offload learns the order of backward.
+    before, in which the offload learns the order of backward. history: told who made what.
     """
     clock, dead = clock or Clock(card), _dead(workload) if way in BASELINES else ()
     trained = (*workload.trained, *dead)
@@ -94,14 +99,48 @@ def trace_way(
             workload.step()
             _drop_gradients(trained)
             clock.restart()
+        if history is not None:
+            history.begin(workload.unet, **_kinds(workload, states))
 
         def step() -> None:
             workload.step()
             update()
 
-        traced = trace(step, [*workload.resident, states], clock=clock, blocks=blocks_of(workload.unet), by_unit=True)
+        with marking_gradients(workload.unet, history.gradient) if history is not None else nullcontext():
+            traced = trace(
+                step, [*workload.resident, states], clock=clock, blocks=blocks_of(workload.unet), by_unit=True,
+                history=history,
+            )  # fmt: skip
         _drop_gradients(trained)
     return Traced(trace=traced, clock=clock)
+
+
+def measure_way(workload: Workload, way: str | Plan, optimizer: OptimizerChoice, allocator: Allocator) -> PeakBytes:
+    """What the step's peak is made of on the device that the workload's tensors lie on, as trace_way models it.
+
+    As there the optimizer's states lie on the device and nothing is updated. Two steps run before: the first times
+    kernels and the offload learns in it.
+    """
+    trained, clock = (*workload.trained, *(_dead(workload) if way in BASELINES else ())), Clock(CARDS[0])
+    state_bytes = 0 if optimizer.states_on_host else moments_bytes(trained, optimizer)
+    with (
+        workload.mode, _requiring_gradients(trained), _running(workload.unet, way, None),
+        _updating(trained, clock, optimizer),
+    ):  # fmt: skip
+        states = torch.empty(state_bytes, dtype=torch.uint8, device=trained[0].device)
+        for _ in range(2):
+            workload.step()
+            _drop_gradients(trained)
+        found = measure(workload.step, allocator, workload.unet, _kinds(workload, states))
+        _drop_gradients(trained)
+    return found
+
+
+def _kinds(workload: Workload, states: Tensor) -> dict[str, Sequence[Tensor]]:
+    """What is there before the step, by what it is for."""
+    weights = list(workload.unet.parameters())
+    batch = [x for x in workload.resident if not isinstance(x, nn.Parameter)]
+    return {"batch": batch, "weights": weights, "moments": [states]}
 
 
 def blocks_of(unet: nn.Module) -> dict[str, nn.Module]:
@@ -126,11 +165,12 @@ def _requiring_gradients(parameters: Sequence[Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def _running(unet: Any, way: Way, clock: Clock) -> Iterator[None]:
+def _running(unet: Any, way: Way, clock: Clock | None) -> Iterator[None]:
     if way == "torch":
         yield
         return
     if callable(way):
+        assert clock is not None, "it is written for a clock"
         undo = way(unet, clock)
     elif way == "diffusers-checkpoint":
         unet.enable_gradient_checkpointing()
@@ -161,7 +201,7 @@ def _updating(trained: Sequence[Tensor], clock: Clock, optimizer: OptimizerChoic
 
     def update_one(parameter: Tensor) -> None:
         update([parameter])
-        torch.empty(temporary_bytes(parameter, optimizer), dtype=torch.uint8)
+        torch.empty(temporary_bytes(parameter, optimizer), dtype=torch.uint8, device=parameter.device)
         parameter.grad = None
 
     handles = [parameter.register_post_accumulate_grad_hook(update_one) for parameter in trained]

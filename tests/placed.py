@@ -1,0 +1,15 @@
+"""Modules on the device of a test."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def placed(module: Any) -> Any:
+    """The module on the device that tensors are made on by default, all of it.
+
+    diffusers' AlphaBlender makes its mix factor with torch.Tensor([...]), on the CPU whatever the default is.
+    """
+    return module.to(torch.get_default_device())
