@@ -174,6 +174,16 @@ def test_other_bits_are_a_failure(record: Record) -> None:
     assert "| rerun | 1 | 2 |" in page_text(record) and "| resume | 0 | 2 |" in page_text(record)
 
 
+def test_bytes_at_the_peak_stand_beside_what_was_modelled(record: Record) -> None:
+    row = {"source": "a.py:1", "operation": "mm", "modelled_bytes": 2**30, "measured_bytes": 3 * 2**30}
+    other = {"source": "b.py:2", "operation": "add", "modelled_bytes": 2**32, "measured_bytes": None}
+    found = {"title": "t", "modelled_bytes": 5 * 2**30, "measured_bytes": 3 * 2**30, "rows": [row, other]}
+    memory.write_bytes(found, record)
+    lines = [line for line in page_text(record).splitlines() if line.startswith("| fused")]
+    assert "| provider | source | operation | peak_gib | peak_gib (modelled) |" in page_text(record)
+    assert lines == ["| fused | all |  | 3 | 5 |", "| fused | b.py:2 | add |  | 4 |", "| fused | a.py:1 | mm | 3 | 1 |"]
+
+
 def test_a_bench_s_times_stand_beside_the_limit(record: Record) -> None:
     row = {
         **vars(
