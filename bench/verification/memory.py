@@ -8,12 +8,14 @@ loop of `--memory-budget` under the same cap, the plan for this card, and where 
 from __future__ import annotations
 
 import dataclasses
+import json
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 from bench.environment import ROOT
 from bench.verification.clips import watched_run
@@ -28,7 +30,7 @@ from mmkernels.planning.choices import Plan, write_plan
 
 SMALLER = "RTX 4090"  # whose plan is tried where this card has more memory
 STEPS = 4  # of each run: the offload learns in the first
-REPORT = ROOT / "mmkernels/memory/__main__.py"  # what measures where the bytes are
+MOST_LINES = 30  # of the report of where the bytes are
 
 
 def run(gpu: Gpu, record: Record, seconds: float) -> None:
@@ -46,8 +48,8 @@ def run(gpu: Gpu, record: Record, seconds: float) -> None:
             if gpu.is_full_size and size == SMALLER:  # a CPU has no memory to fit
                 closed = dataclasses.replace(config, run_dir=folder / "closed", memory_budget=budget_gib)
                 measure(gpu, record, closed, f"--memory-budget {budget_gib:.1f}", cap_gib)
-    if gpu.is_full_size:
-        report_bytes(record)
+        if gpu.is_full_size:
+            report_bytes(record, folder)
 
 
 def memory_config(gpu: Gpu) -> presets.Config:
@@ -85,11 +87,22 @@ def measure(
     gpu.release()
 
 
-def report_bytes(record: Record) -> None:
-    """Where the bytes at the peak are, by the package's own command, on this terminal."""
-    if not REPORT.exists():
-        print(f"not run: {REPORT.relative_to(ROOT)} is not here", flush=True)
-        return
-    command = [sys.executable, "-m", "mmkernels.memory", "report"]
+def report_bytes(record: Record, folder: Path) -> None:
+    """Where the bytes at the peak of a fused step are, by the package's own command."""
+    command = [sys.executable, "-m", "mmkernels.memory", "report", "--optimizer", "adamw8bit", "--out", str(folder)]
     if status := subprocess.run(command, cwd=ROOT, check=False).returncode:
         record.fail("report", f"{' '.join(command[1:])}: exit status {status}")
+        return
+    write_bytes(json.loads((folder / "peak.json").read_text()), record)
+
+
+def write_bytes(found: Mapping[str, Any], record: Record) -> None:
+    """The most of what the report has, a row for each line of source and operation, and the sum of all."""
+    rows = sorted(found["rows"], key=lambda row: row["measured_bytes"] or row["modelled_bytes"], reverse=True)
+    whole = {"source": "all", "operation": "", **{name: found[name] for name in ("modelled_bytes", "measured_bytes")}}
+    for row in [whole, *rows[:MOST_LINES]]:
+        shape = {"source": row["source"], "operation": row["operation"]}
+        for kind in ("measured", "modelled"):
+            if (num_bytes := row[f"{kind}_bytes"]) is not None:
+                figures = {"peak_bytes": num_bytes}
+                record.figures("memory/at the peak", "fused", figures, kind=kind, shape=shape, includes=found["title"])
