@@ -1,8 +1,8 @@
 """A run kept within its memory budget by what its allocator says: plans are made again until the measured peak fits.
 
 A plan's peak p is modelled. After a step the allocator's own peak P is known, and the next plan is made for
-budget - (P - p). A step that runs out of memory says only that the device has less than that plan needs: the next plan's
-p is lower by a share of the budget, twice that where memory runs out again at once.
+budget - (P - p). A step that runs out of memory says only that the device has less than that plan needs: the next
+plan's p is lower by a share of the budget, twice that where memory runs out again at once.
 """
 
 from collections.abc import Callable

@@ -23,7 +23,7 @@ class StandIn(TorchDispatchMode):
         super().__init__()
         self.hidden: Callable[[int], float] = lambda live_bytes: 0.0
         self.limit_bytes = limit_bytes
-        self.live_bytes = self.num_failures = 0
+        self.live_bytes = self.highest_bytes = self.num_failures = 0
         self._peak_bytes = 0.0
         self._seen: dict[int, weakref.ref] = {}
 
@@ -60,7 +60,7 @@ class StandIn(TorchDispatchMode):
             self.num_failures += 1
             raise torch.OutOfMemoryError(f"{num_bytes:,} bytes asked for, {self.live_bytes:,} in use")
         self._seen[key] = weakref.ref(storage, lambda _: self._forget(key, num_bytes))
-        self.live_bytes = used
+        self.live_bytes, self.highest_bytes = used, max(self.highest_bytes, used)
         self._peak_bytes = max(self._peak_bytes, used + self.hidden(used))
 
     def _forget(self, key: int, num_bytes: int) -> None:

@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -126,6 +126,11 @@ class _Native:
 # --- torch's flash attention
 
 
+def _note_call(called: list[str], operator: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    called.append(operator)
+    return function(*args, **kwargs)
+
+
 def _flash(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> tuple[Any, ...]:
     assert q.dtype in (torch.float16, torch.bfloat16), f"flash attention on CUDA does not take {q.dtype}"
     o, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q.float(), k.float(), v.float())
@@ -145,11 +150,12 @@ def _flash_backward(
 
 
 @contextmanager
-def stand_in_gpu(*, launch: CarryOut = interpret, call: Call = call_on_host) -> Iterator[None]:
-    """Inside, CPU tensors go the way of CUDA tensors."""
-    library = torch.library.Library("aten", "IMPL")
-    library.impl("_scaled_dot_product_flash_attention", _flash, "CPU")
-    library.impl("_scaled_dot_product_flash_attention_backward", _flash_backward, "CPU")
+def stand_in_gpu(*, launch: CarryOut = interpret, call: Call = call_on_host) -> Iterator[list[str]]:
+    """Inside, CPU tensors go the way of CUDA tensors; gives a list that grows with each call of flash attention."""
+    library, called = torch.library.Library("aten", "IMPL"), []
+    for name, function in (("", _flash), ("_backward", _flash_backward)):
+        operator = f"_scaled_dot_product_flash_attention{name}"
+        library.impl(operator, functools.partial(_note_call, called, operator, function), "CPU")
     was_deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)  # and then torch fills what it does not initialise
     native = _Native()
@@ -163,7 +169,7 @@ def stand_in_gpu(*, launch: CarryOut = interpret, call: Call = call_on_host) -> 
             stack.enter_context(modelled_device("cuda"))
             stack.enter_context(carried_out_by(launch=launch, call=call))
             assert torch.empty(1).isnan().all(), "uninitialised memory is not filled"
-            yield
+            yield called
     finally:
         torch.use_deterministic_algorithms(was_deterministic)
         library._destroy()

@@ -218,8 +218,9 @@ def test_every_level(op: str, variant: str, level: int, monkeypatch: pytest.Monk
     monkeypatch.setenv("MMKERNELS_VARIANT", f"group_norm_silu_conv={variant},temporal_attention={variant}")
     tests = ("test_schema", "test_faketensor") if level < 2 else ("test_faketensor",)
     prepared(op, level, torch.float16)
-    with stand_in_gpu(launch=launch_formula, call=call_formula):
+    with stand_in_gpu(launch=launch_formula, call=call_formula) as flash:
         calls = check(op, level, torch.float16)
+        assert len(set(flash)) == 2 * (op == "spatial_attention"), "flash attention, forward and backward, there alone"
         assert len(calls) == 2, "one operator forward and one backward"
         for operator, arguments in calls:
             torch.library.opcheck(operator, arguments, test_utils=tests)

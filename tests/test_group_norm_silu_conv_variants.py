@@ -79,13 +79,13 @@ def test_variants_are_timed_on_some_rows_and_the_result_is_whole(
     shapes: list[tuple[int, ...]] = []
 
     class Kernels(PlainKernels):
-        def forward(self, *arguments: Any) -> None:
+        def forward(self, *arguments: Any, **named: Any) -> None:
             shapes.append(tuple(arguments[-1].shape))
-            super().forward(*arguments)
+            super().forward(*arguments, **named)
 
-        def group_norm_silu_backward(self, *arguments: Any) -> tuple[Tensor, Tensor]:
+        def group_norm_silu_backward(self, *arguments: Any, **named: Any) -> tuple[Tensor, Tensor]:
             shapes.append(tuple(arguments[-2].shape))
-            return super().group_norm_silu_backward(*arguments)
+            return super().group_norm_silu_backward(*arguments, **named)
 
     def fastest(op: str, key: tuple[Any, ...], variants: dict[str, Any], device: torch.device, kind: str) -> str:
         assert (key[1:5], kind) == (shape, "")

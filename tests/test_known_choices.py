@@ -128,7 +128,8 @@ def compiled_in_the_first_step() -> Counter[str]:
     with carried_out_by(launch=note):
         for (op, key), kind in ((work, kind_of(work)) for work in reading()):
             if op == "group_norm_silu_conv":
-                convolve(*ast.literal_eval(key)[:7], kind)
+                arguments: list[Any] = [*ast.literal_eval(key)[:7], kind]
+                convolve(*arguments)
         for C, shift, dtype in itertools.product((320, 640, 1280), (None, meta(2, 1280)), (BF16, torch.float32)):
             normalise(C, None if shift is None else shift[:, :C], dtype)
     return Counter(name for name, *_ in seen)

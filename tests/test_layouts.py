@@ -45,9 +45,12 @@ class Convolutions(TorchDispatchMode):
         self.relaid: set[str] = set()  # copies into another layout by the model itself, outside of any operation
         self._names = {id(module): name or "model" for name, module in model.named_modules()}
         self._inside: list[str] = ["autograd"]
-        self._by_weight: dict[int, str] = {}  # the name of what first read a tensor, by its storage
+        self._by_weight: dict[int, str] = {}  # a convolution's name by the storage of its weight or of a copy of that
         self._known: set[Any] = set()  # operations seen from inside, each with the same tensors once
         self._kept: list[Tensor] = []  # so that no address is used twice
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Conv2d | nn.Conv3d):
+                self._note(module.weight, name)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -96,13 +99,14 @@ class Convolutions(TorchDispatchMode):
             definition._init_fn(*args, **kwargs)
         self._inside.pop()
 
+    def _note(self, weight: Tensor, name: str) -> None:
+        self._by_weight[weight.untyped_storage()._cdata] = name
+        self._kept.append(weight)
+
     def _name_of(self, *weights: Tensor) -> str:
-        """Where one of these tensors was first read, else where the model is now."""
-        known = [self._by_weight[key] for x in weights if (key := x.untyped_storage()._cdata) in self._by_weight]
-        for weight in weights:
-            self._by_weight.setdefault(weight.untyped_storage()._cdata, self._inside[-1])
-            self._kept.append(weight)
-        return known[0] if known else self._inside[-1]
+        """The convolution that one of these belongs to, else where the model is now."""
+        keys = [x.untyped_storage()._cdata for x in weights]
+        return next((self._by_weight[key] for key in keys if key in self._by_weight), self._inside[-1])
 
     def _see(self, direction: str, given: dict[str, Tensor]) -> None:
         self.num_seen[direction] += 1
@@ -112,10 +116,13 @@ class Convolutions(TorchDispatchMode):
                 self.copied.add(f"{name}, {direction}: {what} {tuple(x.shape)}")
 
     def _see_copy(self, func: Any, args: tuple, out: Any) -> None:
-        if " " in self._inside[-1] or func not in (_aten.clone.default, _aten.copy_.default, _aten._to_copy.default):
+        if func not in (_aten.clone.default, _aten.copy_.default, _aten._to_copy.default):
             return
         source, target = (args[1], args[0]) if func is _aten.copy_.default else (args[0], out)
-        if source.shape == target.shape and 0 not in source.stride() and _order(source) != _order(target):
+        if name := self._by_weight.get(source.untyped_storage()._cdata):
+            self._note(target, name)
+        is_relaid = source.shape == target.shape and 0 not in source.stride() and _order(source) != _order(target)
+        if is_relaid and " " not in self._inside[-1]:
             self.relaid.add(f"{self._inside[-1]}: {tuple(source.shape)}")
 
 

@@ -143,9 +143,8 @@ def fit(folder: Path, ranks: Ranks) -> None:
             trainer.model.register_forward_pre_hook(allocator.before)
         trainer.run()
         blocks = "" if trainer.plan is None else trainer.plan.recomputed_blocks
-        safetensors.torch.save_file(
-            trainer.model.state_dict(), folder / f"{name}-{ranks.rank}.safetensors", {"blocks": str(blocks)}
-        )
+        weights = {key: tensor.contiguous() for key, tensor in trainer.model.state_dict().items()}
+        safetensors.torch.save_file(weights, folder / f"{name}-{ranks.rank}.safetensors", {"blocks": str(blocks)})
 
 
 def main() -> None:
@@ -157,7 +156,7 @@ def main() -> None:
         config = tiny_config(folder / "gradients", batch_size=4)
         trainer = Trainer(config, NoiseClips(config=config), ranks, encoder="noise")
         trainer._backward(trainer._load(0))
-        gradients = {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
+        gradients = {name: p.grad.contiguous() for name, p in trainer.model.named_parameters() if p.grad is not None}
         safetensors.torch.save_file(gradients, folder / f"gradients-{ranks.rank}.safetensors")
 
         fit(folder, ranks)
