@@ -45,7 +45,7 @@ class Row:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise ValueError(f"kind must be {' or '.join(KINDS)}, got {self.kind!r}")
+            raise ValueError(f"kind must be {', '.join(KINDS[:-1])} or {KINDS[-1]}, got {self.kind!r}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from mimicmotion.micro_batch import batch_loss, draw_samples
 from mimicmotion.model.unet import MimicMotionModel, build_model, num_parameters
 from mimicmotion.optimization import Optimization
 from mimicmotion.trainer import build_optimization
-from mmkernels.cards import card
+from mmkernels.cards import card, card_of
 from mmkernels.memory.attribution import History, marking_gradients
 from mmkernels.memory.clock import Clock
 from mmkernels.memory.cuda_autocast import norms_in_float32
@@ -97,7 +97,7 @@ def dry_run(config: Config, plan: Plan | None = None, history: History | None = 
     with FakeTensorMode(allow_non_fake_inputs=True):
         fake = fake_step(config)
         model, optimization = fake.model, fake.optimization
-        clock = Clock(card(str(plan.made_for.get("card")))) if plan is not None and plan.moves else None
+        clock = None if plan is None else _clock_of(plan)
         use_kernels(model, config.kernels, plan, clock)
 
         def step() -> None:
@@ -118,3 +118,11 @@ def dry_run(config: Config, plan: Plan | None = None, history: History | None = 
         num_trained=sum(parameter.numel() for parameter in optimization.live.values()),
         cost=cost,
     )
+
+
+def _clock_of(plan: Plan) -> Clock | None:
+    """Of the card that the plan was made for; None where its data sheet is not here and nothing has to be moved."""
+    name = str(plan.made_for.get("card"))
+    if not plan.moves and card_of(name) is None:
+        return None
+    return Clock(card(name))

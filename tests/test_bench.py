@@ -139,7 +139,7 @@ def test_counts_below_one_are_refused():
 
 def test_a_row_is_measured_or_modelled():
     setting = report.Setting.of(CPU, torch.float32)
-    with pytest.raises(ValueError, match="measured or modelled, got 'guessed'"):
+    with pytest.raises(ValueError, match="measured, modelled or dry, got 'guessed'"):
         report.Row(
             bench="", provider="", mode="", metric="", median=0, low=0, high=0, kind="guessed", shape={},
             **{name: getattr(setting, name) for name in setting.__dataclass_fields__},

@@ -143,7 +143,7 @@ class _StorageFollower(TorchDispatchMode):
     ) -> None:
         super().__init__()
         self._is_cuda = is_cuda
-        self._has_blas = False  # once a product has run
+        self._blas_bytes = 0  # kept for good once a product has run; no activation
         self.live_bytes = 0
         self.peak_bytes = 0
         self.bytes_at_backward = 0
@@ -169,11 +169,11 @@ class _StorageFollower(TorchDispatchMode):
         """Add what each forward of `module` leaves alive and computes to `part`, until `hooks` is closed."""
 
         def before(*_: object) -> None:
-            part.kept_bytes -= self.live_bytes
+            part.kept_bytes -= self.live_bytes - self._blas_bytes
             part.forward_flops -= self.flops
 
         def after(*_: object) -> None:
-            part.kept_bytes += self.live_bytes
+            part.kept_bytes += self.live_bytes - self._blas_bytes
             part.forward_flops += self.flops
 
         hooks.callback(module.register_forward_pre_hook(before).remove)
@@ -194,7 +194,7 @@ class _StorageFollower(TorchDispatchMode):
             return NotImplemented  # one tensor made of several, as 8-bit states are: come back with those
         if not self._has_begun_backward and is_in_backward():
             self._has_begun_backward = True
-            self.bytes_at_backward = self.live_bytes
+            self.bytes_at_backward = self.live_bytes - self._blas_bytes
             for unit, num_bytes in self._saved.values():
                 self.saved_by_unit[unit] = self.saved_by_unit.get(unit, 0) + num_bytes
         self.phases.before_operator()
@@ -211,7 +211,7 @@ class _StorageFollower(TorchDispatchMode):
         if self._clock is not None:
             for flops, num_bytes, kind in kernels:
                 self._clock.compute(flops, num_bytes, kind)
-        if self._is_cuda and not self._has_blas and any(kernel.kind == "product" for kernel in kernels):
+        if self._is_cuda and not self._blas_bytes and any(kernel.kind == "product" for kernel in kernels):
             self._take_blas()
         bytes_before = self.live_bytes
         for leaf in tree_leaves(out):
@@ -233,13 +233,13 @@ class _StorageFollower(TorchDispatchMode):
 
     def _take_blas(self) -> None:
         """The workspaces of both threads, which every step but the first finds there."""
-        self._has_blas = True
         size = LARGEST_WORKSPACE_BYTES if self._clock is None else self._clock.card.workspace_bytes
         for _ in range(BLAS_THREADS):
             self.allocator.allocate(size)
-            self.live_bytes += allocated_bytes(size)
+        self._blas_bytes = BLAS_THREADS * allocated_bytes(size)
+        self.live_bytes += self._blas_bytes
         if self._history is not None:
-            self._history.kept(BLAS_THREADS * allocated_bytes(size))
+            self._history.kept(self._blas_bytes)
 
     def _see(self, tensor: torch.Tensor, is_counted: bool) -> None:
         if tensor.layout != torch.strided:
