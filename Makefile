@@ -6,6 +6,11 @@ TORCH ?= torch==2.13.0
 TRITON ?= triton==3.8.0
 DEMO ?= runs/demo
 DEMO_ARGS ?=
+# Of `make verify-gpu`: seconds for all of it, and its parts; none: 900 and all but the tests.
+SECONDS ?=
+PARTS ?=
+# Of `make verify-deep`: releases of torch; none: the oldest that pyproject.toml allows, 2.11.0 and the newest.
+VERSIONS ?=
 
 # Threads that wait asleep: spinning ones make every operation ten times slower as soon as another program runs.
 export OMP_WAIT_POLICY ?= passive
@@ -13,16 +18,18 @@ export OMP_WAIT_POLICY ?= passive
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc ptxrun tests/native -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help setup demo test verify-deep verify-gpu modelled lint format clean
+.PHONY: help setup demo test verify-deep gpu-at-hand verify-gpu modelled lint format clean
 
 help:
 	@echo "make demo   footage -> poses -> 72-frame training with fused kernels -> video, in $(DEMO)/"
 	@echo "make test   the test suite"
 	@echo "make lint   ruff, clang-format and pyright"
 	@echo "make setup  only the virtual environment, in $(VENV)/"
-	@echo "make verify-deep  long shapes, whole recounts, every pass of Triton's compiler; no GPU needed"
+	@echo "make verify-deep  long shapes, whole recounts, every pass of Triton's compiler, the tests of ops and blocks"
+	@echo "                  under the oldest torch that is allowed and others; no GPU needed"
 	@echo "make modelled     docs/: which card trains 72 frames, and what a step costs every other way; no GPU needed"
-	@echo "make verify-gpu   on a GPU: every op's tests, every variant, every bench, beside the card's limits"
+	@echo "make verify-gpu   on a GPU: the step, memory, ops, variants, benches, bits; SECONDS=900 for all of it,"
+	@echo "                  PARTS=step,memory,... for some; VENV= PYTHON=python3 installs nothing and wants no network"
 
 $(VENV)/.installed: pyproject.toml setup.py CMakeLists.txt $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
@@ -58,10 +65,14 @@ test: $(VENV)/.installed-test
 
 verify-deep: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m deep --durations=0
+	$(BIN)/python tests/versions.py --folder build/versions $(VERSIONS)
 
-# Exit status 2, and make's error with it, means that no GPU was found: nothing was verified.
-verify-gpu: $(VENV)/.installed-test
-	$(BIN)/python bench/verify_gpu.py
+# Exit status 2, and make's error with it, means that no GPU was found: nothing was installed or verified.
+gpu-at-hand:
+	$(PYTHON) bench/verify_gpu.py --look
+
+verify-gpu: gpu-at-hand $(if $(VENV),$(VENV)/.installed-test)
+	$(if $(VENV),$(BIN)/python,$(PYTHON)) bench/verify_gpu.py $(if $(SECONDS),--seconds $(SECONDS)) $(if $(PARTS),--parts $(PARTS))
 
 # What the documents show of plans and of a step on a GPU; no GPU needed.
 modelled: $(VENV)/.installed

@@ -87,7 +87,7 @@ class Comparison:
 
 def compare(budget: Budget) -> Comparison:
     """Plan for the budget and trace every placement beside it."""
-    workload, target = svd_workload(budget.kind), card(budget.card)
+    workload, target = svd_workload(budget.kind, has_guide=True), card(budget.card)
     plan = make_plan(workload, target, budget.plan_gib, kind=budget.kind)
     own = model_step(plan, workload, target, plan.optimizer)
     ways: list[Way] = [way for way in WAYS if way not in (*TOO_LARGE, "fused")]

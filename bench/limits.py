@@ -4,7 +4,7 @@ Nothing here is measured. A limit counts each input read once and each output wr
 equation and of what has to be computed again because it is not saved, and takes the longer of the two times.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -85,6 +85,24 @@ def convolution(shape: Shape, dtype: str, num_taps: int) -> Passes:
     return {"forward": Work(bytes=2 * one, flops=product), "backward": Work(bytes=3 * one, flops=2 * product)}
 
 
+def group_norm_projection(shape: Shape, dtype: str) -> Passes:
+    """x -> GroupNorm, projection of as many channels -> y; x saved."""
+    one, projection = tensor_bytes(shape, dtype), 2 * _tokens(shape) * shape["channels"] ** 2
+    return {"forward": Work(bytes=2 * one, flops=projection), "backward": Work(bytes=3 * one, flops=2 * projection)}
+
+
+def blend_projection(shape: Shape, dtype: str) -> Passes:
+    """residual, two streams -> their mix, projection, residual -> y; both streams saved, dy is the residual's."""
+    one, projection = tensor_bytes(shape, dtype), 2 * _tokens(shape) * shape["channels"] ** 2
+    return {"forward": Work(bytes=4 * one, flops=projection), "backward": Work(bytes=5 * one, flops=2 * projection)}
+
+
+def blend(shape: Shape, dtype: str) -> Passes:
+    """Two streams -> their mix; both saved."""
+    one = tensor_bytes(shape, dtype)
+    return {"forward": Work(bytes=3 * one), "backward": Work(bytes=5 * one)}
+
+
 def temporal_transformer_block(shape: Shape, dtype: str) -> Passes:
     """x -> feed-forward, attention sub-block, feed-forward -> y; x and the two streams between them saved."""
     one, parts = tensor_bytes(shape, dtype), (geglu_feed_forward, temporal_attention_block, geglu_feed_forward)
@@ -100,6 +118,9 @@ WORK_OF_BENCH: Mapping[str, Callable[[Shape, str], Passes]] = {
     "group_norm_silu_conv 3x3": partial(convolution, num_taps=9),  # x saved, normalised again: no products of its own
     "group_norm_silu_conv 3x1x1": partial(convolution, num_taps=3),
     "spatial_attention": spatial_attention,
+    "group_norm_projection": group_norm_projection,
+    "blend_projection": blend_projection,
+    "blend": blend,
     "temporal_transformer_block": temporal_transformer_block,
 }
 
@@ -134,14 +155,14 @@ def work_of_kernel(counts: Mapping[str, Any]) -> Work | None:
     return None if num_tensors is None else Work(bytes=num_tensors * tensor_bytes(LEVEL_0))
 
 
-def limits_ms(bench: str, mode: str, shape: Shape, dtype: str) -> dict[str, float]:
+def limits_ms(bench: str, mode: str, shape: Shape, dtype: str, cards: Sequence[Card] = CARDS) -> dict[str, float]:
     """By card, the limit of what one row of a bench measures; empty where none is known for it."""
     work_of = WORK_OF_BENCH.get(bench)
     if work_of is None or ELEMENT_BYTES.get(dtype) != 2:
         return {}
     passes = work_of(shape, dtype)
     names = ("forward", "backward") if mode == "both" else (mode,)
-    return {card.name: sum(passes[name].limit_ms(card) for name in names) for card in CARDS}
+    return {card.name: sum(passes[name].limit_ms(card) for name in names) for card in cards}
 
 
 def physical_limits() -> dict[str, dict[str, float]]:

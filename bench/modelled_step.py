@@ -20,7 +20,7 @@ from bench.harness import is_ours
 from bench.placements import Way, use
 from mmkernels.cards import Card
 from mmkernels.planning.choices import GIB, OptimizerChoice, OptimizerKind, Plan
-from mmkernels.planning.search import MARGIN_GIB, Search
+from mmkernels.planning.search import Search
 from mmkernels.planning.workload import Traced, Workload, trace_way
 
 MEMORIES_GIB = (16, 24, 48, 80)  # that cards have
@@ -80,7 +80,7 @@ def model_ways(
     for way in ways:
         if way == "fused-plan":
             plain_flops = found["torch"].flops if "torch" in found else None
-            chosen = Search(workload, card, kind, plain_flops=plain_flops).best(card.memory_gib - MARGIN_GIB)
+            chosen = Search(workload, card, kind, plain_flops=plain_flops).best(card.usable_gib)
             found[way], plan = StepCost.of(chosen.traced), chosen.plan
         else:
             found[way] = model_step(way, workload, card, OptimizerChoice(kind=kind))

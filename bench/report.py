@@ -13,6 +13,7 @@ from bench import environment
 from bench.harness import Results, Spread, is_ours
 
 MIB = 2**20
+KINDS = ("measured", "modelled", "dry")  # dry: of a stand-in for a device, of no meaning
 PANEL_COLORS = {"fused": "#1b7f5c", "baseline": "#c0392b", "other": "#7f8c9b"}
 
 
@@ -43,8 +44,8 @@ class Row:
     includes: str = ""
 
     def __post_init__(self) -> None:
-        if self.kind not in ("measured", "modelled"):
-            raise ValueError(f"kind must be measured or modelled, got {self.kind!r}")
+        if self.kind not in KINDS:
+            raise ValueError(f"kind must be {' or '.join(KINDS)}, got {self.kind!r}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -110,7 +110,7 @@ def model(settings: Settings, console: Console) -> int:
     by_card: OptimizerKind = "adamw" if target.memory_gib >= LEAST_GIB_OF_ADAMW else "adamw8bit"
     kind = by_card if settings.optimizer == "auto" else settings.optimizer
     height, width = settings.pixels() or (576, 1024)
-    workload = svd_workload(kind, frames=settings.frames or 72, height=height, width=width)
+    workload = svd_workload(kind, frames=settings.frames or 72, height=height, width=width, has_guide=True)
     words = f"{settings.frames or 72} frames of {width}x{height}, {target.name}, {kind}"
     console.print(f"{BENCH}, modelled: {words}")
     found, plan = modelled_step.model_ways(settings.ways or modelled_step.WAYS, workload, target, kind)

@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -12,8 +12,9 @@ from bench.fused_plan import Plans, StepWay
 from bench.harness import Outputs
 from bench.placements import use
 from mimicmotion import config as presets
+from mimicmotion.micro_batch import batch_loss, draw_samples
 from mimicmotion.model.unet import MimicMotionModel, build_model, image_latents, model_input
-from mimicmotion.trainer import batch_loss, build_optimization, draw_samples
+from mimicmotion.trainer import build_optimization
 
 MOST_ERROR = 1e-3  # of the scale of any one gradient; a wrong formula is off by far more
 
@@ -72,9 +73,15 @@ class TrainingStep:
         finally:
             undo()
 
-    def step(self) -> None:
-        """The trainer's step: the loss, its gradients, clipping, AdamW and the moving average."""
-        self._loss(self.model, self.batch).backward()
+    def step(self, done: Callable[[str], object] = lambda what: None) -> None:
+        """The trainer's step: the loss, its gradients, clipping, AdamW and the moving average.
+
+        done: called after "forward" and after "backward".
+        """
+        loss = self._loss(self.model, self.batch)
+        done("forward")
+        loss.backward()
+        done("backward")
         if self.part == "unet":
             self.model.zero_grad(set_to_none=True)
             return
@@ -120,21 +127,32 @@ def why_wrong_step(actual: Outputs, plain: Outputs, exact: Outputs) -> str | Non
     """Why the loss or the gradients of a step are wrong, or None.
 
     All gradients as one vector: the 2-norm of its error may be twice that of plain torch, plus 1e-6 of the norm. Each
-    on its own: off by at most 1e-3 of its scale or ten times plain's own error. Not the per-tensor budget of a kernel:
-    among a thousand gradients are scalars whose rounding error is one draw, zero by luck in plain torch.
+    tensor on its own, and all gradients of one number (the blend factors) as one tensor: off by at most 1e-3 of its
+    scale or ten times plain's own error. Not the per-tensor budget of a kernel, nor each number alone: among a thousand
+    gradients the rounding error of a single one is a draw, zero by luck in plain torch.
     """
     if actual.keys() != exact.keys():
-        return f"gives {len(actual)} tensors, wanted {len(exact)}"
+        return f"gives {len(actual)} tensors, wanted {len(exact)}; not in both: {sorted(actual.keys() ^ exact.keys())}"
     errors = {way: _vector_error(found, exact) for way, found in (("own", actual), ("plain", plain))}
     budget = harness.ERROR_RATIO * errors["plain"] + harness.ERROR_FLOOR
     if not errors["own"] <= budget:
         return f"the gradients are off by {errors['own']:.2e} of their norm, the budget is {budget:.2e}"
+    actual, plain, exact = (_pool_scalars(found) for found in (actual, plain, exact))
     for name, wanted in exact.items():
         error = harness.relative_error(actual[name], wanted)
         budget = max(MOST_ERROR, 10 * harness.relative_error(plain[name], wanted))
         if not error <= budget:
             return f"{name} is off by {error:.2e} of its scale, the budget is {budget:.2e}"
     return None
+
+
+def _pool_scalars(found: Outputs) -> Outputs:
+    """All gradients of one number as one vector, by the order of their names."""
+    names = sorted(name for name, value in found.items() if value.numel() == 1 and name != "loss")
+    tensors = {name: value for name, value in found.items() if name not in names}
+    if not names:
+        return tensors
+    return tensors | {f"{len(names)} scalar gradients": torch.cat([found[name].flatten() for name in names])}
 
 
 def _vector_error(actual: Outputs, exact: Outputs) -> float:

@@ -63,13 +63,12 @@ void group_norm_silu_conv_norm_backward_cuda(const std::vector<uintptr_t>& tenso
                                              const std::vector<int64_t>& strides, int splits, const std::string& dtype,
                                              int device, uintptr_t stream);
 
-// csrc/entry/temporal_attention_cuda.cpp, where built with CUDA: two-byte types; the stream is a cudaStream_t of the
-// device.
-void temporal_attention_forward_cuda(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t o,
-                                     const std::vector<int64_t>& shape, const std::vector<int64_t>& strides,
-                                     const std::string& dtype, double scale, int device, uintptr_t stream);
-void temporal_attention_backward_cuda(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t grad_o, uintptr_t dq,
-                                      uintptr_t dk, uintptr_t dv, const std::vector<int64_t>& shape,
+// csrc/entry/temporal_attention_cuda.cpp, where built with CUDA: two-byte types; the order of the tensors is told
+// there; the stream is a cudaStream_t of the device.
+void temporal_attention_forward_cuda(const std::vector<uintptr_t>& tensors, const std::vector<int64_t>& shape,
+                                     const std::vector<int64_t>& strides, const std::string& dtype, double scale,
+                                     int device, uintptr_t stream);
+void temporal_attention_backward_cuda(const std::vector<uintptr_t>& tensors, const std::vector<int64_t>& shape,
                                       const std::vector<int64_t>& strides, const std::string& dtype, double scale,
                                       int device, uintptr_t stream);
 int temporal_attention_shared_bytes_cuda(int64_t F, int64_t D);  // of a block of the backward

@@ -51,6 +51,11 @@ def folders(run_dir: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+def is_run(folder: Path) -> bool:
+    """Whether there is a complete checkpoint in a folder."""
+    return newest(folder) is not None
+
+
 def save(run_dir: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     """Write `checkpoint` as run_dir/step-N, then delete all but the newest `keep`; returns the folder."""
     final = run_dir / f"step-{checkpoint.step:08d}"

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -42,6 +42,18 @@ class Ranks:
         values = torch.tensor(value, dtype=torch.float64, device=self.device)
         torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MIN)
         return float(values)
+
+    def average(self, gradients: Iterable[Tensor]) -> None:
+        """Average over ranks in place, as a wrapped model's backward does."""
+        if self.world_size > 1:
+            for gradient in gradients:
+                torch.distributed.all_reduce(gradient.div_(self.world_size))
+
+    def anywhere(self, *flags: bool) -> list[bool]:
+        """Of each flag, whether it is up on any rank."""
+        if self.world_size == 1:
+            return list(flags)
+        return [count > 0 for count in self.sum(torch.tensor(flags, dtype=torch.float32)).tolist()]
 
     def from_first(self, make: Callable[[], Made]) -> Made:
         """What `make` returns on the first rank, the only one that calls it; a Python object, given to every rank.

@@ -7,9 +7,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mimicmotion.config import LATENT_STRIDE, Config, OptimizerConfig
 from mimicmotion.execution import use_kernels
+from mimicmotion.micro_batch import batch_loss, draw_samples
 from mimicmotion.model.unet import MimicMotionModel, build_model, num_parameters
 from mimicmotion.optimization import Optimization
-from mimicmotion.trainer import batch_loss, build_optimization, draw_samples
+from mimicmotion.trainer import build_optimization
 from mmkernels.cards import card
 from mmkernels.memory.attribution import History, marking_gradients
 from mmkernels.memory.clock import Clock
@@ -75,7 +76,7 @@ def fake_step(config: Config) -> FakeStep:
     """Call it under FakeTensorMode(allow_non_fake_inputs=True). The kernels are plain diffusers'."""
     data, size = config.data, config.trainer.micro_batch_size
     height, width = data.height // LATENT_STRIDE, data.width // LATENT_STRIDE
-    model = build_model(config.model)
+    model = build_model(config.model, config.kernels)
     optimization = build_optimization(model, config, scales_loss=False)  # a scale takes no memory
     batch = {
         "latents": torch.empty(size, data.num_frames, 4, height, width),
@@ -108,7 +109,7 @@ def dry_run(config: Config, plan: Plan | None = None, history: History | None = 
         there = {"weights": model.parameters(), "moments and moving average": optimization.resident()}
         history = history or History()
         history.begin(model, **there, batch=fake.batch.values())
-        with norms_in_float32(), marking_gradients(model, history.gradient):
+        with norms_in_float32(), marking_gradients(model.parameters(), history.gradient):
             cost = trace(step, resident, clock=clock, device_kind="cuda", history=history)
     return DryRun(
         config=config,

@@ -1,5 +1,7 @@
 """How a model runs, whatever it is used for: which kernels are in place, and in what precision."""
 
+from collections.abc import Callable
+
 import torch
 
 import mmkernels
@@ -16,11 +18,23 @@ def use_kernels(model: MimicMotionModel, kernels: str, plan: Plan | None = None,
 
     plan: of the fused blocks; what it moves goes through `device`, by default one for the model's GPU.
     """
+    put_kernels(model, kernels, plan, device)
+    return describe(model, kernels)
+
+
+def put_kernels(
+    model: MimicMotionModel, kernels: str, plan: Plan | None = None, device: Device | None = None
+) -> Callable[[], None]:
+    """As `use_kernels`; returns what puts the UNet's own blocks back."""
     model.pose_net.recomputes_activations = kernels == "fused"
     if kernels == "torch":
-        return "torch: plain diffusers, nothing replaced"
-    mmkernels.replace(model.unet, plan=plan or kernels, device=device)
-    return str(mmkernels.report(model.unet))
+        return lambda: None
+    return mmkernels.replace(model.unet, plan=plan or kernels, device=device)
+
+
+def describe(model: MimicMotionModel, kernels: str) -> str:
+    """Which block of a model with these kernels runs how."""
+    return "torch: plain diffusers, nothing replaced" if kernels == "torch" else str(mmkernels.report(model.unet))
 
 
 def autocast(device: torch.device, precision: Precision, weights: torch.dtype = torch.float32) -> torch.autocast:

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from mimicmotion import checkpoint, sampler
-from mimicmotion.config import Config, from_json
+from mimicmotion.config import Config, Kernels, from_json
 from mimicmotion.execution import autocast, use_kernels
 from mimicmotion.model.encoders import load_encoder
 from mimicmotion.model.unet import MimicMotionModel, build_model
+from mimicmotion.paths import near
 
 
 class Decoder(Protocol):
@@ -25,7 +26,7 @@ class Decoder(Protocol):
         ...
 
 
-def load_averaged(run_dir: Path, kernels: str | None = None) -> tuple[Config, MimicMotionModel, Path]:
+def load_averaged(run_dir: Path, kernels: Kernels | None = None) -> tuple[Config, MimicMotionModel, Path]:
     """Config, model with the moving average of the weights, and folder of a run's newest checkpoint.
 
     Where the run takes no average (optimizer.ema off) the model has the weights themselves.
@@ -33,18 +34,20 @@ def load_averaged(run_dir: Path, kernels: str | None = None) -> tuple[Config, Mi
     """
     folder = run_dir if (run_dir / checkpoint.MANIFEST).is_file() else checkpoint.newest(run_dir)
     if folder is None:
-        raise ValueError(f"{run_dir} holds no checkpoint; train first, or give the folder of a run.")
+        found = near(run_dir, checkpoint.is_run)
+        raise ValueError(f"{run_dir} holds no checkpoint (runs {found}); train first, or give the folder of a run.")
     saved = checkpoint.load(folder)
     config: Config = from_json(saved.documents["config"])
-    model = build_model(config.model)
+    kernels = kernels or config.kernels
+    model = build_model(config.model, kernels)
     model.load_state_dict(saved.tensors["model"] | saved.tensors.get("ema", {}))  # dead parameters have no average
-    use_kernels(model, config.kernels if kernels is None else kernels)
+    use_kernels(model, kernels)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return config, model.to(device).eval().requires_grad_(False), folder
 
 
 def load_decoder(name_or_path: str) -> Decoder:
-    """The encoder of a run for its decoder, on the GPU in float16 where there is one."""
+    """The encoder of a run for its decoder, on the GPU in float16, unless it asks for float32, where there is one."""
     if torch.cuda.is_available():
         return load_encoder(name_or_path, device="cuda", dtype=torch.float16)
     return load_encoder(name_or_path)

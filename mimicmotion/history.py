@@ -1,8 +1,10 @@
 """What a run tells: one JSON line a step, a picture of the loss, and progress on a terminal or in plain lines."""
 
 import json
+import logging
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -11,6 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mimicmotion.data.cache import atomic_write
+
+_KERNELS_LOG = logging.getLogger("mmkernels")
 
 
 class History:
@@ -51,14 +55,29 @@ def draw_loss(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     figure.savefig(path, dpi=120)
 
 
+class _Said(logging.Handler):
+    """Hands what is logged to a function that prints a line."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        super().__init__(logging.INFO)
+        self._say = say
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._say(f"{record.name}: {record.getMessage()}")
+
+
 class Reporter:
-    """Progress of a run: a bar on a terminal, a line every `log_every` steps where there is none, else silence."""
+    """Progress of a run: a bar on a terminal, a line every `log_every` steps where there is none, else silence.
+
+    It also tells what mmkernels logs while it is open: in the first step, which kernels are timed.
+    """
 
     def __init__(self, *, first: int, last: int, log_every: int, is_quiet: bool) -> None:
         self._first, self._last, self._log_every, self._is_quiet = first, last, log_every, is_quiet
         self._console = Console()
         self._bar: Progress | None = None
         self._start = time.monotonic()
+        self._said, self._level_before = _Said(self.say), _KERNELS_LOG.level
 
     def __enter__(self) -> "Reporter":
         if self._console.is_terminal and not self._is_quiet:
@@ -73,11 +92,17 @@ class Reporter:
             self._bar = Progress(*columns, console=self._console)
             self._task = self._bar.add_task("training", total=self._last, completed=self._first, state="")
             self._bar.start()
+        if not self._is_quiet:
+            _KERNELS_LOG.setLevel(logging.INFO)
+            _KERNELS_LOG.addHandler(self._said)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if not self._is_quiet:
+            _KERNELS_LOG.removeHandler(self._said)
+            _KERNELS_LOG.setLevel(self._level_before)
         if self._bar is not None:
             self._bar.stop()
 

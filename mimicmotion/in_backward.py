@@ -48,12 +48,21 @@ class InBackward:
         """Use no gradient of this step."""
         self._squares = math.nan
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether weights of a step that is not finished may have moved."""
+        return bool(self._arrived)
+
+    def drop(self) -> None:
+        """Forget a step that is not finished, its norm too."""
+        self._squares = 0.0
+        self._arrived.clear()
+
     def finish(self) -> None:
         """End a step: its norm is what the next one is clipped by, unless it is not finite."""
         if math.isfinite(self._squares):
             self.last_norm = self.norm()
-        self._squares = 0.0
-        self._arrived.clear()
+        self.drop()
 
     def _hook(self, name: str) -> Callable[[Tensor], None]:
         def arrived(parameter: Tensor) -> None:

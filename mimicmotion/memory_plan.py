@@ -10,26 +10,32 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from mimicmotion.config import Config
 from mimicmotion.distributed import Ranks
 from mimicmotion.dry_run import fake_step
+from mimicmotion.fitting import Fitting
 from mimicmotion.planned import check_plan, made_for
+from mmkernels.allocator import CudaAllocator
 from mmkernels.cards import Card
 from mmkernels.planning.choices import GIB, Plan, read_plan
 from mmkernels.planning.device import measured_card
-from mmkernels.planning.search import MARGIN_GIB, make_plan
+from mmkernels.planning.search import MARGIN_GIB, Search
 from mmkernels.planning.workload import Workload
 
 
-def choose_plan(config: Config, ranks: Ranks) -> tuple[Config, Plan | None]:
-    """The plan of a run, None where it asks for none, and the config with the optimizer placed as planned.
+def choose_plan(config: Config, ranks: Ranks) -> tuple[Config, Plan | None, Fitting | None]:
+    """The config with the optimizer placed as planned, the plan, and what keeps the run within its budget.
 
-    The first rank reads or makes it, for the least memory that is free on any rank, and every rank follows it. Raises
-    ValueError, on every rank, where the file is not a plan, was made for another step, does not fit, or where no plan
-    fits the budget.
+    No plan where none is asked for, and no Fitting where the plan is a file's. The first rank reads or makes it, for
+    the least memory that is free on any rank, and every rank follows it. Raises ValueError, on every rank, where the
+    file is not a plan, was made for another step, does not fit, or where no plan fits the budget.
     """
     if config.plan is None and config.memory_budget is None:
-        return config, None
-    free_gib = ranks.least(usable_gib(ranks.device))
-    choose = _read if config.plan is not None else _make
-    plan = ranks.from_first(lambda: choose(config, free_gib, ranks.world_size))
+        return config, None, None
+    free_gib, fitting = ranks.least(usable_gib(ranks.device)), None
+    if config.plan is not None:
+        plan = ranks.from_first(lambda: _read(config, free_gib))
+    else:
+        budget_gib, planner = _budget_gib(config, free_gib), StepPlanner(config, ranks.world_size)
+        plan = ranks.from_first(lambda: planner.plan_within(budget_gib))
+        fitting = Fitting(plan, budget_gib, planner.plan_within, CudaAllocator(ranks.device), ranks)
     settings, chosen = config.optimizer, plan.optimizer
     placed = dataclasses.replace(
         settings,
@@ -37,10 +43,10 @@ def choose_plan(config: Config, ranks: Ranks) -> tuple[Config, Plan | None]:
         states_on_host=chosen.states_on_host,
         ema="host" if settings.ema == "device" else settings.ema,
     )
-    return dataclasses.replace(config, optimizer=placed), plan
+    return dataclasses.replace(config, optimizer=placed), plan, fitting
 
 
-def _read(config: Config, free_gib: float, _: int) -> Plan:
+def _read(config: Config, free_gib: float) -> Plan:
     """The plan of the run's file, held to the run."""
     assert config.plan is not None
     if not config.plan.is_file():
@@ -51,8 +57,8 @@ def _read(config: Config, free_gib: float, _: int) -> Plan:
     return plan
 
 
-def _make(config: Config, free_gib: float, world_size: int) -> Plan:
-    """A plan for the run's budget, on a card like this rank's."""
+def _budget_gib(config: Config, free_gib: float) -> float:
+    """The run's budget; "auto" is what is free."""
     budget = config.memory_budget
     assert budget is not None
     if math.isinf(free_gib):
@@ -60,16 +66,34 @@ def _make(config: Config, free_gib: float, world_size: int) -> Plan:
             f"memory_budget is {budget!r} and there is no GPU: plans are for the memory of one; "
             "run where there is one, or give --plan with a file of python -m mmkernels.plan"
         )
-    is_alone = world_size == 1 and config.trainer.batch_size == config.trainer.micro_batch_size
-    can_update_in_backward = is_alone and config.trainer.precision != "fp16"
-    budget_gib = free_gib if budget == "auto" else budget
-    return plan_step(config, measured_card(), budget_gib, can_update_in_backward=can_update_in_backward)
+    return free_gib if budget == "auto" else budget
 
 
-def plan_step(
-    config: Config, card: Card, budget_gib: float, *, can_update_in_backward: bool, can_update_on_host: bool = True
-) -> Plan:
-    """The fastest plan for the run's own step on a card. Raises BudgetTooSmallError with the least that would do."""
+class StepPlanner:
+    """Plans for a run's own step on a card like this rank's; the step is profiled once, when first asked.
+
+    Once the first plan is made the others update weights inside or after backward as it does.
+    """
+
+    def __init__(self, config: Config, world_size: int) -> None:
+        self._config = config
+        self._search: Search | None = None
+        is_alone = world_size == 1 and config.trainer.batch_size == config.trainer.micro_batch_size
+        self._can_update_in_backward = is_alone and config.trainer.precision != "fp16"
+
+    def plan_within(self, budget_gib: float) -> Plan:
+        """The fastest plan within a budget. Raises BudgetTooSmallError with the smallest."""
+        if self._search is not None:
+            return self._search.best(budget_gib).plan
+        search = search_step(self._config, measured_card(), can_update_in_backward=self._can_update_in_backward)
+        plan = search.best(budget_gib).plan
+        search.keep_update(is_in_backward=plan.optimizer.is_in_backward)
+        self._search = search
+        return plan
+
+
+def search_step(config: Config, card: Card, *, can_update_in_backward: bool, can_update_on_host: bool = True) -> Search:
+    """Of plans for the run's own step on a card."""
     plain = dataclasses.replace(config.optimizer, in_backward=False, states_on_host=False, ema="off")
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         step = fake_step(dataclasses.replace(config, optimizer=plain))
@@ -82,10 +106,20 @@ def plan_step(
         mode=mode,
         made_for=made_for(config),
     )
-    return make_plan(
-        workload, card, budget_gib, kind=config.optimizer.kind, can_update_in_backward=can_update_in_backward,
+    return Search(
+        workload, card, config.optimizer.kind, can_update_in_backward=can_update_in_backward,
         can_update_on_host=can_update_on_host,
     )  # fmt: skip
+
+
+def plan_step(
+    config: Config, card: Card, budget_gib: float, *, can_update_in_backward: bool, can_update_on_host: bool = True
+) -> Plan:
+    """The fastest plan for the run's own step on a card. Raises BudgetTooSmallError with the least that would do."""
+    search = search_step(
+        config, card, can_update_in_backward=can_update_in_backward, can_update_on_host=can_update_on_host
+    )
+    return search.best(budget_gib).plan
 
 
 def reserve_as_planned() -> None:

@@ -92,6 +92,17 @@ class Optimization:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
 
+    def drop(self) -> None:
+        """Forget the gradients of a step that is not finished."""
+        if self.in_backward is not None:
+            self.in_backward.drop()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    @property
+    def has_begun_update(self) -> bool:
+        """Whether weights have moved in a step that is not finished: backward updates them as it goes."""
+        return self.in_backward is not None and self.in_backward.has_begun
+
     @property
     def learning_rate(self) -> float:
         """Learning rate of the next step."""

@@ -1,14 +1,18 @@
 """Train: `torchrun mimicmotion/train.py --kernels fused --preset demo [--overrides]`, or plain python for one process.
 
-With no arguments the demo preset runs on the prepared footage, and where nothing is prepared it is prepared first.
+With no arguments the demo preset runs on its embedded footage, which is prepared first where it is not yet.
 """
 
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-if __name__ == "__main__":  # python puts this folder first, where our modules would hide others of the same name
+if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends without a traceback
+    # python puts this folder first, where our modules would hide others of the same name
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
@@ -23,6 +27,8 @@ from mimicmotion.distributed import Ranks, join_ranks
 from mimicmotion.dry_run import dry_run
 from mimicmotion.memory_plan import choose_plan, reserve_as_planned
 from mimicmotion.memory_report import MemoryReport
+from mimicmotion.paths import check_there, near
+from mimicmotion.stopping import EndedBySignalError, Stop, say
 from mimicmotion.trainer import Trainer, TrainingStoppedError
 
 
@@ -50,6 +56,20 @@ def parse(arguments: list[str]) -> Arguments:
     return tyro.cli(Arguments, args=arguments, default=default)
 
 
+def check_given(arguments: Arguments) -> None:
+    """Raise ValueError where a path that was given, or the checkpoint to resume, is not there."""
+    config = arguments.config
+    check_there("--plan", config.plan, "make a plan with `python -m mmkernels.plan`")
+    for name, path in (("", config.model.pretrained), ("-pose-net", config.model.pretrained_pose_net)):
+        check_there(f"--model.pretrained{name}", path, "give a .pth, a .safetensors or a diffusers folder")
+    if arguments.resume and not checkpoint.is_run(config.run_dir):
+        found = near(config.run_dir, checkpoint.is_run)
+        raise ValueError(
+            f"--resume: {config.run_dir} holds no checkpoint (runs {found}); give the --run-dir of a run, or leave "
+            "--resume out to start one"
+        )
+
+
 def start_afresh(run_dir: Path) -> str | None:
     """Move an earlier run's folder aside where it holds checkpoints; returns what to say about it."""
     if not checkpoint.folders(run_dir):
@@ -61,17 +81,22 @@ def start_afresh(run_dir: Path) -> str | None:
     return f"{run_dir} held an earlier run: moved to {aside} (--resume would have gone on with it)"
 
 
-def train(arguments: Arguments, ranks: Ranks) -> bool:
-    """Prepare where nothing is prepared, then train on this rank; False where SIGTERM ended it early."""
-    config, plan = choose_plan(arguments.config, ranks)
-    if ranks.is_first:
+def train(arguments: Arguments, ranks: Ranks, stop: Stop) -> bool:
+    """Prepare what is to be prepared, then train on this rank; False where a signal ended it early."""
+    check_given(arguments)
+    config, plan, fitting = choose_plan(arguments.config, ranks)
+
+    def make_ready() -> None:
         prepare_if_missing(config)
         if not arguments.resume and (note := start_afresh(config.run_dir)):
             print(note, flush=True)
-    ranks.wait()
+
+    ranks.from_first(make_ready)
     dataset = ClipDataset(config.data.prepared, config.data.num_frames, config.trainer.seed)
     encoder = dataset.manifest.encoder_name
-    trainer = Trainer(config, dataset, ranks, encoder=encoder, resume=arguments.resume, plan=plan)
+    trainer = Trainer(
+        config, dataset, ranks, encoder=encoder, resume=arguments.resume, plan=plan, fitting=fitting, stop=stop
+    )
     if arguments.memory_report:
         trainer.around_step = MemoryReport(trainer)
     if ranks.is_first:
@@ -80,37 +105,45 @@ def train(arguments: Arguments, ranks: Ranks) -> bool:
     is_finished = trainer.run()
     if ranks.is_first:
         where = checkpoint.newest(config.run_dir)
-        how = "finished" if is_finished else "stopped by SIGTERM, --resume goes on,"
-        print(f"{how} at step {trainer.step}: checkpoint {where}, loss {config.run_dir / 'loss.png'}", flush=True)
+        saved = "nothing was trained" if where is None else f"checkpoint {where}, loss {config.run_dir / 'loss.png'}"
+        how = "finished" if is_finished else f"stopped by {stop}, --resume goes on,"
+        print(f"{how} at step {trainer.step}: {saved}", flush=True)
     return is_finished
 
 
 def main() -> None:
-    """Run the command line; exits with 1 and the reason where training cannot go on, 143 after SIGTERM."""
+    """Run the command line; exits with 1 and the reason where training cannot go on, after Ctrl-C 130, SIGTERM 143."""
     words = sys.argv[1:]
     arguments = parse(words)
     if arguments.dry_run:
         try:
             is_for_this_gpu = arguments.config.memory_budget is not None and torch.cuda.is_available()
             here = Ranks(rank=0, world_size=1, device=torch.device("cuda" if is_for_this_gpu else "cpu"))
-            config, plan = choose_plan(arguments.config, here)
+            config, plan, _ = choose_plan(arguments.config, here)
             print(dry_run(config, plan))
         except ValueError as error:
             raise SystemExit(f"no dry run: {error}") from error
         return
     if arguments.config.plan is not None or arguments.config.memory_budget is not None:
         reserve_as_planned()
-    with join_ranks() as ranks:
-        if ranks.is_first:
-            is_asked = any(word.startswith("--preset") for word in words)
-            why = "as asked" if is_asked else "the default, no --preset given"
-            print(f"preset {arguments.config.preset} ({why}), footage in {arguments.config.data.prepared}", flush=True)
+    with Stop() as stop:
         try:
-            is_finished = train(arguments, ranks)
+            with join_ranks() as ranks:
+                is_asked = any(word.startswith("--preset") for word in words)
+                why = "as asked" if is_asked else "the default, no --preset given"
+                if ranks.is_first:
+                    footage = arguments.config.data.prepared
+                    print(f"preset {arguments.config.preset} ({why}), footage in {footage}", flush=True)
+                is_finished = train(arguments, ranks, stop)
         except (TrainingStoppedError, CheckpointError, ValueError, MemoryError) as error:
             raise SystemExit(f"training stopped: {error}") from error
-    if not is_finished:
-        raise SystemExit(143)
+        except (EndedBySignalError, RuntimeError) as error:  # what a rank waits for fails where another has ended
+            if not stop.is_asked or stop.has_begun:
+                raise
+            say(f"stopped by {stop} before the first step: nothing was trained")
+            raise SystemExit(stop.exit_code) from error
+        if not is_finished:
+            raise SystemExit(stop.exit_code)
 
 
 if __name__ == "__main__":

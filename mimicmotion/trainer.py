@@ -1,33 +1,36 @@
 """The training loop: dataset, noise, model, loss, backward, step, moving average, checkpoint. No maths here."""
 
-import contextlib
+import gc
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 import mmkernels
-from mimicmotion import checkpoint, diffusion
+from mimicmotion import checkpoint
 from mimicmotion.checkpoint import Checkpoint
 from mimicmotion.config import Config, changes, to_json
 from mimicmotion.distributed import Ranks, no_sync
-from mimicmotion.execution import autocast, use_kernels
+from mimicmotion.execution import describe, put_kernels
+from mimicmotion.fitting import Change, Fitting, NoSmallerPlanError
 from mimicmotion.history import History, Reporter, draw_loss, read_history
-from mimicmotion.loss import denoising_loss
+from mimicmotion.micro_batch import batch_loss, draw_samples
 from mimicmotion.model import weights
-from mimicmotion.model.unet import MimicMotionModel, build_model, image_latents, model_input
+from mimicmotion.model.unet import MimicMotionModel, build_model
 from mimicmotion.optimization import Optimization
+from mimicmotion.stopping import Stop
 from mmkernels.planning.choices import Plan, document
 
 _BATCH_FIELDS = ("latents", "reference_latent", "image_embedding", "pose", "loss_weight")
+WAIT_S = 0.1  # between two looks at whether to stop, while data are awaited
+
+Batches = list[tuple[dict[str, Tensor], range]]  # micro-batches of a step with their sample ids
 
 
 class TrainingStoppedError(RuntimeError):
@@ -49,61 +52,18 @@ def build_optimization(model: MimicMotionModel, config: Config, *, scales_loss: 
     return Optimization(model, config.optimizer, num_steps=steps, dead=dead, scales_loss=scales_loss, seed=seed)
 
 
-def batch_loss(model: torch.nn.Module, batch: dict[str, Tensor], draws: list[diffusion.Draw], config: Config) -> Tensor:
-    """Loss of a micro-batch whose fields are stacked clips on the model's device; model may be wrapped by DDP.
-
-    Float32 weights run under autocast; others as they are, and what the model reads is rounded to their dtype. Noise
-    levels and time ids stay as they are.
-    """
-    latents, weights_dtype = batch["latents"], next(model.parameters()).dtype  # (B, F, 4, h, w)
-    noised = diffusion.noise_batch(
-        latents,
-        batch["reference_latent"],
-        batch["image_embedding"],
-        draws,
-        fps=config.diffusion.fps,
-        motion_bucket=config.diffusion.motion_bucket,
-    )
-    with autocast(latents.device, config.trainer.precision, weights_dtype):
-        output = model(
-            model_input(noised.scaled, image_latents(noised.reference, latents.shape[1])).to(weights_dtype),
-            noised.c_noise,
-            noised.image_embedding.to(weights_dtype),
-            noised.time_ids,
-            batch["pose"].to(weights_dtype),
-            noised.keep,
-        )
-    return denoising_loss(output, noised.noisy, latents, noised.sigma, batch["loss_weight"])
-
-
-def draw_samples(config: Config, step: int, sample_ids: range, latent_shape: tuple[int, ...]) -> list[diffusion.Draw]:
-    """The random numbers of some samples of a step; latent_shape is (F, 4, h, w)."""
-    settings = config.diffusion
-    mean = settings.log_sigma_mean
-    return [
-        diffusion.draw(
-            config.trainer.seed,
-            step,
-            sample_id,
-            latent_shape,
-            mean=diffusion.log_sigma_mean(config.data.height, config.data.width) if mean is None else mean,
-            std=settings.log_sigma_std,
-            reference_mean=settings.reference_log_sigma_mean,
-            reference_std=settings.reference_log_sigma_std,
-            dropout=settings.condition_dropout,
-        )
-        for sample_id in sample_ids
-    ]
-
-
 class Trainer:
     """One run on one rank. `run()` trains to the last step and returns whether it got there."""
 
     def __init__(
         self, config: Config, dataset: Samples, ranks: Ranks, *, encoder: str, resume: bool = False,
-        plan: Plan | None = None,
+        plan: Plan | None = None, fitting: Fitting | None = None, stop: Stop | None = None,
     ) -> None:  # fmt: skip
-        """encoder: name of what made the latents, for the pictures and the checkpoint. plan: what the blocks follow."""
+        """encoder: name of what made the latents, for the pictures and the checkpoint. plan: what the blocks follow.
+
+        fitting: makes the run's plans, where it has a budget; its own is followed first. stop: entered, where signals
+        are to end the run after a step.
+        """
         self.config, self.dataset, self.ranks, self.encoder = config, dataset, ranks, encoder
         self._sample_ids = rank_sample_ids(config, ranks)
         if config.trainer.precision == "fp16" and ranks.device.type == "cpu":
@@ -115,7 +75,7 @@ class Trainer:
                 f"trainer.batch_size {batch} and trainer.micro_batch_size {micro}. Give one rank and equal sizes."
             )
         torch.manual_seed(config.trainer.seed)
-        self.model = build_model(config.model).to(ranks.device).train()
+        self.model = build_model(config.model, config.kernels).to(ranks.device).train()
         self.notes: list[str] = []
         if ranks.device.type == "cpu" and (config.optimizer.states_on_host or config.optimizer.ema == "host"):
             self.notes.append("the device is a CPU: optimizer.states_on_host and ema host move nothing off it")
@@ -123,45 +83,58 @@ class Trainer:
             released = weights.read(config.model.pretrained, config.model.pretrained_pose_net)
             self.notes += weights.load(self.model, released)
         self.optimization = build_optimization(self.model, config, scales_loss=config.trainer.precision == "fp16")
-        self.kernels = use_kernels(self.model, config.kernels, plan)
-        self.plan = plan
+        self.fitting, self._say = fitting, print
+        self.plan = plan = plan if fitting is None else fitting.plan
+        self._put_kernels()
         if plan is not None:
             self.notes.append(str(plan))
             if config.optimizer.ema == "host":
                 self.notes.append(
                     "not in the plan's time: the moving average on the host, a copy of the weights a step"
                 )
-        self.wrapped = ranks.wrap(self.model)
+        # Where memory may run out on one rank alone, gradients are averaged once all have theirs.
+        self.wrapped = ranks.wrap(self.model) if fitting is None else self.model
         self.around_step: Callable[[Callable[[], Any]], Any] = lambda step: step()  # what watches a step runs it
         self.step = self.skipped = self.skipped_in_a_row = 0
-        self._is_signalled = False  # on this rank
-        self.is_stopping = False  # agreed by all ranks
+        self._stop = stop or Stop()
+        self.is_stopping = self._has_run_out = False  # agreed by all ranks
         if resume:
-            self._resume()
+            self.notes += self._resume()
         self.history_path = config.run_dir / "loss.jsonl"
         self.history = History(self.history_path, resumed_step=self.step) if ranks.is_first else None
 
     def run(self) -> bool:
-        """Train from the current step to the last; False where SIGTERM ended it early, after saving."""
+        """Train from the current step to the last; False where a signal ended it early, after saving."""
         settings, first = self.config.trainer, self.step
         with (
             Reporter(
                 first=first, last=settings.num_steps, log_every=settings.log_every, is_quiet=not self.ranks.is_first
             ) as reporter,
             ThreadPoolExecutor(max_workers=1) as loader,
-            self._stop_at_sigterm(),
         ):
+            self._stop.begin()
+            self._say = reporter.say
             for note in self.notes:
-                reporter.say(note)
+                self._say(note)
+            if self.fitting is not None and self.config.optimizer.in_backward and self.step == 0:
+                self.save()  # memory may run out with half of the weights moved
             batches = loader.submit(self._load, self.step)
-            while self.step < settings.num_steps and not self.is_stopping:
-                ready = batches.result()
+            while self.step < settings.num_steps:
+                ready = self._await(batches)
                 batches = loader.submit(self._load, self.step + 1)
                 row = self.around_step(partial(self._train_step, ready))
+                if self.is_stopping:
+                    break
+                if row is None:
+                    self._make_room()
+                    batches = loader.submit(self._load, self.step)
+                    continue
                 reporter.step(row)
                 if self.history is not None:
                     self.history.append(row)
                 self._check_skipped()
+                if self.fitting is not None and (change := self.fitting.settle(row["seconds"])) is not None:
+                    self._follow(change)
                 if self.step % settings.save_every == 0:
                     self.save()
         if self.step > first and self.step % settings.save_every != 0:
@@ -191,25 +164,25 @@ class Trainer:
         self.ranks.wait()
         return folder
 
-    def _resume(self) -> None:
-        """Take up the newest checkpoint of the run, or say that there is none."""
+    def _resume(self) -> list[str]:
+        """Take up the newest checkpoint of the run, where there is one; returns what to say of it."""
         folder = checkpoint.newest(self.config.run_dir)
         if folder is None:
-            self.notes.append(f"nothing to resume in {self.config.run_dir}: starting at step 0")
-            return
+            return [f"nothing to resume in {self.config.run_dir}: starting at step 0"]
         saved = checkpoint.load(folder)
         self.model.load_state_dict(saved.tensors["model"])
         self.optimization.load(saved.tensors, saved.documents["state"])
         self.step = saved.step
         self.skipped = saved.documents["state"]["skipped"]
         self.skipped_in_a_row = saved.documents["state"]["skipped_in_a_row"]
-        self.notes.append(f"resumed {folder} at step {self.step}")
+        notes = [f"resumed {folder} at step {self.step}"]
         for name, before, now in changes(saved.documents["config"], to_json(self.config)):
-            self.notes.append(f"{name} was {before} in the checkpoint and is {now} now")
+            notes.append(f"{name} was {before} in the checkpoint and is {now} now")
             if name in ("optimizer.learning_rate", "optimizer.schedule", "optimizer.warmup_steps"):
-                self.notes.append("  the learning rate goes on as the checkpoint has it")
+                notes.append("  the learning rate goes on as the checkpoint has it")
+        return notes
 
-    def _load(self, step: int) -> list[tuple[dict[str, Tensor], range]]:
+    def _load(self, step: int) -> Batches:
         """This rank's micro-batches of a step, stacked on the CPU, with their sample ids."""
         if step >= self.config.trainer.num_steps:
             return []
@@ -219,15 +192,28 @@ class Trainer:
             loaded.append(({name: torch.stack([clip[name] for clip in clips]) for name in _BATCH_FIELDS}, ids))
         return loaded
 
-    def _train_step(self, batches: list[tuple[dict[str, Tensor], range]]) -> dict[str, Any]:
-        """One optimizer step, or a skipped one; returns its row of the history."""
+    def _await(self, batches: Future[Batches]) -> Batches:
+        """The micro-batches of a step; none where this rank is asked to stop while they are loaded."""
+        while not self._stop.is_asked:
+            if wait((batches,), timeout=WAIT_S).done:
+                return batches.result()
+        return []
+
+    def _train_step(self, batches: Batches) -> dict[str, Any] | None:
+        """One optimizer step, or a skipped one; returns its row of the history.
+
+        None where it was dropped before anything came of it: it is_stopping, or memory ran out.
+        """
         start = time.monotonic()
+        if self.fitting is not None and not self.fitting.is_held:
+            self.fitting.allocator.begin()
         mean_loss = self._backward(batches)
+        if mean_loss is None:
+            return None
         norm = float(self.optimization.gradient_norm())
         is_bad = not (math.isfinite(norm) and math.isfinite(mean_loss))
-        # One sum settles the loss, a skip and a stop for every rank alike.
-        agreed = self.ranks.sum(torch.tensor([mean_loss, float(is_bad), float(self._is_signalled)]))
-        is_skipped, self.is_stopping = bool(agreed[1] > 0), bool(agreed[2] > 0)
+        agreed = self.ranks.sum(torch.tensor([mean_loss, float(is_bad)]))  # one sum settles both for every rank alike
+        is_skipped = bool(agreed[1] > 0)
         rate = self.optimization.learning_rate
         self.optimization.step(is_finite=not is_skipped)
         self.step += 1
@@ -242,17 +228,76 @@ class Trainer:
             "seconds": round(time.monotonic() - start, 3),
         }
 
-    def _backward(self, batches: list[tuple[dict[str, Tensor], range]]) -> float:
-        """Leave the step's gradients, averaged over micro-batches and ranks; returns this rank's mean loss."""
-        mean_loss = torch.zeros((), device=self.ranks.device)
-        for index, (batch, ids) in enumerate(batches):
-            on_device = {name: tensor.to(self.ranks.device, non_blocking=True) for name, tensor in batch.items()}
-            draws = draw_samples(self.config, self.step, ids, tuple(batch["latents"].shape[1:]))
-            with no_sync(self.wrapped, is_last=index == len(batches) - 1):
-                loss = batch_loss(self.wrapped, on_device, draws, self.config) / len(batches)
-                self.optimization.backward(loss)
-            mean_loss += loss.detach()
+    def _backward(self, batches: Batches) -> float | None:
+        """Leave the step's gradients, averaged over micro-batches and ranks; returns this rank's mean loss.
+
+        Between micro-batches all ranks look at whether one is to stop, or has run out of memory; then None.
+        """
+        mean_loss, num_batches, has_run_out = torch.zeros((), device=self.ranks.device), len(self._sample_ids), False
+        for index in range(num_batches + 1):
+            is_stop = index < num_batches and self._stop.is_asked
+            self.is_stopping, is_out = self.ranks.anywhere(is_stop, has_run_out)
+            if self.is_stopping or is_out:
+                return None
+            if index == num_batches:
+                break
+            try:
+                with no_sync(self.wrapped, is_last=index == num_batches - 1):
+                    mean_loss += self._micro_batch(*batches[index])
+            except torch.OutOfMemoryError:
+                if self.fitting is None:
+                    raise
+                has_run_out = True
+        if self.fitting is not None:
+            live = self.optimization.live.values()
+            self.ranks.average(parameter.grad for parameter in live if parameter.grad is not None)
         return float(mean_loss)
+
+    def _micro_batch(self, batch: dict[str, Tensor], ids: range) -> Tensor:
+        """Add a micro-batch's gradients; returns its part of the mean loss."""
+        on_device = {name: tensor.to(self.ranks.device, non_blocking=True) for name, tensor in batch.items()}
+        draws = draw_samples(self.config, self.step, ids, tuple(batch["latents"].shape[1:]))
+        loss = batch_loss(self.wrapped, on_device, draws, self.config) / len(self._sample_ids)
+        self.optimization.backward(loss)
+        return loss.detach()
+
+    def _make_room(self) -> None:
+        """Memory ran out: follow the next smaller plan, and go back to a checkpoint where weights have moved already.
+
+        Else the step is done again from the same weights, data and random numbers.
+        """
+        assert self.fitting is not None
+        has_moved = self.optimization.has_begun_update
+        self.optimization.drop()
+        try:
+            self._follow(self.fitting.shrink())
+        except NoSmallerPlanError as error:
+            if not has_moved and self.step > 0:
+                self.save()
+            raise TrainingStoppedError(str(error)) from error
+        if not has_moved:
+            return
+        for note in self._resume():
+            self._say(f"weights had moved inside backward: {note}")
+        self.history = History(self.history_path, resumed_step=self.step)
+
+    def _follow(self, change: Change) -> None:
+        """Run the same blocks by another plan; weights, optimizer and averages stay."""
+        assert self.fitting is not None
+        self._say(str(change))
+        if not change.is_new:
+            return
+        self.plan = change.plan
+        self._undo()
+        gc.collect()  # what a failed step left
+        self.fitting.allocator.begin()
+        self._put_kernels()
+        self.optimization.weight_update.place(on_host=change.plan.optimizer.states_on_host)
+
+    def _put_kernels(self) -> None:
+        device = None if self.fitting is None else self.fitting.device
+        self._undo = put_kernels(self.model, self.config.kernels, self.plan, device)
+        self.kernels = describe(self.model, self.config.kernels)
 
     def _check_skipped(self) -> None:
         """Raise after too many steps in a row that were not finite."""
@@ -263,19 +308,6 @@ class Trainer:
                 f"({self.skipped} skipped in all); the weights are those of step {self.step - limit}. "
                 "Look at the data, lower optimizer.learning_rate, or use another trainer.precision."
             )
-
-    @contextlib.contextmanager
-    def _stop_at_sigterm(self) -> Iterator[None]:
-        """Turn SIGTERM into the wish to finish the step, save and end."""
-
-        def want_stop(_signal: int, _frame: FrameType | None) -> None:
-            self._is_signalled = True
-
-        previous = signal.signal(signal.SIGTERM, want_stop)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, previous)
 
 
 def rank_sample_ids(config: Config, ranks: Ranks) -> list[range]:

@@ -84,6 +84,13 @@ class WeightUpdate:
         is_locked = to_host and self.device.type == "cuda"
         return {key: value if key == "step" else _copied(value, device, is_locked) for key, value in state.items()}
 
+    def place(self, *, on_host: bool) -> None:
+        """Move the moments to the host, or to the weights' device; their values stay."""
+        if on_host != self.is_on_host:
+            for weight, state in self.optimizer.state.items():
+                self.optimizer.state[weight] = self._moved(state, to_host=on_host)
+            self.is_on_host = on_host
+
     def update_all(self) -> None:
         """Move every weight that has a gradient."""
         if not self.is_8bit and not self.is_on_host:

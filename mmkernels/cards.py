@@ -1,21 +1,88 @@
-"""Data sheets of GPUs: what a plan is made for, and what a limit is counted with. Nothing here is measured."""
+"""GPUs: their data sheets, what kinds of kernels reach of them, and the memory that a training step really gets.
+
+The rates of the H200 were measured on one (driver 580, torch 2.11 for CUDA 13.0): products by one of 8192^3, passes by
+a copy, attention and convolutions by fits over several sizes, the rest as the bytes that the trace counts for a kind
+over the GPU time that torch.profiler gave its kernels in a step of selective checkpointing. Those of every other card
+are **assumed**: the H200's share of its data sheet, of theirs.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
-# What a step reaches of a data sheet's rates, assumed alike for every way of running it; not measured on any card.
-PRODUCT_SHARE = 0.65
-BANDWIDTH_SHARE = 0.85
 PCIE_4, PCIE_5 = 25e9, 55e9  # bytes a second one way between pinned host memory and the card, 16 lanes, as reached
+# What a step cannot allocate of the memory that CUDA reports, GiB.
+CONTEXT_GIB = 0.5  # CUDA's context and loaded kernels: 0.2 to 0.5 in seven users' out-of-memory messages
+FRAGMENTS_GIB = 0.3  # free, but too small: 0.27 where an H200 under a cap of 24 GiB ran out, expandable segments on
+DISPLAY_GIB = 0.4  # a desktop on the same card; assumed
+# product: cuBLAS. flash: FlashAttention-2, as torch carries it. attention: what scaled_dot_product_attention takes.
+# pass: reads and writes in one order and of one dtype, or narrows it. widening: to a larger dtype. strided: of several
+# orders, or broadcast. reduction: sums and norms but group norm's forward. kernel: ours, which torch does not dispatch.
+Kind = Literal[
+    "product", "convolution", "flash", "flash backward", "attention", "attention backward", "pass", "widening",
+    "strided", "reduction", "group norm", "kernel",
+]  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rate:
+    """What kernels of one kind reach, where each is large: operations a second, bytes a second; what each starts with.
+
+    A kernel takes start_s + sqrt((flops / flops_per_s)^2 + (bytes / bytes_per_s)^2): products and traffic overlap, but
+    not wholly where both take as long.
+    """
+
+    bytes_per_s: float
+    flops_per_s: float = math.inf
+    start_s: float = 2e-6  # assumed: from one kernel's last block to the next one's first
+
+    def seconds(self, flops: float, num_bytes: float) -> float:
+        """Of one kernel; none where there is nothing to do."""
+        if not flops and not num_bytes:
+            return 0.0
+        return self.start_s + math.hypot(flops / self.flops_per_s, num_bytes / self.bytes_per_s)
+
+    def faster(self, factor: float) -> Rate:
+        """Both rates times a factor."""
+        return replace(self, flops_per_s=factor * self.flops_per_s, bytes_per_s=factor * self.bytes_per_s)
+
+
+H200_SHEET = (4.8e12, 989e12)  # bytes and operations a second, which the shares of every other card are counted from
+H200_RATES: Mapping[Kind, Rate] = {
+    "product": Rate(flops_per_s=755e12, bytes_per_s=3.9e12),
+    # over 30 timings of 3, 12 and 72 frames: 9% root mean square
+    "convolution": Rate(flops_per_s=670e12, bytes_per_s=3.9e12, start_s=78e-6),
+    # over 9216, 2304 and 576 pixels: 5% at most
+    "flash": Rate(flops_per_s=300e12, bytes_per_s=0.85e12),
+    "flash backward": Rate(flops_per_s=295e12, bytes_per_s=0.4e12),
+    "attention": Rate(flops_per_s=460e12, bytes_per_s=1.15e12),  # cuDNN's
+    "attention backward": Rate(flops_per_s=435e12, bytes_per_s=0.8e12),
+    "pass": Rate(bytes_per_s=4.2e12),
+    "widening": Rate(bytes_per_s=2.0e12),
+    "strided": Rate(bytes_per_s=1.48e12),
+    "reduction": Rate(bytes_per_s=1.9e12),
+    "group norm": Rate(bytes_per_s=0.59e12),  # one block of threads to a group and clip
+    "kernel": Rate(bytes_per_s=2.2e12),
+}
+"""Measured."""
+# Of the operations of a data sheet before Hopper, whose tensor cores FlashAttention-2 was written for: 50 to 73% on an
+# A100 (Dao 2023, arXiv 2307.08691); its forward is nearer the upper end.
+FLASH_SHARES: Mapping[Kind, float] = {"flash": 0.6, "flash backward": 0.5, "attention": 0.6, "attention backward": 0.5}
+HOPPER = (9, 0)
+LARGEST_WORKSPACE_BYTES = 32 << 20  # of cuBLAS, on Hopper
 
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """A GPU: memory in GiB, bytes a second, dense bfloat16 operations a second with float32 sums in tensor cores.
+    """A GPU: bytes a second, dense bfloat16 operations a second with float32 sums in tensor cores, of its data sheet.
 
     device: what the driver calls it; other cards of the family have other memory.
+    memory_gib: by its name. usable_gib: of it, what a step may allocate; unbounded where nothing is known.
     link_bytes_per_s: to and from the host, each way; 0 where nothing can be moved.
+    rates: measured ones; those that are not in it are assumed from the data sheet.
     """
 
     name: str
@@ -24,33 +91,67 @@ class Card:
     bytes_per_s: float
     flops_per_s: float
     link_bytes_per_s: float
+    capability: tuple[int, int] = (8, 0)
+    usable_gib: float = math.inf
+    rates: Mapping[Kind, Rate] = field(default_factory=dict, hash=False)
 
-    def seconds(self, flops: float, num_bytes: float) -> float:
-        """Modelled time of an operation: the longer of its products and its traffic, at the shares assumed above."""
-        product_s = flops / (self.flops_per_s * PRODUCT_SHARE)
-        return max(product_s, num_bytes / (self.bytes_per_s * BANDWIDTH_SHARE))
+    def rate(self, kind: Kind) -> Rate:
+        """Measured where it was, else the share that an H200 reaches of its data sheet, of this one's."""
+        if (known := self.rates.get(kind)) is not None:
+            return known
+        model, (sheet_bytes, sheet_flops) = H200_RATES[kind], H200_SHEET
+        flops_share = model.flops_per_s / sheet_flops
+        if self.capability < HOPPER:
+            flops_share = FLASH_SHARES.get(kind, flops_share)
+        return Rate(
+            flops_per_s=flops_share * self.flops_per_s, start_s=model.start_s,
+            bytes_per_s=model.bytes_per_s / sheet_bytes * self.bytes_per_s,
+        )  # fmt: skip
+
+    def seconds(self, flops: float, num_bytes: float, kind: Kind = "pass") -> float:
+        """Modelled time of one kernel."""
+        return self.rate(kind).seconds(flops, num_bytes)
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Of cuBLAS, for each thread that calls it (getChosenWorkspaceSize in torch's CublasHandlePool.cpp).
+
+        cublasLt's lies in the same memory.
+        """
+        return LARGEST_WORKSPACE_BYTES if self.capability == HOPPER else (8 << 20) + (128 << 10)
 
 
-def _card(name: str, device: str, memory_gib: float, terabytes_per_s: float, teraflops: float, link: float) -> Card:
+def _card(
+    name: str, device: str, memory_gib: float, reported_gib: float, terabytes_per_s: float, teraflops: float,
+    link: float, capability: tuple[int, int] = (8, 9), *, has_display: bool = False,
+    rates: Mapping[Kind, Rate] | None = None,
+) -> Card:  # fmt: skip
+    """reported_gib: what CUDA says there is, as in the last line of a message that memory ran out."""
+    display_gib = DISPLAY_GIB if has_display else 0.0
     return Card(
         name=name, device=device, memory_gib=memory_gib, bytes_per_s=terabytes_per_s * 1e12,
-        flops_per_s=teraflops * 1e12, link_bytes_per_s=link,
+        flops_per_s=teraflops * 1e12, link_bytes_per_s=link, capability=capability, rates=rates or {},
+        usable_gib=round(reported_gib - CONTEXT_GIB - FRAGMENTS_GIB - display_gib, 1),
     )  # fmt: skip
 
 
+# Reported memory is from users' messages: A100 79.25 (levihsu/OOTDiffusion #235), its 40 GB 39.50 (TianheWu/CoSeR
+# #10), L40S 44.42 (stepfun-ai/Step-Video-T2V #8), A6000 47.54 (google-research/semivl #18), 6000 Ada 44.43 with ECC
+# (DINGYANB/MTVCrafter #21), RTX 4090 23.64 and 23.52 (ali-vilab/VGen #104, Soul-AILab/SoulX-FlashTalk #5), a card of
+# 16 GB 15.61 (DengKaiCQ/VGGT-Long #6); H200 measured. H100, RTX 5090, 3090: assumed, by cards of the same size.
 CARDS = (
-    _card("A100", "NVIDIA A100-SXM4-80GB", 80, 2.04, 312, PCIE_4),
-    _card("A100 40GB", "NVIDIA A100-SXM4-40GB", 40, 1.555, 312, PCIE_4),
-    _card("H100", "NVIDIA H100 80GB HBM3", 80, 3.35, 989, PCIE_5),
-    _card("H200", "NVIDIA H200", 141, 4.8, 989, PCIE_5),
-    _card("L40S", "NVIDIA L40S", 48, 0.864, 362, PCIE_4),
-    _card("RTX A6000", "NVIDIA RTX A6000", 48, 0.768, 154.8, PCIE_4),
-    _card("RTX 6000 Ada", "NVIDIA RTX 6000 Ada Generation", 48, 0.96, 364, PCIE_4),
-    _card("RTX 5090", "NVIDIA GeForce RTX 5090", 32, 1.792, 209.5, PCIE_5),
-    _card("RTX 4090", "NVIDIA GeForce RTX 4090", 24, 1.008, 165.2, PCIE_4),
-    _card("RTX 3090", "NVIDIA GeForce RTX 3090", 24, 0.936, 71, PCIE_4),
-    _card("RTX 4080", "NVIDIA GeForce RTX 4080", 16, 0.7168, 97.5, PCIE_4),
-    _card("RTX 4060 Ti 16GB", "NVIDIA GeForce RTX 4060 Ti", 16, 0.288, 44, PCIE_4 / 2),
+    _card("A100", "NVIDIA A100-SXM4-80GB", 80, 79.2, 2.04, 312, PCIE_4, (8, 0)),
+    _card("A100 40GB", "NVIDIA A100-SXM4-40GB", 40, 39.5, 1.555, 312, PCIE_4, (8, 0)),
+    _card("H100", "NVIDIA H100 80GB HBM3", 80, 79.0, 3.35, 989, PCIE_5, HOPPER),
+    _card("H200", "NVIDIA H200", 141, 139.8, 4.8, 989, PCIE_5, HOPPER, rates=H200_RATES),
+    _card("L40S", "NVIDIA L40S", 48, 44.4, 0.864, 362, PCIE_4),
+    _card("RTX A6000", "NVIDIA RTX A6000", 48, 47.5, 0.768, 154.8, PCIE_4, (8, 6), has_display=True),
+    _card("RTX 6000 Ada", "NVIDIA RTX 6000 Ada Generation", 48, 44.4, 0.96, 364, PCIE_4, has_display=True),
+    _card("RTX 5090", "NVIDIA GeForce RTX 5090", 32, 31.3, 1.792, 209.5, PCIE_5, (12, 0), has_display=True),
+    _card("RTX 4090", "NVIDIA GeForce RTX 4090", 24, 23.5, 1.008, 165.2, PCIE_4, has_display=True),
+    _card("RTX 3090", "NVIDIA GeForce RTX 3090", 24, 23.5, 0.936, 71, PCIE_4, (8, 6), has_display=True),
+    _card("RTX 4080", "NVIDIA GeForce RTX 4080", 16, 15.6, 0.7168, 97.5, PCIE_4, has_display=True),
+    _card("RTX 4060 Ti 16GB", "NVIDIA GeForce RTX 4060 Ti", 16, 15.6, 0.288, 44, PCIE_4 / 2, has_display=True),
 )
 
 

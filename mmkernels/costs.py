@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
 # flops, tensors read, tensors written
@@ -22,6 +23,11 @@ Note = Callable[[int, Sequence[Tensor | None], Sequence[Tensor | None]], None]
 # Plain globals, since torch.compile reads them; a trace runs by itself.
 _note: Note | None = None
 _modelled_kind: str | None = None
+
+
+def is_noting() -> bool:
+    """Whether kernels do not run but say what they would do."""
+    return _note is not None
 
 
 def is_modelled(*, reads: Sequence[Tensor | None], writes: Sequence[Tensor | None], flops: int = 0) -> bool:
@@ -45,7 +51,7 @@ def noting(note: Note) -> Iterator[None]:
 
 @contextmanager
 def modelled_device(kind: str | None) -> Iterator[None]:
-    """Tensors inside stand for those of a device of this kind, wherever chunks and dtypes depend on it."""
+    """Tensors inside stand for those of a device of this kind, wherever kernels, chunks and dtypes depend on it."""
     global _modelled_kind
     outer, _modelled_kind = _modelled_kind, kind
     try:
@@ -54,6 +60,14 @@ def modelled_device(kind: str | None) -> Iterator[None]:
         _modelled_kind = outer
 
 
+def device_of(x: Tensor) -> torch.device:
+    """The device that x lies on, or stands for."""
+    return x.device if _modelled_kind is None else torch.device(_modelled_kind)
+
+
 def device_kind(x: Tensor) -> str:
-    """ "cpu", "cuda", ...: the kind of the device that x lies on, or stands for."""
-    return x.device.type if _modelled_kind is None else _modelled_kind
+    """ "cpu", "cuda", ...: the kind of the device that x lies on, or stands for.
+
+    The one question on which a way to compute depends. Only autocast follows x.device: torch decides there.
+    """
+    return device_of(x).type

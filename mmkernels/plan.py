@@ -1,7 +1,7 @@
 """Which plan trains a clip on a card, and how fast: modelled before the first step, on a machine that has no GPU.
 
     python -m mmkernels.plan --frames 72 --size 1024x576 --card "RTX 4090"
-        [--budget GIB] [--optimizer adamw|adamw8bit] [--json FILE] [--out FOLDER]
+        [--budget GIB] [--optimizer adamw|adamw8bit] [--no-guide] [--json FILE] [--out FOLDER]
 
 Prints what each block keeps, computes again or moves and what the step costs, and writes the plan, a picture of memory
 over one step, and one of peak memory against step time with plain ways of running the same step beside it.
@@ -19,11 +19,11 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from mmkernels.cards import card
+from mmkernels.cards import CONTEXT_GIB, DISPLAY_GIB, FRAGMENTS_GIB, Card, card
 from mmkernels.planning.choices import GIB, OptimizerChoice, OptimizerKind, write_plan
 from mmkernels.planning.device import measured_card
 from mmkernels.planning.pictures import Point, draw_front, draw_memory, parts_over_time
-from mmkernels.planning.search import HOST_GIB, MARGIN_GIB, Chosen, Search, make_plan
+from mmkernels.planning.search import HOST_GIB, Chosen, Search, make_plan
 from mmkernels.planning.svd import parse_size, svd_workload
 from mmkernels.planning.workload import Traced, Workload, trace_way
 
@@ -45,8 +45,9 @@ class Settings:
     size: str = "1024x576"  # width x height, pixels
     batch: int = 1  # clips
     card: str | None = None  # a name as in mmkernels/cards.py; measured on the GPU at hand where not given
-    budget: float | None = None  # GiB, everything included; the card's memory less 1.5 where not given
+    budget: float | None = None  # GiB, everything included; what the card leaves a step where not given
     optimizer: OptimizerKind = "adamw"  # adamw: float32 weights under autocast; adamw8bit: bfloat16 weights
+    guide: bool = True  # pictures of poses and the network for them are on the card too, as in MimicMotion's trainer
     host: float = HOST_GIB  # GiB of the host's memory that moved tensors may take
     json: Path | None = None  # the plan; plan.json in `out` where not given
     out: Path = Path("runs/plan")  # folder for the plan and its pictures
@@ -59,8 +60,12 @@ def main(settings: Settings) -> int:
     try:
         width, height = parse_size(settings.size)
         chosen_card = measured_card() if settings.card is None else card(settings.card)
-        kind, budget_gib = settings.optimizer, settings.budget or chosen_card.memory_gib - MARGIN_GIB
-        workload = svd_workload(kind, frames=settings.frames, height=height, width=width, batch=settings.batch)
+        kind, budget_gib = settings.optimizer, settings.budget or chosen_card.usable_gib
+        if budget_gib > chosen_card.usable_gib:
+            console.print(why_too_much(budget_gib, chosen_card), markup=False, soft_wrap=True)
+        workload = svd_workload(
+            kind, frames=settings.frames, height=height, width=width, batch=settings.batch, has_guide=settings.guide
+        )
         plain = {way: trace_way(workload, way, chosen_card, OptimizerChoice(kind=kind)) for way in BASELINES}
         search = Search(workload, chosen_card, kind, plain_flops=plain["torch"].trace.flops, host_gib=settings.host)
         chosen = search.best(budget_gib)
@@ -74,6 +79,15 @@ def main(settings: Settings) -> int:
     draw(chosen, search, plain, title, settings.out)
     console.print(f"written: {path}, {settings.out / 'memory.png'}, {settings.out / 'front.png'}", markup=False)
     return 0
+
+
+def why_too_much(budget_gib: float, chosen: Card) -> str:
+    """What is wrong with a budget over what a card leaves a step."""
+    return (
+        f"warning: a budget of {budget_gib:g} GiB is more than the {chosen.usable_gib:.1f} GiB that a {chosen.name} of "
+        f"{chosen.memory_gib:g} GB leaves a training step: CUDA's context takes {CONTEXT_GIB} GiB, a desktop, where "
+        f"one runs on it, {DISPLAY_GIB}, and {FRAGMENTS_GIB} are lost in fragments; the plan may run out of memory"
+    )
 
 
 def print_plan(chosen: Chosen, search: Search, title: str, console: Console) -> None:

@@ -1,10 +1,13 @@
 """Which of several kernels of one meaning is the fastest on this GPU: timed when a shape is first seen, remembered.
 
-`fastest` is for the bodies of custom ops. Choices are kept in memory and in one JSON file for each kind of GPU and set
-of versions, under MMKERNELS_CACHE, else $XDG_CACHE_HOME/mmkernels, else ~/.cache/mmkernels. The variants differ in
-their last bits, so it is the remembered choice that makes a rerun bit-identical. `python -m mmkernels` shows them.
+`fastest` is for the bodies of custom ops. Choices are kept in memory and in one JSON file for each kind of GPU, set of
+versions and our kernels' sources, under MMKERNELS_CACHE, else $XDG_CACHE_HOME/mmkernels, else ~/.cache/mmkernels. The
+variants differ in their last bits, so it is the remembered choice that makes a rerun bit-identical. `python -m
+mmkernels` shows them. What `mmkernels.known_choices` leaves out is neither timed nor, since it never runs, compiled.
+Compiled kernels are Triton's to keep, in TRITON_CACHE_DIR, else ~/.triton/cache.
 
 MMKERNELS_VARIANT="temporal_attention=cuda,other_op=triton" forces variants by op, for debugging: nothing is timed.
+The logger "mmkernels" says at level INFO what is timed.
 """
 
 from __future__ import annotations
@@ -13,24 +16,35 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import statistics
 import threading
 import warnings
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
 import torch
 
+from mmkernels.allocator import uncounted
+from mmkernels.known_choices import worth_timing
+
 Variant = Callable[[], None]
 Clock = Callable[[Variant, int], float]  # milliseconds that this many calls took together
 
+# Bytes of an output that variants are timed on: enough to fill a GPU, little beside what a step takes.
+SAMPLE_BYTES = 1 << 26
 NUM_ROUNDS = 7
+LEAST_ROUNDS = 3  # before a variant is given up: a median of three bears one odd time
+GIVEN_UP = 1.25  # a variant whose best time is so many times the median of the fastest is not timed any more
 LEAST_SAMPLE_MS = 1.0  # calls are repeated up to this: one short kernel would time its own launch
 MOST_REPEATS = 50
-PACKAGES = ("torch", "triton", "mimicmotion-trainer")
+PACKAGES = ("torch", "triton")
+OUT_OF_MEMORY = "out of memory"  # in what torch and CUDA say
+_LOG = logging.getLogger("mmkernels")
 
 
 class NotOfferedError(ValueError):
@@ -47,6 +61,11 @@ class Choice:
     times_ms: Mapping[str, float]
     left_out: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def is_lasting(self) -> bool:
+        """Whether a later process would choose the same: what lacked memory may have room then, and is tried again."""
+        return not any(OUT_OF_MEMORY in reason for reason in self.left_out.values())
+
     def __str__(self) -> str:
         times = [f"{name} {ms:.3f} ms" for name, ms in sorted(self.times_ms.items(), key=lambda item: item[1])]
         reasons = [f"{name} left out: {reason}" for name, reason in self.left_out.items()]
@@ -54,27 +73,37 @@ class Choice:
 
 
 class Tuner:
-    """The choices of one kind of GPU, in memory and in `path`; `clock` takes the times."""
+    """The choices of one kind of GPU, in memory and in `path`; `clock` takes the times, `scratch` is open meanwhile."""
 
-    def __init__(self, path: Path, machine: Mapping[str, str], clock: Clock) -> None:
-        self.path, self.machine, self.clock = path, dict(machine), clock
-        # A variant may have failed for lack of memory only: what was left out once is tried again in the next process.
-        self.choices = {where: choice for where, choice in _read(path, self.machine).items() if not choice.left_out}
+    def __init__(
+        self, path: Path, machine: Mapping[str, str], clock: Clock,
+        scratch: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:  # fmt: skip
+        self.path, self.machine, self.clock, self.scratch = path, dict(machine), clock, scratch
+        self.choices = {where: choice for where, choice in _read(path, self.machine).items() if choice.is_lasting}
+        self.num_timed = 0
         self._names: dict[tuple[str, Hashable], str] = {}
         self._lock = threading.Lock()  # autograd runs backward in a thread of its own
 
-    def fastest(self, op: str, key: tuple[Hashable, ...], variants: Mapping[str, Variant]) -> str:
+    def fastest(self, op: str, key: tuple[Hashable, ...], variants: Mapping[str, Variant], kind: str = "") -> str:
         """The name of the fastest variant; timed where this op, key and set of variants were not seen before.
 
-        Raises RuntimeError where every variant raises, with the reason of each.
+        kind: of work, as `known_choices` names it. Raises RuntimeError where every variant raises, with the reasons.
         """
         name = self._names.get((op, key))
         if name is not None and name in variants:
             return name
+        names = worth_timing(op, kind, self.machine["capability"], list(variants))
+        if len(names) == 1:
+            return names[0]
+        variants = {name: variants[name] for name in names}
         with self._lock:
             choice = self.choices.get((op, repr(key)))
             if choice is None or {*choice.times_ms, *choice.left_out} != set(variants):
-                choice = self._choose(op, repr(key), variants)
+                self.num_timed += 1
+                _LOG.info("timing %s %s: %s (shape %d of this run)", op, _words(key), ", ".join(names), self.num_timed)
+                with self.scratch():
+                    choice = self._choose(op, repr(key), variants)
                 self.choices[op, choice.key] = choice
                 self._write()
             self._names[op, key] = choice.chosen
@@ -97,12 +126,18 @@ class Tuner:
             if sample(name, 1) is not None and (once_ms := sample(name, 1)) is not None:
                 repeats[name] = min(MOST_REPEATS, max(1, round(LEAST_SAMPLE_MS / max(once_ms, 1e-6))))
         times_ms: dict[str, list[float]] = {name: [] for name in repeats}
+        names = list(repeats)
         for index in range(NUM_ROUNDS):
-            names = [name for name in repeats if name not in left_out]
             turn = index % max(1, len(names))
             for name in names[turn:] + names[:turn]:
                 if (ms := sample(name, repeats[name])) is not None:
                     times_ms[name].append(ms)
+            names = [name for name in names if name not in left_out]
+            if index + 1 >= LEAST_ROUNDS and names:
+                limit_ms = GIVEN_UP * min(statistics.median(times_ms[name]) for name in names)
+                names = [name for name in names if min(times_ms[name]) <= limit_ms]
+            if len(names) <= 1:
+                break
         medians = {name: statistics.median(times_ms[name]) for name in repeats if name not in left_out}
         if not medians:
             reasons = "".join(f"\n  {name}: {reason}" for name, reason in left_out.items())
@@ -147,11 +182,14 @@ def _read(path: Path, machine: Mapping[str, str] | None) -> dict[tuple[str, str]
     return {(choice.op, choice.key): choice for choice in choices}
 
 
-def fastest(op: str, key: tuple[Hashable, ...], variants: Mapping[str, Variant], device: torch.device) -> str:
+def fastest(
+    op: str, key: tuple[Hashable, ...], variants: Mapping[str, Variant], device: torch.device, kind: str = ""
+) -> str:
     """The name of the variant of `op` to run for `key` (shapes, dtype, ...) on `device`.
 
-    variants: name -> a call that runs it on scratch outputs; every call must do the same work. One variant, and any
-    on the CPU, is returned untimed: the first. On CUDA the fastest by events is, timed when first seen. Raises
+    variants: name -> a call that runs it on scratch outputs, of SAMPLE_BYTES about; every call must do the same work.
+    kind: of work, as `known_choices` names it. One variant, and any on the CPU, is returned untimed: the first. On CUDA
+    what `known_choices` decides is, else the fastest by events, timed when first seen. Raises
     NotOfferedError for a forced variant that is not offered, RuntimeError where all fail, inside a trace, and where a
     CUDA graph is being captured before the shape was seen.
     """
@@ -170,7 +208,7 @@ def fastest(op: str, key: tuple[Hashable, ...], variants: Mapping[str, Variant],
     if len(variants) == 1:
         return first
     with torch.cuda.device(device):
-        return _tuner(torch.cuda.current_device()).fastest(op, key, variants)
+        return _tuner(torch.cuda.current_device()).fastest(op, key, variants, kind)
 
 
 @cache
@@ -208,13 +246,40 @@ def _tuner(index: int) -> Tuner:
             machine[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return _tuner_of(tuple(machine.items()))
+    return _tuner_of((*machine.items(), ("kernels", kernels_digest())))
+
+
+@cache
+def kernels_digest() -> str:
+    """Names the sources of our kernels and the native module: a change of either may change what is fastest."""
+    here = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted([*here.glob("ops/*.py"), *here.glob("kernels/*.py"), *here.glob("_native*")]):
+        digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:12]
 
 
 @cache
 def _tuner_of(machine: tuple[tuple[str, str], ...]) -> Tuner:
     digest = hashlib.sha256(repr(machine).encode()).hexdigest()[:12]
-    return Tuner(folder() / f"variants-{digest}.json", dict(machine), _cuda_ms)
+    return Tuner(folder() / f"variants-{digest}.json", dict(machine), _cuda_ms, _returned_scratch)
+
+
+@contextmanager
+def _returned_scratch() -> Iterator[None]:
+    """What torch's allocator takes from the driver inside goes back, so that neither peak nor cache holds it."""
+    reserved_bytes = torch.cuda.memory_reserved()
+    try:
+        yield
+    finally:
+        if torch.cuda.memory_reserved() > reserved_bytes:
+            torch.cuda.empty_cache()
+
+
+def _words(key: tuple[Hashable, ...]) -> str:
+    """A key for people: its numbers by x."""
+    first, *rest = map(str, key) if key else ("",)
+    return f"{first} {'x'.join(rest)}"
 
 
 def _cuda_ms(variant: Variant, repeats: int) -> float:
@@ -223,9 +288,10 @@ def _cuda_ms(variant: Variant, repeats: int) -> float:
         raise RuntimeError("a kernel cannot be timed while a CUDA graph is captured; run the step once before capture")
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
-    start.record()
-    for _ in range(repeats):
-        variant()
-    end.record()
-    end.synchronize()
+    with uncounted():
+        start.record()
+        for _ in range(repeats):
+            variant()
+        end.record()
+        end.synchronize()
     return start.elapsed_time(end)

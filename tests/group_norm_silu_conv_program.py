@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from numerics import assert_within_budget
 from torch import Tensor
 
+from mmkernels.kernels.launch import carried_out_by
 from mmkernels.ops import group_norm_silu_conv_triton, group_norm_silu_triton
 
 # (M, H, W, C, C2, G): C/G = 10, 30 and 20, a group across two inputs, several splits of rows, one pixel.
@@ -33,11 +34,12 @@ def check_norm(shape: tuple[int, ...], dtype: torch.dtype, launch: Any) -> dict[
     da, gamma, beta = torch.randn(joined.shape).to(dtype), torch.randn(C + C2).to(dtype), torch.randn(C + C2).to(dtype)
     x, x2 = joined[..., :C], joined[..., C:] if C2 else None
     kernels = group_norm_silu_triton
-    mean, rstd = kernels.statistics(x, x2, G, 1e-5, launch=launch)
     out, djoined = torch.full_like(joined, float("nan")), torch.full_like(joined, float("nan"))
-    kernels.activate(x, x2, mean, rstd, gamma, beta, out, launch=launch)
     dx, dx2 = djoined[..., :C], djoined[..., C:] if C2 else None
-    dgamma, dbeta = kernels.group_norm_silu_backward(x, x2, da, mean, rstd, gamma, beta, dx, dx2, launch=launch)
+    with carried_out_by(launch=launch):
+        mean, rstd = kernels.statistics(x, x2, G, 1e-5)
+        kernels.activate(x, x2, mean, rstd, gamma, beta, out)
+        dgamma, dbeta = kernels.group_norm_silu_backward(x, x2, da, mean, rstd, gamma, beta, dx, dx2)
     names = ("mean", "rstd", "a", "dx", "dgamma", "dbeta")
     actual: dict[str, Tensor] = dict(zip(names, (mean, rstd, out, djoined, dgamma, dbeta), strict=True))
     fp64, plain = ({**_moments(joined.to(narrow), G), **_gradients(joined.to(wide), da, gamma, beta, G)}
@@ -67,9 +69,10 @@ def check_convolution(
     kernels = group_norm_silu_conv_triton
     norm = (mean, rstd, gamma, beta)
     added = (None, None, None) if is_plain else (bias, shift, residual)
-    kernels.forward(x, x2, *norm, weight_tck, *added, y, launch=launch)
-    kernels.data_gradient(dy, weight_tck, da, launch=launch)
-    dweight = kernels.weight_gradient(x, x2, *norm, dy, 3 * KW, launch=launch)
+    with carried_out_by(launch=launch):
+        kernels.forward(x, x2, *norm, weight_tck, *added, y)
+        kernels.data_gradient(dy, weight_tck, da)
+        dweight = kernels.weight_gradient(x, x2, *norm, dy, 3 * KW)
 
     def by_torch(wide: torch.dtype) -> dict[str, Tensor]:
         normal = F.group_norm(joined.to(wide).permute(0, 3, 1, 2), G, gamma.to(wide), beta.to(wide), 1e-5)
@@ -83,6 +86,19 @@ def check_convolution(
     actual = {"y": y, "da": da, "dweight": dweight}
     assert_within_budget(actual, by_torch(dtype), by_torch(torch.float64))
     return actual
+
+
+def check_far_from_zero(launch: Any) -> None:
+    """Mean 1e4 and deviation 1 in float32, with a first row of zeros and without: the statistics of float64."""
+    torch.manual_seed(0)
+    whole = 1e4 + torch.randn(1, 30, 50, 40)
+    whole[:, 0] = 0
+    for x in (whole, whole[:, 1:]):
+        with carried_out_by(launch=launch):
+            mean, rstd = group_norm_silu_triton.statistics(x, None, 4, 1e-5)
+        exact = _moments(x.double().contiguous(), 4)
+        torch.testing.assert_close(mean.double(), exact["mean"], rtol=2e-7, atol=0)
+        torch.testing.assert_close(rstd.double(), exact["rstd"], rtol=4e-7, atol=0)
 
 
 def _moments(x: Tensor, G: int) -> dict[str, Tensor]:
@@ -114,6 +130,9 @@ def main() -> None:
             for shape in shapes:
                 check(shape, getattr(torch, name), launch_directly)
                 print(f"ok {shape} {name}")
+        if name == "float32":
+            check_far_from_zero(launch_directly)
+            print("ok far from zero")
 
 
 if __name__ == "__main__":

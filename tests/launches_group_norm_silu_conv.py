@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
 
+from mmkernels.kernels.launch import carried_out_by
 from mmkernels.ops import group_norm_silu_conv_triton, group_norm_silu_triton
-from mmkernels.ops.group_norm_silu_triton import Launch
 
 C, K, GROUPS = 320, 320, 32
 SHAPE = (1, 16, 16, C)
@@ -28,31 +29,31 @@ def launches(dtype: torch.dtype) -> list[Recorded]:
     """One for each part, of 320 channels in and out, with everything that a convolution may add."""
     recorded: list[Recorded] = []
 
-    def recorder(part: str = "", direction: str = "") -> Launch:
+    def recording(part: str = "", direction: str = "") -> AbstractContextManager[None]:
         def launch(kernel: Any, num_programs: int, arguments: list[Any], constants: dict[str, Any]) -> None:
             name = part or kernel.__name__
             where = direction or ("backward" if "backward" in name or "gradient" in name else "forward")
             recorded.append(Recorded(name, where, kernel, num_programs, arguments, constants))
 
-        return launch
+        return carried_out_by(launch=launch)
 
     x, gamma = torch.zeros(SHAPE, dtype=dtype), torch.zeros(C, dtype=dtype)
     norm = (torch.zeros(1, GROUPS), torch.ones(1, GROUPS), gamma, gamma)
-    group_norm_silu_triton.statistics(x, None, GROUPS, 1e-5, launch=recorder())
-    group_norm_silu_triton.activate(x, None, *norm, x, launch=recorder())
-    group_norm_silu_triton.group_norm_silu_backward(x, None, x, *norm, x, None, launch=recorder())
+    with recording():
+        group_norm_silu_triton.statistics(x, None, GROUPS, 1e-5)
+        group_norm_silu_triton.activate(x, None, *norm, x)
+        group_norm_silu_triton.group_norm_silu_backward(x, None, x, *norm, x, None)
     kernels = group_norm_silu_conv_triton
     for num_taps, name in ((9, "3x3"), (3, "3x1x1")):
         weight = torch.zeros(num_taps, C, K, dtype=dtype)
-        kernels.forward(
-            x, None, *norm, weight, gamma, x[:, :, 0], x, x, launch=recorder(f"forward_{name}", "forward")
-        )  # fmt: skip
+        with recording(f"forward_{name}", "forward"):
+            kernels.forward(x, None, *norm, weight, gamma, x[:, :, 0], x, x)
         if num_taps == 9:  # the up blocks' first convolution; none over frames has a second input
             joined = torch.zeros(2 * C, dtype=dtype)
-            kernels.forward(
-                x, x, *norm[:2], joined, joined, weight.repeat(1, 2, 1), gamma, x[:, :, 0], x, x,
-                launch=recorder(f"forward_{name}_two_inputs", "forward"),
-            )  # fmt: skip
-        kernels.data_gradient(x, weight, x, launch=recorder(f"data_gradient_{name}", "backward"))
-        kernels.weight_gradient(x, None, *norm, x, num_taps, launch=recorder(f"weight_gradient_{name}", "backward"))
+            with recording(f"forward_{name}_two_inputs", "forward"):
+                kernels.forward(x, x, *norm[:2], joined, joined, weight.repeat(1, 2, 1), gamma, x[:, :, 0], x, x)
+        with recording(f"data_gradient_{name}", "backward"):
+            kernels.data_gradient(x, weight, x)
+        with recording(f"weight_gradient_{name}", "backward"):
+            kernels.weight_gradient(x, None, *norm, x, num_taps)
     return recorded

@@ -16,9 +16,9 @@ import torch
 from group_norm_silu_conv_program import check_convolution, check_norm
 from triton_geglu_program import run_geglu, run_norm
 
+from mmkernels.kernels.launch import CarryOut
 from mmkernels.ops import temporal_attention_triton
 
-Launch = Callable[[Any, int, list[Any], dict[str, Any]], None]  # kernel, programs, arguments, constants
 HALF = torch.float16
 
 
@@ -26,7 +26,7 @@ class Launched(Exception):  # noqa: N818  it ends the program, nothing has faile
     """The launch asked for has been made."""
 
 
-def temporal_attention(launch: Launch) -> None:
+def temporal_attention(launch: CarryOut) -> None:
     tensors = tuple(torch.empty(1, 72, 1, 1, 64, dtype=HALF) for _ in range(7))
     for kernel, count in (
         (temporal_attention_triton.forward_kernel, 4),
@@ -35,24 +35,24 @@ def temporal_attention(launch: Launch) -> None:
         launch(kernel, 1, *temporal_attention_triton.arguments(tensors[:count], 0.125))
 
 
-def group_norm_silu(launch: Launch) -> None:
+def group_norm_silu(launch: CarryOut) -> None:
     check_norm((1, 3, 5, 40, 0, 4), HALF, launch)
 
 
-def group_norm_silu_conv(launch: Launch) -> None:
+def group_norm_silu_conv(launch: CarryOut) -> None:
     check_convolution((1, 3, 5, 32, 0, 16, 2, 3), HALF, launch)
 
 
-def layer_norm(launch: Launch) -> None:
-    run_norm((1, 3, 80, True), (HALF, HALF), lambda x: launch(x.kernel, x.num_programs, x.positional, x.constants))
+def layer_norm(launch: CarryOut) -> None:
+    run_norm((1, 3, 80, True), (HALF, HALF), lambda x: launch(*x))
 
 
-def geglu(launch: Launch) -> None:
-    run_geglu((3, 48), HALF, lambda x: launch(x.kernel, x.num_programs, x.positional, x.constants))
+def geglu(launch: CarryOut) -> None:
+    run_geglu((3, 48), HALF, lambda x: launch(*x))
 
 
 # Every Triton kernel, with the program that launches it.
-KERNELS: dict[Callable[[Launch], None], tuple[str, ...]] = {
+KERNELS: dict[Callable[[CarryOut], None], tuple[str, ...]] = {
     temporal_attention: ("forward_kernel", "backward_kernel"),
     group_norm_silu: (
         "partial_statistics_kernel", "merge_statistics_kernel", "activate_kernel",

@@ -29,3 +29,13 @@ class Swaying:
         keypoints[..., 0] += 0.1 * np.sin(np.arange(num_frames) / 5)[:, None]
         keypoints[..., 2] = self.confidence
         return PoseTrack(keypoints=keypoints, num_people=np.ones(num_frames, dtype=np.int64), counts_people=True)
+
+
+class LosingOne(Swaying):
+    """Finds one joint of the shorter video nowhere."""
+
+    def track(self, frames: Iterable[np.ndarray]) -> PoseTrack:
+        found = super().track(frames)
+        if len(found.keypoints) == 10:
+            found.keypoints[4, 100, 1] = np.inf
+        return found

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import ptxrun
+from mmkernels.kernels.launch import CarryOut, carried_out_by
 from mmkernels.ops import group_norm_silu_conv_triton, group_norm_silu_triton
-from mmkernels.ops.group_norm_silu_triton import Launch
 from ptxrun.launching import Mutation
 
 MMA_PRODUCTS = 16 * 8 * 16
@@ -22,7 +22,7 @@ FRAMES, HEIGHT, WIDTH, CHANNELS, OUTPUTS, GROUPS = 72, 72, 128, 64, 64, 4
 def launcher(
     order: int = 0, mutate: Mutation | None = None, counts: dict[str, ptxrun.Counts] | None = None,
     architecture: int = 80,
-) -> Launch:  # fmt: skip
+) -> CarryOut:  # fmt: skip
     """Executes launches in an order of warps, noting what each kernel did."""
 
     def launch(kernel: Any, num_programs: int, arguments: list[Any], constants: dict[str, Any]) -> None:
@@ -50,17 +50,18 @@ def count() -> list[dict[str, Any]]:
 def _count_norm() -> list[dict[str, Any]]:
     x, gamma = _random(1, 16, 64, CHANNELS), _random(CHANNELS)
     counts: dict[str, ptxrun.Counts] = {}
-    launch, kernels = launcher(counts=counts), group_norm_silu_triton
-    mean, rstd = kernels.statistics(x, None, GROUPS, 1e-5, launch=launch)
-    kernels.activate(x, None, mean, rstd, gamma, gamma, torch.empty_like(x), launch=launch)
-    kernels.group_norm_silu_backward(
-        x, None, torch.randn_like(x), mean, rstd, gamma, gamma, torch.empty_like(x), None, launch=launch
-    )
+    kernels = group_norm_silu_triton
+    with carried_out_by(launch=launcher(counts=counts)):
+        mean, rstd = kernels.statistics(x, None, GROUPS, 1e-5)
+        kernels.activate(x, None, mean, rstd, gamma, gamma, torch.empty_like(x))
+        kernels.group_norm_silu_backward(
+            x, None, torch.randn_like(x), mean, rstd, gamma, gamma, torch.empty_like(x), None
+        )
     bytes_of = x.nbytes
-    partial = 4 * 4 * 2 * CHANNELS  # four splits of rows
+    partial, moments = (4 * 4 * count * CHANNELS for count in (2, 3))  # of four splits of rows
     least = {
-        "partial_statistics_kernel": bytes_of + partial,
-        "merge_statistics_kernel": partial + mean.nbytes + rstd.nbytes,
+        "partial_statistics_kernel": bytes_of + moments,
+        "merge_statistics_kernel": moments + mean.nbytes + rstd.nbytes,
         "activate_kernel": 2 * bytes_of,
         "partial_backward_kernel": 2 * bytes_of + partial,
         "merge_backward_kernel": partial + gamma.nbytes + 2 * mean.nbytes,
@@ -81,18 +82,17 @@ def _count_convolution(num_taps: int) -> list[dict[str, Any]]:
     y, da, kernels = torch.empty_like(dy), torch.empty_like(x), group_norm_silu_conv_triton
     tiles = kernels.tiles(num_taps // 3, x.dtype, is_activated=True)
     assert tiles["TILE_K"] == OUTPUTS, "more than one tile of output channels"
-    runs: dict[str, Callable[[Launch], Any]] = {
-        "forward": lambda launch: kernels.forward(
-            x, None, *norm, weight, None, None, None, y, launch=launch
-        ),
-        "data_gradient": lambda launch: kernels.data_gradient(dy, weight, da, launch=launch),
-        "weight_gradient": lambda launch: kernels.weight_gradient(x, None, *norm, dy, num_taps, launch=launch),
-    }  # fmt: skip
+    runs: dict[str, Callable[[], Any]] = {
+        "forward": lambda: kernels.forward(x, None, *norm, weight, None, None, None, y),
+        "data_gradient": lambda: kernels.data_gradient(dy, weight, da),
+        "weight_gradient": lambda: kernels.weight_gradient(x, None, *norm, dy, num_taps),
+    }
     useful = x.numel() * OUTPUTS * num_taps / MMA_PRODUCTS
     rows = []
     for part, run in runs.items():
         counts: dict[str, ptxrun.Counts] = {}
-        run(launcher(counts=counts))
+        with carried_out_by(launch=launcher(counts=counts)):
+            run()
         (done,) = counts.values()
         least = x.nbytes + dy.nbytes + weight.nbytes * (2 if part == "weight_gradient" else 1)
         name = f"{part}_3x3" if num_taps == 9 else f"{part}_3x1x1"

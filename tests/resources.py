@@ -137,8 +137,8 @@ def _group_norm_silu_conv(part: str, narrow_accesses: int) -> TritonKernel:
 
 # Narrow, since a thread's share of it is less than 16 bytes or not in one place:
 GROUP_NORM_SILU_CONV = {
-    # Two sums of each of 64 channels; those of a group's 10 channels, which begin at no multiple of 16 bytes.
-    "partial_statistics_kernel": 2, "merge_statistics_kernel": 34, "merge_backward_kernel": 35,
+    # Three numbers of each of 64 channels; those of a group's 10 channels, which begin at no multiple of 16 bytes.
+    "partial_statistics_kernel": 3, "merge_statistics_kernel": 51, "merge_backward_kernel": 35,
     # The numbers of a group, gathered for each of its channels; the sums of channels.
     "activate_kernel": 16, "partial_backward_kernel": 18, "input_gradient_kernel": 32,
     # 3x3: tiles of x and of a tap's weights, 4 and 8 bytes a thread (twice the channels spill on sm_100 and sm_120).

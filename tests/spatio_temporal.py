@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 from diffusers import UNetSpatioTemporalConditionModel
+from placed import placed
 from torch import Tensor, nn
 
 B, F, H, W = 2, 5, 8, 8
@@ -18,7 +19,7 @@ Gradients = dict[str, Tensor]
 def small_unet(num_attention_heads: tuple[int, int] = (2, 8), num_layers: int = 1) -> UNetSpatioTemporalConditionModel:
     """Two levels of 64 and 128 channels, at least two channels a group: a bias before a norm of one has no gradient."""
     torch.manual_seed(0)
-    return UNetSpatioTemporalConditionModel(
+    unet = UNetSpatioTemporalConditionModel(
         sample_size=H,
         block_out_channels=(64, 128),
         down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
@@ -30,6 +31,7 @@ def small_unet(num_attention_heads: tuple[int, int] = (2, 8), num_layers: int = 
         addition_time_embed_dim=16,
         projection_class_embeddings_input_dim=48,
     )
+    return placed(unet)
 
 
 def unet_inputs(num_tokens: int = 1, seed: int = 1) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from diffusers.models.resnet import SpatioTemporalResBlock
 from diffusers.models.transformers.transformer_temporal import TransformerSpatioTemporalModel
+from placed import placed
 from torch import Tensor
 
 B, F, C, H, W = 2, 5, 64, 6, 5
@@ -14,14 +15,16 @@ B, F, C, H, W = 2, 5, 64, 6, 5
 
 def transformer(num_heads: int = 2, num_layers: int = 1) -> Any:
     torch.manual_seed(0)
-    return TransformerSpatioTemporalModel(
-        num_heads, C // num_heads, in_channels=C, num_layers=num_layers, cross_attention_dim=24
+    return placed(
+        TransformerSpatioTemporalModel(
+            num_heads, C // num_heads, in_channels=C, num_layers=num_layers, cross_attention_dim=24
+        )
     )
 
 
 def resnet(out_channels: int = C, temb_channels: Any = 32) -> Any:
     torch.manual_seed(0)
-    return SpatioTemporalResBlock(C, out_channels, temb_channels=temb_channels, eps=1e-5, merge_factor=0.3)
+    return placed(SpatioTemporalResBlock(C, out_channels, temb_channels=temb_channels, eps=1e-5, merge_factor=0.3))
 
 
 def transformer_inputs(num_tokens: int = 1) -> dict[str, Tensor]:

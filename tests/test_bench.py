@@ -200,9 +200,46 @@ def test_the_training_step_gate_finds_one_wrong_gradient_among_many():
     assert training_step.why_wrong_step(plain, plain, exact) is None
     tiny = {**exact, "gate": torch.full((1,), 1e-6, dtype=torch.float64)}
     wrong = {**tiny, "gate": tiny["gate"] * 1.01}
-    assert "gate is off by 1.00e-02" in str(training_step.why_wrong_step(wrong, tiny, tiny))
+    assert "1 scalar gradients is off by 1.00e-02" in str(training_step.why_wrong_step(wrong, tiny, tiny))
     far = {name: value * (1 + 1e-4) for name, value in exact.items()}
     assert "of their norm" in str(training_step.why_wrong_step(far, plain, exact))
+
+
+def test_the_training_step_gate_under_autocast_asks_no_luck_of_one_number():
+    """As on an H200: one of 32 blend factors off by 1.96e-2 of itself, plain torch by luck 17 times closer there."""
+    torch.manual_seed(0)
+    exact = {f"layer {index}": torch.randn(100, dtype=torch.float64) for index in range(50)}
+    exact |= {f"mix {index}": 0.01 * torch.randn(1, dtype=torch.float64) for index in range(32)}
+    exact["loss"] = torch.ones(1, dtype=torch.float64)
+
+    def rounded() -> dict[str, torch.Tensor]:
+        return {name: x + 3e-3 * x.abs().max() * torch.randn_like(x) for name, x in exact.items()} | {
+            "loss": exact["loss"] * (1 + 1e-4)
+        }
+
+    plain, fused = rounded(), rounded()
+    plain["mix 3"], fused["mix 3"] = exact["mix 3"] * (1 + 1.15e-3), exact["mix 3"] * (1 - 1.96e-2)
+    assert training_step.why_wrong_step(fused, plain, exact) is None
+    largest = exact["layer 7"].abs() == exact["layer 7"].abs().max()
+    scalars = {name: -x for name, x in fused.items() if name.startswith("mix")}
+    wrong = {
+        "the sign of all scalars": (scalars, "32 scalar gradients is off by"),
+        "the largest of a tensor by an eighth": (
+            {"layer 7": fused["layer 7"].where(~largest, 0.875 * fused["layer 7"])},
+            "layer 7 is off by",
+        ),
+        "a tensor's gradient of zero": ({"layer 7": torch.zeros(100)}, "of their norm"),
+        "the scalars' gradients of zero": (
+            {name: x * 0 for name, x in scalars.items()},
+            "32 scalar gradients is off by",
+        ),
+        "the loss": ({"loss": exact["loss"] * 1.01}, "loss is off by"),
+        "not a number": ({"mix 5": exact["mix 5"] * float("nan")}, "off by nan of their norm"),
+    }
+    for what, (change, reason) in wrong.items():
+        assert reason in str(training_step.why_wrong_step(fused | change, plain, exact)), what
+    without = {name: x for name, x in fused.items() if name != "layer 7"}
+    assert "not in both: ['layer 7']" in str(training_step.why_wrong_step(without, plain, exact))
 
 
 def test_feed_forward_bench_runs_as_typed_and_prints_its_bar(tmp_path):

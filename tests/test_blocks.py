@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers.models.resnet import SpatioTemporalResBlock
 from numerics import assert_within_budget
+from placed import placed
 from spatio_temporal import pool_draws, pool_scalars, run, run_in_float64, without
 from svd_blocks import B, C, F, H, W, indicator, resnet, resnet_inputs, transformer, transformer_inputs
 from torch import Tensor, nn
@@ -59,7 +60,7 @@ def test_the_transformer_keeps_the_layout_of_its_input(memory_format: torch.memo
 
 @pytest.mark.parametrize("is_autocast", [False, True], ids=["bfloat16", "autocast"])
 @pytest.mark.parametrize(("num_tokens", "units"), [(1, 8), (3, 10)])
-def test_what_is_kept_for_backward(num_tokens: int, units: int, is_autocast: bool) -> None:
+def test_what_is_kept_for_backward(num_tokens: int, units: int, is_autocast: bool, device: torch.device) -> None:
     """Block input, proj_in output, attention output, after attention, feed-forward, ff_in, attention, temporal output.
 
     A context of several tokens adds the streams after it: one over pixels and one over frames.
@@ -75,7 +76,10 @@ def test_what_is_kept_for_backward(num_tokens: int, units: int, is_autocast: boo
             kept[saved.untyped_storage().data_ptr()] = saved
         return saved
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), torch.autocast("cpu", enabled=is_autocast):
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x),
+        torch.autocast(device.type, torch.bfloat16, enabled=is_autocast),
+    ):
         fused(x, context, indicator())
     found = collections.Counter(saved.numel() * saved.element_size() for saved in kept.values() if saved.ndim > 2)
     assert found[x.nbytes] == units
@@ -136,7 +140,7 @@ def test_resnet_in_channels_last_keeps_its_strides_and_five_tensors() -> None:
 @pytest.mark.parametrize("out_channels", [C, 96])
 def test_resnet_with_a_skip_beside_it_is_that_of_their_concatenation(out_channels: int) -> None:
     torch.manual_seed(0)
-    original = SpatioTemporalResBlock(C + 32, out_channels, temb_channels=32, eps=1e-6)
+    original = placed(SpatioTemporalResBlock(C + 32, out_channels, temb_channels=32, eps=1e-6))
     # Four draws: the error of the one blend factor is chance in one.
     draws = [resnet_inputs() | {"skip": torch.randn(B * F, 32, H, W)} for _ in range(4)]
     fused = FusedResBlock.from_module(original)

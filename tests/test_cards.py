@@ -1,10 +1,36 @@
-"""Data sheets: names as people write them, and times by hand."""
+"""Cards: names as people write them, what they leave a step, and rates held to what an H200 measured."""
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
-from mmkernels.cards import BANDWIDTH_SHARE, PRODUCT_SHARE, card, card_of
+from mmkernels.cards import CARDS, CONTEXT_GIB, DISPLAY_GIB, FRAGMENTS_GIB, H200_RATES, Kind, Rate, card, card_of
+
+MEASURED_MS: dict[Kind, dict[tuple[float, float], float]] = {  # by (FLOPs, bytes), on an H200, by CUDA events
+    "product": {(2 * 8192**3, 3 * 2 * 8192**2): 1.456},
+    "pass": {(0, 2 * 405 * 2**20): 0.217},
+}
+PICTURES = 128 * 72, 64 * 36, 32 * 18
+CONVOLUTION_MS = (  # 3x3: channels in and out, pixels, frames; forward, data, weights
+    (320, 320, PICTURES[0], 3, (0.132, 0.128, 0.172)),
+    (320, 320, PICTURES[0], 12, (0.371, 0.370, 0.416)),
+    (320, 320, PICTURES[0], 72, (1.922, 1.902, 2.215)),
+    (640, 320, PICTURES[0], 3, (0.255, 0.239, 0.236)),
+    (640, 320, PICTURES[0], 12, (0.767, 0.705, 0.827)),
+    (640, 320, PICTURES[0], 72, (3.669, 3.399, 3.886)),
+    (640, 640, PICTURES[1], 12, (0.409, 0.437, 0.379)),
+    (640, 640, PICTURES[1], 72, (1.690, 1.781, 1.884)),
+    (1280, 1280, PICTURES[2], 12, (0.397, 0.405, 0.411)),
+    (1280, 1280, PICTURES[2], 72, (1.725, 1.732, 1.797)),
+)
+ATTENTION_MS: dict[Kind, tuple[float, float, float]] = {  # 72 frames of 9216, 2304, 576 pixels, 5, 10, 20 heads of 64
+    "flash": (25.694, 3.511, 0.638),
+    "flash backward": (66.775, 9.508, 2.247),
+    "attention": (17.415, 2.175, 0.465),
+    "attention backward": (44.882, 6.064, 1.286),
+}
 
 
 def test_a_card_is_found_by_either_name() -> None:
@@ -14,7 +40,45 @@ def test_a_card_is_found_by_either_name() -> None:
         card("T4")
 
 
-def test_an_operation_takes_the_longer_of_its_products_and_its_traffic() -> None:
-    a100 = card("A100")
-    assert a100.seconds(312e12, 1.0) == pytest.approx(1 / PRODUCT_SHARE)
-    assert a100.seconds(1.0, 2.04e12) == pytest.approx(1 / BANDWIDTH_SHARE)
+def test_products_and_traffic_overlap_but_where_both_take_as_long() -> None:
+    rate = Rate(flops_per_s=1e9, bytes_per_s=1e6, start_s=1.0)
+    assert rate.seconds(3e9, 4e6) == pytest.approx(1 + 5)
+    assert rate.seconds(3e9, 0) == pytest.approx(1 + 3) and rate.seconds(0, 0) == 0
+    assert rate.faster(2).seconds(3e9, 4e6) == pytest.approx(1 + 2.5)
+
+
+def test_an_h200_takes_what_was_measured_on_one() -> None:
+    h200 = card("H200")
+    for kind, times in MEASURED_MS.items():
+        for work, measured_ms in times.items():
+            assert h200.seconds(*work, kind) * 1e3 == pytest.approx(measured_ms, rel=0.07), kind
+    for kind, (flops_factor, tensors) in {
+        "flash": (4, 4), "flash backward": (10, 8), "attention": (4, 4), "attention backward": (10, 8),
+    }.items():  # fmt: skip
+        for pixels, heads, measured_ms in zip(PICTURES, (5, 10, 20), ATTENTION_MS[kind], strict=True):  # pyright: ignore[reportArgumentType]
+            rows = 72 * heads * pixels * 64
+            found_ms = h200.seconds(flops_factor * rows * pixels, 2 * tensors * rows, kind) * 1e3  # pyright: ignore[reportArgumentType]
+            assert found_ms == pytest.approx(measured_ms, rel=0.06), (kind, pixels)
+    errors = []
+    for channels, out, pixels, frames, times_ms in CONVOLUTION_MS:
+        flops, num_bytes = 18 * channels * out * pixels * frames, 2 * (channels + out) * pixels * frames
+        found_ms = h200.seconds(flops, num_bytes, "convolution") * 1e3
+        errors += [math.log(found_ms / measured_ms) for measured_ms in times_ms]
+    assert math.sqrt(sum(error**2 for error in errors) / len(errors)) < 0.095
+
+
+def test_rates_of_another_card_are_its_data_sheets_by_the_h200s_share() -> None:
+    h200, l40s, ampere = card("H200"), card("L40S"), card("A100")
+    share = l40s.flops_per_s / h200.flops_per_s
+    assert l40s.rate("product").flops_per_s == pytest.approx(755e12 * share)
+    assert l40s.rate("strided").bytes_per_s == pytest.approx(1.48e12 * 0.864 / 4.8)
+    assert ampere.rate("flash").flops_per_s == pytest.approx(0.6 * 312e12)  # FlashAttention-2 was written for it
+    assert card("H100").rate("attention").flops_per_s == pytest.approx(H200_RATES["attention"].flops_per_s)
+    assert ampere.workspace_bytes < h200.workspace_bytes == 32 << 20
+
+
+def test_what_a_card_leaves_a_step() -> None:
+    assert card("RTX 4090").usable_gib == pytest.approx(23.5 - CONTEXT_GIB - DISPLAY_GIB - FRAGMENTS_GIB)
+    assert card("A100").usable_gib == pytest.approx(79.2 - CONTEXT_GIB - FRAGMENTS_GIB)
+    for each in CARDS:
+        assert 0.86 * each.memory_gib < each.usable_gib < each.memory_gib - 0.8, each.name

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from typing import get_args
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from mmkernels.cards import BANDWIDTH_SHARE, PRODUCT_SHARE, Card
+from mmkernels.cards import Card, Kind, Rate
 from mmkernels.memory.clock import Clock
 from mmkernels.memory.offload import Offload
 from mmkernels.memory.trace import Trace, trace
@@ -17,11 +20,14 @@ from mmkernels.planning.watching import WatchingClock
 
 MIB = 1 << 20
 CPU = torch.device("cpu")
-# One second is 1 MiB over the link, 8 MiB of memory traffic, or 1e9 operations.
+# One second is 1 MiB over the link, 8 MiB of memory traffic, or 1e9 operations of products, whose traffic is free.
+RATES: dict[Kind, Rate] = {
+    **dict.fromkeys(get_args(Kind), Rate(bytes_per_s=8 * MIB, start_s=0)),
+    "product": Rate(flops_per_s=1e9, bytes_per_s=math.inf, start_s=0),
+}
 CARD = Card(
-    name="slow", device="slow", memory_gib=1, bytes_per_s=8 * MIB / BANDWIDTH_SHARE, flops_per_s=1e9 / PRODUCT_SHARE,
-    link_bytes_per_s=MIB,
-)  # fmt: skip
+    name="slow", device="slow", memory_gib=1, bytes_per_s=8 * MIB, flops_per_s=1e9, link_bytes_per_s=MIB, rates=RATES
+)
 
 
 def test_a_piece_is_a_tensor_such_as_most_that_left_and_the_small_ones_beside_it() -> None:
@@ -38,7 +44,7 @@ def test_a_piece_is_a_tensor_such_as_most_that_left_and_the_small_ones_beside_it
 def test_streams_run_in_order_and_wait_for_events() -> None:
     clock = Clock(CARD)
     block = torch.empty(MIB, dtype=torch.uint8)
-    clock.compute(flops=2e9, num_bytes=8 * MIB)  # 2 s: its products take longer than its traffic
+    clock.compute(flops=2e9, num_bytes=8 * MIB, kind="product")  # 2 s
     clock.wait("copy-out", clock.record("compute"))
     clock.copy_out(0, MIB, block)  # from 2 to 3
     clock.copy_out(0, 2 * MIB, block)  # from 3 to 5, behind the first
@@ -55,7 +61,7 @@ def test_streams_run_in_order_and_wait_for_events() -> None:
 
 def test_synchronous_copies_hide_nothing() -> None:
     clock = Clock(CARD)
-    clock.compute(flops=1e9, num_bytes=0)
+    clock.compute(flops=1e9, num_bytes=0, kind="product")
     clock.copy_synchronously(3 * MIB)
     found = (clock.seconds, clock.compute_s, clock.stalled_s, clock.copied_s)
     assert found == pytest.approx((4, 1, 3, 3))

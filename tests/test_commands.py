@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from people import Swaying
 from torch import nn
 
 from mimicmotion import evaluate, sample, train
+from mimicmotion import prepare as prepare_command
 from mimicmotion.checkpoint import folders
 from mimicmotion.config import demo
 from mimicmotion.data.curate import Bounds
@@ -165,6 +167,37 @@ def test_training_that_cannot_go_on_exits_with_the_reason(prepared, tmp_path):
     limits = ["--trainer.max-skipped-in-a-row", "1", "--model.pretrained", str(tmp_path / "gone.pth")]
     done = _torchrun([*words, *limits])
     assert done.returncode != 0 and "training stopped: " in done.stderr and "gone.pth" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "told"),
+    [
+        (train, ["--data.prepared", "clisp"], r"training stopped: nothing is prepared in clisp, .*: clips\)"),
+        (train, ["--plan", "plna.json"], r"training stopped: --plan: plna.json is not there .*: plan.json\)"),
+        (train, ["--model.pretrained", "model.pt"], r"--model.pretrained: model.pt is not there .*: model.pth\)"),
+        (train, ["--resume", "--run-dir", "rum"], r"--resume: rum holds no checkpoint .*: run\).* leave --resume out"),
+        (sample, ["--run-dir", "rnu"], r"sampling stopped: rnu holds no checkpoint .*: run\)"),
+        (evaluate, ["--run-dir", "rnu"], r"evaluation stopped: rnu holds no checkpoint .*: run\)"),
+        (prepare_command, ["--videos", "cilps"], r"preparing stopped: .* cilps, which is not a folder .*: clips\)"),
+        (prepare_command, ["--encoder", "./svb"], r"preparing stopped: encoder: svb is not there .*: svd\)"),
+        (prepare_command, ["--dwpose-dir", "svb", "--poses", "dwpose"], r"svb without yolox_l.onnx"),
+    ],
+)
+def test_a_path_that_is_not_there_is_one_line_with_what_lies_near(
+    command, words, told, prepared, tmp_path, monkeypatch
+):
+    shutil.copytree(prepared, tmp_path / "clips")
+    (tmp_path / "run" / "step-00000002").mkdir(parents=True)
+    (tmp_path / "run" / "step-00000002" / "manifest.json").write_text("{}")
+    (tmp_path / "svd").mkdir()
+    for name in ("plan.json", "model.pth"):
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(prepare_command, "embedded_footage", lambda: [])
+    monkeypatch.setattr("sys.argv", ["command", *words])
+    with pytest.raises(SystemExit, match=told) as stopped:
+        command.main()
+    assert "\n" not in str(stopped.value)
 
 
 def test_demo_preset_fits_what_the_codec_and_the_unet_need():

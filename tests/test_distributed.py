@@ -87,6 +87,18 @@ def test_dead_parameters_under_ddp_as_the_report_advises(two_ranks):
             assert found[way]["off"] == 0
 
 
+def test_memory_that_runs_out_on_one_rank_repeats_the_step_on_all(two_ranks):
+    """The step is done again under the same smaller plan, with the bits of a run under DDP."""
+    wanted = load_file(two_ranks / "wrapped-0.safetensors")
+    for rank in range(2):
+        path = two_ranks / f"fitted-{rank}.safetensors"
+        with safe_open(path, framework="pt") as opened:
+            assert opened.metadata()["blocks"] == "('mid_block.resnets.0',)"
+        found = load_file(path)
+        assert [name for name, x in wanted.items() if not torch.equal(found[name], x)] == []
+    assert [row["step"] for row in read_history(two_ranks / "fitted" / "loss.jsonl")] == [1, 2]
+
+
 def test_ranks_share_the_batch_without_overlap(tmp_path):
     config = tiny_config(tmp_path, batch_size=8, micro_batch_size=2)
     shares = [rank_sample_ids(config, Ranks(rank=rank, world_size=2, device=CPU)) for rank in range(2)]

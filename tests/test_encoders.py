@@ -1,5 +1,6 @@
 """Encoders: the stand-in's algebra, and the real one against diffusers and transformers themselves."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,36 @@ def test_other_weights_have_another_version(svd_folder: Path) -> None:
     with torch.no_grad():
         next(vae.parameters()).add_(1e-3)
     assert SVDEncoder(vae, image_encoder, name="a").version != before
+
+
+def test_a_vae_that_asks_for_float32_gets_it_both_ways(svd_folder: Path, tmp_path: Path) -> None:
+    """Activations beyond float16's range, as the released VAE has them; and where the config lets it be halved."""
+    vae: Any = AutoencoderKLTemporalDecoder.from_pretrained(svd_folder, subfolder="vae")
+    with torch.no_grad():
+        vae.encoder.down_blocks[1].resnets[0].conv2.weight.mul_(4e5)  # norms take the scale out again
+        vae.decoder.up_blocks[1].resnets[0].spatial_res_block.conv2.weight.mul_(1e7)
+    pictures, latents = frames(2, 64, 64), torch.randn(2, 4, 8, 8)
+    versions = {}
+    for name, force_upcast in (("large", True), ("halved", False)):
+        shutil.copytree(svd_folder, tmp_path / name)
+        vae.register_to_config(force_upcast=force_upcast)
+        vae.save_pretrained(tmp_path / name / "vae")
+        exact, half = (load_encoder(str(tmp_path / name), dtype=kind) for kind in (torch.float32, torch.float16))
+        for function, given in (("encode", pictures), ("decode", latents)):
+            one, other = (getattr(encoder, function)(given) for encoder in (exact, half))
+            assert one.isfinite().all() and torch.equal(one, other) == other.isfinite().all().item() == force_upcast
+        assert (half.embed(pictures) - exact.embed(pictures)).abs().max() > 0, "CLIP runs in float16 as asked"
+        versions[name] = exact.version[-16:], half.version[-16:]
+    assert versions == {
+        "large": ("-float32-float32", "-float32-float16"),
+        "halved": ("-float32-float32", "-float16-float16"),
+    }
+
+
+def test_a_folder_that_is_not_there_is_named_with_what_lies_near(svd_folder: Path) -> None:
+    wrong = svd_folder.parent / (svd_folder.name + "x")
+    with pytest.raises(ValueError, match=rf"encoder: {wrong} is not there \(in {wrong.parent}: {svd_folder.name}\)"):
+        load_encoder(str(wrong))
 
 
 def test_missing_weights_are_named(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def run(*command: str, **environment: str) -> str:
 
 def test_interpreter() -> None:
     out = run(str(HERE / "triton_geglu_program.py"), "--dtypes", "float16", "float32", TRITON_INTERPRET="1")
-    assert out.count("ok ") == 10
+    assert out.count("ok ") == 11
 
 
 def test_compiler_ir_in_bfloat16_and_mixed() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import types
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmkernels import extension, tuning
+from mmkernels import extension
 from mmkernels.ops import group_norm_silu_conv as module
 from mmkernels.ops import group_norm_silu_conv_formula as formula
 from mmkernels.ops.group_norm_silu_conv import group_norm_silu_conv, reference, why_unsupported
@@ -265,68 +264,3 @@ def test_rejects_tensors_that_do_not_fit() -> None:
         group_norm_silu_conv(**tensors, **settings, chunk_rows=0)
     with pytest.raises(ValueError, match="21 channels in 4 groups"):
         group_norm_silu_conv(**tensors, num_groups=4)
-
-
-class PlainKernels:
-    """The functions that Triton and CUDA C++ offer, in plain torch."""
-
-    def _weight(self, weight_tck: Tensor) -> Tensor:
-        kw = 3 if weight_tck.shape[0] == 9 else 1
-        return weight_tck.permute(2, 1, 0).unflatten(2, (3, kw))
-
-    def forward(self, x, x2, mean, rstd, gamma, beta, weight_tck, bias, shift, residual, out) -> None:
-        a = torch.empty((*x.shape[:3], weight_tck.shape[1]))
-        formula.activate(x, x2, module.Norm(mean, rstd, gamma, beta), a)
-        weight = self._weight(weight_tck)
-        y = functional.conv2d(a.permute(0, 3, 1, 2), weight, bias, padding=(1, weight.shape[3] // 2))
-        y = y.permute(0, 2, 3, 1) + (0 if shift is None else shift[:, :, None]) + (0 if residual is None else residual)
-        out.copy_(y)
-
-    def _differentiate(self, dy: Tensor, a: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        da, dweight, _ = torch.ops.aten.convolution_backward(
-            dy.permute(0, 3, 1, 2), a.permute(0, 3, 1, 2), weight, None,
-            [1, 1], [1, weight.shape[3] // 2], [1, 1], False, [0, 0], 1, [True, True, False],
-        )  # fmt: skip
-        return da.permute(0, 2, 3, 1), dweight
-
-    def data_gradient(self, dy: Tensor, weight_tck: Tensor, da: Tensor) -> None:
-        da.copy_(self._differentiate(dy, torch.zeros_like(da), self._weight(weight_tck))[0])
-
-    def weight_gradient(self, x, x2, mean, rstd, gamma, beta, dy, num_taps: int) -> Tensor:
-        a = torch.empty((*x.shape[:3], gamma.shape[0]))
-        formula.activate(x, x2, module.Norm(mean, rstd, gamma, beta), a)
-        weight = torch.zeros(dy.shape[3], a.shape[3], 3, num_taps // 3)
-        return self._differentiate(dy, a, weight)[1].permute(2, 3, 1, 0).flatten(0, 1).contiguous()
-
-    def group_norm_silu_backward(self, x, x2, da, mean, rstd, gamma, beta, dx, dx2) -> tuple[Tensor, Tensor]:
-        return formula.norm_backward(x, x2, da, module.Norm(mean, rstd, gamma, beta), dx, dx2)
-
-
-@pytest.mark.parametrize("name", ["3x3, two inputs, one group over both", "3x1, one frame", "3x3, odd sizes"])
-def test_the_kernels_that_are_fastest_run(name: str, monkeypatch) -> None:
-    """The path of Triton and CUDA C++, with kernels of plain torch behind their functions."""
-    asked: list[tuple[Any, ...]] = []
-
-    def fastest(op: str, key: tuple[Any, ...], variants: dict[str, Any], device: torch.device) -> str:
-        asked.append((op, key[0], *sorted(variants)))
-        for call in variants.values():
-            call()
-        return "plain"
-
-    monkeypatch.setattr(module, "_variants", lambda *_: {"chunked": None, "plain": PlainKernels()})
-    monkeypatch.setattr(module.tuning, "fastest", fastest)
-    monkeypatch.setattr(module.implicit, "_CHUNK_BYTES", 1)  # one sample after the other where there are two inputs
-    check(CASES[name], torch.float32)
-    names = ("chunked", "plain")
-    assert asked == [("group_norm_silu_conv", direction, *names) for direction in ("forward", "backward")]
-
-
-def test_a_forced_variant_that_is_not_offered_is_refused(monkeypatch) -> None:
-    """Also where the chunked way is the only one."""
-    x: Any = types.SimpleNamespace(device=torch.device("cuda"), shape=(1, 2, 3, 4), dtype=torch.float32)
-    monkeypatch.setattr(module, "_variants", lambda *_: {"chunked": None})
-    monkeypatch.setenv("MMKERNELS_VARIANT", "group_norm_silu_conv=triton")
-    with pytest.raises(tuning.NotOfferedError, match="has group_norm_silu_conv=triton, wanted chunked"):
-        module._fastest("forward", lambda *_: None, x, None, torch.empty(4, 4, 3, 3), ())
-    monkeypatch.setenv("MMKERNELS_VARIANT", "group_norm_silu_conv=chunked")
-    assert module._fastest("forward", lambda *_: None, x, None, torch.empty(4, 4, 3, 3), ()) is None

@@ -19,7 +19,7 @@ from ptx_group_norm_silu_conv_triton import launcher
 from torch import Tensor
 
 import ptxrun
-from mmkernels.ops.group_norm_silu_triton import Launch
+from mmkernels.kernels.launch import CarryOut
 from ptxrun import mutations
 from ptxrun.launching import Mutation
 
@@ -36,7 +36,7 @@ def run(*command: str, **environment: str) -> str:
 
 def test_interpreter() -> None:
     out = run(PROGRAM, "--dtypes", "float16", "float32", TRITON_INTERPRET="1")
-    assert out.count("ok ") == 18
+    assert out.count("ok ") == 19
 
 
 def test_compiler_ir_in_bfloat16() -> None:
@@ -48,7 +48,7 @@ def test_compiler_ir_in_bfloat16() -> None:
 
 # As in the counts, of several tiles in every direction; the 3x1x1 and two inputs with all that may be added, and the
 # four outputs of a UNet's last convolution, whose strides the compiler takes for unaligned.
-PTX: dict[str, Callable[[Launch], dict[str, Tensor]]] = {
+PTX: dict[str, Callable[[CarryOut], dict[str, Tensor]]] = {
     "norm": lambda launch: check_norm((1, 12, 32, 64, 0, 4), torch.bfloat16, launch),
     "3x3": lambda launch: check_convolution((1, 10, 32, 64, 0, 64, 4, 3), torch.bfloat16, launch, is_plain=True),
     "3x3, two inputs": lambda launch: check_convolution((1, 6, 20, 32, 64, 24, 4, 3), torch.bfloat16, launch),

@@ -1,4 +1,5 @@
 import json
+import logging
 
 import pytest
 from rich.console import Console
@@ -38,6 +39,17 @@ def test_plain_lines_where_there_is_no_terminal(capsys):
     assert [line.split()[1] for line in lines] == ["1/12", "5/12", "7", "10/12", "12/12"]
     assert "loss 0.5000" in lines[0] and "skipped" in lines[2]
     assert _report(capsys, is_quiet=True) == ""
+
+
+def test_what_the_kernels_log_is_told_while_the_run_goes_on(capsys):
+    log = logging.getLogger("mmkernels")
+    for is_quiet in (False, True):
+        with Reporter(first=0, last=12, log_every=5, is_quiet=is_quiet):
+            log.info("timing %s (shape %d of this run)", "group_norm_silu_conv", 7)
+        log.info("afterwards")
+        told = "mmkernels: timing group_norm_silu_conv (shape 7 of this run)\n"
+        assert capsys.readouterr().out == ("" if is_quiet else told)
+    assert log.handlers == [] and not log.isEnabledFor(logging.INFO)
 
 
 def test_a_bar_on_a_terminal(capsys, monkeypatch):

@@ -13,8 +13,10 @@ PACKAGES = ("mmkernels", "mimicmotion", "ptxrun", "bench")
 # The first prefix that matches a module's dotted name gives its layer.
 LAYERS = [
     ("mmkernels.extension", 1),
+    ("mmkernels.known_choices", 1.4),
     ("mmkernels.version", 1),
     ("mmkernels.tuning", 1.5),
+    ("mmkernels.allocator", 1.2),
     ("mmkernels.costs", 1.2),
     ("mmkernels.rows", 1.5),
     ("mmkernels.cards", 1.5),
@@ -35,6 +37,7 @@ LAYERS = [
     ("mmkernels.__init__", 4.1),
     ("mimicmotion.__init__", 5),
     ("mimicmotion.config", 5),
+    ("mimicmotion.paths", 5),
     ("mimicmotion.diffusion", 5.1),
     ("mimicmotion.model", 5.1),
     ("mimicmotion.loss", 5.2),
@@ -43,6 +46,8 @@ LAYERS = [
     ("mimicmotion.moving_average", 5.5),
     ("mimicmotion.weight_update", 5.5),
     ("mimicmotion.generation", 6.5),
+    ("mimicmotion.fitting", 6.5),
+    ("mimicmotion.micro_batch", 6.5),
     ("mimicmotion.trainer", 7),
     ("mimicmotion.dry_run", 7.5),
     ("mimicmotion.memory_plan", 7.6),

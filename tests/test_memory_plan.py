@@ -52,7 +52,8 @@ def losses(config: Config, plan: Plan | None) -> list[float]:
 
 
 def test_a_planned_run_trains_as_fused_and_keeps_its_plan(tmp_path: Path, capsys) -> None:
-    config, plan = choose_plan(planned_config(tmp_path, build_plan()), ONE)
+    config, plan, fitting = choose_plan(planned_config(tmp_path, build_plan()), ONE)
+    assert fitting is None
     assert plan == build_plan()
     planned = losses(config, plan)
     plain = losses(dataclasses.replace(config, plan=None, run_dir=tmp_path / "plain"), None)
@@ -162,7 +163,8 @@ def test_a_budget_makes_a_plan_for_the_runs_own_step(tmp_path: Path, monkeypatch
     config = dataclasses.replace(config, plan=None, memory_budget="auto", optimizer=tiny_config(tmp_path).optimizer)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 << 30, 24 << 30))
     monkeypatch.setattr(memory_plan, "measured_card", lambda: UNLINKED)
-    placed, plan = choose_plan(config, ON_GPU)
+    placed, plan, fitting = choose_plan(config, ON_GPU)
+    assert fitting is not None and (fitting.plan, fitting.budget_gib) == (plan, 0.5)
     assert plan is not None and plan.modelled is not None
     assert plan.made_for == {**MADE_FOR, "budget_gib": 0.5}
     assert plan.modelled.peak_gib <= 0.5

@@ -130,11 +130,12 @@ def test_kernels_do_the_work_of_the_formula(name: str) -> None:
             body = super().of(func, args, kwargs)
             if body is not None:
                 flops = OperatorCosts().flops(func, args, kwargs, func(*args, **kwargs))
-                found[func.name()] = flops, sum(flops for flops, _ in body.kernels)
+                found[func.name()] = flops, sum(kernel.flops for kernel in body.kernels)
             return body
 
     with FakeTensorMode(), pytest.MonkeyPatch.context() as patch:
         patch.setattr("mmkernels.memory.trace.Bodies", Watching)
+        patch.setattr(f"{__name__}._leaf", lambda *shape: torch.ones(shape, dtype=torch.bfloat16, requires_grad=True))
         run = CASES[name]()
         trace(lambda: run().sum().backward(), device_kind="cuda")
     assert len(found) == 2
@@ -150,8 +151,9 @@ def test_a_body_counted_by_hand() -> None:
         found = trace(lambda: blend(s, t, alpha), clock=clock)
     size = F * P * C * 4
     assert found.peak_bytes == 2 * size
-    moved_bytes = (3 * size + F * 4) + 2 * size
-    assert clock.seconds == pytest.approx(clock.card.seconds(0, moved_bytes))
+    # lerp reads a weight for each frame, so it is strided; the copy is in one order
+    lerp_s = clock.card.seconds(0, 3 * size + F * 4, "strided")
+    assert clock.seconds == pytest.approx(lerp_s + clock.card.seconds(0, 2 * size, "pass"))
     assert found.flops == 0
 
 
@@ -165,8 +167,9 @@ def test_chunks_are_those_of_the_modelled_device() -> None:
             return trace(lambda: geglu_feed_forward(x, gamma, beta, up, up_bias, down, bias), device_kind=kind)
 
         peaks = {kind: run(kind).peak_bytes / MIB for kind in ("cpu", "cuda")}
-    # Output and norm 8 MiB each, up-projection 64, its product with the gate 32, statistics of 0.25 and casted vectors.
-    assert peaks["cuda"] == pytest.approx(8 + 8 + 64 + 32 + 0.25, abs=0.02)
+    # Output and norm 8 MiB each, up-projection 64, its product with the gate 32, statistics of 0.25 and casted vectors;
+    # on a GPU the workspaces that cuBLAS keeps for two threads.
+    assert peaks["cuda"] == pytest.approx(8 + 8 + 64 + 32 + 0.25 + 2 * 32, abs=0.02)
     assert peaks["cpu"] == pytest.approx(8 + 0.5 + 4 + 2, abs=0.05)
     assert device_kind(x) == "cpu"
     with modelled_device("cuda"):

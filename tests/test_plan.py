@@ -107,7 +107,8 @@ def test_the_optimizer_elsewhere_takes_its_bytes_off(choice: OptimizerChoice) ->
     else:
         gradients = sum(x.numel() * 4 for x in workload.trained)
         assert usual.trace.end_bytes - other.trace.end_bytes == pytest.approx(gradients, rel=0.02)
-        assert other.clock.seconds == pytest.approx(usual.clock.seconds)
+        starts_s = (len(workload.trained) - 1) * CARD.rate("pass").start_s  # of one kernel for each weight
+        assert other.clock.seconds == pytest.approx(usual.clock.seconds + starts_s)
     assert all(parameter.grad is None for parameter in workload.trained)
 
 
@@ -138,7 +139,8 @@ def test_the_command_writes_a_plan_and_pictures(
     printed = capsys.readouterr().out
     assert "mid_block.resnets.0" in printed and "modelled: peak" in printed
     plan = read_plan(tmp_path / "plan.json")
-    assert plan.modelled is not None and plan.made_for["budget_gib"] == 22.5
+    assert plan.modelled is not None and plan.made_for["budget_gib"] == CARD.usable_gib
+    assert "warning" not in printed
     assert all((tmp_path / name).stat().st_size > 10_000 for name in ("memory.png", "front.png"))
 
 
@@ -153,18 +155,24 @@ def test_settings_that_mean_nothing_are_refused(capsys: pytest.CaptureFixture[st
         assert command.main(command.Settings()) == 1 and "--card" in capsys.readouterr().out
 
 
-PLAIN_FLOPS = 714e12  # of plain diffusers' step at 72 frames of 1024x576, which the bars are counted from
+# Of plain diffusers' step at 72 frames of 1024x576 and its guide's, which the bars are counted from.
+PLAIN_FLOPS = 714e12 + 1.2e12
 
 
-def bar(name: str, kind: OptimizerKind, budget_gib: float, host_gib: float = HOST_GIB) -> Plan:
-    return make_plan(
-        svd_workload(kind), card(name), budget_gib, kind=kind, plain_flops=int(PLAIN_FLOPS), host_gib=host_gib
-    )
+def bar(name: str, kind: OptimizerKind, host_gib: float = HOST_GIB) -> Plan:
+    """For all that the card leaves a step, poses included, without which a plan took 2.6 GiB more than it said."""
+    target = card(name)
+    plan = make_plan(
+        svd_workload(kind, has_guide=True), target, target.usable_gib, kind=kind, plain_flops=int(PLAIN_FLOPS),
+        host_gib=host_gib,
+    )  # fmt: skip
+    assert plan.modelled is not None and plan.modelled.peak_gib <= target.usable_gib
+    return plan
 
 
 def test_24_gib() -> None:
-    plan = bar("RTX 4090", "adamw8bit", 21.5)
-    assert plan.modelled is not None and plan.modelled.peak_gib <= 21.5
+    plan = bar("RTX 4090", "adamw8bit")
+    assert plan.modelled is not None
     assert plan.modelled.recompute_flops_ratio <= 0.12 and plan.modelled.moved_gib <= 55
     assert plan.modelled.hidden_ratio >= 0.90
 
@@ -172,16 +180,16 @@ def test_24_gib() -> None:
 @pytest.mark.deep
 @pytest.mark.parametrize("name", ["A100", "H100"])
 def test_80_gib(name: str) -> None:
-    plan = bar(name, "adamw", 75, host_gib=0)
-    assert plan.modelled is not None and plan.modelled.peak_gib <= 75
+    plan = bar(name, "adamw", host_gib=0)
+    assert plan.modelled is not None
     assert plan.modelled.recompute_flops_ratio <= 0.065 and plan.modelled.moved_gib == 0
 
 
 @pytest.mark.deep
 @pytest.mark.parametrize("name", ["RTX A6000", "L40S"])
 def test_48_gib(name: str) -> None:
-    plan = bar(name, "adamw", 44)
-    assert plan.modelled is not None and plan.modelled.peak_gib <= 44
+    plan = bar(name, "adamw")
+    assert plan.modelled is not None
     assert plan.modelled.recompute_flops_ratio <= 0.09 and plan.modelled.moved_gib <= 40
     assert plan.modelled.hidden_ratio >= 0.95
 
@@ -189,5 +197,4 @@ def test_48_gib(name: str) -> None:
 @pytest.mark.deep
 @pytest.mark.parametrize("name", ["RTX 4080", "RTX 4060 Ti 16GB"])
 def test_16_gib(name: str) -> None:
-    plan = bar(name, "adamw8bit", 14.5)
-    assert plan.modelled is not None and plan.modelled.peak_gib <= 14.5
+    bar(name, "adamw8bit")

@@ -10,15 +10,17 @@ import numpy as np
 import pytest
 import torch
 import videos
-from people import Swaying
+from people import LosingOne, Swaying
 from rich.console import Console
+from safetensors.torch import save
 
 from mimicmotion import prepare as command
-from mimicmotion.config import Config, DataConfig
+from mimicmotion.config import Config, DataConfig, demo
 from mimicmotion.data import preparation
-from mimicmotion.data.cache import Clip, Manifest
+from mimicmotion.data.cache import Clip, Manifest, _tensors_sha256, load_intact
 from mimicmotion.data.crop import crop_frame, crop_keypoints, person_crop
 from mimicmotion.data.curate import Bounds, measure, reasons_to_drop
+from mimicmotion.data.dataset import ClipDataset
 from mimicmotion.data.footage import embedded_footage
 from mimicmotion.data.poses import PoseTrack
 from mimicmotion.data.poses.keypoints import NUM_KEYPOINTS
@@ -37,6 +39,15 @@ class CountingCodec(PatchCodec):
     def encode(self, frames: torch.Tensor) -> torch.Tensor:
         self.num_frames += len(frames)
         return super().encode(frames)
+
+
+class OverflowingCodec(PatchCodec):
+    """Gives one latent that is too large for float16, in which latents are kept."""
+
+    def encode(self, frames: torch.Tensor) -> torch.Tensor:
+        latents = super().encode(frames)
+        latents[0, 0, 0, 0] = 70_000.0
+        return latents
 
 
 def quiet() -> tuple[VideoProgress, io.StringIO]:
@@ -97,6 +108,32 @@ def test_nothing_left_is_an_error(clips: list[Path], tmp_path: Path) -> None:
         make(tmp_path / "prepared", clips, poses=Swaying(confidence=0.1))
 
 
+def test_what_is_not_finite_is_left_out_with_the_reason_and_made_anew_once_it_is(
+    clips: list[Path], tmp_path: Path
+) -> None:
+    folder, encoder = tmp_path / "prepared", OverflowingCodec()
+    with pytest.raises(ValueError, match=r"a.mp4: gives values that are not finite: 1 of 3,072 latents in float16"):
+        make(folder, clips[:1], encoder=encoder)
+    assert not list(folder.glob("clips/*")), "nothing that cannot be trained on is kept"
+    whole = make(folder, clips)
+
+    # As an earlier version kept it: intact, and not finite.
+    path = folder / whole.clips[0].tensors_file
+    spoilt = load_intact(path)
+    assert spoilt is not None
+    spoilt["latents"][3, 2, 1, 0] = torch.nan
+    path.write_bytes(save(spoilt, metadata={"content_sha256": _tensors_sha256(spoilt)}))
+    assert load_intact(path) is None
+    clip = whole.clips[0]
+    with pytest.raises(ValueError, match=rf"clip {clip.clip_id} .* not finite: 1 of 2,048 latents.* run prepare again"):
+        ClipDataset(folder, 8, 0).clip(clip.clip_id, 0, 0)
+    assert make(folder, clips) == whole and load_intact(path) is not None
+
+    (drop,) = make(tmp_path / "poses", clips, poses=LosingOne()).dropped
+    assert Path(drop.source) == clips[1] and drop.stage == "check"
+    assert "not finite: 1 of 3,840 keypoints in float32 (made by swaying" in drop.reason
+
+
 def test_only_what_changed_is_made_anew(clips: list[Path], tmp_path: Path) -> None:
     folder = tmp_path / "prepared"
     poses, encoder = Swaying(), CountingCodec()
@@ -155,9 +192,11 @@ def test_prepares_by_itself_only_where_it_must(
         settings = {"prepared": tmp_path / "p", "height": 64, "width": 64, "num_frames": 72} | data
         return Config(data=DataConfig(poses="holistic", **settings))
 
+    monkeypatch.chdir(tmp_path)
     progress, lines = quiet()
-    with pytest.raises(ValueError, match="fewer than 72"):
-        prepare_if_missing(config(), progress)
+    with pytest.raises(ValueError, match="fewer than 72"):  # of the embedded footage: the demo's own folder
+        prepare_if_missing(config(prepared=demo().data.prepared), progress)
+    assert "preparing the embedded footage" in lines.getvalue()
     make(tmp_path / "p", clips, poses=poses)
     found = prepare_if_missing(config(num_frames=8), progress)
     assert "prepared with" not in lines.getvalue() and poses.num_videos == 2
@@ -165,6 +204,28 @@ def test_prepares_by_itself_only_where_it_must(
     with pytest.raises(ValueError, match="fewer than 72"):  # Recipe's own bounds want 72 frames
         prepare_if_missing(config(num_frames=8, width=72), progress)
     assert "was prepared with 64x64 pixels, not 64x72" in lines.getvalue()
+
+
+def test_a_mistyped_folder_is_named_with_what_lies_near_and_never_gets_the_demos_footage(
+    clips: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preparation, "embedded_footage", lambda: pytest.fail("the demo's footage"))
+    for name in ("my_dance", "walks"):
+        make(tmp_path / name, clips)
+    (tmp_path / "my_dnace.mp4").touch()
+    (tmp_path / "empty").mkdir()
+    for given, why, found in (
+        ("my_dnace", "is not there", "my_dance"),
+        ("empty", "holds no manifest.json", "my_dance, walks"),
+        ("wlaks/x", "is not there", "walks"),
+    ):
+        data = DataConfig(prepared=tmp_path / given, height=64, width=64, num_frames=8)
+        with pytest.raises(ValueError) as refused:
+            prepare_if_missing(Config(data=data), quiet()[0])
+        assert str(refused.value).startswith(
+            f"nothing is prepared in {tmp_path / given}, which {why} (prepared folders in {tmp_path}: {found})"
+        )
+        assert not (tmp_path / given / "clips").exists()
 
 
 def test_crop_holds_the_person_in_the_wanted_shape() -> None:

@@ -15,6 +15,7 @@ from numerics import assert_within_budget
 from temporal_attention_gradients import gradients
 
 from mmkernels import extension, tuning
+from mmkernels.kernels import launch
 from mmkernels.ops import temporal_attention, temporal_attention_cuda
 
 pytest.importorskip("triton", reason="Triton's wheel brings the cuobjdump to look into cubins with")
@@ -174,11 +175,11 @@ def cuda_build():
 def test_bad_arguments_are_named(cuda_build, change: dict, message: str) -> None:
     arguments = {"shape": [0, 2, 1, 1, 64], "strides": [8] * 16, "dtype": "bfloat16"}
     entry = cuda_build.temporal_attention_forward_cuda
-    entry(0, 0, 0, 0, *arguments.values(), 1.0, 0, 0)  # an empty tensor is no error
+    entry([0] * 4, *arguments.values(), 1.0, 0, 0)  # an empty tensor is no error
     with pytest.raises(ValueError, match=message):
-        entry(0, 0, 0, 0, *(arguments | change).values(), 1.0, 0, 0)
+        entry([0] * 4, *(arguments | change).values(), 1.0, 0, 0)
     with pytest.raises(ValueError, match="not aligned to 16 bytes"):
-        entry(0, 0, 8, 0, *arguments.values(), 1.0, 0, 0)
+        entry([0, 0, 8, 0], *arguments.values(), 1.0, 0, 0)
 
 
 def test_shared_memory_of_every_shape(cuda_build) -> None:
@@ -201,7 +202,8 @@ def test_what_the_kernels_do_not_take(cuda_build, monkeypatch: pytest.MonkeyPatc
     turing = SimpleNamespace(major=7, minor=5, shared_memory_per_block_optin=65_536)
 
     def why(gpu: SimpleNamespace, shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16, offset: int = 0) -> str:
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+        monkeypatch.setattr(launch, "capability", lambda _: (gpu.major, gpu.minor))
+        monkeypatch.setattr(launch, "shared_bytes", lambda _: gpu.shared_memory_per_block_optin)
         row = torch.empty(256, dtype=dtype)[offset:].as_strided(shape, (0, 0, 0, 0, 1))
         return str(temporal_attention_cuda.why_unsupported([row] * 4))
 
@@ -223,7 +225,7 @@ def test_variants_are_timed_on_outputs_of_their_own(monkeypatch: pytest.MonkeyPa
 
         return SimpleNamespace(forward=forward)
 
-    def fastest(op, key, variants, device) -> str:
+    def fastest(op, key, variants, device, kind) -> str:
         assert (op, key[:2], device.type) == ("temporal_attention", ("forward", (1, 2, 1, 1, 16)), "cpu")
         for call in variants.values():
             call()

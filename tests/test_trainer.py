@@ -15,14 +15,16 @@ from mimicmotion.distributed import Ranks
 from mimicmotion.execution import use_kernels
 from mimicmotion.generation import load_averaged
 from mimicmotion.history import read_history
+from mimicmotion.micro_batch import batch_loss, draw_samples
 from mimicmotion.model.unet import build_model
-from mimicmotion.trainer import Trainer, TrainingStoppedError, batch_loss, build_optimization, draw_samples
+from mimicmotion.stopping import SIGNALS, Stop
+from mimicmotion.trainer import Trainer, TrainingStoppedError, build_optimization
 
 ONE = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
 
 
-def _train(config, resume=False, clips=None):
-    trainer = Trainer(config, clips or NoiseClips(config=config), ONE, encoder="noise", resume=resume)
+def _train(config, resume=False, clips=None, stop=None):
+    trainer = Trainer(config, clips or NoiseClips(config=config), ONE, encoder="noise", resume=resume, stop=stop)
     return trainer.run(), trainer
 
 
@@ -137,9 +139,12 @@ def test_interrupted_and_resumed_ends_bit_equal(case, tmp_path):
     )
     assert _train(straight)[0]
     broken = dataclasses.replace(straight, run_dir=tmp_path / "broken")
-    before = signal.getsignal(signal.SIGTERM)
-    is_finished, trainer = _train(broken, clips=Interrupting(config=broken))
-    assert not is_finished and 0 < trainer.step < 4 and signal.getsignal(signal.SIGTERM) == before
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    with Stop() as stop:
+        is_finished, trainer = _train(broken, clips=Interrupting(config=broken), stop=stop)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    assert not is_finished and 0 < trainer.step < 4
     assert newest(broken.run_dir) == broken.run_dir / f"step-{trainer.step:08d}"
     torch.manual_seed(123)  # ambient random state must not matter
     is_finished, resumed = _train(broken, resume=True)

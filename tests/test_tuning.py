@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -55,11 +56,21 @@ def test_the_fastest_by_median_after_warm_up(tmp_path: Path) -> None:
 
 
 def test_variants_take_turns_and_short_ones_are_repeated(tmp_path: Path) -> None:
-    machine = Machine(a=2.0, b=0.25)
+    machine = Machine(a=0.3, b=0.25)
     assert choose(tmp_path / "x.json", machine) == "b"
     rounds = machine.calls[4:]  # two calls each before
-    assert rounds[:15] == ["a", *["b"] * 4, *["b"] * 4, "a", "a", *["b"] * 4]
-    assert (rounds.count("a"), rounds.count("b")) == (tuning.NUM_ROUNDS, 4 * tuning.NUM_ROUNDS)
+    assert rounds[:21] == [*["a"] * 3, *["b"] * 4, *["b"] * 4, *["a"] * 3, *["a"] * 3, *["b"] * 4]
+    assert (rounds.count("a"), rounds.count("b")) == (3 * tuning.NUM_ROUNDS, 4 * tuning.NUM_ROUNDS)
+
+
+def test_what_is_far_slower_is_given_up_after_three_rounds_and_the_last_one_left_needs_no_more(tmp_path: Path) -> None:
+    machine = Machine(a=2.0, b=9.0, c=2.2)
+    assert choose(tmp_path / "x.json", machine) == "a"
+    counts = {name: machine.calls.count(name) - 2 for name in "abc"}  # without the warm-up and the first look
+    assert counts == {"a": tuning.NUM_ROUNDS, "b": tuning.LEAST_ROUNDS, "c": tuning.NUM_ROUNDS}
+    machine = Machine(a=2.0, b=9.0)
+    assert choose(tmp_path / "y.json", machine) == "a"
+    assert len(machine.calls) == 2 * (2 + tuning.LEAST_ROUNDS)
 
 
 def test_a_tie_goes_to_the_first(tmp_path: Path) -> None:
@@ -102,7 +113,55 @@ def test_a_variant_that_raises_is_left_out_and_says_why(tmp_path: Path) -> None:
     assert str(Choice(**row)) == (
         "op (72, 'bfloat16'): b (b 1.000 ms; a left out: RuntimeError: out of shared memory)"
     )  # fmt: skip
-    assert choose(path, Machine(a=0.5, b=1.0)) == "a"  # the next process tries it again
+    machine = Machine(a=0.5, b=1.0)
+    assert choose(path, machine) == "b"  # nor does the next process compile it to fail again
+    assert machine.calls == []
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB"), RuntimeError("CUDA error: out of memory")]
+)
+def test_what_lacked_memory_is_tried_again_by_the_next_process(tmp_path: Path, error: Exception) -> None:
+    with pytest.warns(UserWarning, match="a is left out"):
+        assert choose(tmp_path / "x.json", Machine(a=error, b=1.0)) == "b"
+    assert choose(tmp_path / "x.json", Machine(a=0.5, b=1.0)) == "a"
+
+
+def test_scratch_is_returned_before_anything_else_and_a_line_says_what_is_timed(tmp_path: Path, caplog) -> None:
+    machine, events = Machine(a=2.0, b=9.0), []
+
+    @contextmanager
+    def scratch() -> Iterator[None]:
+        events.append(len(machine.calls))
+        try:
+            yield
+        finally:
+            events.append(len(machine.calls))
+
+    tuner = Tuner(tmp_path / "x.json", MACHINE, machine.clock, scratch)
+    with caplog.at_level("INFO", logger="mmkernels"):
+        for key in (("backward", 72, 128), ("backward", 72, 64), ("backward", 72, 128)):
+            tuner.fastest("op", key, machine.variants())
+    each = len(machine.calls) // 2
+    assert events == [0, each, each, 2 * each]
+    assert [record.getMessage() for record in caplog.records] == [
+        "timing op backward 72x128: a, b (shape 1 of this run)", "timing op backward 72x64: a, b (shape 2 of this run)",
+    ]  # fmt: skip
+
+
+def test_choices_are_those_of_the_kernels_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "mmkernels"
+    for name in ("ops/a.py", "kernels/b.py", "_native.so"):
+        (package / name).parent.mkdir(parents=True, exist_ok=True)
+        (package / name).write_text("1")
+    monkeypatch.setattr(tuning, "__file__", str(package / "tuning.py"))
+    found = [tuning.kernels_digest.__wrapped__()]
+    for name in ("ops/a.py", "kernels/b.py", "_native.so"):
+        (package / name).write_text("2")
+        found.append(tuning.kernels_digest.__wrapped__())
+    (package / "tuning.py").write_text("2")
+    assert len(set(found)) == 4
+    assert tuning.kernels_digest.__wrapped__() == found[-1]
 
 
 def test_all_raising_gives_every_reason_and_remembers_nothing(tmp_path: Path) -> None:

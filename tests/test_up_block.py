@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers.models.unets.unet_3d_blocks import CrossAttnUpBlockSpatioTemporal, UpBlockSpatioTemporal
 from numerics import assert_within_budget
+from placed import placed
 from spatio_temporal import channels_last, pool_scalars, run, run_in_float64, without
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,7 +28,7 @@ def up_block(kind: type, *, add_upsample: bool = True) -> Any:
     sizes: dict[str, Any] = {"in_channels": 32, "prev_output_channel": 96, "out_channels": C, "temb_channels": 16}
     if kind is CrossAttnUpBlockSpatioTemporal:
         sizes |= {"num_attention_heads": 2, "cross_attention_dim": 24}
-    return kind(**sizes, num_layers=2, add_upsample=add_upsample)
+    return placed(kind(**sizes, num_layers=2, add_upsample=add_upsample))
 
 
 class Owner(nn.Module):

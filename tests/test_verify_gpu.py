@@ -1,14 +1,19 @@
-"""The command for the day a GPU is there, run without one: what it says, what it would run, what it makes of rows."""
+"""The command for the day a GPU is there, run without one: every part on a stand-in, what is written, what is said."""
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import inspect
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,51 +21,170 @@ import torch
 
 from bench import limits, report, verify_gpu
 from bench.environment import ROOT
-from mmkernels.cards import card_of
+from bench.verification import benches, memory, ops, page, real_ops, step, tests, variants
+from bench.verification.device import Gpu, StandIn
+from bench.verification.record import Record, failures_of, stem_of
+from mmkernels.cards import card, card_of
 from mmkernels.tuning import Choice
 
 H100 = "NVIDIA H100 80GB HBM3"
 SETTING = report.Setting(
     dtype="bfloat16", threads=1, device=H100, versions={"torch": "2.13.0"}, commit="abc", command="x", allocator={}
 )
+MADE_UP = "RuntimeError: made up"  # what the stand-in says of the variant that it leaves out
+KEYS = set(report.Row.__dataclass_fields__) | {"part"}
 without_a_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
 
-def made_up_row(bench: str, metric: str, median: float) -> dict[str, Any]:
-    return asdict(
-        report.Row(
-            bench=bench, provider="fused", mode="both", metric=metric, median=median, low=median, high=median,
-            kind="measured", shape=limits.LEVEL_0, **asdict(SETTING),
+@pytest.fixture
+def record(tmp_path: Path) -> Record:
+    return Record(path=tmp_path / "h100.json", part="step", setting=SETTING)
+
+
+def page_text(record: Record) -> str:
+    return record.path.with_suffix(".md").read_text()
+
+
+# --- every part on a stand-in
+
+
+@pytest.fixture(scope="module")
+def dry(tmp_path_factory: pytest.TempPathFactory) -> Record:
+    return Record(path=tmp_path_factory.mktemp("dry") / "dry.json", part="", setting=SETTING, kind="dry")
+
+
+BENCHES_OF = {  # what each part leaves, beside what became of it
+    "step": {"step", "step/operations of fused", "step/operations of fused-plan"},
+    "memory": {"memory"},
+    "ops": {f"ops/{name}" for name in real_ops.real_ops(1)},
+    "variants": {"variants/group_norm_silu_conv", "variants/temporal_attention"},
+    "benches": {"temporal_transformer_block"},
+    "bits": {"bits"},
+}
+
+
+@pytest.mark.parametrize("part", BENCHES_OF)
+def test_dry_pass(part: str, dry: Record, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MMKERNELS_CACHE", str(tmp_path))
+    own = replace(dry, part=part)
+    own.begin("begun", limit_s=200)
+    importlib.import_module(f"bench.verification.{part}").run(StandIn(), own, 200)
+    rows = [row for row in own.rows() if row["part"] == part]
+    assert {row["bench"] for row in rows} - {page.STATE, page.FAILURE} == BENCHES_OF[part]
+    assert [row["includes"] for row in failures_of(rows, [part]) if row["includes"] != MADE_UP] == []
+    assert {row["kind"] for row in rows} <= {"dry", "modelled"}, "no row can be mistaken for a measured one"
+    assert all(row["median"] >= 0 and set(row) == KEYS for row in rows)
+    text = page_text(own)
+    assert text.startswith(f"# {H100}: a DRY pass") and all(f"### {name}" in text for name in BENCHES_OF[part])
+
+
+def test_dry_pass_of_the_step_has_what_is_wanted_of_each_way(dry: Record) -> None:
+    rows = [row for row in dry.rows() if row["bench"] == "step"]
+    wanted = {"first_step_s", "choices_known_before", "step_s", "forward_s", "backward_s", "peak_gib", "reserved_gib"}
+    for way in ("fused", "fused-plan"):
+        assert {row["metric"] for row in rows if row["provider"] == way and row["kind"] == "dry"} == wanted
+        modelled = {row["metric"] for row in rows if row["provider"] == way and row["kind"] == "modelled"}
+        assert modelled == {"step_s", "peak_gib"}
+    steps = [row for row in dry.rows() if row["bench"] == "memory" and row["kind"] == "dry"]
+    assert {row["mode"] for row in steps} == {"step 1", "step 2"}
+    assert "| step_s (modelled) | peak_gib (modelled) |" in page_text(dry)
+
+
+def test_what_asks_cuda_is_replaced_on_a_stand_in_and_no_more() -> None:
+    def asks_cuda(name: str) -> bool:
+        member = inspect.getattr_static(Gpu, name)
+        function = member.fget if isinstance(member, property) else inspect.unwrap(member)
+        return inspect.isfunction(function) and "cuda" in inspect.getsource(function).partition('"""')[2]
+
+    ours = {name for name in vars(StandIn) if not name.startswith("__")}
+    assert ours <= set(vars(Gpu))
+    names = {name for name in vars(Gpu) if not name.startswith("__") and asks_cuda(name)}
+    assert len(names) > 8 and names <= ours
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("make", [step.make_plan, memory.make_plan])
+def test_plans_are_made_as_the_parts_ask_for_them(make: Any) -> None:
+    """What a stand-in's planner takes the place of."""
+    config = memory.memory_config(StandIn())
+    plan = make(config, StandIn().card(), 22.5)
+    assert plan.modelled is not None and 0 < plan.modelled.peak_gib < 22.5 and "keep" in plan.units.values()
+
+
+@pytest.mark.parametrize("name", real_ops.real_ops(1))
+def test_a_wrong_op_is_refused(name: str) -> None:
+    """The rows that are compared are those that dy reaches: a gradient that is wrong there, or a wrong y, is seen."""
+    op = real_ops.real_ops(1)[name]
+    inputs = op.make(op.sizes(ops.TINY))
+    assert ops.why_wrong(op, inputs) is None
+    wrong = replace(op, call=lambda **inputs: op.call(**inputs) * 1.02)
+    assert "is off by" in str(ops.why_wrong(wrong, inputs))
+    last = list(inputs)[-1]
+    scaled = replace(op, call=lambda **inputs: op.call(**{**inputs, last: _with_wrong_gradient(inputs[last])}))
+    assert str(ops.why_wrong(scaled, inputs)).startswith(last)
+
+
+def _with_wrong_gradient(x: torch.Tensor) -> torch.Tensor:
+    return x.detach() + 1.05 * (x - x.detach())
+
+
+# --- what is written
+
+
+def test_rows_and_page_are_written_with_each_result(record: Record) -> None:
+    record.begin("begun", limit_s=100)
+    record.figures("step", "fused", {"step_s": 2.6, "peak_gib": 72.4}, shape={"frames": 72})
+    record.figures("step", "fused", {"step_s": 1.7}, kind="modelled", shape={"frames": 72})
+    record.fail("checkpoint", "OutOfMemoryError: 2 GiB")
+    record.say("done", 50.2, 100)
+    replace(record, part="bits").begin_if_new("not reached")
+    rows = json.loads(record.path.read_text())
+    assert all(set(row) == KEYS for row in rows) and {row["commit"] for row in rows} == {"abc"}
+    text = page_text(record)
+    assert (
+        "| step | a whole training step in four ways: time, memory, and where the time goes | done | 50 | 100 | abc |"
+        in text
+    )
+    assert "| bits | " in text and "| not reached | 0 | 0 | abc |" in text
+    assert "1 failures:\n- step: checkpoint: OutOfMemoryError: 2 GiB\n" in text
+    assert "frames 72; bfloat16" in text
+    assert (
+        "| provider | step_s | peak_gib | step_s (modelled) |\n| --- | --- | --- | --- |\n| fused | 2.6 | 72.4 | 1.7 |"
+        in text
+    )
+    assert len(failures_of(rows, ["step"])) == 1 and failures_of(rows, ["bits"]) == []
+    record.begin("begun")
+    assert [row["part"] for row in record.rows()].count("bits") == 2, "a part that runs again leaves the others"
+    assert "72.4" not in page_text(record)
+    replace(record, part="bits").begin_if_new("other")
+    assert "other" not in page_text(record)
+
+
+def test_variants_stand_side_by_side(record: Record) -> None:
+    choice = Choice(
+        op="conv", key="(3, 3)", chosen="b", times_ms={"a": 4.0, "b": 2.0}, left_out={"c": "OSError: x | y"}
+    )
+    variants.write_choices([choice], record)
+    assert [(row["provider"], row["ratio"]) for row in record.rows()[:2]] == [("a", 0.5), ("b", 1.0)]
+    text = page_text(record)
+    assert "| key | a | b |\n| --- | --- | --- |\n| (3, 3) | 4 | **2** |" in text
+    assert "- step: conv=c (3, 3): OSError: x | y" in text
+
+
+def test_a_bench_s_times_stand_beside_the_limit(record: Record) -> None:
+    row = {
+        **vars(
+            report.Row(
+                bench="attn72/core", provider="fused", mode="both", metric="time_ms", kind="measured", median=2.788,
+                low=2.7, high=2.8, shape=limits.LEVEL_0, **vars(SETTING),
+            )
         )
-    )  # fmt: skip
-
-
-class Runner:
-    """Stands in for the GPU: writes made-up rows and choices where the real commands would."""
-
-    def __init__(self, statuses: Mapping[str, int] | None = None, silent: Sequence[str] = ()) -> None:
-        self.calls: list[tuple[list[str], dict[str, str]]] = []
-        self.statuses, self.silent = statuses or {}, silent
-
-    def __call__(self, arguments: Sequence[str], environment: Mapping[str, str]) -> int:
-        self.calls.append((list(arguments), dict(environment)))
-        cache = Path(environment["MMKERNELS_CACHE"])
-        if arguments[0].startswith("bench/") and arguments[0] not in self.silent:
-            rows = [made_up_row("attn72/core", "time_ms", 2.8), made_up_row("attn72/core", "peak_bytes", 2.0**30)]
-            Path(arguments[arguments.index("--json") + 1]).write_text(json.dumps(rows))
-            self.remember(cache, [CONVOLUTION, ATTENTION])
-        return self.statuses.get(arguments[0], 0)
-
-    @staticmethod
-    def remember(cache: Path, choices: list[Choice]) -> None:
-        content = {"machine": {"device": H100}, "choices": [asdict(choice) for choice in choices]}
-        (cache / "variants-1.json").write_text(json.dumps(content))
-
-
-CONVOLUTION = Choice(op="conv", key="(3, 3)", chosen="b", times_ms={"a": 4.0, "b": 2.0, "c": 3.0})
-ATTENTION = Choice(
-    op="attention", key="(72,)", chosen="cuda", times_ms={"cuda": 0.6}, left_out={"triton": "OSError: x"}
-)  # fmt: skip
+    }  # fmt: skip
+    gpu: Any = SimpleNamespace(sheet=lambda: card("H100"))
+    benches.write_rows([row], gpu, record)
+    assert [(found["metric"], found["kind"], round(found["median"], 3)) for found in record.rows()] == [
+        ("time_ms", "measured", 2.788), ("limit_ms", "modelled", 1.394)
+    ]  # fmt: skip
 
 
 def test_limits_are_those_of_the_facts() -> None:
@@ -94,83 +218,120 @@ def test_cards_of_one_family_are_not_taken_for_each_other() -> None:
     assert card_of("NVIDIA H100 PCIe") is None
 
 
-def test_runs_tests_every_bench_and_every_variant(tmp_path: Path) -> None:
-    run = Runner()
-    outcome = verify_gpu.verify(run, ["attn72", "train_step"], tmp_path, SETTING)
-    commands = [" ".join(arguments) for arguments, _ in run.calls]
-    assert commands[0] == "-m pytest -m op and not deep --device cuda"
-    assert commands[1].startswith("bench/attn72.py --height 72 --width 128 --dtype bfloat16 --device cuda --json ")
-    assert commands[2].startswith("bench/train_step.py --measure --device cuda --json ")
-    assert commands[3:] == [commands[0]] * 3
-    forced = [environment.get("MMKERNELS_VARIANT") for _, environment in run.calls]
-    assert forced == [None] * 3 + ["conv=a,attention=cuda", "conv=b,attention=cuda", "conv=c,attention=cuda"]
-    caches = [environment["MMKERNELS_CACHE"] for _, environment in run.calls]
-    assert caches[0] != caches[1] == caches[2]
-    assert outcome.failures == ["variant attention=triton: OSError: x"]
-    variants = [row for row in outcome.rows if row["bench"] == "variants/conv"]
-    assert [(row["provider"], row["median"], row["ratio"]) for row in variants] == [
-        ("a", 4.0, 0.5), ("b", 2.0, 1.0), ("c", 3.0, 2 / 3)
-    ]  # fmt: skip
-    assert {row["kind"] for row in outcome.rows} == {"measured"}
-    assert len(outcome.rows) == 2 * 2 + 3 + 1
-
-
-def test_what_fails_is_named_and_the_rest_goes_on(tmp_path: Path) -> None:
-    run = Runner({"-m": 1, "bench/attn72.py": 1}, silent=["bench/train_step.py"])
-    outcome = verify_gpu.verify(run, ["attn72", "train_step"], tmp_path, SETTING)
-    assert outcome.failures == [
-        "tests of the ops: exit status 1",
-        "bench attn72: exit status 1",
-        "bench train_step: wrote no rows",
-        "variant attention=triton: OSError: x",
-        *(f"tests of the ops with conv={name},attention=cuda: exit status 1" for name in "abc"),
-    ]
-    assert [row["bench"] for row in outcome.rows[:2]] == ["attn72/core"] * 2, "a bench that fails has rows all the same"
-
-
-def test_table_shows_the_share_of_the_limit() -> None:
-    console = report.make_console()
-    rows = [made_up_row("attn72/core", "time_ms", 2.788), made_up_row("attn72/core", "peak_bytes", 2.0**30)]
-    with console.capture() as captured:
-        verify_gpu.print_rows(rows, H100, console)
-        verify_gpu.print_rows(rows, "NVIDIA Other", console)
-    text = captured.get()
-    (line, other) = (line for line in text.splitlines() if "attn72/core" in line)
-    assert [cell.strip() for cell in line.strip("│").split("│")] == [
-        "attn72/core", "fused", "both", "2.788", "1024.0", "2.290", "1.394", "0.973", "50%"
-    ]  # fmt: skip
-    assert other.strip("│ ").endswith("-")
-    assert "add its data sheet" in text
-
-
-def test_main_writes_one_file_for_the_device(tmp_path: Path, monkeypatch, capsys) -> None:
-    (tmp_path / "bench/results").mkdir(parents=True)
-    monkeypatch.setattr(verify_gpu, "ROOT", tmp_path)
-    monkeypatch.setattr(verify_gpu, "arguments_of", lambda _: [])
-    monkeypatch.setattr(verify_gpu, "benches", lambda: ["attn72"])
-    monkeypatch.setattr(verify_gpu, "why_no_gpu", lambda: None)
-    monkeypatch.setattr(verify_gpu, "run_python", Runner())
-    monkeypatch.setattr(report.Setting, "of", lambda *_: SETTING)
-    assert verify_gpu.main() == 1, "a variant failed"
-    rows = json.loads((tmp_path / "bench/results/nvidia-h100-80gb-hbm3.json").read_text())
-    assert {row["bench"] for row in rows} == {"attn72/core", "variants/conv", "variants/attention"}
-    assert "FAILED: variant attention=triton" in capsys.readouterr().out
-
-
 def test_every_bench_is_found_and_takes_its_arguments() -> None:
-    names = verify_gpu.benches()
-    assert {"attn72", "train_step", "geglu_feed_forward", "spatial_attention"} <= set(names)
-    assert not {"verify_gpu", "modelled", "unet_cost", "harness"} & set(names)
-    assert all("json" in verify_gpu.flags_of(name) for name in names)
-    assert verify_gpu.arguments_of("train_step") == ["--measure"]
-    assert verify_gpu.arguments_of("attn72") == ["--height", "72", "--width", "128", "--dtype", "bfloat16"]
+    names = benches.benches()
+    assert {"attn72", "geglu_feed_forward", "group_norm_silu_conv", "spatial_attention"} <= set(names)
+    assert not {"verify_gpu", "train_step", "modelled", "unet_cost", "harness"} & set(names)
+    assert all("json" in benches.flags_of(name) for name in names)
+    gpu: Any = SimpleNamespace(is_full_size=True, device=torch.device("cuda"))
+    assert benches.arguments_of("attn72", gpu)[:6] == ["--height", "72", "--width", "128", "--dtype", "bfloat16"]
+    assert benches.arguments_of("attn72", gpu)[-2:] == ["--device", "cuda"]
+
+
+def test_variants_are_forced_once_each() -> None:
+    convolution = Choice(op="conv", key="(3, 3)", chosen="b", times_ms={"a": 4.0, "b": 2.0, "c": 3.0})
+    attention = Choice(op="attention", key="(72,)", chosen="cuda", times_ms={"cuda": 0.6})
+    assert tests.forced_variants([convolution, attention]) == [
+        "conv=a,attention=cuda", "conv=b,attention=cuda", "conv=c,attention=cuda"
+    ]  # fmt: skip
+
+
+def test_a_device_s_name_as_that_of_a_file() -> None:
+    assert stem_of(H100) == "nvidia-h100-80gb-hbm3"
+
+
+# --- the driver
+
+
+def test_shares_add_up_and_what_is_unspent_goes_on() -> None:
+    parts = ["step", "memory", "ops"]
+    assert verify_gpu.share_s("step", parts, 560) == pytest.approx(235)
+    assert verify_gpu.share_s("memory", parts[1:], 500) == pytest.approx(500 * 175 / 325)
+    assert verify_gpu.share_s("ops", parts[2:], 300) == 300
+    assert sum(verify_gpu.PARTS[name].weight for name in verify_gpu.DEFAULT_PARTS) == 900
+    assert list(verify_gpu.PARTS) == list(page.PARTS)
+
+
+def fake_part(folder: Path, body: str) -> None:
+    """A package `bench.verification` in place of ours, whose parts do what `body` says."""
+    package = folder / "bench/verification"
+    package.mkdir(parents=True)
+    (folder / "bench/__init__.py").write_text("")
+    (package / "__init__.py").write_text("")
+    (package / "__main__.py").write_text(f"import os, signal, sys, time\npart = sys.argv[1]\n{body}\n")
+
+
+@pytest.fixture
+def driver(record: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Record:
+    monkeypatch.setattr(verify_gpu, "ROOT", tmp_path)
+    monkeypatch.setattr(verify_gpu, "END_S", 1.0)
+    monkeypatch.setattr(verify_gpu, "LEAST_SECONDS", 0.5)
+    return record
+
+
+def states(record: Record) -> dict[str, str]:
+    return {row["provider"]: row["includes"] for row in record.rows() if row["bench"] == page.STATE}
+
+
+def test_a_part_that_fails_hangs_or_dies_does_not_stop_the_others(driver: Record, tmp_path: Path) -> None:
+    fake_part(
+        tmp_path,
+        "if part == 'step': signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)\n"
+        "if part == 'memory': sys.exit(1)\n"
+        "if part == 'ops': os.kill(os.getpid(), signal.SIGKILL)",
+    )
+    begin_s = time.monotonic()
+    parts = ["step", "memory", "ops", "bits"]
+    verify_gpu.verify(parts, 8, driver, tmp_path, is_dry=True)
+    assert states(driver) == {"step": "out of time", "memory": "failed", "ops": "failed", "bits": "done"}
+    assert time.monotonic() - begin_s < 12
+    reasons = [(row["part"], row["includes"]) for row in failures_of(driver.rows(), parts)]
+    assert reasons == [
+        ("step", "not done in its 3 s: ended; what it had finished is here"), ("ops", "ended by signal 9")
+    ]  # fmt: skip
+
+
+def test_parts_past_the_seconds_are_not_reached(driver: Record, tmp_path: Path, capsys: Any) -> None:
+    fake_part(tmp_path, "time.sleep(60)")
+    verify_gpu.verify(["step", "bits", "ops"], 3, driver, tmp_path, is_dry=True)
+    assert states(driver)["step"] == "out of time" and states(driver)["ops"] == "not reached"
+    assert "not reached within 3 s" in capsys.readouterr().out
+
+
+def test_a_missing_package_is_one_line(driver: Record, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    fake_part(tmp_path, "")
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("torchao", "tyro") else found(name))
+    verify_gpu.verify(["memory", "benches", "ops"], 100, driver, tmp_path, is_dry=True)
+    assert states(driver) == {"memory": "not run", "benches": "not run", "ops": "done"}
+    wanted = "not run: this Python lacks torchao: pip install torchao"
+    assert wanted in capsys.readouterr().out and f"- memory: memory: {wanted}" in page_text(driver)
+
+
+def test_ctrl_c_leaves_what_is_there_and_nothing_running(tmp_path: Path) -> None:
+    """The whole command as a process, ended in the midst of a part by SIGINT or, as `timeout` does, by SIGTERM."""
+    command = [sys.executable, "bench/verify_gpu.py", "--dry", "--parts", "variants,bits", "--out", str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert any(line.startswith("== variants") for line in process.stdout)
+        process.send_signal(signal.SIGTERM)
+        text = process.stdout.read()
+    assert process.returncode == 130
+    rows = json.loads((tmp_path / "dry.json").read_text())
+    assert {row["provider"]: row["includes"] for row in rows} == {"variants": "stopped", "bits": "not reached"}
+    assert "| variants | " in text and "| stopped |" in text
+    running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    assert f"bench.verification variants {tmp_path}" not in running
 
 
 @without_a_gpu
 @pytest.mark.parametrize(
     ("command", "status", "message"),
     [
-        (["bench/verify_gpu.py"], 2, "NO GPU, nothing was run on one"),
+        (["bench/verify_gpu.py"], 2, "verify-gpu: NO GPU, nothing was run on one: "),
+        (["bench/verify_gpu.py", "--look"], 2, "verify-gpu: NO GPU, nothing was run on one: "),
+        (["-S", "bench/verify_gpu.py"], 2, "verify-gpu: NO GPU, nothing was run on one: "),  # without any package
+        (["bench/verify_gpu.py", "--parts", "step,bit"], 2, "--parts has bit, wanted some of step,memory,"),
         (["-m", "pytest", "--device", "cuda", "tests/test_layers.py"], 4, "ERROR: --device cuda: torch"),
     ],
 )

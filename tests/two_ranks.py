@@ -17,6 +17,7 @@ import mmkernels
 from mimicmotion import memory_plan
 from mimicmotion.config import Config
 from mimicmotion.distributed import Ranks, join_ranks
+from mimicmotion.fitting import Fitting
 from mimicmotion.trainer import Trainer, TrainingStoppedError
 from mmkernels.cards import card
 from mmkernels.planning.choices import Modelled, Plan, document, write_plan
@@ -28,18 +29,21 @@ def plans(folder: Path, ranks: Ranks) -> dict[str, object]:
     """What each rank is told where plans are asked for; the planning itself costs nothing and is the first rank's."""
     asked: list[tuple[float, bool]] = []
 
-    def plan_step(config: Config, _card: object, budget_gib: float, *, can_update_in_backward: bool) -> Plan:
-        asked.append((budget_gib, can_update_in_backward))
-        if budget_gib == 1:
-            raise ValueError("no plan fits a budget of 1 GiB")
-        if budget_gib == 2:
-            raise KeyError("a fault of ours")
-        return Plan(made_for=memory_plan.made_for(config) | {"budget_gib": budget_gib})
+    def search_step(config: Config, _card: object, *, can_update_in_backward: bool) -> Any:
+        def best(budget_gib: float) -> Any:
+            asked.append((budget_gib, can_update_in_backward))
+            if budget_gib == 1:
+                raise ValueError("no plan fits a budget of 1 GiB")
+            if budget_gib == 2:
+                raise KeyError("a fault of ours")
+            return mock.Mock(plan=Plan(made_for=memory_plan.made_for(config) | {"budget_gib": budget_gib}))
+
+        return mock.Mock(best=best)
 
     def choose(**changes: Any) -> object:
         config = dataclasses.replace(tiny_config(folder / "planned"), kernels="fused", **changes)
         try:
-            config, plan = memory_plan.choose_plan(config, ranks)
+            config, plan, _ = memory_plan.choose_plan(config, ranks)
         except (ValueError, RuntimeError, KeyError) as error:
             return [type(error).__name__, str(error)]
         assert plan is not None
@@ -54,7 +58,7 @@ def plans(folder: Path, ranks: Ranks) -> dict[str, object]:
     with (
         mock.patch.object(memory_plan, "usable_gib", lambda _: FREE_GIB[ranks.rank]),
         mock.patch.object(memory_plan, "measured_card", lambda: card("RTX 4090")),
-        mock.patch.object(memory_plan, "plan_step", plan_step),
+        mock.patch.object(memory_plan, "search_step", search_step),
     ):
         return {
             "auto": choose(memory_budget="auto"),
@@ -102,6 +106,48 @@ def dead_parameters_under_ddp(ranks: Ranks) -> dict[str, Any]:
     }
 
 
+class OutOnce:
+    """An allocator, and a model's forward that runs out of memory on the second rank, once, at its second call."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.calls_left = 2 if ranks.rank == 1 else 0
+
+    def begin(self) -> None:
+        pass
+
+    def peak_bytes(self) -> int:
+        return 10 << 30
+
+    def before(self, *_: object) -> None:
+        self.calls_left -= 1
+        if self.calls_left == 0:
+            raise torch.OutOfMemoryError("no room on this rank")
+
+
+def fit(folder: Path, ranks: Ranks) -> None:
+    """Two steps under a plan, as wrapped by DDP, and as fitted to a budget on ranks of which one runs out of memory."""
+    large, small = (
+        Plan(
+            recomputed_blocks=blocks,
+            modelled=Modelled(peak_gib=gib, recompute_flops_ratio=0, moved_gib=0, hidden_ratio=1, step_s=1),
+        )
+        for gib, blocks in ((10, ()), (8, ("mid_block.resnets.0",)))
+    )
+    for name in ("wrapped", "fitted"):
+        config = tiny_config(folder / name, num_frames=3, num_steps=2, batch_size=4, micro_batch_size=1)
+        config = dataclasses.replace(config, kernels="fused")
+        allocator, clips = OutOnce(ranks), NoiseClips(config=config)
+        fitting = Fitting(large, 10.0, lambda _: small, allocator, ranks) if name == "fitted" else None
+        trainer = Trainer(config, clips, ranks, encoder="noise", plan=large, fitting=fitting)
+        if fitting is not None:
+            trainer.model.register_forward_pre_hook(allocator.before)
+        trainer.run()
+        blocks = "" if trainer.plan is None else trainer.plan.recomputed_blocks
+        safetensors.torch.save_file(
+            trainer.model.state_dict(), folder / f"{name}-{ranks.rank}.safetensors", {"blocks": str(blocks)}
+        )
+
+
 def main() -> None:
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
@@ -113,6 +159,8 @@ def main() -> None:
         trainer._backward(trainer._load(0))
         gradients = {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
         safetensors.torch.save_file(gradients, folder / f"gradients-{ranks.rank}.safetensors")
+
+        fit(folder, ranks)
 
         # a clip of the second rank alone is NaN, first at one step, then at three in a row
         config = tiny_config(folder / "run", num_steps=9, batch_size=4, max_skipped_in_a_row=3)

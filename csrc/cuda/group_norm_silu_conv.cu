@@ -1,6 +1,4 @@
 // Launchers of the kernels of group_norm_silu_conv: which instantiation, how many blocks, how much shared memory.
-#include <limits>
-
 #include "group_norm_silu_backward.cuh"
 #include "group_norm_silu_conv.cuh"
 #include "group_norm_silu_weight_gradient.cuh"
@@ -12,13 +10,7 @@ namespace {
 template <class Kernel, class... Arguments>
 void launch(Kernel* kernel, int64_t blocks, int threads, int shared_bytes, const Execution& on,
             Arguments... arguments) {
-  if (blocks == 0) return;
-  if (blocks > std::numeric_limits<int>::max())
-    throw std::runtime_error("group_norm_silu_conv: " + std::to_string(blocks) + " blocks do not fit a CUDA grid");
-  const DeviceGuard guard(on.device);
-  allow_shared_bytes(kernel, shared_bytes);
-  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(on.stream)>>>(arguments...);
-  check(cudaGetLastError(), "launching a kernel of group_norm_silu_conv");
+  cuda::launch("group_norm_silu_conv", kernel, blocks, threads, shared_bytes, on.device, on.stream, arguments...);
 }
 
 // action(T{}) with the kernels' type of a dtype.

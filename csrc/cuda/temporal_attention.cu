@@ -20,12 +20,9 @@ void with_types(const TemporalAttention& op, Call call) {
 template <class Kernel, class... Tensors>
 void launch(Kernel* kernel, const TemporalAttention& op, int shared_bytes, int device, uintptr_t stream,
             Tensors... tensors) {
-  const DeviceGuard guard(device);
-  allow_shared_bytes(kernel, shared_bytes);
   const AttentionShape shape{uint32_t(op.P), uint32_t(op.N), int(op.F), int(op.D), op.scale};
-  const auto num_rows = uint32_t(op.B * op.P * op.N), num_threads = uint32_t(32 * num_warps(int(op.F)));
-  kernel<<<num_rows, num_threads, shared_bytes, reinterpret_cast<cudaStream_t>(stream)>>>(tensors..., shape);
-  check(cudaGetLastError(), "launching temporal attention");
+  cuda::launch("temporal_attention", kernel, op.B * op.P * op.N, 32 * num_warps(int(op.F)), shared_bytes, device,
+               reinterpret_cast<void*>(stream), tensors..., shape);
 }
 
 }  // namespace

@@ -18,6 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from mimicmotion.paths import near
+
 MANIFEST_VERSION = 1
 
 
@@ -69,8 +71,24 @@ def content_key(inputs: Sequence[Any]) -> str:
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:20]
 
 
+class NotFiniteError(ValueError):
+    """Tensors that hold infinities or NaNs, which nothing can be trained on; the message counts them."""
+
+
+def check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise NotFiniteError where a value is infinite or NaN, naming each such tensor."""
+    counts = {name: (int((~tensor.isfinite()).sum()), tensor) for name, tensor in tensors.items()}
+    found = [f"{bad:,} of {x.numel():,} {name} in {x.dtype}" for name, (bad, x) in counts.items() if bad]
+    if found:
+        raise NotFiniteError(f"not finite: {', '.join(found).replace('torch.', '')}")
+
+
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write tensors to path atomically, with a digest of their content that load_intact checks."""
+    """Write tensors to path atomically, with a digest of their content that load_intact checks.
+
+    Raises NotFiniteError, and writes nothing, where a value is infinite or NaN.
+    """
+    check_finite(tensors)
     kept = {name: tensor.contiguous() for name, tensor in tensors.items()}
     payload = save(kept, metadata={"content_sha256": _tensors_sha256(kept)})
     with atomic_write(path) as temporary:
@@ -78,12 +96,13 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def load_intact(path: Path) -> dict[str, torch.Tensor] | None:
-    """The tensors of a file written by save_tensors, or None where it is missing, cut short or changed."""
+    """The tensors of a file written by save_tensors, or None where it is missing, cut short, changed or not finite."""
     try:
         with safe_open(path, framework="pt") as opened:
             stated = (opened.metadata() or {}).get("content_sha256")
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
-    except (OSError, SafetensorError):
+        check_finite(tensors)
+    except (OSError, SafetensorError, NotFiniteError):
         return None
     return tensors if stated == _tensors_sha256(tensors) else None
 
@@ -94,6 +113,11 @@ def _tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
         digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
         digest.update(tensors[name].contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def is_prepared(folder: Path) -> bool:
+    """Whether there is a manifest, which is written last."""
+    return (folder / "manifest.json").is_file()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +153,7 @@ class Drop:
     """A video that was left out, and why."""
 
     source: str
-    stage: str  # decode or curate
+    stage: str  # decode, curate or check (what was made of it is not finite)
     reason: str
 
 
@@ -160,7 +184,11 @@ class Manifest:
         """The manifest of folder. Raises ValueError where there is none or another version's."""
         path = folder / "manifest.json"
         if not path.is_file():
-            raise ValueError(f"got {folder}, which holds no manifest.json; run `python mimicmotion/prepare.py` first")
+            why = "holds no manifest.json" if folder.is_dir() else "is not there"
+            raise ValueError(
+                f"nothing is prepared in {folder}, which {why} (prepared folders {near(folder, is_prepared)}); give one"
+                " of those, or make it with `python mimicmotion/prepare.py --videos DIR --prepared DIR`"
+            )
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:

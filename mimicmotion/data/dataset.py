@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mimicmotion.data.cache import Clip, Manifest
+from mimicmotion.data.cache import Clip, Manifest, NotFiniteError, check_finite
 from mimicmotion.data.crop import crop_frame
 from mimicmotion.data.footage import decode
 from mimicmotion.data.poses import draw, drawing_scale
@@ -151,7 +151,15 @@ class ClipDataset:
                 embedding = opened.get_slice("image_embedding")[reference : reference + 1]
         except (OSError, SafetensorError) as error:
             raise ValueError(f"cannot read {path} ({error}); run prepare again, which makes it anew") from error
-        return {**rows, "image_embedding": embedding}
+        read = {**rows, "image_embedding": embedding}
+        try:
+            check_finite(read)
+        except NotFiniteError as error:
+            raise NotFiniteError(
+                f"clip {clip.clip_id} ({path}) is {error}; run prepare again, which makes it anew or leaves the video "
+                "out with the reason"
+            ) from error
+        return read
 
 
 def hand_weights(

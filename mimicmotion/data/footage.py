@@ -9,6 +9,7 @@ import numpy as np
 from av.container import InputContainer
 
 from mimicmotion.data.wheels import Wheel, fetch_members
+from mimicmotion.paths import near
 
 # A person balancing on a beam, four cameras, 100 frames each at 60 frames a second (pose2sim, BSD-3-Clause).
 EMBEDDED = Wheel(
@@ -63,7 +64,7 @@ def embedded_footage(cache_dir: Path | None = None) -> list[Path]:
 def find_videos(folder: Path) -> list[Path]:
     """The videos of folder and its subfolders, sorted. Raises ValueError where there is no folder or no video."""
     if not folder.is_dir():
-        raise ValueError(f"got videos folder {folder}, which is not a folder")
+        raise ValueError(f"got videos folder {folder}, which is not a folder ({near(folder, Path.is_dir)}); give one")
     found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file())
     if not found:
         raise ValueError(

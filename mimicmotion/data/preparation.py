@@ -14,8 +14,19 @@ from threading import Lock
 import numpy as np
 import torch
 
-from mimicmotion.config import Config, DataConfig
-from mimicmotion.data.cache import Clip, Crop, Drop, Manifest, content_key, file_sha256, load_intact, save_tensors
+from mimicmotion.config import Config, DataConfig, demo
+from mimicmotion.data.cache import (
+    Clip,
+    Crop,
+    Drop,
+    Manifest,
+    NotFiniteError,
+    content_key,
+    file_sha256,
+    is_prepared,
+    load_intact,
+    save_tensors,
+)
 from mimicmotion.data.crop import crop_frame, crop_keypoints, person_crop
 from mimicmotion.data.curate import Bounds, measure, reasons_to_drop
 from mimicmotion.data.footage import VideoError, decode, embedded_footage, read_properties
@@ -95,19 +106,22 @@ def prepare(
 
 
 def prepare_if_missing(config: Config, progress: VideoProgress | None = None) -> Manifest:
-    """The manifest of config.data.prepared, made first where there is none or where it was made for other settings.
+    """The manifest of config.data.prepared, made anew where it was made for other settings.
 
-    Where nothing is prepared the embedded footage is used. Where size, encoder or length changed, the videos and pose
-    backend of the old manifest are used again, and cached poses with them.
+    Where size, encoder or length changed, the videos and pose backend of the old manifest are used again, and cached
+    poses with them. Where nothing is prepared, the embedded footage is, but only in the demo's own folder: any other
+    is one that somebody meant to hold videos of their own. Raises ValueError there.
     """
     data, shown = config.data, progress or VideoProgress()
     recipe = Recipe(height=data.height, width=data.width, num_frames=data.num_frames)
-    if not (data.prepared / "manifest.json").is_file():
+    if data.prepared.absolute() == demo().data.prepared.absolute() and not is_prepared(data.prepared):
         shown.say(f"nothing is prepared in {data.prepared}: preparing the embedded footage")
         videos, backend = embedded_footage(), data.poses
     else:
         manifest = Manifest.read(data.prepared)
         why = _why_stale(manifest, data)
+        if not manifest.clips:
+            raise ValueError(f"{data.prepared} holds no clip; run prepare.py for it with videos that can be used")
         if why is None:
             return manifest
         shown.say(f"{data.prepared} was prepared with {why}: preparing its videos again")
@@ -184,6 +198,9 @@ class _ClipMaker:
             tensors_file, crop = self._encode(source)
         except (VideoError, OSError) as error:
             return self._drop(path, "decode", str(error))
+        except NotFiniteError as error:
+            made_by = f"{self._poses.name} {self._poses.version}, {self._encoder.name} {self._encoder.version}"
+            return self._drop(path, "check", f"gives values that are {error} (made by {made_by})")
         self._progress.say(f"{path.name}: kept, {measures['num_frames']:.0f} frames")
         return Clip(
             clip_id=f"{path.stem}-{source.sha256[:8]}",

@@ -5,11 +5,14 @@ where no weights can be had; everything made with it carries its name.
 """
 
 import hashlib
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F_
+
+from mimicmotion.paths import check_there
 
 PATCH_CODEC = "patch-codec"
 LATENT_CHANNELS = 4
@@ -26,7 +29,7 @@ class Encoder(Protocol):
     """Pictures (F, 3, H, W) in [-1, 1] to latents (F, 4, H/8, W/8) and back, and pictures to embeddings (F, 1024).
 
     Latents are the distribution's mode, unscaled; latents times `scaling_factor` have a standard deviation near 1.
-    `name` and `version` are part of every cache key.
+    `name` and `version` are part of every cache key; version says the weights and the precision they run in.
     """
 
     name: str
@@ -47,7 +50,10 @@ class Encoder(Protocol):
 
 
 def load_encoder(name_or_path: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Encoder:
-    """The stand-in for "patch-codec", else Stable Video Diffusion's encoders from a folder or hub id."""
+    """The stand-in for "patch-codec", else Stable Video Diffusion's encoders from a folder or hub id.
+
+    dtype: of their weights and activations, but for a VAE that asks for float32 (`SVDEncoder`).
+    """
     if name_or_path == PATCH_CODEC:
         return PatchCodec()
     return SVDEncoder.load(name_or_path, device=device, dtype=dtype)
@@ -106,14 +112,19 @@ def _patterns() -> Tensor:
 
 
 class SVDEncoder:
-    """Stable Video Diffusion's AutoencoderKLTemporalDecoder and CLIP vision model with projection."""
+    """Stable Video Diffusion's AutoencoderKLTemporalDecoder and CLIP vision model with projection.
+
+    Each runs in the dtype of its weights. A VAE whose config says `force_upcast`, as the released one's does, has
+    activations beyond float16's 65504: `load` leaves it in float32, whatever dtype is asked for.
+    """
 
     def __init__(self, vae: Any, image_encoder: Any, *, name: str, frames_at_once: int = 8) -> None:
         width = int(image_encoder.config.projection_dim)
         if width != EMBEDDING_SIZE:
             raise ValueError(f"got an image encoder of {width} outputs, wanted {EMBEDDING_SIZE}, as the UNet reads")
         self.name = name
-        self.version = _fingerprint(vae, image_encoder)
+        precision = "-".join(str(model.dtype).removeprefix("torch.") for model in (vae, image_encoder))
+        self.version = f"{_fingerprint(vae, image_encoder)}-{precision}"
         self.scaling_factor = float(vae.config.scaling_factor)
         self._vae = vae
         self._image_encoder = image_encoder
@@ -121,10 +132,15 @@ class SVDEncoder:
 
     @classmethod
     def load(cls, name_or_path: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> "SVDEncoder":
-        """From a folder in diffusers' layout (vae/, image_encoder/) or a hub id. Raises ValueError where it fails."""
+        """From a folder in diffusers' layout (vae/, image_encoder/) or a hub id. Raises ValueError where it fails.
+
+        dtype: of both, but for a VAE that asks for float32.
+        """
         from diffusers import AutoencoderKLTemporalDecoder
         from transformers import CLIPVisionModelWithProjection
 
+        if _is_path(name_or_path):
+            check_there("encoder", Path(name_or_path), "give a folder holding vae/ and image_encoder/, or a hub id")
         try:
             vae = AutoencoderKLTemporalDecoder.from_pretrained(name_or_path, subfolder="vae")
             image_encoder = CLIPVisionModelWithProjection.from_pretrained(name_or_path, subfolder="image_encoder")
@@ -134,22 +150,23 @@ class SVDEncoder:
                 f" diffusers' layout, or the id of such a model on the hub: {error}"
             ) from error
         models: tuple[Any, Any] = (vae, image_encoder)
-        for model in models:
-            model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+        dtypes = (torch.float32 if vae.config.get("force_upcast", False) else dtype, dtype)
+        for model, own_dtype in zip(models, dtypes, strict=True):
+            model.to(device=device, dtype=own_dtype).eval().requires_grad_(False)
         return cls(*models, name=name_or_path)
 
     @torch.no_grad()
     def encode(self, frames: Tensor) -> Tensor:
         """Unscaled modes (F, 4, H/8, W/8) of frames (F, 3, H, W), in float32 on the frames' device."""
         check_frames(frames)
-        modes = [self._vae.encode(self._to_model(part)).latent_dist.mode() for part in self._parts(frames)]
+        modes = [self._vae.encode(_as_read_by(self._vae, part)).latent_dist.mode() for part in self._parts(frames)]
         return torch.cat(modes).to(frames.device, torch.float32)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures (F, 3, H, W), clamped to [-1, 1], in float32; several frames at a time, as upstream decodes."""
         pictures = [
-            self._vae.decode(self._to_model(part), num_frames=len(part)).sample for part in self._parts(latents)
+            self._vae.decode(_as_read_by(self._vae, part), num_frames=len(part)).sample for part in self._parts(latents)
         ]
         return torch.cat(pictures).to(latents.device, torch.float32).clamp(-1, 1)
 
@@ -162,14 +179,21 @@ class SVDEncoder:
         embeddings = []
         for part in self._parts(frames):
             resized = (_resize_with_antialiasing(part, (CLIP_SIZE, CLIP_SIZE)) + 1) / 2
-            embeddings.append(self._image_encoder(self._to_model((resized - mean) / std)).image_embeds)
+            normalised = _as_read_by(self._image_encoder, (resized - mean) / std)
+            embeddings.append(self._image_encoder(normalised).image_embeds)
         return torch.cat(embeddings).to(frames.device, torch.float32)
 
     def _parts(self, tensor: Tensor) -> tuple[Tensor, ...]:
         return tensor.split(self._frames_at_once)
 
-    def _to_model(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self._vae.device, self._vae.dtype)
+
+def _is_path(name_or_path: str) -> bool:
+    """Whether it can only be a folder: a hub id is an owner and a name."""
+    return name_or_path.count("/") != 1 or name_or_path.startswith((".", "~", "/"))
+
+
+def _as_read_by(model: Any, tensor: Tensor) -> Tensor:
+    return tensor.to(model.device, model.dtype)
 
 
 def _fingerprint(*models: Any) -> str:

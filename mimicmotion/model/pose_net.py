@@ -20,12 +20,25 @@ _LAYERS = (
 )
 
 
+def lay_out_channels_last(module: nn.Module) -> None:
+    """Give the weights of a module's 2D convolutions channels-last strides, in place; values and names stay.
+
+    `Module.to` cannot do it to fake weights, which dry runs are made of.
+    """
+    for parameter in module.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+
+
 class PoseNet(nn.Module):
     """Skeleton picture (B*F, 3, H, W) in [-1, 1] -> features (B*F, C, H/8, W/8), times one learnt scalar.
 
     Key names, shapes and initial values are those of the released model (Tencent/MimicMotion, pose_net.py):
     normal weights with std sqrt(2 / (k*k*C_in)), zero biases, a projection of zeros, scale 2. With C = 320 it has
     19 tensors and 205,557 parameters.
+
+    Weights, activations and features lie channels last: at full resolution cuDNN takes 3.6 times as long where it has
+    to bring few channels of many pixels into that order itself.
     """
 
     def __init__(self, out_channels: int = 320) -> None:
@@ -44,12 +57,15 @@ class PoseNet(nn.Module):
         nn.init.zeros_(self.final_proj.weight)
         if self.final_proj.bias is not None:
             nn.init.zeros_(self.final_proj.bias)
+        lay_out_channels_last(self)
 
     def forward(self, pose: Tensor) -> Tensor:
         """Features of the pictures; shapes in the class."""
         first, *rest = [*self.conv_layers, self.final_proj]
         stages = [first, *(nn.Sequential(*pair) for pair in zip(rest[::2], rest[1::2], strict=True))]
-        features = pose
+        kind = pose.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else pose.dtype
+        features = pose.to(dtype, memory_format=torch.channels_last)  # rounded and laid out in one pass
         for stage in stages:
             features = segment(stage, features) if self.recomputes_activations else stage(features)
         return (features * self.scale).to(features.dtype)  # under autocast scale would make the UNet's stream float32

@@ -3,11 +3,13 @@
 from typing import Any
 
 import torch
+from diffusers.models.downsampling import Downsample2D
 from diffusers.models.unets.unet_spatio_temporal_condition import UNetSpatioTemporalConditionModel
+from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
-from mimicmotion.config import ModelConfig
-from mimicmotion.model.pose_net import PoseNet
+from mimicmotion.config import Kernels, ModelConfig
+from mimicmotion.model.pose_net import PoseNet, lay_out_channels_last
 
 NUM_TIME_IDS = 3  # fps - 1, motion bucket, noise on the reference
 
@@ -52,6 +54,8 @@ class MimicMotionModel(nn.Module):
         ln(sigma) / 4; image_embedding (B, 1, C); time_ids (B, 3); pose (B, F, 3, 8h, 8w) in [-1, 1], or None for
         no pose feature at all; pose_keep (B,): 0 where a clip's pose feature is dropped, else 1.
         """
+        if self.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last):
+            sample = sample.movedim(2, 4).contiguous().movedim(4, 2)  # each frame lies as the weight does
         if pose is None:
             return self.unet(sample, timestep, image_embedding, time_ids, return_dict=False)[0]
         if pose.shape[:2] != sample.shape[:2]:
@@ -71,9 +75,19 @@ class MimicMotionModel(nn.Module):
             handle.remove()
 
 
-def build_model(config: ModelConfig) -> MimicMotionModel:
-    """UNet and PoseNet with fresh weights drawn from torch's default generator."""
-    return MimicMotionModel(build_unet(config), PoseNet(config.block_out_channels[0]))
+def build_model(config: ModelConfig, kernels: Kernels = "torch") -> MimicMotionModel:
+    """UNet and PoseNet with fresh weights drawn from torch's default generator.
+
+    kernels: what the model will run with. Fused blocks give and take tensors that lie channels last, so the weights of
+    the convolutions between them, which stay torch's, are laid out so as well: cuDNN has nothing to copy. That has to
+    be before an optimizer is made, whose moments and gradients lie as the weights do.
+    """
+    model = MimicMotionModel(build_unet(config), PoseNet(config.block_out_channels[0]))
+    if kernels == "fused":
+        between = [module for module in model.unet.modules() if isinstance(module, (Downsample2D, Upsample2D))]
+        for module in (model.unet.conv_in, *between):
+            lay_out_channels_last(module)
+    return model
 
 
 def num_parameters(module: nn.Module) -> int:

@@ -15,6 +15,7 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.resnet import AlphaBlender, ResnetBlock2D, SpatioTemporalResBlock, TemporalResnetBlock
 from diffusers.models.transformers.transformer_temporal import TransformerSpatioTemporalModel
 from diffusers.models.unets.unet_3d_blocks import CrossAttnUpBlockSpatioTemporal, UpBlockSpatioTemporal
+from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
 _PLAIN_PROCESSORS = (AttnProcessor, AttnProcessor2_0)
@@ -90,6 +91,14 @@ def why_not_up_block(module: Any) -> str | None:
         reason = _why_not_called(child)
         if reason is not None:
             return f"{name or 'it'} {reason}"
+    for i, upsampler in enumerate(module.upsamplers or ()):
+        if type(upsampler) is not Upsample2D:
+            return f"upsamplers.{i} is {type(upsampler).__name__}, not Upsample2D"
+        ways = upsampler.use_conv, upsampler.interpolate, upsampler.name, upsampler.norm, upsampler.use_conv_transpose
+        if ways != (True, True, "conv", None, False):
+            return f"upsamplers.{i} does not enlarge by nearest pixels and then convolve"
+        if is_hooked(upsampler):
+            return f"upsamplers.{i} has hooks or a replaced forward"
     return None
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mmkernels.blocks.drop_in import PLAIN, DropIn, FusedBlock
@@ -45,7 +46,19 @@ class FusedOutputHead(FusedBlock):
         norm, conv = self.known["conv_norm_out"], self.known["conv_out"]
         with unit("output"):
             y = norm_silu_conv(norm, conv, channels_last(hidden_states))  # pyright: ignore[reportArgumentType]  known
+        return _Planes.apply(y)
+
+
+class _Planes(torch.autograd.Function):
+    """y (M, H, W, C) as a contiguous (M, C, H, W); its gradient comes back contiguous, as the convolution reads it."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
         return y.permute(0, 3, 1, 2).contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return channels_last(gradients[0])
 
 
 class PassThrough(DropIn):

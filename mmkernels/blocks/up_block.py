@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from mmkernels.blocks.drop_in import PLAIN, FusedBlock
 from mmkernels.blocks.exactness import why_not_up_block
@@ -16,7 +17,7 @@ class FusedUpBlock(FusedBlock):
     """Stands for a CrossAttnUpBlockSpatioTemporal or an UpBlockSpatioTemporal; its blocks run as they were replaced.
 
     The upsampler saves its small input: the enlarged picture is made again in backward, its convolution is not run
-    again.
+    again. What is channels last stays so, which diffusers' upsampler gives up from 64 pictures on.
     """
 
     why_not = staticmethod(why_not_up_block)
@@ -63,5 +64,18 @@ class FusedUpBlock(FusedBlock):
                 )[0]
         with unit(self.name), unit("upsample"):
             for upsampler in self.upsamplers or ():
-                hidden_states = segment(lambda x, run=upsampler: run(x, upsample_size), hidden_states)
+                conv = upsampler.get_submodule("conv")
+                hidden_states = segment(lambda x, conv=conv: conv(_enlarge(x, upsample_size)), hidden_states)
         return hidden_states
+
+
+def _enlarge(x: Tensor, size: tuple[int, int] | None) -> Tensor:
+    """x (M, C, H, W) enlarged to `size`, by default twice as high and wide, by its nearest pixels; channels last.
+
+    Torch's own kernel for that order takes less than 2^31 elements: doubling is a copy of a view here.
+    """
+    M, C, H, W = x.shape
+    if size is not None and tuple(size) != (2 * H, 2 * W):
+        return functional.interpolate(x, size=size, mode="nearest")
+    pixels = x.permute(0, 2, 3, 1)[:, :, None, :, None]  # (M, H, 1, W, 1, C)
+    return pixels.expand(M, H, 2, W, 2, C).reshape(M, 2 * H, 2 * W, C).permute(0, 3, 1, 2)

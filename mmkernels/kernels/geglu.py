@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import gelu
 
 from mmkernels import extension
-from mmkernels.costs import is_modelled
+from mmkernels.costs import device_kind, is_modelled
 from mmkernels.kernels.storage import DTYPE_NAMES, why_unsupported
 
 _BLOCK_ROWS = 32  # rows that the first stage of the sum takes at once on the CPU
@@ -30,7 +30,7 @@ def geglu_into(u: Tensor, bias: Tensor, g: Tensor) -> None:
     if why_unsupported(u, u.dtype) is not None:
         hidden, gate = (u + bias).chunk(2, dim=-1)
         g.copy_(hidden * gelu(gate))
-    elif u.device.type == "cpu":
+    elif device_kind(u) == "cpu":
         pointers = [tensor.data_ptr() for tensor in (u, bias, g)]
         extension.native().geglu_forward(*pointers, list(g.shape), DTYPE_NAMES[u.dtype], torch.get_num_threads())
     else:
@@ -56,7 +56,7 @@ def geglu_backward_into(u: Tensor, bias: Tensor, dg: Tensor, du: Tensor, g: Tens
         g.copy_(hidden * gate * cdf)
         du.copy_(wide)
         return wide.sum(0)
-    if u.device.type == "cpu":
+    if device_kind(u) == "cpu":
         sums = _sums(u)
         pointers = [tensor.data_ptr() for tensor in (u, bias, dg, du, g, sums)]
         extension.native().geglu_backward(

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mmkernels import extension
-from mmkernels.costs import is_modelled
+from mmkernels.costs import device_kind, is_modelled
 from mmkernels.kernels.storage import DTYPE_NAMES, why_unsupported
 from mmkernels.rows import wide_dtype
 
@@ -38,7 +38,7 @@ def layer_norm_into(
         out.copy_(normal.view(out.shape))
         mean.copy_(center.view(-1))
         rstd.copy_(scale.view(-1))
-    elif x.device.type == "cpu":
+    elif device_kind(x) == "cpu":
         pointers = _pointers(x, shift, weight, bias, out, mean, rstd)
         extension.native().layer_norm_forward(*pointers, *_layout(x, out.dtype, x), eps, torch.get_num_threads())
     else:
@@ -66,7 +66,7 @@ def layer_norm_backward_into(
         dh = rstd[:, None] * (dn - dn.mean(-1, keepdim=True) - normal * (dn * normal).mean(-1, keepdim=True))
         dx.copy_((residual + dh).view(x.shape))
         return torch.stack(((gradient * normal).sum(0), gradient.sum(0), residual.sum(0)))
-    if x.device.type == "cpu":
+    if device_kind(x) == "cpu":
         sums = _sums(x, wide)
         pointers = _pointers(dout, x, shift, weight, mean, rstd, dy, dx, sums)
         layout = _layout(x, dout.dtype, x, dy, dx)
@@ -90,7 +90,7 @@ def add_residual_into(x: Tensor, shift: Tensor | None, inner: Tensor, inner_bias
         return
     if why_unsupported(x, inner.dtype) is not None or y.stride(-1) != 1:
         y.copy_(_shifted(x, shift) + (inner.to(inner_bias.dtype) + inner_bias).view(x.shape))
-    elif x.device.type == "cpu":
+    elif device_kind(x) == "cpu":
         pointers = _pointers(x, shift, inner, inner_bias, y)
         native = extension.native()
         native.layer_norm_add_residual(*pointers, *_layout(x, inner.dtype, x, y), torch.get_num_threads())

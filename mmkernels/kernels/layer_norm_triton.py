@@ -162,7 +162,7 @@ def forward(
     x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, eps: float, out: Tensor, mean: Tensor, rstd: Tensor
 ) -> None:  # fmt: skip
     """Write the norm of x + shift, and its statistics; layouts as in mmkernels.kernels.layer_norm."""
-    forward_launch(x, shift, weight, bias, eps, out, mean, rstd).on(x.device)
+    forward_launch(x, shift, weight, bias, eps, out, mean, rstd).run()
 
 
 def backward(
@@ -170,10 +170,10 @@ def backward(
 ) -> Tensor:  # fmt: skip
     """Write dx; returns the sums (blocks, 3, C) for weight, bias and residual, to be added over blocks."""
     launch, sums = backward_launch(dout, x, shift, weight, mean, rstd, dy, dx)
-    launch.on(x.device)
+    launch.run()
     return sums
 
 
 def add_residual(x: Tensor, shift: Tensor | None, inner: Tensor, inner_bias: Tensor, y: Tensor) -> None:
     """Write x + shift + inner + inner_bias into y."""
-    residual_launch(x, shift, inner, inner_bias, y).on(x.device)
+    residual_launch(x, shift, inner, inner_bias, y).run()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mmkernels import extension
+from mmkernels.costs import device_kind
 
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -19,8 +20,9 @@ def why_unsupported(x: Tensor, *other_dtypes: torch.dtype) -> str | None:
             return f"dtype {dtype}, the kernels take {', '.join(DTYPE_NAMES.values())}"
     if x.stride(-1) != 1:
         return f"the last axis of {tuple(x.shape)} is not contiguous"
-    if x.device.type == "cpu":
+    kind = device_kind(x)
+    if kind == "cpu":
         return None if extension.available() else f"no native CPU kernels: {extension.why_not()}"
-    if x.device.type == "cuda":
+    if kind == "cuda":
         return None if importlib.util.find_spec("triton") else "Triton is not installed; pip install triton"
-    return f"no kernel for device {x.device.type}"
+    return f"no kernel for device {kind}"

@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mmkernels.cards import Card
+from mmkernels.cards import Card, Kind
 from mmkernels.memory.transfer import StreamName
 
 
 @dataclass
 class Clock:
-    """`mmkernels.memory.transfer.Device` with times from a card's data sheet; events are times in seconds."""
+    """`mmkernels.memory.transfer.Device` with times from a card's rates; events are times in seconds."""
 
     card: Card
     compute_s: float = 0.0  # what the compute stream was busy for
@@ -28,9 +28,9 @@ class Clock:
     moved_in_bytes: int = 0
     _now: dict[StreamName, float] = field(default_factory=lambda: {"compute": 0.0, "copy-out": 0.0, "copy-in": 0.0})
 
-    def compute(self, flops: float, num_bytes: float) -> None:
-        """Queue an operator on the compute stream."""
-        seconds = self.card.seconds(flops, num_bytes)
+    def compute(self, flops: float, num_bytes: float, kind: Kind = "pass") -> None:
+        """Queue a kernel on the compute stream."""
+        seconds = self.card.seconds(flops, num_bytes, kind)
         self._now["compute"] += seconds
         self.compute_s += seconds
 

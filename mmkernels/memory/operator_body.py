@@ -7,7 +7,7 @@ body is run once for each combination of shapes, strides, dtypes, settings and k
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,20 +20,21 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from mmkernels.costs import device_kind, noting
 from mmkernels.memory.caching_allocator import allocated_bytes
-from mmkernels.memory.operator_cost import OperatorCosts, distinct_bytes, moved_bytes
+from mmkernels.memory.operator_cost import Kernel, OperatorCosts, distinct_bytes
+from mmkernels.memory.workspace import workspace_bytes
 
 _NAMESPACE = "mmkernels"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Body:
-    """kernels: FLOPs and bytes moved by each, one after the other; buffers: what is allocated beside the outputs.
+    """kernels: one after the other; buffers: what is allocated beside the outputs.
 
     peak_bytes: most bytes alive at once of what the body allocated, outputs included.
     buffers: bytes of each allocation alive then that is not an output.
     """
 
-    kernels: tuple[tuple[int, int], ...]
+    kernels: tuple[Kernel, ...]
     peak_bytes: int
     buffers: tuple[int, ...]
 
@@ -55,7 +56,7 @@ class Bodies:
         kinds = {device_kind(x) for x in leaves if isinstance(x, Tensor)}
         key = (func.name(), *sorted(kinds), torch.get_num_threads(), *map(_signature, leaves))
         if key not in _known:
-            _known[key] = _run(definition._init_fn, args, kwargs, self._costs)
+            _known[key] = _run(definition._init_fn, args, kwargs, _Follower(self._costs, is_cuda="cuda" in kinds))
         return _known[key]
 
 
@@ -63,8 +64,7 @@ def _signature(leaf: object) -> object:
     return (tuple(leaf.shape), leaf.stride(), leaf.dtype) if isinstance(leaf, Tensor) else leaf
 
 
-def _run(body: Callable[..., Any], args: tuple, kwargs: dict, costs: OperatorCosts) -> Body:
-    follower = _Follower(costs)
+def _run(body: Callable[..., Any], args: tuple, kwargs: dict, follower: _Follower) -> Body:
     # The dtypes of the products are chosen by the caller: autocast has nothing to do inside.
     with _disable_current_modes(), FakeTensorMode(), torch.no_grad(), torch.autocast("cpu", enabled=False):
         args, kwargs = tree_map(_without_memory, (args, kwargs))
@@ -82,9 +82,10 @@ def _without_memory(leaf: Any) -> Any:
 class _Follower(TorchDispatchMode):
     """Counts what a body allocates, and its kernels."""
 
-    def __init__(self, costs: OperatorCosts) -> None:
+    def __init__(self, costs: OperatorCosts, *, is_cuda: bool) -> None:
         super().__init__()
-        self.kernels: list[tuple[int, int]] = []
+        self._is_cuda = is_cuda
+        self.kernels: list[Kernel] = []
         self.peak_bytes = 0
         self.at_peak: dict[int, int] = {}  # bytes by serial number
         self._costs = costs
@@ -94,7 +95,7 @@ class _Follower(TorchDispatchMode):
 
     def note(self, flops: int, reads: Sequence[Tensor | None], writes: Sequence[Tensor | None]) -> None:
         """A kernel that torch does not dispatch."""
-        self.kernels.append((flops, sum(distinct_bytes(x) for x in (*reads, *writes) if x is not None)))
+        self.kernels.append(Kernel(flops, sum(distinct_bytes(x) for x in (*reads, *writes) if x is not None)))
 
     def serial_of(self, x: Tensor) -> int:
         """The number of the allocation that x views; -1 where the body did not make it."""
@@ -108,12 +109,12 @@ class _Follower(TorchDispatchMode):
                     return out
         given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         out = func(*args, **kwargs)
-        cost = self._costs.flops(func, args, kwargs, out), moved_bytes(func, args, kwargs, out)
-        if any(cost):
-            self.kernels.append(cost)
+        self.kernels += self._costs.kernels(func, args, kwargs, out, is_inside=True)
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in given:
                 self._see(leaf.untyped_storage())
+        if self._is_cuda and (sizes := workspace_bytes(func, args, out)):
+            self._see_peak({-1 - i: allocated_bytes(size) for i, size in enumerate(sizes)})
         return out
 
     def _see(self, storage: torch.UntypedStorage) -> None:
@@ -123,9 +124,13 @@ class _Follower(TorchDispatchMode):
         self._last = serial = self._last + 1
         self._serials[key] = serial, weakref.ref(storage, lambda _: self._forget(key, serial))
         self._live[serial] = allocated_bytes(storage.nbytes())
-        live_bytes = sum(self._live.values())
+        self._see_peak({})
+
+    def _see_peak(self, inside: Mapping[int, int]) -> None:
+        """inside: bytes that an operator of torch has allocated besides, by any key."""
+        live_bytes = sum(self._live.values()) + sum(inside.values())
         if live_bytes > self.peak_bytes:
-            self.peak_bytes, self.at_peak = live_bytes, dict(self._live)
+            self.peak_bytes, self.at_peak = live_bytes, {**self._live, **inside}
 
     def _forget(self, key: int, serial: int) -> None:
         del self._serials[key], self._live[serial]

@@ -1,17 +1,33 @@
-"""What one dispatched operator computes and moves through device memory: FLOPs and bytes."""
+"""What one dispatched operator computes and moves through device memory: its kernels, each of a kind, FLOPs and bytes.
+
+cuDNN's convolutions in half precision run in channels last alone: operands in another layout are copied there and the
+result back, in memory that cuDNN asks torch for (nchwToNhwcKernel and nhwcToNchwKernel of a profile on an H200).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils import flop_counter
 from torch.utils._pytree import tree_leaves
 
+from mmkernels.cards import Kind
+
 _WRITES_ONLY = ("copy_", "fill_", "zero_", "normal_", "uniform_", "random_")  # in place, without reading what was there
 _ALLOCATES_ONLY = ("empty", "new_empty", "resize_", "set_")  # and what begins so, as empty_like and new_empty_strided
+_REDUCTIONS = ("sum", "mean", "native_layer_norm", "native_group_norm_backward", "linalg_vector_norm", "var")
+HALF = (torch.bfloat16, torch.float16)
+
+
+class Kernel(NamedTuple):
+    """One kernel of an operator."""
+
+    flops: int
+    num_bytes: int
+    kind: Kind = "kernel"
 
 
 class OperatorCosts:
@@ -24,6 +40,74 @@ class OperatorCosts:
         """Of products, convolutions and attention; a multiply and an add are two."""
         formula = self._formulas.get(func._overloadpacket)
         return 0 if formula is None else int(formula(*args, **kwargs, out_val=out))
+
+    def kernels(self, func: Any, args: tuple, kwargs: dict, out: object, *, is_inside: bool) -> tuple[Kernel, ...]:
+        """What an operator runs on a GPU, in this order. is_inside: of a fused operator, which calls flash by name."""
+        flops, num_bytes = self.flops(func, args, kwargs, out), moved_bytes(func, args, kwargs, out)
+        if not flops and not num_bytes:
+            return ()
+        if is_convolution(func):
+            parts = convolution_copies(func, args, out)
+            copies = [Kernel(0, 2 * size, "strided") for part in parts for size in part]
+            own = [Kernel(flops // len(parts), num_bytes // len(parts), "convolution")] * len(parts)
+            return (*copies, *own)
+        return (Kernel(flops, num_bytes, _kind(func, args, kwargs, out, flops, is_inside)),)
+
+
+def _kind(func: Any, args: tuple, kwargs: dict, out: object, flops: int, is_inside: bool) -> Kind:
+    name = func._overloadpacket.__name__
+    if "attention" in name:
+        is_flash = is_inside or args[1 + ("backward" in name)].shape[-2] == 1  # cuDNN's takes no single key
+        if "backward" in name:
+            return "flash backward" if is_flash else "attention backward"
+        return "flash" if is_flash else "attention"
+    if flops:
+        return "product"
+    if name == "native_group_norm":
+        return "group norm"
+    if name.startswith(_REDUCTIONS):
+        return "reduction"
+    if name.startswith(("_foreach", "_fused", "cat")):
+        return "pass"  # lists of tensors, each in one order
+    given, made = list(_tensors((args, kwargs))), list(_tensors(out))
+    many = [x for x in (*given, *made) if x.dim()]
+    largest = max((x.numel() for x in many), default=0)
+    streams = [x for x in many if x.numel() == largest]
+    if len(streams) < len(many) or len({x.stride() for x in streams}) > 1 or not _is_dense(streams):
+        return "strided"
+    widest = max((x.element_size() for x in made), default=0)
+    return "widening" if any(x.element_size() < widest for x in given if x.dim()) else "pass"
+
+
+def _is_dense(tensors: Iterable[Tensor]) -> bool:
+    return all(distinct_bytes(x) == _span(x) * x.element_size() for x in tensors)
+
+
+def _span(x: Tensor) -> int:
+    """Elements from the first to the last of a tensor in memory."""
+    return 1 + sum((int(size) - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True) if size)
+
+
+def is_convolution(func: Any) -> bool:
+    """Whether it is one, or one's backward."""
+    return func._overloadpacket.__name__ in ("convolution", "convolution_backward")
+
+
+def convolution_copies(func: Any, args: tuple, out: object) -> list[list[int]]:
+    """Bytes of the copies in channels last that each kernel of a convolution takes: one forward, up to two backward."""
+    made: Any = out
+    if func._overloadpacket.__name__ == "convolution":
+        kernels = [(*args[:2], made)]
+    else:
+        dy, x, weight = args[:3]
+        dx, dweight, _ = made
+        kernels = [each for each in ((dy, weight, dx), (dy, x, dweight)) if each[2] is not None]
+    return [[x.nbytes for x in each if x.dtype in HALF and not _is_channels_last(x)] for each in kernels]
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    layout = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+    return x.dim() not in (4, 5) or x.is_contiguous(memory_format=layout)
 
 
 def moved_bytes(func: Any, args: tuple, kwargs: dict, out: object) -> int:

@@ -6,10 +6,10 @@ allocator does: rounded up to a multiple of 512 bytes; what that allocator would
 requests, fragmentation included, is simulated. FLOPs are those of `torch.utils.flop_counter` (a multiply
 and an add are two), with the formulas that custom operators register there.
 
-Inside a fused operator of this package the buffers of its chunks are counted too, and each kernel's time.
+Inside a fused operator of this package the buffers of its chunks are counted too, and each kernel's time. Where the
+tensors stand for a GPU's, so is what torch's operators allocate inside (mmkernels.memory.workspace).
 
-Modelled, not measured: workspaces inside an operator of torch (cuDNN's, those of flash attention) are not in it.
-PyTorch's own MemTracker tests allow 10% on the peak for the same reasons.
+Modelled, not measured: held to a measured step in tests/test_measured_step.py.
 """
 
 import weakref
@@ -23,14 +23,16 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
+from mmkernels.cards import LARGEST_WORKSPACE_BYTES
 from mmkernels.costs import modelled_device
 from mmkernels.memory.attribution import History
 from mmkernels.memory.caching_allocator import CachingAllocator, allocated_bytes
 from mmkernels.memory.clock import Clock
 from mmkernels.memory.operator_body import Bodies
-from mmkernels.memory.operator_cost import OperatorCosts, moved_bytes
+from mmkernels.memory.operator_cost import OperatorCosts
 from mmkernels.memory.phases import Phase, Phases, is_in_backward
 from mmkernels.memory.units import current_unit
+from mmkernels.memory.workspace import BLAS_THREADS, workspace_bytes
 
 
 @dataclass(kw_only=True)
@@ -105,7 +107,7 @@ def trace(
     """
     if device_kind is None and clock is not None:
         device_kind = "cuda"
-    follower = _StorageFollower(resident, clock, history)
+    follower = _StorageFollower(resident, clock, history, is_cuda=device_kind == "cuda")
     resident_bytes = follower.live_bytes
     found = {name: Part() for name in parts or {}}
     with ExitStack() as hooks:
@@ -136,8 +138,12 @@ def trace(
 class _StorageFollower(TorchDispatchMode):
     """Counts the bytes of live storages, the FLOPs and the time of the operators dispatched under it."""
 
-    def __init__(self, resident: Iterable[torch.Tensor], clock: Clock | None, history: History | None) -> None:
+    def __init__(
+        self, resident: Iterable[torch.Tensor], clock: Clock | None, history: History | None, *, is_cuda: bool
+    ) -> None:
         super().__init__()
+        self._is_cuda = is_cuda
+        self._has_blas = False  # once a product has run
         self.live_bytes = 0
         self.peak_bytes = 0
         self.bytes_at_backward = 0
@@ -199,23 +205,41 @@ class _StorageFollower(TorchDispatchMode):
         if self._history is not None:
             self._history.operator(func)
         out = func(*args, **kwargs)
-        flops = self._costs.flops(func, args, kwargs, out)
-        self.flops += flops
+        self.flops += self._costs.flops(func, args, kwargs, out)
         body = self._bodies.of(func, args, kwargs)
+        kernels = self._costs.kernels(func, args, kwargs, out, is_inside=False) if body is None else body.kernels
         if self._clock is not None:
-            for kernel in [(flops, moved_bytes(func, args, kwargs, out))] if body is None else body.kernels:
-                self._clock.compute(*kernel)
+            for flops, num_bytes, kind in kernels:
+                self._clock.compute(flops, num_bytes, kind)
+        if self._is_cuda and not self._has_blas and any(kernel.kind == "product" for kernel in kernels):
+            self._take_blas()
         bytes_before = self.live_bytes
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
                 self._see(leaf, is_counted=True)
         if body is not None:
-            self._see_peak(bytes_before + body.peak_bytes)
-            if self._history is not None:
-                self._history.inside(bytes_before + body.peak_bytes - self.live_bytes)
-            for address in [self.allocator.allocate(size) for size in body.buffers if size]:
-                self.allocator.free(address)
+            self._see_inside(bytes_before + body.peak_bytes, body.buffers)
+        elif self._is_cuda and (inside := workspace_bytes(func, args, out)):
+            self._see_inside(self.live_bytes + sum(map(allocated_bytes, inside)), inside)
         return out
+
+    def _see_inside(self, live_bytes: int, buffers: Iterable[int]) -> None:
+        """What an operator allocates and frees again; live_bytes: at most alive meanwhile."""
+        self._see_peak(live_bytes)
+        if self._history is not None:
+            self._history.inside(live_bytes - self.live_bytes)
+        for address in [self.allocator.allocate(size) for size in buffers if size]:
+            self.allocator.free(address)
+
+    def _take_blas(self) -> None:
+        """The workspaces of both threads, which every step but the first finds there."""
+        self._has_blas = True
+        size = LARGEST_WORKSPACE_BYTES if self._clock is None else self._clock.card.workspace_bytes
+        for _ in range(BLAS_THREADS):
+            self.allocator.allocate(size)
+            self.live_bytes += allocated_bytes(size)
+            if self._history is not None:
+                self._history.kept("cuBLAS workspaces", allocated_bytes(size))
 
     def _see(self, tensor: torch.Tensor, is_counted: bool) -> None:
         if tensor.layout != torch.strided:

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -31,15 +30,18 @@ from torch.nn import functional
 from torch.utils.flop_counter import register_flop_formula
 
 from mmkernels import extension, tuning
-from mmkernels.costs import is_modelled
+from mmkernels.costs import device_kind, device_of, is_modelled, is_noting
 from mmkernels.kernels.storage import DTYPE_NAMES
 from mmkernels.ops import group_norm_silu_conv_chunked as chunked
 from mmkernels.ops import group_norm_silu_conv_formula as formula
 from mmkernels.ops import group_norm_silu_conv_implicit as implicit
 from mmkernels.ops import group_norm_silu_conv_native as native
-from mmkernels.ops.group_norm_silu_conv_chunked import Norm
+from mmkernels.ops.group_norm_silu_conv_chunked import Norm, Rows, at
 from mmkernels.ops.group_norm_silu_conv_implicit import Kernels
 from mmkernels.rows import chunk_size
+
+_FEW_CHANNELS = 16  # fewer outputs fill no tile of a matrix product
+_ALL: Rows = (slice(None), slice(None), slice(None))
 
 # --- reference
 
@@ -66,7 +68,7 @@ def _statistics(x: Tensor, x2: Tensor | None, num_groups: int, eps: float) -> tu
         return like, torch.empty_like(like)
     if why_unsupported(x, x2) is not None:
         return formula.statistics(x, x2, num_groups, eps)
-    if x.device.type == "cuda":
+    if device_kind(x) == "cuda":
         from mmkernels.ops import group_norm_silu_triton
 
         return group_norm_silu_triton.statistics(x, x2, num_groups, eps)
@@ -79,7 +81,7 @@ def _activate(x: Tensor, x2: Tensor | None, norm: Norm, out: Tensor) -> None:
         return
     if why_unsupported(x, x2) is not None:
         formula.activate(x, x2, norm, out)
-    elif x.device.type == "cuda":
+    elif device_kind(x) == "cuda":
         from mmkernels.ops import group_norm_silu_triton
 
         group_norm_silu_triton.activate(x, x2, *norm, out)
@@ -96,7 +98,7 @@ def _norm_backward(
         return torch.empty_like(norm.gamma), torch.empty_like(norm.beta)
     if why_unsupported(x, x2) is not None:
         return formula.norm_backward(x, x2, da, norm, dx, dx2)
-    if x.device.type == "cuda":
+    if device_kind(x) == "cuda":
         from mmkernels.ops import group_norm_silu_triton
 
         return group_norm_silu_triton.group_norm_silu_backward(x, x2, da, *norm, dx, dx2)
@@ -106,7 +108,7 @@ def _norm_backward(
 def _variants(x: Tensor, x2: Tensor | None, weight: Tensor, others: Sequence[Tensor]) -> dict[str, Kernels | None]:
     """Ways to run the op on x's device, None for the chunked one; the others take tensors of one dtype."""
     found: dict[str, Kernels | None] = {"chunked": None}
-    if x.device.type != "cuda" or why_unsupported(x, x2) or any(v.dtype != x.dtype for v in (weight, *others)):
+    if device_kind(x) != "cuda" or why_unsupported(x, x2) or any(v.dtype != x.dtype for v in (weight, *others)):
         return found
     from mmkernels.ops import group_norm_silu_conv_cuda, group_norm_silu_conv_triton
 
@@ -121,14 +123,32 @@ def _fastest(
     direction: str, run: Callable[..., Any], x: Tensor, x2: Tensor | None, weight: Tensor, outputs: Sequence[Tensor],
     *others: Tensor,
 ) -> Kernels | None:  # fmt: skip
-    """The kernels that `run` is fastest with, None for the chunked way; timed on scratch outputs where first seen."""
+    """The kernels that run(kernels, rows, *outputs) is fastest with, None for the chunked way.
+
+    Where this shape was not seen before they are timed, on some of its rows and scratch outputs of those.
+    """
+    if is_noting():
+        return None  # a modelled step takes the chunked way
     variants = _variants(x, x2, weight, (*outputs, *others))
-    calls = {
-        name: partial(lambda way: run(way, *map(torch.empty_like, outputs)), way) for name, way in variants.items()
-    }
+    rows = chunked.sample(x, weight, tuning.SAMPLE_BYTES)
+
+    def call(kernels: Kernels | None) -> Callable[[], None]:
+        return lambda: run(kernels, rows, *(torch.empty_like(at(y, rows)) if y.ndim == 4 else y for y in outputs))
+
+    calls = {name: call(kernels) for name, kernels in variants.items()}
     channels_2 = 0 if x2 is None else x2.shape[3]
-    key = (direction, *x.shape, channels_2, *weight.shape, str(x.dtype))
-    return variants[tuning.fastest("group_norm_silu_conv", key, calls, x.device)]
+    key = (direction, *at(x, rows).shape, channels_2, *weight.shape, str(x.dtype))
+    name = tuning.fastest("group_norm_silu_conv", key, calls, device_of(x), _kind(weight))
+    return variants[name]
+
+
+def _kind(weight: Tensor) -> str:
+    """The work as mmkernels/known_choices.py names it: its reading is of 2-byte dtypes."""
+    if weight.element_size() != 2:
+        return ""
+    if weight.shape[3] == 1:
+        return "3x1x1"
+    return "3x3 to few channels" if weight.shape[0] < _FEW_CHANNELS else "3x3"
 
 
 def _norm(mean: Tensor, rstd: Tensor, norm_weight: Tensor, norm_bias: Tensor) -> Norm:
@@ -148,14 +168,17 @@ def _forward(
         mean, rstd = _statistics(x, x2, num_groups, eps)
         norm = _norm(mean, rstd, norm_weight, norm_bias)
 
-        def run(kernels: Kernels | None, y: Tensor) -> None:
+        def run(kernels: Kernels | None, rows: Rows, y: Tensor) -> None:
+            part2, added = (None if value is None else at(value, rows) for value in (x2, residual))
+            part_shift = None if shift is None else shift[rows[0]]
+            inputs = (at(x, rows), part2, norm.of(rows), weight, bias, part_shift, added, y)
             if kernels is not None:
-                implicit.forward(kernels, x, x2, norm, weight, bias, shift, residual, y)
-                return
-            chunked.forward(x, x2, norm, weight, bias, shift, residual, y, chunk_rows=chunk_rows, activate=_activate)
+                implicit.forward(kernels, *inputs)
+            else:
+                chunked.forward(*inputs, chunk_rows=chunk_rows, activate=_activate)
 
         with torch.autocast(x.device.type, enabled=False):  # the dtypes of the products are chosen by hand
-            run(_fastest("forward", run, x, x2, weight, (y,)), y)
+            run(_fastest("forward", run, x, x2, weight, (y,)), _ALL, y)
     return y, mean, rstd
 
 
@@ -193,22 +216,21 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dx, dx2, *parameters = _gradients(x, x2, norm_weight, norm_bias, weight)
     if x.shape[:3].numel() == 0:
-        dgamma, dbeta, dweight = (value.zero_() for value in parameters)
+        dgamma, dbeta, dweight = (target.zero_() for target in parameters)
         return dx, dx2, dgamma, dbeta, dweight
     norm = _norm(mean, rstd, norm_weight, norm_bias)
 
-    def run(kernels: Kernels | None, dx: Tensor, dx2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        second = None if x2 is None else dx2
+    def run(kernels: Kernels | None, rows: Rows, dx: Tensor, dx2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        part2, second = (None, None) if x2 is None else (at(x2, rows), dx2)
+        inputs = (at(dy, rows), at(x, rows), part2, norm.of(rows), weight, dx, second)
         if kernels is not None:
-            return implicit.backward(kernels, dy, x, x2, norm, weight, dx, second)
-        return chunked.backward(
-            dy, x, x2, norm, weight, dx, second,
-            chunk_rows=chunk_rows, activate=_activate, norm_backward=_norm_backward,
-        )  # fmt: skip
+            return implicit.backward(kernels, *inputs)
+        return chunked.backward(*inputs, chunk_rows=chunk_rows, activate=_activate, norm_backward=_norm_backward)
 
     with torch.autocast(x.device.type, enabled=False):
-        found = run(_fastest("backward", run, x, x2, weight, (dx, dx2), dy), dx, dx2)
-    dgamma, dbeta, dweight = (value.to(like.dtype) for value, like in zip(found, parameters, strict=True))
+        found = run(_fastest("backward", run, x, x2, weight, (dx, dx2), dy), _ALL, dx, dx2)
+    # Into outputs of their own: what the kernels return may view one tensor, or lie in another order.
+    dgamma, dbeta, dweight = (target.copy_(value) for target, value in zip(parameters, found, strict=True))
     return dx, dx2, dgamma, dbeta, dweight
 
 
@@ -276,11 +298,12 @@ def why_unsupported(x: Tensor, x2: Tensor | None = None) -> str | None:
         return f"dtype {x.dtype}, the kernels take {', '.join(DTYPE_NAMES.values())}"
     if any(value is not None and value.stride(3) != 1 and value.shape[3] > 1 for value in (x, x2)):
         return "the channels of x or x2 are not contiguous"
-    if x.device.type == "cpu":
+    kind = device_kind(x)
+    if kind == "cpu":
         return None if extension.available() else f"no native CPU kernels: {extension.why_not()}"
-    if x.device.type == "cuda":
+    if kind == "cuda":
         return None if importlib.util.find_spec("triton") else "Triton is not installed; pip install triton"
-    return f"no kernel for device {x.device.type}"
+    return f"no kernel for device {kind}"
 
 
 def group_norm_silu_conv(

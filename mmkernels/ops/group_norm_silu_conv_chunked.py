@@ -65,14 +65,14 @@ def forward(
     convolution = _convolution(x, weight.to(dtype))
     bias = None if bias is None else bias.to(dtype)
     for rows in _chunks(x, weight, chunk_rows):
-        activate(_at(x, rows), None if x2 is None else _at(x2, rows), norm.of(rows), convolution.scratch(_at(x, rows)))
+        activate(at(x, rows), None if x2 is None else at(x2, rows), norm.of(rows), convolution.scratch(at(x, rows)))
         out = convolution.forward(bias)
         if shift is not None:
             out += shift[rows[0], :, None]
         if residual is None:
-            _at(y, rows).copy_(out)
+            at(y, rows).copy_(out)
         else:
-            torch.add(out, _at(residual, rows), out=_at(y, rows))
+            torch.add(out, at(residual, rows), out=at(y, rows))
 
 
 def backward(
@@ -88,16 +88,16 @@ def backward(
     if not is_whole:
         whole = dx if x2 is None else torch.empty((*x.shape[:3], weight.shape[1]), dtype=x.dtype, device=x.device)
     for rows in _chunks(x, weight, chunk_rows):
-        part, part2 = _at(x, rows), None if x2 is None else _at(x2, rows)
+        part, part2 = at(x, rows), None if x2 is None else at(x2, rows)
         # A whole sample's gradient is written last: until then its place holds the activation.
         is_free = whole is None and x2 is None and dx.dtype == dtype and dx.is_contiguous()
-        activate(part, part2, norm.of(rows), convolution.scratch(part, _at(dx, rows) if is_free else None))
-        da = convolution.backward(_at(dy, rows))
+        activate(part, part2, norm.of(rows), convolution.scratch(part, at(dx, rows) if is_free else None))
+        da = convolution.backward(at(dy, rows))
         if whole is not None:
-            _at(whole, rows).copy_(da)
+            at(whole, rows).copy_(da)
             continue
-        part_dx2 = None if dx2 is None else _at(dx2, rows)
-        sums = norm_backward(part, part2, da, norm.of(rows), _at(dx, rows), part_dx2)
+        part_dx2 = None if dx2 is None else at(dx2, rows)
+        sums = norm_backward(part, part2, da, norm.of(rows), at(dx, rows), part_dx2)
         dgamma += sums[0]
         dbeta += sums[1]
     if whole is not None:
@@ -124,8 +124,18 @@ def _even(length: int, most: int) -> Iterator[slice]:
         yield slice(length * i // count, length * (i + 1) // count)
 
 
-def _at(x: Tensor, rows: Rows) -> Tensor:
+def at(x: Tensor, rows: Rows) -> Tensor:
+    """Those rows of x (M, H, W, ...)."""
     return x[rows[0], rows[1], rows[2]]
+
+
+def sample(x: Tensor, weight: Tensor, num_bytes: int) -> Rows:
+    """Rows that stand for all of x: whole samples of a 3x3, columns of one sample of a 3x1, of num_bytes about."""
+    M, H, W, _ = x.shape
+    count = num_bytes // (max(weight.shape[:2]) * x.element_size())
+    if weight.shape[3] == 3:
+        return slice(0, min(M, max(1, count // (H * W)))), slice(0, H), slice(0, W)
+    return slice(0, 1), slice(0, H), slice(0, min(W, max(1, count // H)))
 
 
 def _convolution(x: Tensor, weight: Tensor) -> _Convolution | _ShiftedProducts:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mmkernels.extension import native
+from mmkernels.kernels import launch
 
 # The kernels' tiles (csrc/cuda/group_norm_silu_conv.h).
 TILE_ROWS, TILE_COLUMNS, STEP_CHANNELS, TILE_OUTPUTS = 8, 16, 32, 160
@@ -24,7 +24,7 @@ def why_unsupported(x: Tensor, x2: Tensor | None, num_outputs: int) -> str | Non
     """Why these kernels cannot take inputs x and x2 and K = num_outputs, or None where they can."""
     if x.dtype not in (torch.bfloat16, torch.float16):
         return f"the CUDA kernels take bfloat16 and float16, since they use the tensor cores; got {x.dtype}"
-    if x.is_cuda and (capability := torch.cuda.get_device_capability(x.device)) < (8, 0):
+    if (capability := launch.capability(x)) < (8, 0):
         return f"the CUDA kernels need compute capability 8.0; this device has {'.'.join(map(str, capability))}"
     for name, tensor in (("x", x), ("x2", x2)):
         if tensor is not None and (why := _why_unaligned(tensor)):
@@ -160,7 +160,5 @@ def _call(operation: str, tensors: Sequence[Tensor | None], shape: list[int], st
         if tensor is not None and (why := _why_unaligned(tensor)):
             raise ValueError(f"{why}; lay it out anew with .contiguous()")
     strides = [stride for tensor in strided for stride in frame_strides(tensor)]
-    pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-    dtype, stream = str(x.dtype).removeprefix("torch."), torch.cuda.current_stream(x.device).cuda_stream
-    entry = getattr(native(), f"group_norm_silu_conv_{operation}_cuda")
-    entry(pointers, shape, strides, *rest, dtype, x.device.index, stream)
+    dtype = str(x.dtype).removeprefix("torch.")
+    launch.call(f"group_norm_silu_conv_{operation}", tensors, shape, strides, *rest, dtype)

@@ -22,8 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmkernels.ops.group_norm_silu_triton import Launch, launch_on_device, sigmoid
+from mmkernels.kernels.launch import launch
 from mmkernels.ops.group_norm_silu_triton import group_norm_silu_backward as group_norm_silu_backward  # offered as well
+from mmkernels.ops.group_norm_silu_triton import sigmoid
 
 WEIGHT_PROGRAMS = 512  # of a weight gradient, where each still has this many tiles of pixels:
 LEAST_SPLIT_TILES = 16
@@ -192,24 +193,22 @@ def weight_gradient_kernel(
 def forward(
     x: Tensor, x2: Tensor | None, mean: Tensor, rstd: Tensor, gamma: Tensor, beta: Tensor, weight_tck: Tensor,
     bias: Tensor | None, shift: Tensor | None, residual: Tensor | None, out: Tensor,
-    *, launch: Launch = launch_on_device,
 ) -> None:  # fmt: skip
     """Write conv(silu(group_norm(x, x2))) + bias + shift + residual into out (M, H, W, K).
 
     weight_tck (taps, C + C2, K), contiguous, of 3 taps over H or 9 over H and W; shift (M, H or 1, K).
     """
-    _convolve(x, x2, affine(mean, rstd, gamma, beta), weight_tck, bias, shift, residual, out, launch)
+    _convolve(x, x2, affine(mean, rstd, gamma, beta), weight_tck, bias, shift, residual, out)
 
 
-def data_gradient(dy: Tensor, weight_tck: Tensor, da: Tensor, *, launch: Launch = launch_on_device) -> None:
+def data_gradient(dy: Tensor, weight_tck: Tensor, da: Tensor) -> None:
     """Write the gradient by the convolution's input into da (M, H, W, C + C2), given dy (M, H, W, K)."""
-    _convolve(dy, None, None, weight_tck.flip(0).transpose(1, 2), None, None, None, da, launch)
+    _convolve(dy, None, None, weight_tck.flip(0).transpose(1, 2), None, None, None, da)
 
 
 def weight_gradient(
-    x: Tensor, x2: Tensor | None, mean: Tensor, rstd: Tensor, gamma: Tensor, beta: Tensor, dy: Tensor, num_taps: int,
-    *, launch: Launch = launch_on_device,
-) -> Tensor:  # fmt: skip
+    x: Tensor, x2: Tensor | None, mean: Tensor, rstd: Tensor, gamma: Tensor, beta: Tensor, dy: Tensor, num_taps: int
+) -> Tensor:
     """The gradient by weight_tck (num_taps, C + C2, K) in float32, the activation recomputed."""
     M, H, W, K = dy.shape
     table = affine(mean, rstd, gamma, beta)
@@ -242,7 +241,7 @@ def affine(mean: Tensor, rstd: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
 
 def _convolve(
     x: Tensor, x2: Tensor | None, table: Tensor | None, weight: Tensor, bias: Tensor | None, shift: Tensor | None,
-    residual: Tensor | None, out: Tensor, launch: Launch,
+    residual: Tensor | None, out: Tensor,
 ) -> None:  # fmt: skip
     M, H, W, C = x.shape
     taps, channels, K = weight.shape

@@ -13,7 +13,6 @@ input gives the same bits. Variances are merged with Chan's formula, never E[x^2
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,14 +20,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmkernels.kernels.group_norm_statistics_triton import merge_statistics_kernel, partial_statistics_kernel, pixels
+from mmkernels.kernels.launch import launch
+
 BLOCK_C = 64
 BLOCK_ROWS = 32
 LEAST_SPLIT_ROWS = 256
 MOST_SPLITS = 512
 _TILE = {"BLOCK_C": BLOCK_C, "BLOCK_ROWS": BLOCK_ROWS, "num_warps": 4}
-
-# Called with a kernel, the number of programs, positional arguments and compile-time ones: a test puts its own here.
-Launch = Callable[[Any, int, list[Any], dict[str, Any]], None]
 
 
 # --- kernels
@@ -38,82 +37,6 @@ Launch = Callable[[Any, int, list[Any], dict[str, Any]], None]
 def sigmoid(z):
     """In two transcendental instructions, exp2 and a reciprocal: Triton offers no tanh in one without inline PTX."""
     return 1.0 / (1.0 + tl.exp2(z * -1.4426950408889634))
-
-
-@triton.jit
-def _pixels(rows, W, stride_h, stride_w):
-    """Offsets in elements of rows h * W + w."""
-    return (rows // W).to(tl.int64) * stride_h + (rows % W).to(tl.int64) * stride_w
-
-
-@triton.jit
-def partial_statistics_kernel(
-    x, partial,
-    x_m, x_h, x_w, H, W, C, joined, channels, split_rows, num_splits,
-    BLOCK_C: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-):  # fmt: skip
-    """Mean and squared deviation of each channel over one split of rows, into partial (M, splits, 2, C + C2)."""
-    blocks = tl.cdiv(C, BLOCK_C)
-    pid = tl.program_id(0)
-    block, split, m = pid % blocks, pid // blocks % num_splits, (pid // blocks // num_splits).to(tl.int64)
-    c = block * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = c < C
-    x += m * x_m
-    start = split * split_rows
-    stop = tl.minimum(start + split_rows, H * W)
-
-    slot = tl.arange(0, BLOCK_ROWS)
-    mean = tl.zeros((BLOCK_ROWS, BLOCK_C), tl.float32)
-    deviation = tl.zeros((BLOCK_ROWS, BLOCK_C), tl.float32)
-    number = 0.0
-    for first_row in range(start, stop, BLOCK_ROWS):
-        rows = first_row + slot
-        mask = (rows < stop)[:, None] & inside[None, :]
-        value = tl.load(x + _pixels(rows, W, x_h, x_w)[:, None] + c[None, :], mask=mask, other=0.0)
-        number += 1.0
-        delta = tl.where(mask, value.to(tl.float32) - mean, 0.0)  # (BLOCK_ROWS, BLOCK_C)
-        mean += delta / number
-        deviation += delta * tl.where(mask, value.to(tl.float32) - mean, 0.0)
-
-    counts = tl.cdiv(tl.maximum(stop - start - slot, 0), BLOCK_ROWS)[:, None]
-    merged = tl.sum(mean * counts, 0) / (stop - start)  # (BLOCK_C,)
-    spread = mean - merged[None, :]
-    deviation = tl.sum(deviation + counts * spread * spread, 0)
-    partial += (m * num_splits + split) * 2 * channels + joined + c
-    tl.store(partial, merged, mask=inside)
-    tl.store(partial + channels, deviation, mask=inside)
-
-
-@triton.jit
-def merge_statistics_kernel(
-    partial, mean, rstd,
-    rows, split_rows, num_splits, channels, G, eps,
-    GROUP_TILE: tl.constexpr, SPLIT_TILE: tl.constexpr,
-):  # fmt: skip
-    """mean and rstd of group program_id(0) = m * G + g, from all splits of its channels."""
-    pid = tl.program_id(0)
-    m, g, width = (pid // G).to(tl.int64), pid % G, channels // G
-    c = tl.arange(0, GROUP_TILE)
-    partial += m * num_splits * 2 * channels + g * width
-    total = tl.zeros((SPLIT_TILE, GROUP_TILE), tl.float32)
-    for first_split in range(0, num_splits, SPLIT_TILE):
-        splits = first_split + tl.arange(0, SPLIT_TILE)
-        mask = (splits < num_splits)[:, None] & (c < width)[None, :]
-        count = tl.minimum(split_rows, rows - splits * split_rows)[:, None]
-        total += count * tl.load(partial + splits[:, None] * 2 * channels + c[None, :], mask=mask, other=0.0)
-    elements = 1.0 * rows * width
-    center = tl.sum(total) / elements
-
-    total = tl.zeros((SPLIT_TILE, GROUP_TILE), tl.float32)
-    for first_split in range(0, num_splits, SPLIT_TILE):
-        splits = first_split + tl.arange(0, SPLIT_TILE)
-        mask = (splits < num_splits)[:, None] & (c < width)[None, :]
-        count = tl.minimum(split_rows, rows - splits * split_rows)[:, None]
-        source = partial + splits[:, None] * 2 * channels + c[None, :]
-        spread = tl.where(mask, tl.load(source, mask=mask, other=0.0) - center, 0.0)
-        total += tl.load(source + channels, mask=mask, other=0.0) + count * spread * spread
-    tl.store(mean + pid, center)
-    tl.store(rstd + pid, 1.0 / tl.sqrt(tl.sum(total) / elements + eps))
 
 
 @triton.jit
@@ -147,9 +70,9 @@ def activate_kernel(
     for first_row in range(start, stop, BLOCK_ROWS):
         rows = first_row + tl.arange(0, BLOCK_ROWS)
         mask = (rows < stop)[:, None] & inside[None, :]
-        value = tl.load(x + _pixels(rows, W, x_h, x_w)[:, None] + c[None, :], mask=mask, other=0.0)
+        value = tl.load(x + pixels(rows, W, x_h, x_w)[:, None] + c[None, :], mask=mask, other=0.0)
         z = (value.to(tl.float32) * rstd + shift) * gamma + beta  # (BLOCK_ROWS, BLOCK_C)
-        target = out + _pixels(rows, W, out_h, out_w)[:, None] + c[None, :]
+        target = out + pixels(rows, W, out_h, out_w)[:, None] + c[None, :]
         tl.store(target, (z * sigmoid(z)).to(out.dtype.element_ty), mask=mask)
 
 
@@ -185,8 +108,8 @@ def partial_backward_kernel(
     for first_row in range(start, stop, BLOCK_ROWS):
         rows = first_row + tl.arange(0, BLOCK_ROWS)
         mask = (rows < stop)[:, None] & inside[None, :]
-        value = tl.load(x + _pixels(rows, W, x_h, x_w)[:, None] + c[None, :], mask=mask, other=0.0)
-        gradient = tl.load(da + _pixels(rows, W, da_h, da_w)[:, None] + c[None, :], mask=mask, other=0.0)
+        value = tl.load(x + pixels(rows, W, x_h, x_w)[:, None] + c[None, :], mask=mask, other=0.0)
+        gradient = tl.load(da + pixels(rows, W, da_h, da_w)[:, None] + c[None, :], mask=mask, other=0.0)
         normal, dz = _differentiate(value, gradient, rstd, shift, gamma, beta)
         dgamma += dz * normal
         dbeta += dz
@@ -244,32 +167,23 @@ def input_gradient_kernel(
     for first_row in range(start, stop, BLOCK_ROWS):
         rows = first_row + tl.arange(0, BLOCK_ROWS)
         mask = (rows < stop)[:, None] & inside[None, :]
-        value = tl.load(x + _pixels(rows, W, x_h, x_w)[:, None] + c[None, :], mask=mask, other=0.0)
-        gradient = tl.load(da + _pixels(rows, W, da_h, da_w)[:, None] + c[None, :], mask=mask, other=0.0)
+        value = tl.load(x + pixels(rows, W, x_h, x_w)[:, None] + c[None, :], mask=mask, other=0.0)
+        gradient = tl.load(da + pixels(rows, W, da_h, da_w)[:, None] + c[None, :], mask=mask, other=0.0)
         normal, dz = _differentiate(value, gradient, rstd, shift, gamma, beta)
         gradient = rstd * (gamma * dz - plain - normal * by_normal)  # (BLOCK_ROWS, BLOCK_C)
-        target = dx + _pixels(rows, W, dx_h, dx_w)[:, None] + c[None, :]
+        target = dx + pixels(rows, W, dx_h, dx_w)[:, None] + c[None, :]
         tl.store(target, gradient.to(dx.dtype.element_ty), mask=mask)
 
 
 # --- launches
 
 
-def launch_on_device(kernel: Any, num_programs: int, arguments: list[Any], constants: dict[str, Any]) -> None:
-    """Launch on the device of the first argument, a tensor."""
-    if num_programs:
-        with torch.cuda.device(arguments[0].device):
-            kernel[(num_programs,)](*arguments, **constants)
-
-
-def statistics(
-    x: Tensor, x2: Tensor | None, num_groups: int, eps: float, *, launch: Launch = launch_on_device
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def statistics(x: Tensor, x2: Tensor | None, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
     """mean and rstd (M, G) in float32; x and x2 are read once."""
     M, H, W, _ = x.shape
     channels = _channels(x, x2)
     split_rows, num_splits = _splits(H * W)
-    partial = x.new_empty((M, num_splits, 2, channels), dtype=torch.float32)
+    partial = x.new_empty((M, num_splits, 3, channels), dtype=torch.float32)
     mean, rstd = (x.new_empty((M, num_groups), dtype=torch.float32) for _ in range(2))
     for side, joined in _sides(x, x2):
         C = side.shape[3]
@@ -281,9 +195,8 @@ def statistics(
 
 
 def activate(
-    x: Tensor, x2: Tensor | None, mean: Tensor, rstd: Tensor, gamma: Tensor, beta: Tensor, out: Tensor,
-    *, launch: Launch = launch_on_device,
-) -> None:  # fmt: skip
+    x: Tensor, x2: Tensor | None, mean: Tensor, rstd: Tensor, gamma: Tensor, beta: Tensor, out: Tensor
+) -> None:
     """Write silu((x - mean) * rstd * gamma + beta) into out (M, H, W, C + C2)."""
     M, H, W, _ = x.shape
     split_rows, num_splits = _splits(H * W)
@@ -295,7 +208,7 @@ def activate(
 
 def group_norm_silu_backward(
     x: Tensor, x2: Tensor | None, da: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor, beta: Tensor,
-    dx: Tensor, dx2: Tensor | None, *, launch: Launch = launch_on_device,
+    dx: Tensor, dx2: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Write the gradient by x (and x2) into dx (and dx2), given da (M, H, W, C + C2) by a; dgamma, dbeta in float32."""
     M, H, W, _ = x.shape
@@ -316,8 +229,7 @@ def group_norm_silu_backward(
         sizes = [*_strides(side, da, target), H, W, C, joined, channels, G, split_rows, num_splits]
         programs = M * num_splits * _blocks(C)
         launch(input_gradient_kernel, programs, [side, da, *normalisation, means, target, *sizes], _TILE)
-    dgamma, dbeta = partial.sum((0, 1))
-    return dgamma, dbeta
+    return partial[:, :, 0].sum((0, 1)), partial[:, :, 1].sum((0, 1))
 
 
 def _sides(x: Tensor, x2: Tensor | None) -> list[tuple[Tensor, int]]:

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
 
+from mmkernels.costs import device_kind
+from mmkernels.kernels.launch import capability
 from mmkernels.kernels.layer_norm import add_residual_into, layer_norm_backward_into, layer_norm_into
 from mmkernels.rows import add_product, check_shapes, chunk_size, chunks, default_chunk, rows_of, wide_dtype
 
@@ -65,7 +67,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, backend: str) -> tuple[Tensor, Tens
         o, logsumexp, *_ = interface._flash_attn_forward(q, k, v, 0.0, scale, False, -1, -1, 0.0, None, False)
         return o, logsumexp
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if q.device.type == "cpu":
+    if device_kind(q) == "cpu":
         o, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
     else:
         o, logsumexp, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)
@@ -88,7 +90,7 @@ def _attend_backward(
         return dq, dk, dv
     do, q, k, v, o = (x.transpose(1, 2) for x in (do, q, k, v, o))
     aten, P = torch.ops.aten, q.shape[2]
-    if q.device.type == "cpu":
+    if device_kind(q) == "cpu":
         gradients = aten._scaled_dot_product_flash_attention_for_cpu_backward(do, q, k, v, o, logsumexp, 0.0, False)
     else:
         unread = torch.empty(0, dtype=torch.int64, device=q.device)  # the random state, which no dropout reads
@@ -247,15 +249,16 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 
 def why_unsupported(x: Tensor, dtype: torch.dtype, head_dim: int) -> str | None:
     """Why torch's flash attention does not take heads of `head_dim` in `dtype` on x's device, or None where it does."""
-    if x.device.type == "cpu":
+    kind = device_kind(x)
+    if kind == "cpu":
         return None
-    if x.device.type != "cuda":
-        return f"no flash attention for device {x.device.type}"
+    if kind != "cuda":
+        return f"no flash attention for device {kind}"
     if dtype not in _HALF:
         return f"products in {dtype}, torch's flash attention on CUDA takes bfloat16 and float16"
     if head_dim % 8 or head_dim > 256:
         return f"head dim {head_dim}, torch's flash attention on CUDA takes multiples of 8 up to 256"
-    if torch.cuda.get_device_capability(x.device) < (8, 0):
+    if capability(x) < (8, 0):
         return "torch's flash attention wants compute capability 8.0 or higher"
     return None
 

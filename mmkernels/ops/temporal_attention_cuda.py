@@ -9,12 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmkernels import extension
+from mmkernels.kernels import launch
 
 DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _MAX_ROWS = 2**31 - 1  # CUDA's limit on grid x
@@ -32,11 +32,11 @@ def why_unsupported(tensors: Sequence[Tensor]) -> str | None:
     B, F, P, N, D = first.shape
     if B * P * N > _MAX_ROWS:
         return f"{B * P * N} rows of frames, one launch takes {_MAX_ROWS}"
-    properties = torch.cuda.get_device_properties(first.device)
-    capability = 10 * properties.major + properties.minor
+    major, minor = launch.capability(first)
+    capability = 10 * major + minor
     if not has_code_for(capability, native.cuda_architectures):
         return f"built for {native.cuda_architectures}, this GPU is sm_{capability}; set MMKERNELS_CUDA_ARCHITECTURES"
-    needed, limit = native.temporal_attention_shared_bytes_cuda(F, D), properties.shared_memory_per_block_optin
+    needed, limit = native.temporal_attention_shared_bytes_cuda(F, D), launch.shared_bytes(first)
     if needed > limit:
         return f"{F} frames of head dim {D} need {needed} bytes of shared memory, a block here has {limit}"
     return None
@@ -61,20 +61,18 @@ def has_code_for(capability: int, architectures: str) -> bool:
 
 def forward(q: Tensor, k: Tensor, v: Tensor, o: Tensor, scale: float) -> None:
     """Write the attention of q, k, v into o; all (B, F, P, N, D) on one device, D contiguous."""
-    extension.native().temporal_attention_forward_cuda(*_arguments((q, k, v, o), scale))
+    _call("forward", (q, k, v, o), scale)
 
 
 def backward(
     q: Tensor, k: Tensor, v: Tensor, do: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, scale: float
 ) -> None:  # fmt: skip
     """Write the gradients by q, k, v into dq, dk, dv; layouts as in `forward`."""
-    extension.native().temporal_attention_backward_cuda(*_arguments((q, k, v, do, dq, dk, dv), scale))
+    _call("backward", (q, k, v, do, dq, dk, dv), scale)
 
 
-def _arguments(tensors: Sequence[Tensor], scale: float) -> list[Any]:
+def _call(direction: str, tensors: Sequence[Tensor], scale: float) -> None:
     first = tensors[0]
     strides = [stride for x in tensors for stride in x.stride()[:4]]
-    device = first.device.index
-    stream = torch.cuda.current_stream(first.device).cuda_stream
-    pointers = [x.data_ptr() for x in tensors]
-    return [*pointers, list(first.shape), strides, DTYPE_NAMES[first.dtype], scale, device, stream]
+    arguments = (list(first.shape), strides, DTYPE_NAMES[first.dtype], scale)
+    launch.call(f"temporal_attention_{direction}", tensors, *arguments)

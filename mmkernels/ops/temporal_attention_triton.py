@@ -19,6 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmkernels.kernels.launch import launch
+from mmkernels.kernels.launch import shared_bytes as most_shared_bytes
+
 _LOG2_E = 1.4426950408889634
 
 
@@ -220,7 +223,7 @@ def why_too_large(q: Tensor) -> str | None:
     """Why q's device cannot hold a row of frames of backward on chip, or None where it can."""
     F, D = q.shape[1], q.shape[-1]
     needed = shared_bytes(F, D, q.dtype)
-    limit = torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin
+    limit = most_shared_bytes(q)
     if needed <= limit:
         return None
     return f"{F} frames of head dim {D} in {q.dtype} need {needed} bytes of shared memory, a block here has {limit}"
@@ -250,5 +253,4 @@ def arguments(tensors: tuple[Tensor, ...], scale: float) -> tuple[list[Any], dic
 def _launch(kernel: Any, tensors: tuple[Tensor, ...], scale: float) -> None:
     B, _, P, N, _ = tensors[0].shape
     positional, constants = arguments(tensors, scale)
-    with torch.cuda.device(tensors[0].device):
-        kernel[(B * P * N,)](*positional, **constants)
+    launch(kernel, B * P * N, positional, constants)

@@ -75,12 +75,14 @@ class OptimizerCost:
 
     moments_bytes: what could lie on the host instead. host_s: seconds that their way to the device and back takes then;
         0 where they may not be there.
-    can_be_in_backward: whether each weight may be updated as soon as its gradient is there.
+    can_be_in_backward, must_be_in_backward: whether each weight may, or has to, be updated as soon as its gradient is
+        there.
     """
 
     moments_bytes: int = 0
     host_s: float = 0.0
     can_be_in_backward: bool = True
+    must_be_in_backward: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,14 +12,18 @@ from mmkernels.planning.profiling import take_profile
 from mmkernels.planning.solver import Limits, Solution, solve
 from mmkernels.planning.workload import Traced, Workload, trace_way
 
-MARGIN_GIB = 1.5  # of a card's memory: CUDA's context, workspaces of cuDNN and cuBLAS, fragments of the allocator
+MARGIN_GIB = 1.5  # of what is free on a device: fragments, 0.3 where seen, and what other versions of libraries take
 HOST_GIB = 40.0  # of the host's memory that a plan may take where nothing is said: what a host of 64 GB can spare
 MOST_ROUNDS = 4
 NEAR_SHARE = 0.01  # of the budget: what a plan may leave unused
 
 
 class BudgetTooSmallError(ValueError):
-    """No plan fits the budget; the message says the least that would do."""
+    """No plan fits the budget; the message says the least that would do, `least` is the plan of the lowest peak."""
+
+    def __init__(self, message: str, least: Plan | None = None) -> None:
+        super().__init__(message)
+        self.least = least
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class Search:
     def best(self, budget_gib: float) -> Chosen:
         """The fastest plan whose traced peak fits. Raises BudgetTooSmallError with the least that would do."""
         budget_bytes = int(budget_gib * GIB)
-        corrections, best = None, None
+        corrections, best, least = None, None, None
         for _ in range(MOST_ROUNDS):
             solution = self.solve(budget_bytes, corrections)
             if solution is None:
@@ -64,15 +68,24 @@ class Search:
                     break
                 corrections = self._correct(chosen, corrections, budget_bytes)
             peak_bytes = chosen.traced.trace.peak_bytes
+            if least is None or peak_bytes < least.traced.trace.peak_bytes:
+                least = chosen
             if peak_bytes <= budget_bytes and (best is None or _step_s(chosen) < _step_s(best)):
                 best = chosen
             if budget_bytes * (1 - NEAR_SHARE) <= peak_bytes <= budget_bytes:
                 break
         if best is None:
             raise BudgetTooSmallError(
-                f"no plan of {MOST_ROUNDS} rounds fits {budget_gib:g} GiB by its trace; give a little more"
+                f"no plan of {MOST_ROUNDS} rounds fits {budget_gib:g} GiB by its trace; give a little more",
+                None if least is None else least.plan,
             )
         return best
+
+    def keep_update(self, *, is_in_backward: bool) -> None:
+        """From now on plans update weights inside backward, or after it, as given: a run that has begun."""
+        profile = self.profile
+        kept = replace(profile.optimizer, can_be_in_backward=is_in_backward, must_be_in_backward=is_in_backward)
+        self.profile = replace(profile, optimizer=kept)
 
     def solve(self, budget_bytes: int, corrections: list[int] | None = None) -> Solution | None:
         """What the profile says is fastest, untraced."""
@@ -129,7 +142,8 @@ class Search:
             raise BudgetTooSmallError(
                 f"no plan fits a budget of {budget_gib:g} GiB: the least that would do is {least_gib:.1f} GiB "
                 f"(modelled; {chosen.plan.optimizer}; at most {self.host_gib:g} GiB of the host taken); give that, "
-                f"fewer frames or a smaller size{other}"
+                f"fewer frames or a smaller size{other}",
+                chosen.plan,
             )
         return chosen, self._correct(chosen, None, 0)
 

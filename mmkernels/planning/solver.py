@@ -74,6 +74,7 @@ class Model:
         self.move_input = [program.column(can_move) for _ in blocks]
         self.moves_any = program.column(can_move)
         self.is_in_backward = program.column(float(profile.optimizer.can_be_in_backward))
+        program.at_most({self.is_in_backward: -1}, -float(profile.optimizer.must_be_in_backward))
         self.states_on_host = program.column(float(profile.optimizer.host_s > 0))
         self.pieces = program.column(MOST_PIECES)  # of the window
         self.link = limits.link_bytes_per_s / GIB

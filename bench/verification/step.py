@@ -1,0 +1,155 @@
+"""Part `step`: the trainer's whole step in four ways, and where its time goes on the GPU.
+
+The released model with PoseNet, 72 frames of 1024x576, batch 1, without a moving average. Each way's gradients are
+first held to float64 on a clip of few pixels; a way that fails, or has no room, is named and the others go on. The plan
+of fused-plan and the modelled figures are made meanwhile in another process: they need no GPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+from collections.abc import Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from functools import partial
+
+from bench.fused_plan import INCLUDES, Plans, StepWay
+from bench.measured_step import GATE_PIXELS
+from bench.modelled_step import model_step
+from bench.placements import Way
+from bench.training_step import TrainingStep, why_wrong_step
+from bench.verification.device import Gpu
+from bench.verification.record import Record
+from mimicmotion import config as presets
+from mmkernels.cards import Card
+from mmkernels.planning.choices import GIB, OptimizerChoice, Plan
+from mmkernels.planning.svd import svd_workload
+
+WAYS: tuple[StepWay, ...] = ("fused", "checkpoint", "fine-grained-one-token", "fused-plan")  # most telling first
+STEPS = 3  # timed, after one that compiles and warms up
+LEAST_GIB_OF_ADAMW = 40  # memory of a card from which float32 weights and moments are the usual choice
+SMALL = {"num_frames": 8, "height": 64, "width": 64}  # of a dry pass
+
+
+class MadePlan(Plans):
+    """The plan that another process makes: waited for when it is first asked for."""
+
+    def __init__(self, made: Future[Plan]) -> None:
+        self._future, self._through = made, lambda plan: None
+
+    def of(self, frames: int) -> Plan:
+        """Raises what making it raised."""
+        return self._future.result()
+
+
+def step_config(gpu: Gpu) -> presets.Config:
+    """The step that is run: the released model where the device is a GPU, a tiny one on a stand-in."""
+    config = presets.mimicmotion_72() if gpu.is_full_size else presets.demo()
+    kind: presets.OptimizerKind = "adamw8bit" if gpu.memory_gib() < LEAST_GIB_OF_ADAMW else "adamw"
+    if not gpu.is_full_size:
+        config, kind = dataclasses.replace(config, data=dataclasses.replace(config.data, **SMALL)), "adamw"
+    optimizer = dataclasses.replace(config.optimizer, ema="off", kind=kind)
+    return dataclasses.replace(config, optimizer=optimizer)
+
+
+def make_plan(config: presets.Config, card: Card, budget_gib: float) -> Plan:
+    """For another process: what fused-plan follows. The optimizer stays on the device and updates after backward."""
+    return Plans(config, card, budget_gib).of(config.data.num_frames)
+
+
+def model(way: Way, config: presets.Config, card: Card) -> dict[str, float]:
+    """For another process: what one way costs, modelled: the UNet, its optimizer and the batch, without PoseNet."""
+    data, net, kind = config.data, config.model, config.optimizer.kind
+    width, height = max(data.width, 64), max(data.height, 64)
+    shape = {
+        "block_out_channels": net.block_out_channels, "num_attention_heads": net.num_attention_heads,
+        "layers_per_block": net.layers_per_block, "cross_attention_dim": net.cross_attention_dim,
+    }  # fmt: skip
+    workload = svd_workload(kind, frames=data.num_frames, height=height, width=width, **shape)
+    cost = model_step(way, workload, card, OptimizerChoice(kind=kind))
+    return {"step_s": cost.step_s, "peak_gib": cost.peak_bytes / GIB}
+
+
+def processes(count: int) -> ProcessPoolExecutor:
+    """Processes that make plans and model while this one measures."""
+    return ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"))
+
+
+def run(gpu: Gpu, record: Record, seconds: float) -> None:
+    """Gate, time and profile each way, then write what was modelled beside it."""
+    config, card = step_config(gpu), gpu.card()
+    ways: tuple[StepWay, ...] = WAYS if gpu.is_full_size else ("fused", "fused-plan")
+    record = record.of_dtype(config.trainer.precision)
+    with processes(2 if gpu.is_full_size else 1) as pool:
+        plan = pool.submit(gpu.planner(make_plan), config, card, gpu.usable_gib())
+        costs: dict[StepWay, Future[dict[str, float]]] = {
+            way: pool.submit(model, way, config, card) for way in ways if way != "fused-plan"
+        }
+        training = TrainingStep(config, gpu.device, plans=MadePlan(plan))
+        refused = refused_ways(training, ways[:-1])
+        for way in ways:
+            if way in refused:
+                record.fail(way, refused[way])
+                continue
+            try:
+                measure_way(gpu, record, training, way)
+            except Exception as error:  # whatever a way ends with is its result; the others go on
+                record.fail(way, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
+            training.model.zero_grad(set_to_none=True)
+            gpu.release()
+        shape = shape_of(config)
+        for way, cost in costs.items():
+            record.figures("step", way, cost.result(), kind="modelled", shape=shape, includes=INCLUDES[way])
+        if (modelled := plan.result().modelled) is not None:
+            figures = {"step_s": modelled.step_s, "peak_gib": modelled.peak_gib}
+            record.figures("step", "fused-plan", figures, kind="modelled", shape=shape, includes=INCLUDES["fused-plan"])
+
+
+def shape_of(config: presets.Config) -> dict[str, object]:
+    """The clip and the kind of optimizer."""
+    data = config.data
+    size = {"frames": data.num_frames, "height": data.height, "width": data.width}
+    return {**size, "batch": 1, "optimizer": config.optimizer.kind}
+
+
+def refused_ways(training: TrainingStep, ways: Sequence[StepWay]) -> dict[StepWay, str]:
+    """Why each way that fails the gate does, on a clip of as many frames and few pixels, of the same model."""
+    whole = training.config
+    small = dataclasses.replace(whole.data, height=GATE_PIXELS, width=GATE_PIXELS)
+    training.config = dataclasses.replace(whole, data=small)
+    training.take_clip(whole.data.num_frames)
+    plain, exact = training.gradients("torch"), training.exact()
+    reasons: dict[StepWay, str | None] = {way: why_wrong_step(training.gradients(way), plain, exact) for way in ways}
+    training.config = whole
+    training.take_clip(whole.data.num_frames)
+    return {way: reason for way, reason in reasons.items() if reason is not None}
+
+
+def measure_way(gpu: Gpu, record: Record, training: TrainingStep, way: StepWay) -> None:
+    """The first step, some timed ones, and one under the profiler; each figure is written when it is there."""
+    figures = partial(record.figures, shape=shape_of(training.config), includes=INCLUDES[way])
+    num_known = len(gpu.choices())
+    gpu.reset_peak()
+    with training.running(way):
+        first_ms, *_ = one_step(gpu, training)
+        figures("step", way, {"first_step_s": first_ms / 1e3, "choices_known_before": num_known})
+        gpu.reset_peak()
+        steps = [one_step(gpu, training) for _ in range(STEPS)]
+        allocated_gib, reserved_gib = gpu.peak_gib()
+        whole_s, forward_s, backward_s = (sorted(times)[STEPS // 2] / 1e3 for times in zip(*steps, strict=True))
+        times = {"step_s": whole_s, "forward_s": forward_s, "backward_s": backward_s}
+        figures("step", way, {**times, "peak_gib": allocated_gib, "reserved_gib": reserved_gib})
+        print(f"{way}: {whole_s:.2f} s a step, {allocated_gib:.1f} GiB", flush=True)
+        for one in gpu.operations(training.step):
+            values = {"own_ms": one.own_ms, "total_ms": one.total_ms, "calls": one.calls}
+            record.figures(f"step/operations of {way}", way, values, shape={"operation": one.name[:110]})
+
+
+def one_step(gpu: Gpu, training: TrainingStep) -> tuple[float, float, float]:
+    """Milliseconds of a step, of its forward and of its backward."""
+    marks = {"begin": gpu.mark()}
+    training.step(lambda what: marks.update({what: gpu.mark()}))
+    end = gpu.mark()
+    forward_ms = gpu.between_ms(marks["begin"], marks["forward"])
+    backward_ms = gpu.between_ms(marks["forward"], marks["backward"])
+    return gpu.between_ms(marks["begin"], end), forward_ms, backward_ms

@@ -1,0 +1,32 @@
+"""What an error says of a path that somebody gave and that does not hold what it should."""
+
+from collections.abc import Callable
+from difflib import get_close_matches
+from pathlib import Path
+
+_MOST_NAMES = 5
+
+
+def near(path: Path, is_wanted: Callable[[Path], bool] = Path.exists) -> str:
+    """What of the wanted kind lies beside a path, names like its own first: "in runs: demo, demo.1".
+
+    Where its folder is not there either, the nearest one above that is.
+    """
+    path = path.absolute()
+    folder = next(parent for parent in path.parents if parent.is_dir())
+    wanted = path.relative_to(folder).parts[0]
+    try:
+        names = sorted(entry.name for entry in folder.iterdir() if entry != path and is_wanted(entry))
+    except PermissionError:
+        return f"{folder} cannot be read"
+    if close := get_close_matches(wanted, names, n=_MOST_NAMES):
+        return f"in {folder}: {', '.join(close)}"
+    if not names:
+        return f"in {folder}: nothing of the kind"
+    return f"in {folder}: {', '.join([*names[:_MOST_NAMES], *(['...'] if names[_MOST_NAMES:] else [])])}"
+
+
+def check_there(name: str, path: Path | None, advice: str) -> None:
+    """Raise ValueError where a path is given and nothing is there, with what lies near and what to do."""
+    if path is not None and not path.exists():
+        raise ValueError(f"{name}: {path} is not there ({near(path)}); {advice}")

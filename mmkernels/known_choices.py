@@ -1,0 +1,61 @@
+"""What one reading of timings decides for a family of GPUs: variants that need neither be compiled nor timed there.
+
+The reading: one H200 (capability 9.0), bfloat16, the UNet's shapes at 72 frames of 1024x576, torch 2.11, triton 3.6, at
+commit 590dd64; milliseconds, medians of 7. On a family that is not named every variant is timed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+# Generations whose fast products are of a warpgroup or of tensor memory (wgmma, tcgen05), not of a warp (mma.sync):
+# 9 Hopper, 10 and 11 Blackwell of data centres and cars. Not 12, whose only ones are mma.sync.
+WGMMA_OR_TCGEN05 = (9, 10, 11)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Known:
+    """For this kind of work `best` is faster than `slower` on GPUs whose compute capability has one of these majors."""
+
+    op: str
+    kind: str
+    best: str
+    slower: tuple[str, ...]
+    majors: tuple[int, ...]
+    reading: str
+
+
+KNOWN = (
+    Known(
+        op="group_norm_silu_conv", kind="3x3", best="chunked", slower=("cuda", "triton"), majors=WGMMA_OR_TCGEN05,
+        reading="forward + backward, chunked / cuda / triton: 320 at 128x72 18.5 / 19.9 / 30.1, 640 at 64x36 "
+        "7.6 / 21.4 / 32.4, 1280 at 32x18 6.6 / 27.5 / 36.7. mma.sync reaches 130 to 215 TFLOP/s, cuDNN 640 to 740",
+    ),
+    Known(
+        op="group_norm_silu_conv", kind="3x3 to few channels", best="triton", slower=("chunked",), majors=(9,),
+        reading="320 to 4 at 128x72, forward and backward, triton / chunked: 1.79 / 5.22 and 7.40 / 13.2",
+    ),
+    Known(
+        op="group_norm_silu_conv", kind="3x1x1", best="cuda", slower=("triton",), majors=(9,),
+        reading="forward + backward, cuda / triton: 320 9.0 / 10.0, 640 7.8 / 8.8, 1280 at 32x18 7.7 / 7.7 and there "
+        "chunked 4.2, which is timed against cuda",
+    ),
+    Known(
+        op="temporal_attention", kind="64 a head", best="cuda", slower=("triton",), majors=(9,),
+        reading="5 heads, 1456 pixels, forward and backward, cuda / triton: 0.086 / 0.161 and 0.180 / 0.394; on 14 "
+        "shapes 1.7 to 2.3 times as fast",
+    ),
+)  # fmt: skip
+
+
+def worth_timing(op: str, kind: str, capability: str, names: Sequence[str]) -> list[str]:
+    """Those of the variants `names` that are not known to be slower than another of them; capability as "9.0"."""
+    major = int(capability.partition(".")[0])
+    slower = {
+        name
+        for known in KNOWN
+        if (known.op, known.kind) == (op, kind) and major in known.majors and known.best in names
+        for name in known.slower
+    }
+    return [name for name in names if name not in slower]

@@ -1,0 +1,341 @@
+"""What each GPU kernel writes, as a formula in plain torch that reads the arguments of its launch.
+
+A tensor is read by the address, sizes and strides that the launch gives, so a launch laid out wrongly gives something
+else; tiles, masks and the order of sums are the kernels' own and not here. Sums over blocks stand in the first one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+Arguments = Any  # a launch's arguments and constants by their names
+
+
+def launch_formula(kernel: Any, num_programs: int, positional: list[Any], constants: dict[str, Any]) -> None:
+    """Carry out the launch of a Triton kernel."""
+    assert num_programs > 0
+    names = [name for name in kernel.arg_names if name not in constants]
+    module = kernel.fn.__module__.rsplit(".", 1)[-1].removesuffix("_triton")
+    arguments = dict(zip(names, positional, strict=True)) | constants
+    TRITON[module, kernel.fn.__name__](SimpleNamespace(**arguments))
+
+
+def _at(x: Tensor, shape: Sequence[int], strides: Sequence[int], offset: int = 0) -> Tensor:
+    """A view of x's memory with the last axis contiguous."""
+    return x.as_strided(tuple(shape), (*strides, 1), x.storage_offset() + offset)
+
+
+# --- LayerNorm
+
+
+def _tokens(a: Arguments) -> tuple[Tensor, tuple[int, int, int]]:
+    """x + shift in float32, (R, T, C)."""
+    shape = (a.num_tokens // a.T, a.T, a.C)
+    h = _at(a.x, shape, (a.x_r, a.x_t)).float()
+    return (h + _at(a.shift, (shape[0], 1, a.C), (a.C, 0)) if a.HAS_SHIFT else h), shape
+
+
+def _layer_norm(a: Arguments) -> None:
+    h, _ = _tokens(a)
+    variance, mean = torch.var_mean(h, -1, correction=0, keepdim=True)
+    rstd = (variance + a.eps).rsqrt()
+    a.mean.copy_(mean.flatten())
+    a.rstd.copy_(rstd.flatten())
+    a.out.view(-1).copy_(((h - mean) * rstd * a.weight + a.bias).flatten())
+
+
+def _layer_norm_backward(a: Arguments) -> None:
+    h, shape = _tokens(a)
+    mean, rstd = (x.view(*shape[:2], 1) for x in (a.mean, a.rstd))
+    normal, gradient = (h - mean) * rstd, a.dout.reshape(shape).float()
+    residual = _at(a.dy, shape, (a.dy_r, a.dy_t)).float()
+    dn = gradient * a.weight
+    dh = residual + (dn - dn.mean(-1, keepdim=True) - normal * (dn * normal).mean(-1, keepdim=True)) * rstd
+    _at(a.dx, shape, (a.dx_r, a.dx_t)).copy_(dh)
+    a.sums.zero_()
+    a.sums[0] = torch.stack([x.sum((0, 1)) for x in (gradient * normal, gradient, residual)])
+
+
+def _residual(a: Arguments) -> None:
+    h, shape = _tokens(a)
+    _at(a.y, shape, (a.y_r, a.y_t)).copy_(h + a.inner.reshape(shape).float() + a.bias)
+
+
+# --- GEGLU
+
+
+def _geglu(a: Arguments) -> None:
+    hidden, gate = (a.u.view(a.rows, 2 * a.H).float() + a.bias).chunk(2, -1)
+    a.g.copy_((hidden * functional.gelu(gate)).view_as(a.g))
+
+
+def _geglu_backward(a: Arguments) -> None:
+    (hidden, gate), dg = (a.u.view(a.rows, 2 * a.H).float() + a.bias).chunk(2, -1), a.dg.float()
+    cdf, density = torch.special.ndtr(gate), torch.exp(-gate * gate / 2) * (2 * torch.pi) ** -0.5
+    du = torch.cat((dg * gate * cdf, dg * hidden * (cdf + gate * density)), -1)
+    a.g.copy_(hidden * gate * cdf)
+    a.du.copy_(du)
+    a.sums.zero_()
+    a.sums[0] = du.sum(0)
+
+
+# --- GroupNorm and SiLU
+
+
+def _pixels(x: Tensor, name: str, a: Arguments, M: int, offset: int = 0) -> Tensor:
+    strides = [getattr(a, f"{name}_{axis}") for axis in "mhw"]
+    return _at(x, (M, a.H, a.W, a.C), strides, offset)
+
+
+def _splits(x: Tensor, a: Arguments) -> list[Tensor]:
+    """(M, H, W, C) as its splits of rows (M, rows, C)."""
+    return list(x.flatten(1, 2).float().split(a.split_rows, 1))
+
+
+def _partial_statistics(a: Arguments) -> None:
+    M = a.partial.shape[0]
+    for split, rows in enumerate(_splits(_pixels(a.x, "x", a, M), a)):
+        mean = rows.mean(1)
+        here = a.partial[:, split, :, a.joined : a.joined + a.C]
+        here.copy_(torch.stack((mean, (rows - mean[:, None]).square().sum(1)), 1))
+
+
+def _merge_statistics(a: Arguments) -> None:
+    M, splits, _, channels = a.partial.shape
+    counts = [min(a.split_rows, a.rows - split * a.split_rows) for split in range(splits)]
+    count = torch.tensor(counts, dtype=torch.float32)[:, None, None]
+    mean, deviation = (a.partial[:, :, i].unflatten(2, (a.G, -1)) for i in range(2))  # (M, splits, G, width)
+    elements = a.rows * channels // a.G
+    center = (count * mean).sum((1, 3)) / elements
+    total = (deviation + count * (mean - center[:, None, :, None]).square()).sum((1, 3))
+    a.mean.copy_(center)
+    a.rstd.copy_((total / elements + a.eps).rsqrt())
+
+
+def _normal(a: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Normalised x, its z, gamma, and rstd by channel: (M, H, W, C)."""
+    M, here = a.mean.shape[0], slice(a.joined, a.joined + a.C)
+    width = a.channels // a.G
+    mean, rstd = (x.repeat_interleave(width, 1)[:, None, None, here] for x in (a.mean, a.rstd))
+    normal = (_pixels(a.x, "x", a, M).float() - mean) * rstd
+    gamma = a.gamma[here].float()
+    return normal, normal * gamma + a.beta[here].float(), gamma, rstd
+
+
+def _activate(a: Arguments) -> None:
+    _pixels(a.out, "out", a, a.mean.shape[0], a.joined).copy_(functional.silu(_normal(a)[1]))
+
+
+def _activation_gradient(a: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    normal, z, gamma, rstd = _normal(a)
+    s = z.sigmoid()
+    da = _pixels(a.da, "da", a, a.mean.shape[0], a.joined).float()
+    return normal, da * s * (1 + z * (1 - s)), gamma, rstd
+
+
+def _partial_backward(a: Arguments) -> None:
+    normal, dz, _, _ = _activation_gradient(a)
+    for split, (by_normal, plain) in enumerate(zip(_splits(dz * normal, a), _splits(dz, a), strict=True)):
+        a.partial[:, split, :, a.joined : a.joined + a.C] = torch.stack((by_normal.sum(1), plain.sum(1)), 1)
+
+
+def _merge_backward(a: Arguments) -> None:
+    sums = (a.partial.sum(1) * a.gamma.float()).unflatten(2, (a.G, -1)).sum(3)  # (M, 2, G)
+    a.means.copy_(sums.transpose(1, 2) / (a.rows * a.channels // a.G))
+
+
+def _input_gradient(a: Arguments) -> None:
+    normal, dz, gamma, rstd = _activation_gradient(a)
+    by_channel = a.means.repeat_interleave(a.channels // a.G, 1)[:, None, None, a.joined : a.joined + a.C]
+    dx = rstd * (gamma * dz - by_channel[..., 1] - normal * by_channel[..., 0])
+    _pixels(a.dx, "dx", a, a.mean.shape[0]).copy_(dx)
+
+
+# --- the convolution after them
+
+
+def _convolved(a: Tensor, weight_tck: Tensor) -> Tensor:
+    """(M, H, W, C) by weights (taps, C, K), zeros around: (M, H, W, K) in float32."""
+    taps, C, K = weight_tck.shape
+    weight = weight_tck.float().permute(2, 1, 0).reshape(K, C, 3, taps // 3)
+    return functional.conv2d(a.float().permute(0, 3, 1, 2), weight, padding=(1, taps // 9)).permute(0, 2, 3, 1)
+
+
+def _weight_gradient_of(a: Tensor, dy: Tensor, taps: int) -> Tensor:
+    """(taps, C, K) in float32."""
+    a, dy = (x.float().permute(0, 3, 1, 2) for x in (a, dy))
+    shape = (dy.shape[1], a.shape[1], 3, taps // 3)
+    gradient = torch.nn.grad.conv2d_weight(a, shape, dy, padding=(1, taps // 9))
+    return gradient.permute(2, 3, 1, 0).flatten(0, 1)
+
+
+def _activated(x: Tensor, table: Tensor | None) -> Tensor:
+    """silu of scale * x + offset, (M, 2, C), rounded to x's dtype."""
+    if table is None:
+        return x
+    scale, offset = table[:, :, None, None].unbind(1)
+    return functional.silu(x.float() * scale + offset).to(x.dtype)
+
+
+def _convolve(a: Arguments) -> None:
+    blocks, _, taps, tile = a.weight.shape
+    weight = a.weight.permute(2, 1, 0, 3).reshape(taps, a.C + a.C2, blocks * tile)[..., : a.K]
+    M = a.out.shape[0]
+    size = (M, a.H, a.W)
+    x = _at(a.x, (*size, a.C), (a.x_m, a.x_h, a.x_w))
+    if a.x2 is not None:
+        x = torch.cat((x, _at(a.x2, (*size, a.C2), (a.x2_m, a.x2_h, a.x2_w))), -1)
+    y = _convolved(_activated(x, a.table), weight)
+    y = y if a.bias is None else y + a.bias.float()
+    y = y if a.shift is None else y + _at(a.shift, (M, a.H, 1, a.K), (a.shift_m, a.shift_h, 0)).float()
+    if a.residual is not None:
+        y = y + _at(a.residual, (*size, a.K), (a.residual_m, a.residual_h, a.residual_w)).float()
+    _at(a.out, (*size, a.K), (a.out_m, a.out_h, a.out_w)).copy_(y)
+
+
+def _weight_gradient(a: Arguments) -> None:
+    x = _at(a.x, (a.M, a.H, a.W, a.C), (a.x_m, a.x_h, a.x_w))
+    dy = _at(a.dy, (a.M, a.H, a.W, a.K), (a.dy_m, a.dy_h, a.dy_w))
+    here = slice(a.joined, a.joined + a.C)
+    a.partial[:, :, here] = 0
+    a.partial[0, :, here] = _weight_gradient_of(_activated(x, a.table[..., here]), dy, a.partial.shape[1])
+
+
+# --- temporal attention
+
+
+def _frames(a: Arguments, tensors: dict[str, str]) -> list[Tensor]:
+    """Tensors by the letters of their strides, (B, F, P, N, D)."""
+    shape = (a.q.shape[0], a.F, a.P, a.N, a.D)
+    return [
+        _at(getattr(a, name), shape, [getattr(a, letters + i) for i in "bfpn"]) for name, letters in tensors.items()
+    ]
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, o: Tensor, scale: float) -> None:
+    rows = (x.float().permute(0, 2, 3, 1, 4) for x in (q, k, v))
+    o.copy_(functional.scaled_dot_product_attention(*rows, scale=scale).permute(0, 3, 1, 2, 4))
+
+
+def _differentiate_attention(inputs: Sequence[Tensor], gradients: Sequence[Tensor], scale: float) -> None:
+    """inputs: q, k, v, do; gradients: dq, dk, dv."""
+    q, k, v, do = (x.float().permute(0, 2, 3, 1, 4) for x in inputs)  # (B, P, N, F, D)
+    p = (q @ k.mT * scale).softmax(-1)
+    dp = do @ v.mT
+    ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
+    for target, value in zip(gradients, (ds @ k, ds.mT @ q, p.mT @ do), strict=True):
+        target.copy_(value.permute(0, 3, 1, 2, 4))
+
+
+def _attention(a: Arguments) -> None:
+    q, k, v, o = _frames(a, {name: name for name in "qkvo"})
+    _attend(q, k, v, o, a.scale_log2 * math.log(2))
+
+
+def _attention_backward(a: Arguments) -> None:
+    names = {"q": "q", "k": "k", "v": "v", "do": "o", "dq": "dq", "dk": "dk", "dv": "dv"}
+    tensors = _frames(a, names)
+    _differentiate_attention(tensors[:4], tensors[4:], a.scale)
+
+
+TRITON: dict[tuple[str, str], Callable[[Arguments], None]] = {
+    ("layer_norm", "forward_kernel"): _layer_norm,
+    ("layer_norm", "backward_kernel"): _layer_norm_backward,
+    ("layer_norm", "residual_kernel"): _residual,
+    ("geglu", "forward_kernel"): _geglu,
+    ("geglu", "backward_kernel"): _geglu_backward,
+    ("group_norm_silu", "partial_statistics_kernel"): _partial_statistics,
+    ("group_norm_silu", "merge_statistics_kernel"): _merge_statistics,
+    ("group_norm_silu", "activate_kernel"): _activate,
+    ("group_norm_silu", "partial_backward_kernel"): _partial_backward,
+    ("group_norm_silu", "merge_backward_kernel"): _merge_backward,
+    ("group_norm_silu", "input_gradient_kernel"): _input_gradient,
+    ("group_norm_silu_conv", "convolve_kernel"): _convolve,
+    ("group_norm_silu_conv", "weight_gradient_kernel"): _weight_gradient,
+    ("temporal_attention", "forward_kernel"): _attention,
+    ("temporal_attention", "backward_kernel"): _attention_backward,
+}
+
+
+# --- native entries: tensors as csrc/entry names them
+
+
+def call_formula(entry: str, tensors: Sequence[Any], *arguments: Any) -> None:
+    """Carry out the call of a native entry."""
+    shape, strides = arguments[:2]
+    if entry.startswith("temporal_attention"):
+        scale = arguments[3]
+        views = [_at(x, shape, strides[4 * i : 4 * i + 4]) for i, x in enumerate(tensors)]
+        if entry.endswith("forward"):
+            _attend(*views, scale)
+        else:
+            _differentiate_attention(views[:4], views[4:], scale)
+        return
+    NATIVE[entry.removeprefix("group_norm_silu_conv_")](tensors, shape, strides, *arguments[2:])
+
+
+def _native_inputs(tensors: Sequence[Any], shape: Sequence[int], strides: Sequence[int]) -> tuple[Tensor, Any]:
+    """x and x2 side by side, and the table of their normalisation or None."""
+    M, H, W, C, C2, G = shape[:6]
+    x = _at(tensors[0], (M, H, W, C), strides[:3])
+    if tensors[1] is not None:
+        x = torch.cat((x, _at(tensors[1], (M, H, W, C2), strides[3:6])), -1)
+    if tensors[2] is None:
+        return x, None
+    mean, rstd, gamma, beta = tensors[2:6]
+    scale = rstd.repeat_interleave((C + C2) // G, 1) * gamma
+    return x, torch.stack((scale, beta - mean.repeat_interleave((C + C2) // G, 1) * scale), 1)
+
+
+def _native_forward(tensors: Sequence[Any], shape: Any, strides: Any, shift_strides: Any, _: str) -> None:
+    M, H, W, *_, K, taps = shape
+    x, table = _native_inputs(tensors, shape, strides)
+    weight, bias, shift, residual, out = tensors[6:]
+    y = _convolved(_activated(x, table), weight.view(taps, -1, K))
+    y = y if bias is None else y + bias
+    y = y if shift is None else y + _at(shift, (M, H, 1, K), (*shift_strides, 0))
+    y = y if residual is None else y + _at(residual, (M, H, W, K), strides[6:9]).float()
+    _at(out, (M, H, W, K), strides[9:12]).copy_(y)
+
+
+def _native_weight_gradient(tensors: Sequence[Any], shape: Any, strides: Any, *_: Any) -> None:
+    M, H, W, *_, K, taps = shape
+    x, table = _native_inputs(tensors, shape, strides)
+    dy = _at(tensors[6], (M, H, W, K), strides[6:9])
+    tensors[8].copy_(_weight_gradient_of(_activated(x, table), dy, taps))
+
+
+def _native_norm_backward(tensors: Sequence[Any], shape: Any, strides: Any, *_: Any) -> None:
+    M, H, W, C, C2, G = shape
+    x, _ = _native_inputs(tensors, shape, strides)
+    _, _, mean, rstd, gamma, beta, da, dx, dx2, _, _, dgamma, dbeta = tensors
+    whole = SimpleNamespace(
+        x=x.contiguous(), da=_at(da, x.shape, strides[6:9]).contiguous(), mean=mean, rstd=rstd, gamma=gamma, beta=beta,
+        H=H, W=W, C=C + C2, joined=0, channels=C + C2, G=G,
+    )  # fmt: skip
+    for name in ("x", "da"):
+        for axis, stride in zip("mhw", getattr(whole, name).stride(), strict=False):
+            setattr(whole, f"{name}_{axis}", stride)
+    normal, dz, gamma, rstd = _activation_gradient(whole)
+    by_group = [(gamma * v).unflatten(-1, (G, -1)).mean((1, 2, 4)) for v in (dz * normal, dz)]
+    by_normal, plain = (v.repeat_interleave((C + C2) // G, 1)[:, None, None] for v in by_group)
+    gradient = rstd * (gamma * dz - plain - normal * by_normal)
+    _at(dx, (M, H, W, C), strides[9:12]).copy_(gradient[..., :C])
+    if dx2 is not None:
+        _at(dx2, (M, H, W, C2), strides[12:15]).copy_(gradient[..., C:])
+    dgamma.copy_((dz * normal).sum((0, 1, 2)))
+    dbeta.copy_(dz.sum((0, 1, 2)))
+
+
+NATIVE: dict[str, Callable[..., None]] = {
+    "forward": _native_forward,
+    "weight_gradient": _native_weight_gradient,
+    "norm_backward": _native_norm_backward,
+}

@@ -1,0 +1,125 @@
+"""The model of a step, memory and time, held to the same step on an H200 (driver 580, torch 2.11 for CUDA 13.0).
+
+The real UNet and PoseNet, 72 frames of 1024x576, batch 1, bf16 autocast, AdamW in float32, no moving average. PoseNet
+ran in contiguous layout then. Nothing in the model of memory was fitted to these peaks: each term comes from a source
+named in mmkernels/memory/workspace.py. Of the times, rates of kinds were measured on kernels alone, those of passes
+over memory by a profile of selective checkpointing; the other two ways were not used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from bench.placements import Placement, use
+from mimicmotion.config import mimicmotion_72
+from mimicmotion.dry_run import FakeStep, fake_step
+from mimicmotion.model.pose_net import PoseNet
+from mmkernels.blocks.segment import segment
+from mmkernels.cards import card
+from mmkernels.memory.clock import Clock
+from mmkernels.memory.cuda_autocast import norms_in_float32
+from mmkernels.memory.trace import Trace, trace
+from mmkernels.planning.choices import GIB, read_plan
+from mmkernels.planning.svd import Guide, svd_workload
+from mmkernels.planning.workload import blocks_of, moments_bytes
+from mmkernels.replacement import replace
+
+MEASURED: dict[Placement, tuple[float, float]] = {  # seconds, peak in GiB
+    "checkpoint": (3.93, 71.0),
+    "fine-grained-one-token": (3.40, 93.1),
+    "fused": (2.62, 72.4),
+}
+UNEXPLAINED_GIB = 0.05  # the most that a peak above is off by, half of which is their rounding
+
+
+def _contiguous_pose_net(module: Any, pose: Tensor) -> Tensor:
+    """PoseNet's forward of that commit."""
+    first, *rest = [*module.conv_layers, module.final_proj]
+    features = pose.contiguous()
+    for stage in (first, *(nn.Sequential(*pair) for pair in zip(rest[::2], rest[1::2], strict=True))):
+        features = segment(stage, features) if module.recomputes_activations else stage(features)
+    return (features * module.scale).to(features.dtype)
+
+
+def measured_step(*, is_fused: bool) -> FakeStep:
+    config = mimicmotion_72()
+    config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, ema="off"))
+    fake = fake_step(config)
+    pose_net: Any = fake.model.pose_net
+    pose_net.forward, pose_net.recomputes_activations = partial(_contiguous_pose_net, pose_net), is_fused
+    for parameter in pose_net.parameters():
+        parameter.data = parameter.data.contiguous()
+    return fake
+
+
+def traced(way: Placement) -> tuple[Trace, Clock]:
+    clock = Clock(card("H200"))
+    with FakeTensorMode(allow_non_fake_inputs=True), norms_in_float32():
+        fake = measured_step(is_fused=way == "fused")
+        use(fake.model.unet, way)
+
+        def step() -> None:
+            fake.loss().backward()
+            fake.optimization.gradient_norm()
+            fake.optimization.step(is_finite=True)
+
+        resident = [*fake.model.parameters(), *fake.batch.values(), *fake.optimization.resident()]
+        return trace(step, resident, clock=clock, blocks=blocks_of(fake.model.unet)), clock
+
+
+@pytest.mark.parametrize("way", MEASURED)
+def test_a_step_takes_the_memory_and_the_time_that_it_took(way: Placement) -> None:
+    found, clock = traced(way)
+    seconds, peak_gib = MEASURED[way]
+    assert found.peak_bytes / GIB == pytest.approx(peak_gib, abs=UNEXPLAINED_GIB)
+    assert clock.seconds == pytest.approx(seconds, rel=0.1)
+
+
+@pytest.mark.deep
+def test_the_plan_that_ran_out_of_24_gib_does_so_in_the_model() -> None:
+    """Made for 21.5 GiB of a UNet alone. Under a cap of 24.0 its first step, in which the offload learns, peaked at
+    23.43 GiB; its second had 23.62 and asked for 0.11 more in the forward of a feed-forward.
+    """
+    plan = read_plan(Path(__file__).with_name("plan_that_ran_out.json"))
+    workload, clock, found = svd_workload("adamw8bit", has_guide=True), Clock(card("H200")), []
+    with workload.mode:
+        states = torch.empty(moments_bytes(workload.trained, plan.optimizer), dtype=torch.uint8)
+        undo = replace(workload.unet, plan, device=clock)
+        for _ in range(2):
+            blocks = blocks_of(workload.unet)
+            found.append(trace(workload.step, [*workload.resident, states], clock=clock, blocks=blocks))
+            for parameter in workload.trained:
+                parameter.grad = None
+        undo()
+    first, second = found
+    assert first.peak_bytes / GIB == pytest.approx(23.43, abs=0.15)
+    forward_bytes = max(phase.peak_bytes for phase in second.phases if phase.direction == "forward")
+    assert 23.62 + 0.11 < forward_bytes / GIB < 24.5
+
+
+def test_a_guide_costs_what_the_trainers_pose_net_does() -> None:
+    """Plans of the command line are for a network like it; counted without the copies that a layout may need."""
+    with FakeTensorMode():
+        pictures = torch.empty(72, 3, 576, 1024)
+        own, trainers = Guide(320), PoseNet()
+        trainers.recomputes_activations = True
+        found = []
+        for network in (own, trainers):
+
+            def step(network: nn.Module = network) -> None:
+                with torch.autocast("cpu", torch.bfloat16):
+                    features = network(pictures)
+                features.float().sum().backward()
+
+            found.append(trace(step, [pictures, *network.parameters()], device_kind="cpu"))
+    assert found[0].saved_bytes == pytest.approx(found[1].saved_bytes, rel=0.03)
+    assert found[0].peak_bytes == pytest.approx(found[1].peak_bytes, rel=0.03)
+    assert found[0].flops == found[1].flops

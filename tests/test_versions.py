@@ -1,0 +1,73 @@
+"""Which releases `make verify-deep` tries: the oldest with every floor of pyproject.toml, each in its environment."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import versions
+
+ROOT = Path(__file__).resolve().parent.parent
+LEAST = versions.floors((ROOT / "pyproject.toml").read_text())
+
+
+def test_floors_are_those_of_every_list_of_pyproject() -> None:
+    text = 'dependencies = [\n  "torch>=2.10",  # why\n  "numpy",\n]\nsmall = ["a-o>=0.18"]\n"triton>=3.6; on Linux",'
+    assert versions.floors(text) == {"torch": "2.10", "a-o": "0.18", "triton": "3.6"}
+    assert {"torch", "diffusers", "transformers", "torchao", "hypothesis"} <= set(LEAST)
+
+
+def test_only_the_oldest_torch_comes_with_the_oldest_of_the_rest() -> None:
+    oldest = versions.whole(LEAST["torch"])
+    assert versions.requirements(oldest, LEAST)[0] == f"torch=={oldest}"
+    assert f"diffusers=={LEAST['diffusers']}" in versions.requirements(oldest, LEAST)
+    assert versions.requirements("2.99.0", LEAST)[0] == "torch==2.99.0"
+    assert {"diffusers", "torchao"} < set(versions.requirements("newest", LEAST))
+    assert versions.requirements("newest", LEAST)[0] == "torch"
+
+
+def test_every_test_of_an_op_and_of_a_block_is_run() -> None:
+    found = versions.tests()
+    assert {"tests/test_every_op.py", "tests/test_blocks.py", "tests/test_unet.py"} <= set(found)
+    assert all((ROOT / path).exists() for path in found)
+
+
+def test_an_environment_is_made_once_for_its_requirements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+
+    def run(command: list[str], **_: object) -> None:
+        commands.append(command)
+        (tmp_path / "2.10.0").mkdir(exist_ok=True)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    python = versions.environment("2.10.0", tmp_path, {"torch": "2.10"})
+    assert python == tmp_path / "2.10.0/bin/python"
+    assert [command[1:3] for command in commands] == [["-m", "venv"], ["-m", "pip"], ["-m", "pip"]]
+    assert "torch==2.10.0" in commands[1]
+    versions.environment("2.10.0", tmp_path, {"torch": "2.10"})
+    assert len(commands) == 3
+    versions.environment("2.10.0", tmp_path, {"torch": "2.10", "diffusers": "0.33"})
+    assert len(commands) == 6 and "diffusers==0.33" in commands[4]
+
+
+def test_a_release_that_fails_is_named_and_the_others_run(monkeypatch: Any, capsys: Any) -> None:
+    ran: list[list[str]] = []
+
+    def run(command: list[str], **settings: Any) -> Any:
+        ran.append(command)
+        failing = command[0] == "2.11.0" and "pytest" in command
+        return SimpleNamespace(returncode=int(failing), stdout="torch x")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(versions, "environment", lambda release, folder, least: Path(release))
+    assert versions.main([]) == 1
+    assert capsys.readouterr().out.endswith("\nfailed: 2.11.0\n")
+    assert [command[0] for command in ran if "pytest" in command] == [
+        versions.whole(LEAST["torch"]),
+        "2.11.0",
+        "newest",
+    ]
+    assert versions.main(["2.14.1"]) == 0
