@@ -109,7 +109,7 @@ def dry_run(config: Config, plan: Plan | None = None, history: History | None = 
         there = {"weights": model.parameters(), "moments and moving average": optimization.resident()}
         history = history or History()
         history.begin(model, **there, batch=fake.batch.values())
-        with norms_in_float32(), marking_gradients(model, history.gradient):
+        with norms_in_float32(), marking_gradients(model.parameters(), history.gradient):
             cost = trace(step, resident, clock=clock, device_kind="cuda", history=history)
     return DryRun(
         config=config,

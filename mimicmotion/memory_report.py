@@ -30,7 +30,7 @@ class MemoryReport:
         self._before = 0 if self.allocator is None else 1  # steps that are left to warm up
 
     def __call__(self, step: Callable[[], Row]) -> Row:
-        """Run the step and return what it returns."""
+        """Run the step and return what it returns; None is for a step that was dropped."""
         self._before -= 1
         if self._before != -1 or not self.trainer.ranks.is_first:
             return step()
@@ -38,7 +38,10 @@ class MemoryReport:
         try:
             measured = None if self.allocator is None else self._measure(lambda: rows.append(step()), self.allocator)
             rows = rows or [step()]
-            self._write(measured)
+            if rows[0] is None:
+                self._before = 0  # the step was dropped: the next one
+            else:
+                self._write(measured)
         except ValueError as error:
             if not rows:
                 raise

@@ -12,4 +12,7 @@ def placed(module: Any) -> Any:
 
     diffusers' AlphaBlender makes its mix factor with torch.Tensor([...]), on the CPU whatever the default is.
     """
-    return module.to(torch.get_default_device())
+    there = torch.get_default_device()
+    if all(x.device.type == there.type for x in (*module.parameters(), *module.buffers())):
+        return module  # fake parameters can be moved nowhere, not even to where they are
+    return module.to(there)

@@ -72,11 +72,12 @@ def test_a_trainer_reports_on_its_own_step(tmp_path, capsys):
     assert not (plain.config.run_dir / path.name).exists() and path.with_suffix(".png").exists()
     found = json.loads(path.read_text())
     there = {row["operation"]: row["measured_bytes"] for row in found["rows"] if not row["source"]}
-    assert set(there) == {"weights", "moments and moving average", GRADIENT, "batch"}
+    assert set(there) == {"weights", "moments and moving average", GRADIENT, "batch", "cuBLAS workspaces"}
     assert there["weights"] == sum(allocated_bytes(p.nbytes) for p in watched.model.parameters())
     live_bytes = sum(allocated_bytes(p.nbytes) for p in watched.optimization.live.values())
     assert 0.8 * live_bytes < there[GRADIENT] <= live_bytes, "the peak is near the end of backward"
-    ours = [row for row in found["rows"] if not row["source"].startswith("mimicmotion") and row["operation"] != "batch"]
+    own = ("batch", "cuBLAS workspaces")  # a CPU has no such workspace, and the batch is on it already
+    ours = [row for row in found["rows"] if row["operation"] not in own and "mimicmotion/" not in row["source"]]
     assert len(ours) > 30 and [row for row in ours if row["modelled_bytes"] != row["measured_bytes"]] == []
     assert found["measured_bytes"] == sum(row["measured_bytes"] for row in found["rows"])
     for name, value in watched.model.state_dict().items():

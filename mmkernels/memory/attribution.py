@@ -162,6 +162,7 @@ class History:
     def __init__(self) -> None:
         self.events: list[Event] = []
         self._origins: Origins | None = None
+        self._num_kept = 0
         self._kinds: dict[int, str] = {}  # of what is there before the step
         self._origin: Origin | None = None  # of the operator that runs; None before the first
         self._alive: dict[int, int] = {}  # the last allocation of each key, by its place in events
@@ -194,9 +195,10 @@ class History:
             origin = replace(self._origin, operation=f"inside {self._origin.operation}")
             self.events += [Event(-1, num_bytes, origin), Event(-1)]
 
-    def kept(self, num_bytes: int) -> None:
-        """Workspaces that stay with the library that computes products; once."""
-        self.events.append(Event(-2, num_bytes, Origin(operation="workspaces of products")))
+    def kept(self, operation: str, num_bytes: int) -> None:
+        """Bytes that a library takes for good."""
+        self._num_kept += 1
+        self.events.append(Event(-1 - self._num_kept, num_bytes, Origin(operation=operation)))
 
     def gradient(self, tensor: Tensor) -> None:
         """What this tensor lies in is a parameter's gradient."""
@@ -206,14 +208,14 @@ class History:
 
 
 @contextmanager
-def marking_gradients(model: nn.Module, note: Callable[[Tensor], None]) -> Iterator[None]:
-    """Tell `note` each gradient of the model's parameters as soon as backward has added it up."""
+def marking_gradients(parameters: Iterable[Tensor], note: Callable[[Tensor], None]) -> Iterator[None]:
+    """Tell `note` each gradient of the parameters as soon as backward has added it up."""
 
     def told(parameter: Tensor) -> None:
         if parameter.grad is not None:
             note(parameter.grad)
 
-    handles = [p.register_post_accumulate_grad_hook(told) for p in model.parameters() if p.requires_grad]
+    handles = [p.register_post_accumulate_grad_hook(told) for p in parameters if p.requires_grad]
     try:
         yield
     finally:

@@ -65,16 +65,18 @@ def measure(
 ) -> dict[Origin, int]:
     """Run `step` once and return the bytes at its peak by what made them; they add up to the allocator's own peak.
 
-    resident: what is on the device before the step, by what it is for.
+    resident: what is on the device before the step, by what it is for; its parameters get gradients.
     """
+    there = {kind: list(them) for kind, them in resident.items()}
+    parameters = [x for them in there.values() for x in them if isinstance(x, nn.Parameter)]
     operators = _Operators(Origins(model))
     allocator.start()
     try:
-        with operators, marking_gradients(model, operators.note_gradient):
+        with operators, marking_gradients(parameters, operators.note_gradient):
             step()
     finally:
         snapshot, peak_bytes = allocator.stop()
-    kinds = {x.untyped_storage().data_ptr(): kind for kind, them in resident.items() for x in them}
+    kinds = {x.untyped_storage().data_ptr(): kind for kind, them in there.items() for x in them}
     found = at_peak(events_of(snapshot, operators.origins, kinds, operators.gradients))
     rest = peak_bytes - sum(found.values())
     if rest < 0:

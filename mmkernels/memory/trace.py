@@ -239,7 +239,7 @@ class _StorageFollower(TorchDispatchMode):
         self._blas_bytes = BLAS_THREADS * allocated_bytes(size)
         self.live_bytes += self._blas_bytes
         if self._history is not None:
-            self._history.kept(self._blas_bytes)
+            self._history.kept("cuBLAS workspaces", self._blas_bytes)
 
     def _see(self, tensor: torch.Tensor, is_counted: bool) -> None:
         if tensor.layout != torch.strided:

@@ -106,7 +106,7 @@ def trace_way(
             workload.step()
             update()
 
-        with marking_gradients(workload.unet, history.gradient) if history is not None else nullcontext():
+        with marking_gradients(trained, history.gradient) if history is not None else nullcontext():
             traced = trace(
                 step, [*workload.resident, states], clock=clock, blocks=blocks_of(workload.unet), by_unit=True,
                 history=history,
@@ -138,7 +138,7 @@ def measure_way(workload: Workload, way: str | Plan, optimizer: OptimizerChoice,
 
 def _kinds(workload: Workload, states: Tensor) -> dict[str, Sequence[Tensor]]:
     """What is there before the step, by what it is for."""
-    weights = list(workload.unet.parameters())
+    weights = [x for x in workload.resident if isinstance(x, nn.Parameter)]
     batch = [x for x in workload.resident if not isinstance(x, nn.Parameter)]
     return {"batch": batch, "weights": weights, "moments": [states]}
 
