@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -11,6 +12,7 @@ import safetensors.torch
 import torch
 from spatio_temporal import run, small_unet, unet_inputs
 from tiny import NoiseClips, tiny_config
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import mmkernels
@@ -124,6 +126,11 @@ class OutOnce:
             raise torch.OutOfMemoryError("no room on this rank")
 
 
+def save(tensors: Mapping[str, Tensor], path: Path, **metadata: str) -> None:
+    """safetensors takes contiguous tensors, and convolutions lie channels last."""
+    safetensors.torch.save_file({name: x.contiguous() for name, x in tensors.items()}, path, metadata)
+
+
 def fit(folder: Path, ranks: Ranks) -> None:
     """Two steps under a plan, as wrapped by DDP, and as fitted to a budget on ranks of which one runs out of memory."""
     large, small = (
@@ -143,8 +150,7 @@ def fit(folder: Path, ranks: Ranks) -> None:
             trainer.model.register_forward_pre_hook(allocator.before)
         trainer.run()
         blocks = "" if trainer.plan is None else trainer.plan.recomputed_blocks
-        weights = {key: tensor.contiguous() for key, tensor in trainer.model.state_dict().items()}
-        safetensors.torch.save_file(weights, folder / f"{name}-{ranks.rank}.safetensors", {"blocks": str(blocks)})
+        save(trainer.model.state_dict(), folder / f"{name}-{ranks.rank}.safetensors", blocks=str(blocks))
 
 
 def main() -> None:
@@ -156,8 +162,8 @@ def main() -> None:
         config = tiny_config(folder / "gradients", batch_size=4)
         trainer = Trainer(config, NoiseClips(config=config), ranks, encoder="noise")
         trainer._backward(trainer._load(0))
-        gradients = {name: p.grad.contiguous() for name, p in trainer.model.named_parameters() if p.grad is not None}
-        safetensors.torch.save_file(gradients, folder / f"gradients-{ranks.rank}.safetensors")
+        gradients = {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
+        save(gradients, folder / f"gradients-{ranks.rank}.safetensors")
 
         fit(folder, ranks)
 
@@ -172,9 +178,7 @@ def main() -> None:
         except TrainingStoppedError as error:
             why = str(error)
         counts = {"step": torch.tensor(trainer.step), "skipped": torch.tensor(trainer.skipped)}
-        safetensors.torch.save_file(
-            {**trainer.model.state_dict(), **counts}, folder / f"end-{ranks.rank}.safetensors", metadata={"why": why}
-        )
+        save({**trainer.model.state_dict(), **counts}, folder / f"end-{ranks.rank}.safetensors", why=why)
 
 
 if __name__ == "__main__":
