@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from bench import limits, report
+from bench.environment import ROOT
 from bench.verification import benches, bits, memory, ops, page, real_ops, step, tests, variants
 from bench.verification.device import Gpu, StandIn
 from bench.verification.record import Record, failures_of, stem_of
@@ -151,6 +152,18 @@ def test_rows_and_page_are_written_with_each_result(record: Record) -> None:
     assert "72.4" not in page_text(record)
     replace(record, part="bits").begin_if_new("other")
     assert "other" not in page_text(record)
+
+
+def test_rows_of_no_part_stay(record: Record) -> None:
+    """The file of the first GPU run was made by hand."""
+    first = ROOT / "bench/results/nvidia-h200.json"
+    record.path.write_text(first.read_text())
+    record.begin("begun")
+    record.figures("step", "fused", {"step_s": 2.5})
+    rows = json.loads(first.read_text())
+    assert record.rows()[: len(rows)] == rows
+    assert "## Rows that were there before, of no part\n\n### " in page_text(record)
+    assert failures_of(record.rows(), ["step"]) == []
 
 
 def test_variants_stand_side_by_side(record: Record) -> None:

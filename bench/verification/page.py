@@ -31,8 +31,9 @@ def page_of(rows: Rows) -> str:
     if "dry" in kinds:
         title += ": a DRY pass on a stand-in; no figure here means anything"
     lines = [title, "", *_heading(rows), *_states(rows)]
-    for part in PARTS:
-        lines += _part(part, [row for row in rows if row["part"] == part])
+    for part, what in PARTS.items():
+        lines += _part(f"{part}: {what}", [row for row in rows if row.get("part") == part])
+    lines += _part("Rows that were there before, of no part", [row for row in rows if "part" not in row])
     return "\n".join(lines) + "\n"
 
 
@@ -58,10 +59,10 @@ def _states(rows: Rows) -> list[str]:
     return [*lines, "", "No failures." if not failures else f"{len(failures)} failures:", *failures, ""]
 
 
-def _part(part: str, rows: Rows) -> list[str]:
+def _part(title: str, rows: Rows) -> list[str]:
     """A heading, and a table for each bench; nothing where there is none."""
     benches = dict.fromkeys(row["bench"] for row in rows if row["bench"] not in (STATE, FAILURE))
-    lines = [f"## {part}: {PARTS[part]}", ""] if benches else []
+    lines = [f"## {title}", ""] if benches else []
     for bench in benches:
         lines += _table(bench, [row for row in rows if row["bench"] == bench])
     return lines

@@ -1,7 +1,8 @@
 """Where results go as they come: one file of rows for a device, and the page made of it, written anew each time.
 
 A row has the keys of every bench's rows and one more, `part`. What became of a part, and each failure, is a row too, so
-the file says all that the page says, and a kill loses nothing that was finished.
+the file says all that the page says, and a kill loses nothing that was finished. Rows of a file that have no part were
+written by hand, and stay.
 """
 
 from __future__ import annotations
@@ -38,12 +39,12 @@ class Record:
 
     def begin(self, state: str, *, limit_s: float = 0.0) -> None:
         """Drop what an earlier run left of this part."""
-        self._write([row for row in self.rows() if row["part"] != self.part])
+        self._write([row for row in self.rows() if row.get("part") != self.part])
         self.say(state, 0.0, limit_s)
 
     def begin_if_new(self, state: str) -> None:
         """The same, where no earlier run left anything."""
-        if not any(row["part"] == self.part for row in self.rows()):
+        if not any(row.get("part") == self.part for row in self.rows()):
             self.begin(state)
 
     def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -74,7 +75,7 @@ class Record:
 
     def say(self, state: str, seconds: float, limit_s: float) -> None:
         """Write what becomes of the part, in the place of what was said before: how long it ran, of how long."""
-        self._write([row for row in self.rows() if (row["part"], row["bench"]) != (self.part, STATE)])
+        self._write([row for row in self.rows() if (row.get("part"), row["bench"]) != (self.part, STATE)])
         self.figures(STATE, self.part, {"seconds": seconds, "limit_s": limit_s}, mode="part", includes=state)
 
     def of_dtype(self, dtype: str) -> Record:
@@ -96,4 +97,4 @@ def _replace(path: Path, text: str) -> None:
 
 def failures_of(rows: Rows, parts: Iterable[str]) -> Rows:
     """The rows that say that something of these parts failed."""
-    return [row for row in rows if row["bench"] == FAILURE and row["part"] in set(parts)]
+    return [row for row in rows if row["bench"] == FAILURE and row.get("part") in set(parts)]
