@@ -31,18 +31,18 @@ from torch import Tensor
 
 from mmkernels import extension
 from mmkernels.costs import modelled_device
-from mmkernels.kernels import geglu_triton, layer_norm_triton
 from mmkernels.kernels.launch import Call, CarryOut, carried_out_by
-from mmkernels.ops import group_norm_silu_conv_triton, group_norm_silu_triton, temporal_attention_triton
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = (
     "csrc/cuda/group_norm_silu_conv.cu", "csrc/cuda/temporal_attention.cu", "csrc/entry/group_norm_silu_conv_cuda.cpp",
     "csrc/entry/temporal_attention_cuda.cpp", "tests/native/cuda_route.cpp",
 )  # fmt: skip
-KERNEL_MODULES = (
-    geglu_triton, layer_norm_triton, group_norm_silu_triton, group_norm_silu_conv_triton, temporal_attention_triton,
-)  # fmt: skip
+KERNEL_MODULES = tuple(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for folder in ("kernels", "ops")
+    for path in sorted((ROOT / "mmkernels" / folder).glob("*_triton.py"))
+)
 
 
 # --- Triton
@@ -55,10 +55,10 @@ def interpreted() -> Iterator[None]:
     if not hasattr(interpreter, "_LangPatchScope"):
         pytest.skip("this Triton's interpreter leaves its patches of the language behind; pip install 'triton>=3.7'")
     importlib.import_module("triton.experimental.gluon")  # takes the functions as they are before they are replaced
-    language = [importlib.import_module(name) for name in ("triton.language", "triton.language.standard")]
+    names = ("triton.language", "triton.language.standard", *KERNEL_MODULES)
     compiled = importlib.import_module("triton.runtime.jit").JITFunction
     with ExitStack() as stack:
-        for module in (*language, *KERNEL_MODULES):
+        for module in map(importlib.import_module, names):
             for name, value in list(vars(module).items()):
                 if isinstance(value, compiled):
                     stack.enter_context(mock.patch.object(module, name, interpreter.InterpretedFunction(value.fn)))
