@@ -32,19 +32,27 @@ TOO_LARGE: tuple[Way, ...] = ("torch", "diffusers-checkpoint")
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """A card, its memory, and what the plan may take of it."""
+    """A card and the optimizer that trains on it."""
 
     card: str
     kind: OptimizerKind
-    memory_gib: float
-    plan_gib: float
+
+    @property
+    def memory_gib(self) -> float:
+        """What a placement may take: all of it."""
+        return card(self.card).memory_gib
+
+    @property
+    def plan_gib(self) -> float:
+        """What the plan may take: what a real card of that size leaves."""
+        return card(self.card).usable_gib
 
 
 BUDGETS: Mapping[int, Budget] = {
-    80: Budget(card="A100", kind="adamw", memory_gib=80, plan_gib=75),
-    48: Budget(card="RTX A6000", kind="adamw", memory_gib=48, plan_gib=44),
-    24: Budget(card="RTX 4090", kind="adamw8bit", memory_gib=24, plan_gib=21.5),
-    16: Budget(card="RTX 4080", kind="adamw8bit", memory_gib=16, plan_gib=14.5),
+    80: Budget(card="A100", kind="adamw"),
+    48: Budget(card="RTX A6000", kind="adamw"),
+    24: Budget(card="RTX 4090", kind="adamw8bit"),
+    16: Budget(card="RTX 4080", kind="adamw8bit"),
 }
 
 
