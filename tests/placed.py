@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 def placed(module: Any) -> Any:
@@ -12,7 +13,6 @@ def placed(module: Any) -> Any:
 
     diffusers' AlphaBlender makes its mix factor with torch.Tensor([...]), on the CPU whatever the default is.
     """
-    there = torch.get_default_device()
-    if all(x.device.type == there.type for x in (*module.parameters(), *module.buffers())):
-        return module  # fake parameters can be moved nowhere, not even to where they are
-    return module.to(there)
+    if any(isinstance(x, FakeTensor) for x in module.parameters()):
+        return module  # it can be moved nowhere, not even to where it is
+    return module.to(torch.get_default_device())
