@@ -76,7 +76,7 @@ verify-gpu: gpu-at-hand $(if $(VENV),$(VENV)/.installed-test)
 
 # What the documents show of plans and of a step on a GPU; no GPU needed.
 modelled: $(VENV)/.installed
-	$(BIN)/python -m mmkernels.plan --card "RTX 4090" --optimizer adamw8bit --budget 21.5 --out runs/plan
+	$(BIN)/python -m mmkernels.plan --card "RTX 4090" --optimizer adamw8bit --out runs/plan
 	cp runs/plan/memory.png docs/plan_memory.png
 	cp runs/plan/front.png docs/plan_front.png
 	$(BIN)/python bench/train_step.py --json bench/results/train_step-modelled.json --picture docs/train_step.png
