@@ -54,7 +54,8 @@ def test_dry_run_follows_the_optimizers_options(words, weight_bytes, trained_byt
     small = 6e6  # the batch, scales of 8-bit moments and their tables of codes
     assert static < result.cost.resident_bytes < static + small
     gradients = weight_bytes * result.num_trained
+    workspaces = 2 * (32 << 20)  # cuBLAS's, of forward's thread and of backward's, on a Hopper GPU: they stay
     if "in-backward" in words:
-        assert result.cost.peak_bytes < static + small + result.cost.saved_bytes + 0.5 * gradients
-    assert result.cost.end_bytes < static + small
+        assert result.cost.peak_bytes < static + small + workspaces + result.cost.saved_bytes + 0.5 * gradients
+    assert result.cost.end_bytes < static + small + workspaces
     assert ("no moving average" in str(result)) == ("ema off" in words)
