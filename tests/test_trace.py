@@ -205,7 +205,7 @@ def test_diffusers_checkpointing_at_16_frames_takes_what_users_report():
 
     In bfloat16 weights with float32 master weights and moments, 14 bytes a parameter, it is the bytes allocated. Under
     autocast with float32 weights and 8-bit moments it is what the allocator reserves, which is what nvidia-smi shows;
-    float32 moments there would make it 75 GB, and 8-bit ones on bfloat16 weights 52.
+    float32 moments there would make it 77 GB (75 without what operators allocate inside), 8-bit ones on bfloat16 52.
     """
     in_bfloat16, under_autocast = (
         _cost("diffusers-checkpoint", "bf16", 16),
@@ -216,5 +216,5 @@ def test_diffusers_checkpointing_at_16_frames_takes_what_users_report():
     master_and_moments, moments_in_8_bits = 12 * num_parameters, 2 * num_parameters
     assert 66e9 < in_bfloat16.peak_bytes + master_and_moments < 70e9
     assert 66e9 < under_autocast.reserved_bytes + moments_in_8_bits < 70e9
-    assert under_autocast.reserved_bytes + 8 * num_parameters == pytest.approx(75e9, rel=0.02)
+    assert under_autocast.reserved_bytes + 8 * num_parameters == pytest.approx(77e9, rel=0.02)
     assert in_bfloat16.peak_bytes + moments_in_8_bits == pytest.approx(52e9, rel=0.02)
