@@ -42,6 +42,12 @@ KNOWN = (
         "chunked 4.2, which is timed against cuda",
     ),
     Known(
+        op="attention", kind="64 a head", best="cudnn", slower=("flash",), majors=(9,),
+        reading="72 rows, forward + backward, cudnn / flash: 9216 pixels of 5 heads 62.3 / 92.5, 2304 of 10 8.2 / "
+        "13.0, 576 of 20 1.76 / 2.89; on an H100 57 / 91, 7.8 / 12.2, 1.74 / 2.54. On Ampere, Ada and RTX Blackwell "
+        "cuDNN's is 0.82 to 1.00 times as fast (huggingface/transformers pull request 48163)",
+    ),
+    Known(
         op="temporal_attention", kind="64 a head", best="cuda", slower=("triton",), majors=(9,),
         reading="5 heads, 1456 pixels, forward and backward, cuda / triton: 0.086 / 0.161 and 0.180 / 0.394; on 14 "
         "shapes 1.7 to 2.3 times as fast",

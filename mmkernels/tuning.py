@@ -201,17 +201,21 @@ def fastest(
     first = next(iter(variants))
     if device.type != "cuda":
         return first
-    forced = _forced(os.environ.get("MMKERNELS_VARIANT", "")).get(op)
-    if forced is not None:
-        if forced not in variants:
-            raise NotOfferedError(f"MMKERNELS_VARIANT has {op}={forced}, wanted {' or '.join(variants)} for {key}")
-        return forced
+    if (name := forced(op)) is not None:
+        if name not in variants:
+            raise NotOfferedError(f"MMKERNELS_VARIANT has {op}={name}, wanted {' or '.join(variants)} for {key}")
+        return name
     if len(variants) == 1:
         return first
     if os.environ.get("MMKERNELS_TIME_ALL"):
         kind = ""
     with torch.cuda.device(device):
         return _tuner(torch.cuda.current_device()).fastest(op, key, variants, kind)
+
+
+def forced(op: str) -> str | None:
+    """The variant that MMKERNELS_VARIANT names for an op."""
+    return _forced(os.environ.get("MMKERNELS_VARIANT", "")).get(op)
 
 
 @cache
@@ -257,7 +261,7 @@ def kernels_digest() -> str:
     """Names the sources of our kernels and the native module: a change of either may change what is fastest."""
     here = Path(__file__).parent
     digest = hashlib.sha256()
-    for path in sorted([*here.glob("ops/*.py"), *here.glob("kernels/*.py"), *here.glob("_native*")]):
+    for path in sorted([*here.glob("ops/*.py"), *here.glob("kernels/**/*.py"), *here.glob("_native*")]):
         digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()[:12]
 

@@ -163,12 +163,19 @@ VARIANTS = {
     **{name: CONVOLUTION for name in OPS if name.startswith("group_norm_silu_conv")},
     "group_norm_silu_conv, head": ("chunked", "triton"),  # CUDA C++ copies eight channels at a time
 }
+VARIANTS["spatial_attention"] = ("flash", "cudnn")
 WAYS = [(op, variant) for op in OPS for variant in VARIANTS.get(op, ("only",))]
 
 
 NORMS = {"norm_weight", "norm_bias", "gamma", "beta"}
 # Where the interpreter or the fibers have too many products to go through on every run.
 SLOW = [(f"group_norm_silu_conv, {kind}", variant) for kind in ("two inputs", "residual") for variant in ATTENTION]
+
+
+def force(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where an op has this variant, it takes it."""
+    tuned = ("group_norm_silu_conv", "temporal_attention", "attention")
+    monkeypatch.setenv("MMKERNELS_VARIANT", ",".join(f"{op}={variant}" for op in tuned))
 
 
 class Watch(TorchDispatchMode):
@@ -215,12 +222,13 @@ def check(op: str, level: int, dtype: torch.dtype) -> list[tuple[Any, tuple[Any,
 @pytest.mark.parametrize("level", range(len(LEVELS)))
 @pytest.mark.parametrize(("op", "variant"), WAYS)
 def test_every_level(op: str, variant: str, level: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MMKERNELS_VARIANT", f"group_norm_silu_conv={variant},temporal_attention={variant}")
+    force(variant, monkeypatch)
     tests = ("test_schema", "test_faketensor") if level < 2 else ("test_faketensor",)
     prepared(op, level, torch.float16)
-    with stand_in_gpu(launch=launch_formula, call=call_formula) as flash:
+    with stand_in_gpu(launch=launch_formula, call=call_formula) as attentions:
         calls = check(op, level, torch.float16)
-        assert len(set(flash)) == 2 * (op == "spatial_attention"), "flash attention, forward and backward, there alone"
+        both = {f"{variant}_attention", f"{variant}_attention_backward"}
+        assert set(attentions) == (both if op == "spatial_attention" else set())
         assert len(calls) == 2, "one operator forward and one backward"
         for operator, arguments in calls:
             torch.library.opcheck(operator, arguments, test_utils=tests)
@@ -232,18 +240,19 @@ def test_every_level(op: str, variant: str, level: int, monkeypatch: pytest.Monk
     ("op", "variant"), [pytest.param(*way, marks=pytest.mark.deep if way in SLOW else ()) for way in WAYS]
 )
 def test_the_kernels_themselves(op: str, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MMKERNELS_VARIANT", f"group_norm_silu_conv={variant},temporal_attention={variant}")
+    force(variant, monkeypatch)
     prepared(op, 0, torch.float16)
     with stand_in_gpu():
         check(op, 0, torch.float16)
 
 
 @pytest.mark.parametrize(
-    ("op", "variant"), [(op, variant) for op, variant in WAYS if op != "spatial_attention" and variant != "cuda"]
+    ("op", "variant"),
+    [("spatial_attention", "efficient"), *(way for way in WAYS if way[1] not in ("cuda", "flash", "cudnn"))],
 )
 def test_float32(op: str, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without autocast no gradient of a parameter is cast; flash attention and CUDA C++ take no float32."""
-    monkeypatch.setenv("MMKERNELS_VARIANT", f"group_norm_silu_conv={variant},temporal_attention={variant}")
+    force(variant, monkeypatch)
     prepared(op, 0, torch.float32)
     with stand_in_gpu(launch=launch_formula, call=call_formula):
         check(op, 0, torch.float32)

@@ -23,6 +23,7 @@ LAYERS = [
     ("mmkernels.kernels.__init__", 1.8),
     ("mmkernels.kernels.launch", 1.8),
     ("mmkernels.kernels.storage", 1.8),
+    ("mmkernels.kernels.dispatch", 1.85),
     ("mmkernels.kernels", 1.9),
     ("mmkernels.ops", 2),
     ("mmkernels.memory.__main__", 4.4),
@@ -69,6 +70,7 @@ LAYERS = [
 ]
 # Within one layer these may import each other: parts of one subject. Ops and memory are not among them.
 SUBJECTS = (
+    "mmkernels.kernels.attention",
     "mmkernels.blocks",
     "mmkernels.memory",
     "mmkernels.planning",
