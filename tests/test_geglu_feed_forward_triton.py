@@ -33,6 +33,10 @@ PROGRAMS: dict[str, tuple[Program, tuple[str, ...]]] = {
         ("forward_kernel", "backward_kernel", "residual_kernel"),
     ),
     "geglu": (lambda executor: emulated.geglu(executor, (67, 304)), ("forward_kernel", "backward_kernel")),
+    "product": (
+        lambda executor: emulated.product(executor, (131, 80, 72)),
+        ("product_kernel", "product_backward_kernel"),
+    ),
 }
 KERNELS = [(name, kernel) for name, (_, kernels) in PROGRAMS.items() for kernel in kernels]
 every_kernel = pytest.mark.parametrize(("program", "kernel"), KERNELS)
@@ -48,7 +52,7 @@ def run(*command: str, **environment: str) -> str:
 
 def test_interpreter() -> None:
     out = run(str(HERE / "triton_geglu_program.py"), "--dtypes", "float16", "float32", TRITON_INTERPRET="1")
-    assert out.count("ok ") == 11
+    assert out.count("ok ") == 13
 
 
 def test_compiler_ir_in_bfloat16_and_mixed() -> None:
