@@ -107,7 +107,7 @@ def temporal_attention(direction: str, F: int = 72, D: int = 64) -> TritonKernel
     return TritonKernel("temporal_attention", direction, function, _attention(4 if is_forward else 7, F, D), shape)
 
 
-def launched(op: str, name: str, narrow_accesses: int) -> TritonKernel:
+def launched(op: str, name: str, narrow_accesses: int, *, has_product: bool = False) -> TritonKernel:
     """A kernel around the feed-forward's products at level 0: `name` of triton_geglu_program.level_0_launches."""
 
     def arguments(dtype: torch.dtype) -> tuple[list[Any], dict[str, Any]]:
@@ -116,7 +116,7 @@ def launched(op: str, name: str, narrow_accesses: int) -> TritonKernel:
 
     return TritonKernel(
         op, name.split()[0], level_0_launches(torch.bfloat16)[op, name].kernel, arguments, {"C": 320, "H": 1280},
-        has_product=False, narrow_accesses=narrow_accesses,
+        has_product=has_product, narrow_accesses=narrow_accesses,
     )  # fmt: skip
 
 
@@ -156,6 +156,9 @@ TRITON: tuple[TritonKernel, ...] = (
     launched("geglu", "forward", narrow_accesses=0),
     # Each half's sums of a tile's columns: joined to 16 bytes a thread, they cost sm_90 and sm_120 16 registers.
     launched("geglu", "backward", narrow_accesses=2),
+    # The bias of both halves, and stores of a product's registers, which hold two columns of a row each.
+    launched("geglu_product", "forward", narrow_accesses=16, has_product=True),
+    launched("geglu_product", "backward", narrow_accesses=18, has_product=True),
     *(_group_norm_silu_conv(*item) for item in GROUP_NORM_SILU_CONV.items()),
 )
 # CUDA kernels of an op: the module whose measure(architecture, dtype) gives rows with the keys of TritonKernel.measure.
