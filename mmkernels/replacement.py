@@ -129,7 +129,8 @@ def _follow(unet: nn.Module, fused: Mapping[str, FusedBlock], plan: Plan) -> Non
     plain = {site.name: _why_not(site) or "" for site in _sites(unet) if site.name not in fused}
     plan.check(_units(fused), plain)
     for name, block in fused.items():
-        block.follow(name, plan.choices_of(name), is_recomputed=name in plan.recomputed_blocks)
+        is_recomputed = name in plan.recomputed_blocks
+        block.follow(name, plan.choices_of(name), is_recomputed=is_recomputed, scratch_bytes=plan.scratch_bytes)
 
 
 def plan_units(unet: nn.Module) -> dict[str, dict[str, tuple[Choice, ...]]]:

@@ -59,9 +59,9 @@ def _layer_norm_backward(a: Arguments) -> None:
     residual = _at(a.dy, shape, (a.dy_r, a.dy_t)).float()
     dn = gradient * a.weight
     dh = residual + (dn - dn.mean(-1, keepdim=True) - normal * (dn * normal).mean(-1, keepdim=True)) * rstd
-    _at(a.dx, shape, (a.dx_r, a.dx_t)).copy_(dh)
     a.sums.zero_()
     a.sums[0] = torch.stack([x.sum((0, 1)) for x in (gradient * normal, gradient, residual)])
+    _at(a.dx, shape, (a.dx_r, a.dx_t)).copy_(dh)  # last: dout may lie there
 
 
 def _residual(a: Arguments) -> None:
@@ -85,6 +85,25 @@ def _geglu_backward(a: Arguments) -> None:
     a.du.copy_(du)
     a.sums.zero_()
     a.sums[0] = du.sum(0)
+
+
+# --- what stands around a convolution
+
+
+def _add(a: Arguments) -> None:
+    R, T, C = a.y.shape
+    value = _at(a.inner, (R, T, C), (a.inner_r, a.inner_t)).float()
+    value = value + a.bias.view(C).float() if a.HAS_BIAS else value
+    value = value + _at(a.shift, (R, 1, C), (C, 0)).float() if a.HAS_SHIFT else value
+    if a.HAS_RESIDUAL:
+        value = value + _at(a.residual, (R, T, C), (a.residual_r, a.residual_t)).float()
+    _at(a.y, (R, T, C), (a.y_r, a.y_t)).copy_(value)
+
+
+def _column_sums(a: Arguments) -> None:
+    x = _at(a.x, (a.partial.shape[0], a.T, a.C), (a.x_r, a.x_t)).float()
+    for split, rows in enumerate(x.split(a.SPLIT_ROWS, 1)):
+        a.partial[:, split] = rows.sum(1)
 
 
 # --- GroupNorm and SiLU
@@ -253,6 +272,8 @@ TRITON: dict[tuple[str, str], Callable[[Arguments], None]] = {
     ("layer_norm", "residual_kernel"): _residual,
     ("geglu", "forward_kernel"): _geglu,
     ("geglu", "backward_kernel"): _geglu_backward,
+    ("epilogue", "add_kernel"): _add,
+    ("column_sums", "column_sums_kernel"): _column_sums,
     ("group_norm_statistics", "partial_statistics_kernel"): _partial_statistics,
     ("group_norm_statistics", "merge_statistics_kernel"): _merge_statistics,
     ("group_norm_silu", "activate_kernel"): _activate,

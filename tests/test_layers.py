@@ -18,6 +18,7 @@ LAYERS = [
     ("mmkernels.tuning", 1.5),
     ("mmkernels.allocator", 1.2),
     ("mmkernels.costs", 1.2),
+    ("mmkernels.scratch", 1.2),
     ("mmkernels.rows", 1.5),
     ("mmkernels.cards", 1.5),
     ("mmkernels.kernels.__init__", 1.8),

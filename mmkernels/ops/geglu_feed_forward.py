@@ -32,11 +32,11 @@ from mmkernels.kernels.geglu import geglu_backward_into, geglu_into
 from mmkernels.kernels.layer_norm import add_residual_into, layer_norm_backward_into, layer_norm_into
 from mmkernels.kernels.storage import why_unsupported as why_storage_unsupported
 from mmkernels.rows import add_product, chunk_size, num_sharing, wide_dtype
+from mmkernels.scratch import scratch_rows
 
 Keep = Literal["input", "up"]
 
-# Bytes of the up-projection of a chunk: within the cache (CPU), or a transient of some hundred MB in all (GPU).
-_CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 1 << 28}
+_CPU_CHUNK_BYTES = 4 << 20  # of the up-projection of a chunk: within the cache
 _MIN_CHUNK_TOKENS = 1024  # fewer rows slow the products down
 
 
@@ -84,14 +84,22 @@ class _Chunks:
         return self._buffers[name][: count * width].view(count, width)
 
     def norm(
-        self, x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+        self, x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, eps: float, result: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """LayerNorm of a chunk of tokens (count, C) in the products' dtype, with mean and rstd (count)."""
-        count = x.shape[0] * x.shape[1]
-        normal = self.buffer("normal", count, x.shape[2])
+        """LayerNorm of a chunk of tokens (count, C) in the products' dtype, with mean and rstd (count).
+
+        result: where the chunk's result of x's shape will lie, contiguous; the norm takes its place if it can.
+        """
+        count, C = x.shape[0] * x.shape[1], x.shape[2]
+        normal = result.view(count, C) if _has_place(x, self.dtype) else self.buffer("normal", count, C)
         mean, rstd = (self.buffer(name, count, 1, weight.dtype).view(-1) for name in ("mean", "rstd"))
         layer_norm_into(x, shift, weight, bias, eps, normal, mean, rstd)
         return normal, mean, rstd
+
+
+def _has_place(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether what lies inside a chunk's norm and residual can take the place of its result: x's dtype, on a GPU."""
+    return dtype == x.dtype and device_kind(x) != "cpu"
 
 
 def _even(total: int, largest: int) -> int:
@@ -117,7 +125,7 @@ def _forward(
     for rows, tokens, flat in chunks:
         count, part = flat.stop - flat.start, x[rows, tokens]
         chunk_shift = None if shifts is None else shifts[rows]
-        normal, _, _ = chunks.norm(part, chunk_shift, vectors[0], vectors[1], eps)
+        normal, _, _ = chunks.norm(part, chunk_shift, vectors[0], vectors[1], eps, y[rows, tokens])
         u = torch.mm(normal, up_weight.t(), out=saved[flat] if keep_up else chunks.buffer("u", count, 2 * H))
         g = chunks.buffer("g", count, H)
         geglu_into(u, vectors[2], g)
@@ -178,7 +186,7 @@ def _backward(
     for rows, tokens, flat in chunks:
         count, part = flat.stop - flat.start, x[rows, tokens]
         chunk_shift = None if shifts is None else shifts[rows]
-        normal, mean, rstd = chunks.norm(part, chunk_shift, norm_weight, norm_bias, eps)
+        normal, mean, rstd = chunks.norm(part, chunk_shift, norm_weight, norm_bias, eps, dx[rows, tokens])
         du = chunks.buffer("u", count, 2 * H)
         u = saved[flat] if saved.numel() else torch.mm(normal, up_weight.t(), out=du)
         dinner = dy[rows, tokens].reshape(count, C).to(up_weight.dtype)
@@ -244,9 +252,11 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 
 def default_chunk_tokens(x: Tensor, up_weight: Tensor) -> int:
     """Tokens in a chunk of x (R, T, C) where the caller names none."""
-    token_bytes = max(1, up_weight.shape[0] * up_weight.element_size())
-    fewest = _MIN_CHUNK_TOKENS * num_sharing(device_kind(x))
-    return max(fewest, _CHUNK_BYTES.get(device_kind(x), 1 << 28) // token_bytes)
+    up_bytes = max(1, up_weight.shape[0] * up_weight.element_size())
+    if device_kind(x) == "cpu":
+        return max(_MIN_CHUNK_TOKENS * num_sharing("cpu"), _CPU_CHUNK_BYTES // up_bytes)
+    normal_bytes = 0 if _has_place(x, up_weight.dtype) else x.shape[2] * up_weight.element_size()
+    return max(_MIN_CHUNK_TOKENS, scratch_rows(3 * up_bytes // 2 + normal_bytes))
 
 
 def why_unsupported(x: Tensor, up_weight: Tensor) -> str | None:

@@ -27,6 +27,8 @@ from mmkernels.rows import add_product, check_shapes, chunk_size, chunks, defaul
 
 Backend = Literal["torch", "xformers", "flash-attn"]
 BACKENDS = ("torch", *attention.LIBRARIES)
+# Of a chunk's shape, in backward: h, q, k, v and their gradients, that of o, and one in float32 inside the attention.
+_NUM_TENSORS = 10
 
 
 # --- reference
@@ -235,8 +237,10 @@ def spatial_attention(
         raise ValueError(f"got backend={backend!r}, wanted one of {', '.join(BACKENDS)}")
     if backend != "torch":
         attention.library(backend)  # raises where it is not installed
-    # These attentions have batch and heads on an axis of the grid.
-    chunk = min(chunk_size("chunk_frames", chunk_frames, default_chunk(x)), max(1, MOST_GRID_YZ // num_heads))
+    chunk = chunk_size("chunk_frames", chunk_frames, default_chunk(x, _NUM_TENSORS))
+    chunk = min(
+        chunk, max(1, MOST_GRID_YZ // num_heads)
+    )  # these attentions have batch and heads on an axis of the grid
     qkv_weight = torch.cat((to_q, to_k, to_v))  # (3 * N * D, C)
     parameters = (norm_weight, norm_bias, qkv_weight, out_weight, out_bias)
     if backend == "torch" and why_unsupported(x, qkv_weight.dtype, num_heads, to_q.shape[0] // num_heads) is not None:
