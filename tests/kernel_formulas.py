@@ -87,6 +87,16 @@ def _geglu_backward(a: Arguments) -> None:
     a.sums[0] = du.sum(0)
 
 
+def _product(a: Arguments) -> None:
+    a.u = a.x.float() @ a.weight.float().t()
+    _geglu(a)
+
+
+def _product_backward(a: Arguments) -> None:
+    a.u = a.x.float() @ a.weight.float().t()
+    _geglu_backward(a)
+
+
 # --- what stands around a convolution
 
 
@@ -272,6 +282,8 @@ TRITON: dict[tuple[str, str], Callable[[Arguments], None]] = {
     ("layer_norm", "residual_kernel"): _residual,
     ("geglu", "forward_kernel"): _geglu,
     ("geglu", "backward_kernel"): _geglu_backward,
+    ("geglu_product", "product_kernel"): _product,
+    ("geglu_product", "product_backward_kernel"): _product_backward,
     ("epilogue", "add_kernel"): _add,
     ("column_sums", "column_sums_kernel"): _column_sums,
     ("group_norm_statistics", "partial_statistics_kernel"): _partial_statistics,

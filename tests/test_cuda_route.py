@@ -164,6 +164,7 @@ VARIANTS = {
     "group_norm_silu_conv, head": ("chunked", "triton"),  # CUDA C++ copies eight channels at a time
 }
 VARIANTS["spatial_attention"] = ("flash", "cudnn")
+VARIANTS["geglu_feed_forward"] = ("pass", "epilogue")
 WAYS = [(op, variant) for op in OPS for variant in VARIANTS.get(op, ("only",))]
 
 
@@ -174,7 +175,7 @@ SLOW = [(f"group_norm_silu_conv, {kind}", variant) for kind in ("two inputs", "r
 
 def force(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where an op has this variant, it takes it."""
-    tuned = ("group_norm_silu_conv", "temporal_attention", "attention")
+    tuned = ("group_norm_silu_conv", "temporal_attention", "attention", "geglu")
     monkeypatch.setenv("MMKERNELS_VARIANT", ",".join(f"{op}={variant}" for op in tuned))
 
 
@@ -248,7 +249,10 @@ def test_the_kernels_themselves(op: str, variant: str, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize(
     ("op", "variant"),
-    [("spatial_attention", "efficient"), *(way for way in WAYS if way[1] not in ("cuda", "flash", "cudnn"))],
+    [
+        ("spatial_attention", "efficient"),
+        *(way for way in WAYS if way[1] not in ("cuda", "flash", "cudnn", "epilogue")),
+    ],
 )
 def test_float32(op: str, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without autocast no gradient of a parameter is cast; flash attention and CUDA C++ take no float32."""

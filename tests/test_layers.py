@@ -71,6 +71,7 @@ LAYERS = [
 ]
 # Within one layer these may import each other: parts of one subject. Ops and memory are not among them.
 SUBJECTS = (
+    "mmkernels.kernels.geglu",
     "mmkernels.kernels.attention",
     "mmkernels.blocks",
     "mmkernels.memory",

@@ -30,7 +30,8 @@ class Call:
 
     device: "cpu", "cuda", ...; is_modelled: nothing runs on it, so its libraries need not be here. capability: of a
     GPU, (0, 0) of anything else. shape: what the op says it is. is_deterministic: the same bits again are asked for,
-    by `torch.use_deterministic_algorithms`. work: as `mmkernels.known_choices` names it.
+    by `torch.use_deterministic_algorithms`. work: as `mmkernels.known_choices` names it. direction: where forward and
+    backward are chosen apart.
     """
 
     op: str
@@ -41,20 +42,24 @@ class Call:
     shape: tuple[int, ...]
     is_deterministic: bool
     work: str = ""
+    direction: str = ""
 
     @property
     def key(self) -> tuple[object, ...]:
         """What a choice by timing is remembered for."""
-        return (*self.shape, str(self.dtype), *(["deterministic"] if self.is_deterministic else []))
+        named = [self.direction] if self.direction else []
+        return (*named, *self.shape, str(self.dtype), *(["deterministic"] if self.is_deterministic else []))
 
 
-def describe(op: str, x: Tensor, dtype: torch.dtype, shape: tuple[int, ...], work: str = "") -> Call:
+def describe(
+    op: str, x: Tensor, dtype: torch.dtype, shape: tuple[int, ...], work: str = "", direction: str = ""
+) -> Call:
     """The call of an op on tensors that lie where x does, or stand for a device as x does."""
     kind = device_kind(x)
     return Call(
         op=op, device=kind, is_modelled=x.device.type != kind,
         capability=capability(x) if kind == "cuda" else (0, 0), dtype=dtype, shape=shape,
-        is_deterministic=torch.are_deterministic_algorithms_enabled(), work=work,
+        is_deterministic=torch.are_deterministic_algorithms_enabled(), work=work, direction=direction,
     )  # fmt: skip
 
 

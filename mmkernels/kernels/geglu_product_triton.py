@@ -127,13 +127,6 @@ def backward_launch(
     ), sums
 
 
-def why_unsupported(x: Tensor, weight: Tensor) -> str | None:
-    """Why these are left to a product and a pass, or None."""
-    if x.element_size() != 2:
-        return f"dtype {x.dtype}, the product with GEGLU takes bfloat16 and float16"
-    return None if weight.is_contiguous() else "the weights of the up-projection are not contiguous"
-
-
 def forward(x: Tensor, weight: Tensor, bias: Tensor, g: Tensor) -> None:
     """Write g (rows, H) of x (rows, C) and weight (2H, C), contiguous, of one 2-byte dtype, and float32 bias (2H)."""
     forward_launch(x, weight, bias, g).run()

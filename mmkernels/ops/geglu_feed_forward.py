@@ -20,6 +20,7 @@ The matrix products are torch's; between them native C++ on the CPU, Triton on C
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -28,6 +29,7 @@ from torch.nn.functional import gelu, layer_norm, linear
 from torch.utils.flop_counter import register_flop_formula
 
 from mmkernels.costs import device_kind
+from mmkernels.kernels import geglu_product as up_geglu
 from mmkernels.kernels.geglu import geglu_backward_into, geglu_into
 from mmkernels.kernels.layer_norm import add_residual_into, layer_norm_backward_into, layer_norm_into
 from mmkernels.kernels.storage import why_unsupported as why_storage_unsupported
@@ -126,9 +128,11 @@ def _forward(
         count, part = flat.stop - flat.start, x[rows, tokens]
         chunk_shift = None if shifts is None else shifts[rows]
         normal, _, _ = chunks.norm(part, chunk_shift, vectors[0], vectors[1], eps, y[rows, tokens])
-        u = torch.mm(normal, up_weight.t(), out=saved[flat] if keep_up else chunks.buffer("u", count, 2 * H))
         g = chunks.buffer("g", count, H)
-        geglu_into(u, vectors[2], g)
+        if keep_up:
+            geglu_into(torch.mm(normal, up_weight.t(), out=saved[flat]), vectors[2], g)
+        else:
+            up_geglu.forward_into(normal, up_weight, vectors[2], g, partial(chunks.buffer, "u", count, 2 * H))
         inner = torch.mm(g, down_weight.t(), out=normal)
         add_residual_into(part, chunk_shift, inner, vectors[3], y[rows, tokens])
     return y, saved
@@ -188,10 +192,12 @@ def _backward(
         chunk_shift = None if shifts is None else shifts[rows]
         normal, mean, rstd = chunks.norm(part, chunk_shift, norm_weight, norm_bias, eps, dx[rows, tokens])
         du = chunks.buffer("u", count, 2 * H)
-        u = saved[flat] if saved.numel() else torch.mm(normal, up_weight.t(), out=du)
         dinner = dy[rows, tokens].reshape(count, C).to(up_weight.dtype)
         g = torch.mm(dinner, down_weight, out=chunks.buffer("g", count, H))  # dg first
-        up_bias_sum += geglu_backward_into(u, up_bias, g, du, g)
+        if saved.numel():
+            up_bias_sum += geglu_backward_into(saved[flat], up_bias, g, du, g)
+        else:
+            up_bias_sum += up_geglu.backward_into(normal, up_weight, up_bias, du, g)
         add_product(down_sum, dinner, g)
         add_product(up_sum, du, normal)
         dnormal = torch.mm(du, up_weight, out=normal)
