@@ -48,7 +48,7 @@ def dry(tmp_path_factory: pytest.TempPathFactory) -> Record:
 
 
 BENCHES_OF = {  # what each part leaves, beside what became of it
-    "step": {"step", "step/operations of fused", "step/operations of fused-plan"},
+    "step": {"step", "step/rates", "step/operations of fused", "step/operations of fused-plan"},
     "memory": {"memory", "memory/closed loop"},
     "ops": {f"ops/{name}" for name in real_ops.real_ops(1)},
     "variants": {"variants/group_norm_silu_conv", "variants/temporal_attention"},
