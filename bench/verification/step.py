@@ -68,7 +68,15 @@ def model(way: Way, config: presets.Config, card: Card) -> dict[str, float]:
         "block_out_channels": net.block_out_channels, "num_attention_heads": net.num_attention_heads,
         "layers_per_block": net.layers_per_block, "cross_attention_dim": net.cross_attention_dim,
     }  # fmt: skip
-    workload = svd_workload(kind, frames=data.num_frames, height=height, width=width, has_guide=True, **shape)
+    workload = svd_workload(
+        kind,
+        frames=data.num_frames,
+        height=height,
+        width=width,
+        has_guide=True,
+        guide_recomputes=way == "fused",
+        **shape,
+    )
     cost = model_step(way, workload, card, OptimizerChoice(kind=kind))
     return {"step_s": cost.step_s, "peak_gib": cost.peak_bytes / GIB}
 
