@@ -66,9 +66,9 @@ def command() -> str:
 
 
 def chosen_device(name: str) -> torch.device:
-    """The device that was asked for; auto: the GPU where there is one."""
-    has_gpu = torch.cuda.is_available()
-    return torch.device(("cuda" if has_gpu else "cpu") if name == "auto" else name)
+    """The device that was asked for, a GPU with its index; auto: the GPU where there is one."""
+    kind = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
 
 
 def device_name(device: torch.device) -> str:

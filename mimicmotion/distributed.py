@@ -16,11 +16,18 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
-    """This process among all, and its device."""
+    """This process among all, and its device.
+
+    Raises ValueError for a GPU without its index, which some functions of torch.cuda refuse.
+    """
 
     rank: int
     world_size: int
     device: torch.device
+
+    def __post_init__(self) -> None:
+        if self.device.type == "cuda" and self.device.index is None:
+            raise ValueError("got device cuda, wanted one with its index; give cuda:0, or that of this rank")
 
     @property
     def is_first(self) -> bool:

@@ -50,6 +50,7 @@ class Fitting:
     ) -> None:  # fmt: skip
         self.plan, self.budget_gib, self.allocator, self.device = plan, budget_gib, allocator, device
         self.is_held = False
+        self.changes: list[Change] = []
         self._plan_within, self._ranks = plan_within, ranks
         self._num_replans = self._num_failures = 0  # the latter: in a row
         self._unmodelled_gib = 0.0
@@ -65,6 +66,7 @@ class Fitting:
         self._num_replans += change.is_new
         self.is_held = not change.is_new or self._num_replans == MOST_REPLANS
         self.plan = change.plan
+        self.changes.append(change)
         return change
 
     def _compare(self, peak_gib: float, step_s: float) -> Change:
@@ -99,6 +101,7 @@ class Fitting:
                 "smaller size, --optimizer.in-backward True or --optimizer.kind adamw8bit"
             )
         self.plan = change.plan
+        self.changes.append(change)
         return change
 
     def _smaller(self) -> Change | None:

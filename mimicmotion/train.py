@@ -118,7 +118,8 @@ def main() -> None:
     if arguments.dry_run:
         try:
             is_for_this_gpu = arguments.config.memory_budget is not None and torch.cuda.is_available()
-            here = Ranks(rank=0, world_size=1, device=torch.device("cuda" if is_for_this_gpu else "cpu"))
+            device = torch.device("cuda", torch.cuda.current_device()) if is_for_this_gpu else torch.device("cpu")
+            here = Ranks(rank=0, world_size=1, device=device)
             config, plan, _ = choose_plan(arguments.config, here)
             print(dry_run(config, plan))
         except ValueError as error:

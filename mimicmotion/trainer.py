@@ -75,7 +75,9 @@ class Trainer:
                 f"trainer.batch_size {batch} and trainer.micro_batch_size {micro}. Give one rank and equal sizes."
             )
         torch.manual_seed(config.trainer.seed)
-        self.model = build_model(config.model, config.kernels).to(ranks.device).train()
+        with ranks.device:  # a GPU draws the weights in no time
+            model = build_model(config.model, config.kernels)
+        self.model = model.to(ranks.device).train()  # diffusers makes its mix factors on the CPU whatever the context
         self.notes: list[str] = []
         if ranks.device.type == "cpu" and (config.optimizer.states_on_host or config.optimizer.ema == "host"):
             self.notes.append("the device is a CPU: optimizer.states_on_host and ema host move nothing off it")

@@ -36,6 +36,10 @@ class CudaAllocator:
     def begin(self) -> None:
         """Also makes room in one piece for a plan that lays memory out in another way."""
         torch.cuda.empty_cache()
+        self.reset_peak()
+
+    def reset_peak(self) -> None:
+        """Count the peak from here on, and keep what is cached."""
         torch.cuda.reset_peak_memory_stats(self._index)
         _aside_bytes.pop(self._index, None)
 

@@ -2,8 +2,12 @@
 
 The rates of the H200 were measured on one (driver 580, torch 2.11 for CUDA 13.0): products by one of 8192^3, passes by
 a copy, attention and convolutions by fits over several sizes, the rest as the bytes that the trace counts for a kind
-over the GPU time that torch.profiler gave its kernels in a step of selective checkpointing. Those of every other card
-are **assumed**: the H200's share of its data sheet, of theirs.
+over the GPU time that torch.profiler gave its kernels in a step of selective checkpointing.
+
+An H100 has the H200's processor and less fast memory. Its products, passes, attention and convolutions were measured
+as well; its other kinds are the H200's, as long as a pass over its own memory is no slower: what the memory did not
+bound there is no slower here (a fused step took 2.62 s there and 2.59 here). Those of every other card are **assumed**:
+the H200's share of its data sheet, of theirs.
 """
 
 from __future__ import annotations
@@ -68,6 +72,20 @@ H200_RATES: Mapping[Kind, Rate] = {
     "kernel": Rate(bytes_per_s=2.2e12),
 }
 """Measured."""
+_H100_PASS = Rate(bytes_per_s=2.98e12)
+H100_RATES: Mapping[Kind, Rate] = {
+    **{kind: replace(x, bytes_per_s=min(x.bytes_per_s, _H100_PASS.bytes_per_s)) for kind, x in H200_RATES.items()},
+    "product": Rate(flops_per_s=785e12, bytes_per_s=2.98e12),
+    # over 45 timings of 3 to 72 frames: 9% root mean square
+    "convolution": Rate(flops_per_s=760e12, bytes_per_s=2.98e12, start_s=62e-6),
+    # over 9216, 2304 and 576 pixels: 3% at most
+    "flash": Rate(flops_per_s=320e12, bytes_per_s=0.95e12),
+    "flash backward": Rate(flops_per_s=295e12, bytes_per_s=0.5e12),
+    "attention": Rate(flops_per_s=500e12, bytes_per_s=1.15e12),
+    "attention backward": Rate(flops_per_s=475e12, bytes_per_s=0.75e12),
+    "pass": _H100_PASS,
+}
+"""Measured on one H100 (torch 2.11 for CUDA 13.0), and the rest by the rule above."""
 # Of the operations of a data sheet before Hopper, whose tensor cores FlashAttention-2 was written for: 50 to 73% on an
 # A100 (Dao 2023, arXiv 2307.08691); its forward is nearer the upper end.
 FLASH_SHARES: Mapping[Kind, float] = {"flash": 0.6, "flash backward": 0.5, "attention": 0.6, "attention backward": 0.5}
@@ -138,11 +156,12 @@ def _card(
 # Reported memory is from users' messages: A100 79.25 (levihsu/OOTDiffusion #235), its 40 GB 39.50 (TianheWu/CoSeR
 # #10), L40S 44.42 (stepfun-ai/Step-Video-T2V #8), A6000 47.54 (google-research/semivl #18), 6000 Ada 44.43 with ECC
 # (DINGYANB/MTVCrafter #21), RTX 4090 23.64 and 23.52 (ali-vilab/VGen #104, Soul-AILab/SoulX-FlashTalk #5), a card of
-# 16 GB 15.61 (DengKaiCQ/VGGT-Long #6); H200 measured. H100, RTX 5090, 3090: assumed, by cards of the same size.
+# 16 GB 15.61 (DengKaiCQ/VGGT-Long #6); H200 and H100 (79.18) measured. RTX 5090, 3090: assumed, by cards of the same
+# size.
 CARDS = (
     _card("A100", "NVIDIA A100-SXM4-80GB", 80, 79.2, 2.04, 312, PCIE_4, (8, 0)),
     _card("A100 40GB", "NVIDIA A100-SXM4-40GB", 40, 39.5, 1.555, 312, PCIE_4, (8, 0)),
-    _card("H100", "NVIDIA H100 80GB HBM3", 80, 79.0, 3.35, 989, PCIE_5, HOPPER),
+    _card("H100", "NVIDIA H100 80GB HBM3", 80, 79.1, 3.35, 989, PCIE_5, HOPPER, rates=H100_RATES),
     _card("H200", "NVIDIA H200", 141, 139.8, 4.8, 989, PCIE_5, HOPPER, rates=H200_RATES),
     _card("L40S", "NVIDIA L40S", 48, 44.4, 0.864, 362, PCIE_4),
     _card("RTX A6000", "NVIDIA RTX A6000", 48, 47.5, 0.768, 154.8, PCIE_4, (8, 6), has_display=True),

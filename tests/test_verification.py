@@ -48,8 +48,8 @@ def dry(tmp_path_factory: pytest.TempPathFactory) -> Record:
 
 
 BENCHES_OF = {  # what each part leaves, beside what became of it
-    "step": {"step", "step/operations of fused", "step/operations of fused-plan"},
-    "memory": {"memory"},
+    "step": {"step", "step/rates", "step/operations of fused", "step/operations of fused-plan"},
+    "memory": {"memory", "memory/closed loop"},
     "ops": {f"ops/{name}" for name in real_ops.real_ops(1)},
     "variants": {"variants/group_norm_silu_conv", "variants/temporal_attention"},
     "benches": {"temporal_transformer_block"},

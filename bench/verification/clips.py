@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,9 @@ import torch
 
 from bench.verification.device import Gpu
 from mimicmotion.config import LATENT_STRIDE, Config
-from mimicmotion.distributed import Ranks
-from mimicmotion.history import read_history
-from mimicmotion.memory_plan import choose_plan
+from mimicmotion.fitting import Fitting
 from mimicmotion.trainer import Trainer
+from mmkernels.planning.choices import Plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,30 +44,25 @@ class UnsavedTrainer(Trainer):
         return self.config.run_dir
 
 
-def trainer_of(config: Config, gpu: Gpu, kind: type[Trainer] = Trainer, *, resume: bool = False) -> Trainer:
-    """The trainer of a run on noise, under the plan that its config asks for."""
-    ranks = Ranks(rank=0, world_size=1, device=gpu.device)
-    config, plan, fitting = choose_plan(config, ranks)
+def trainer_of(
+    config: Config, gpu: Gpu, kind: type[Trainer] = Trainer, *, resume: bool = False, plan: Plan | None = None,
+    fitting: Fitting | None = None,
+) -> Trainer:  # fmt: skip
+    """The trainer of a run on noise, under what `gpu.choose_plan` gave for its config."""
     clips = NoiseClips(config=config)
-    return kind(config, clips, ranks, encoder="noise", resume=resume, plan=plan, fitting=fitting)
+    return kind(config, clips, gpu.ranks, encoder="noise", resume=resume, plan=plan, fitting=fitting)
 
 
-def watched_run(config: Config, gpu: Gpu) -> list[dict[str, float]]:
-    """Train to the last step: of each step its seconds and the peaks of what tensors and the allocator held."""
-    trainer, peaks = trainer_of(config, gpu, UnsavedTrainer), []
-    update = trainer.optimization.step
+def watched_run(trainer: Trainer, gpu: Gpu, done: Callable[[int, dict[str, float]], object]) -> None:
+    """Train to the last step; `done` is told each one's number, seconds, and peaks of tensors and of the allocator."""
 
-    def watched(**settings: Any) -> None:
-        update(**settings)
-        peaks.append(gpu.peak_gib())
-        if trainer.fitting is None or trainer.fitting.is_held:  # else it reads the peak after this, and resets it
-            gpu.reset_peak()
+    def watched(step: Callable[[], Any]) -> Any:
+        gpu.reset_peak()
+        row = step()
+        if row is not None:  # else memory ran out, and the step is done again
+            allocated_gib, reserved_gib = gpu.peak_gib()
+            done(row["step"], {"step_s": row["seconds"], "peak_gib": allocated_gib, "reserved_gib": reserved_gib})
+        return row
 
-    trainer.optimization.step = watched
-    gpu.reset_peak()
+    trainer.around_step = watched
     trainer.run()
-    rows = read_history(config.run_dir / "loss.jsonl")
-    return [
-        {"step_s": row["seconds"], "peak_gib": allocated, "reserved_gib": reserved}
-        for row, (allocated, reserved) in zip(rows, peaks, strict=True)
-    ]

@@ -13,14 +13,18 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from mimicmotion.config import Config
-from mimicmotion.memory_plan import usable_gib
+from mimicmotion.distributed import Ranks
+from mimicmotion.fitting import Fitting
+from mimicmotion.memory_plan import choose_plan, usable_gib
 from mimicmotion.planned import made_for
 from mmkernels import tuning
+from mmkernels.allocator import CudaAllocator
 from mmkernels.cards import Card, card, card_of
 from mmkernels.planning.choices import GIB, Modelled, Plan
 from mmkernels.planning.device import measured_card
@@ -40,10 +44,10 @@ class Operation:
 
 
 class Gpu:
-    """The current CUDA device."""
+    """The first CUDA device that is visible."""
 
     kind = "measured"
-    device = torch.device("cuda")
+    device = torch.device("cuda", 0)  # with its index, which set_per_process_memory_fraction wants
     activities: Sequence[Any] = (torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA)
     profiled = "device"  # whose times the profiler is asked for
     is_full_size = True
@@ -73,6 +77,15 @@ class Gpu:
         """What makes a plan: `make` itself."""
         return make
 
+    def choose_plan(self, config: Config) -> tuple[Config, Plan | None, Fitting | None]:
+        """The plan that a run asks for, as the trainer's command has it."""
+        return choose_plan(config, self.ranks)
+
+    @property
+    def ranks(self) -> Ranks:
+        """One."""
+        return Ranks(rank=0, world_size=1, device=self.device)
+
     def choices(self) -> list[tuning.Choice]:
         """The kernels that were timed into this process's folder of choices."""
         return [choice for found in tuning.stored().values() for choice in found]
@@ -100,13 +113,12 @@ class Gpu:
     def reset_peak(self) -> None:
         """Count peaks from here on."""
         self.synchronize()
-        torch.cuda.reset_peak_memory_stats(self.device)
+        CudaAllocator(self.device).reset_peak()
 
     def peak_gib(self) -> tuple[float, float]:
         """Most that tensors held, and most that the allocator held, since `reset_peak`."""
         self.synchronize()
-        allocated, reserved = torch.cuda.max_memory_allocated(self.device), torch.cuda.max_memory_reserved(self.device)
-        return allocated / GIB, reserved / GIB
+        return CudaAllocator(self.device).peak_bytes() / GIB, torch.cuda.max_memory_reserved(self.device) / GIB
 
     @contextmanager
     def capped(self, gib: float) -> Iterator[None]:
@@ -158,6 +170,17 @@ def made_up_plan(config: Config, card: Card, budget_gib: float) -> Plan:
     return Plan(made_for=made_for(config) | {"budget_gib": budget_gib}, modelled=cost)
 
 
+class MadeUpAllocator:
+    """One that finds every plan too large."""
+
+    def begin(self) -> None:
+        """Nothing is counted."""
+
+    def peak_bytes(self) -> int:
+        """More than any budget."""
+        return 1 << 40
+
+
 class StandIn(Gpu):
     """A CPU in a GPU's place: its times are the host's, its memory is made up, and so are two kernel variants."""
 
@@ -189,6 +212,13 @@ class StandIn(Gpu):
     def planner(self, make: Planner) -> Planner:
         """One that takes no time."""
         return made_up_plan
+
+    def choose_plan(self, config: Config) -> tuple[Config, Plan | None, Fitting | None]:
+        """For a budget a closed loop of made-up plans."""
+        if not isinstance(budget_gib := config.memory_budget, float):
+            return choose_plan(config, self.ranks)
+        make = partial(made_up_plan, config, self.card())
+        return config, make(budget_gib), Fitting(make(budget_gib), budget_gib, make, MadeUpAllocator(), self.ranks)
 
     def choices(self) -> list[tuning.Choice]:
         """One that names each way once, and one that leaves a way out."""

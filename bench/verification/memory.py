@@ -1,8 +1,9 @@
-"""Part `memory`: the trainer under plans for cards of less memory and for this one's, with the allocator held to each.
+"""Part `memory`: the closed loop under the cap of a smaller card, then plans from a file, and where the bytes are.
 
-Weights in bfloat16 with 8-bit moments, 72 frames of 1024x576, on clips of noise. The plan for a smaller card takes what
-mmkernels/cards.py says that one offers; the cap is that and the fragments that a plan leaves room for. Then the closed
-loop of `--memory-budget` under the same cap, the plan for this card, and where the bytes are at the peak.
+Weights in bfloat16 with 8-bit moments, 72 frames of 1024x576, on clips of noise. `--memory-budget` gets what
+mmkernels/cards.py says that a smaller card offers, and the allocator that and the fragments that a plan leaves room
+for. The first plan that it makes is then run from a file under the same cap, and last a plan for this whole card, which
+another process makes meanwhile. The package's own report of the bytes at the peak is made while the first plan is.
 """
 
 from __future__ import annotations
@@ -12,44 +13,44 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
-from concurrent.futures import Future
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from bench.environment import ROOT
-from bench.verification.clips import watched_run
+from bench.verification.clips import UnsavedTrainer, trainer_of, watched_run
 from bench.verification.device import Gpu
 from bench.verification.record import Record
 from bench.verification.step import processes, shape_of, step_config
 from mimicmotion import config as presets
+from mimicmotion.fitting import Fitting
 from mimicmotion.memory_plan import plan_step
 from mmkernels import cards
 from mmkernels.cards import Card
 from mmkernels.planning.choices import Plan, write_plan
 
-SMALLER = "RTX 4090"  # whose plan is tried where this card has more memory
+SMALLER = "RTX 4090"  # whose memory is tried where this card has more
 STEPS = 4  # of each run: the offload learns in the first
 MOST_LINES = 30  # of the report of where the bytes are
+LONGEST_REPORT_S = 45.0  # that is waited for it once the first plan is there
 
 
 def run(gpu: Gpu, record: Record, seconds: float) -> None:
-    """A plan for each size, made at once in processes of their own, then run one after the other, smallest first."""
-    card, config, smaller = gpu.card(), memory_config(gpu), cards.card(SMALLER)
-    sizes = {smaller.name: (smaller.usable_gib, smaller.usable_gib + cards.FRAGMENTS_GIB)}
-    sizes["this card"] = gpu.usable_gib(), gpu.memory_gib()
-    with processes(len(sizes) if gpu.is_full_size else 1) as pool, tempfile.TemporaryDirectory() as name:
+    """Most telling first; what a run gives is written after each of its steps."""
+    config, smaller, whole_gib = memory_config(gpu), cards.card(SMALLER), gpu.usable_gib()
+    budget_gib, cap_gib = smaller.usable_gib, smaller.usable_gib + cards.FRAGMENTS_GIB
+    with processes(1) as pool, tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        made = {size: pool.submit(gpu.planner(make_plan), config, card, sizes[size][0]) for size in sizes}
-        for size, (budget_gib, cap_gib) in sizes.items():
-            run_dir = folder / size.replace(" ", "-")
+        whole = pool.submit(gpu.planner(make_plan), config, gpu.card(), whole_gib)
+        report = Report(folder, record) if gpu.is_full_size else None
+        closed = dataclasses.replace(config, run_dir=folder / "closed", memory_budget=budget_gib)
+        first = measure(gpu, record, closed, f"--memory-budget {budget_gib:.1f}", cap_gib, report=report)
+        for what, plan, own_cap_gib in (
+            (smaller.name, lambda: first, cap_gib), ("this card", whole.result, gpu.memory_gib())
+        ):  # fmt: skip
+            run_dir = folder / what.replace(" ", "-")
             planned = dataclasses.replace(config, run_dir=run_dir, plan=run_dir.with_suffix(".json"))
-            measure(gpu, record, planned, f"plan for {size}", cap_gib, made[size])
-            if gpu.is_full_size and size == SMALLER:  # a CPU has no memory to fit
-                closed = dataclasses.replace(config, run_dir=folder / "closed", memory_budget=budget_gib)
-                measure(gpu, record, closed, f"--memory-budget {budget_gib:.1f}", cap_gib)
-        if gpu.is_full_size:
-            report_bytes(record, folder)
+            measure(gpu, record, planned, f"plan for {what}", own_cap_gib, made=plan)
 
 
 def memory_config(gpu: Gpu) -> presets.Config:
@@ -67,33 +68,83 @@ def make_plan(config: presets.Config, card: Card, budget_gib: float) -> Plan:
 
 
 def measure(
-    gpu: Gpu, record: Record, config: presets.Config, name: str, cap_gib: float, made: Future[Plan] | None = None
-) -> None:
-    """Run under a cap: a row for each step, beside what the plan says. What goes wrong is a row and no more."""
-    shape: Mapping[str, object] = {**shape_of(config), "cap_gib": round(cap_gib, 2)}
+    gpu: Gpu, record: Record, config: presets.Config, name: str, cap_gib: float,
+    made: Callable[[], Plan | None] | None = None, report: Report | None = None,
+) -> Plan | None:  # fmt: skip
+    """Run under a cap. Returns the plan that it began with; what goes wrong is a row and no more.
+
+    made: the plan that the run has from a file. report: ended once there is a plan.
+    """
+    plan = None
     try:
         if made is not None:
-            plan = made.result()
             assert config.plan is not None
-            write_plan(plan, config.plan)
-            if (cost := plan.modelled) is not None:
-                figures = {"step_s": cost.step_s, "peak_gib": cost.peak_gib}
-                record.figures("memory", name, figures, mode="every step", kind="modelled", shape=shape)
+            if (found := made()) is None:
+                raise ValueError("no plan was made")
+            write_plan(found, config.plan)
         with gpu.capped(cap_gib):
-            for index, figures in enumerate(watched_run(config, gpu)):
-                record.figures("memory", name, figures, mode=f"step {index + 1}", shape=shape)
+            config, plan, fitting = gpu.choose_plan(config)
+            if report is not None:
+                report.end()
+            write_run(gpu, record, config, name, plan, fitting, {**shape_of(config), "cap_gib": round(cap_gib, 2)})
     except Exception as error:  # out of memory is a result as well
         record.fail(name, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
+    if report is not None:
+        report.end()
     gpu.release()
+    return plan
 
 
-def report_bytes(record: Record, folder: Path) -> None:
-    """Where the bytes at the peak of a fused step are, by the package's own command."""
-    command = [sys.executable, "-m", "mmkernels.memory", "report", "--optimizer", "adamw8bit", "--out", str(folder)]
-    if status := subprocess.run(command, cwd=ROOT, check=False).returncode:
-        record.fail("report", f"{' '.join(command[1:])}: exit status {status}")
-        return
-    write_bytes(json.loads((folder / "peak.json").read_text()), record)
+def write_run(
+    gpu: Gpu, record: Record, config: presets.Config, name: str, plan: Plan | None, fitting: Fitting | None,
+    shape: Mapping[str, object],
+) -> None:  # fmt: skip
+    """Train: a row for each step beside what its plan says, and what the closed loop did in its own words."""
+    trainer = trainer_of(config, gpu, UnsavedTrainer, plan=plan, fitting=fitting)
+
+    def done(index: int, figures: Mapping[str, float]) -> None:
+        record.figures("memory", name, figures, mode=f"step {index}", shape=shape)
+        write_modelled("memory", f"step {index}", trainer.plan, shape)
+
+    def write_modelled(bench: str, mode: str, plan: Plan | None, shape: Mapping[str, object], why: str = "") -> None:
+        if plan is not None and (cost := plan.modelled) is not None:
+            figures = {"step_s": cost.step_s, "peak_gib": cost.peak_gib}
+            record.figures(bench, name, figures, mode=mode, kind="modelled", shape=shape, includes=why)
+
+    try:
+        watched_run(trainer, gpu, done)
+    finally:
+        for index, change in enumerate([] if fitting is None else fitting.changes):
+            write_modelled("memory/closed loop", f"change {index + 1}", change.plan, {}, str(change))
+
+
+class Report:
+    """The package's own command for where the bytes at the peak of a fused step are, begun and not waited for.
+
+    It needs the memory of the card; the first plan, which is made meanwhile, does not.
+    """
+
+    def __init__(self, folder: Path, record: Record) -> None:
+        self._rows, self._record, self._is_ended = folder / "peak.json", record, False
+        command = ["-m", "mmkernels.memory", "report", "--optimizer", "adamw8bit", "--out", str(folder)]
+        self._process = subprocess.Popen([sys.executable, *command], cwd=ROOT)
+
+    def end(self) -> None:
+        """Wait for it and write its rows, the first time."""
+        if self._is_ended:
+            return
+        self._is_ended = True
+        try:
+            status = self._process.wait(timeout=LONGEST_REPORT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+            self._record.fail("report", f"not done {LONGEST_REPORT_S:.0f} s after the first plan was: ended")
+            return
+        if status:
+            self._record.fail("report", f"python -m mmkernels.memory report: exit status {status}")
+            return
+        write_bytes(json.loads(self._rows.read_text()), self._record)
 
 
 def write_bytes(found: Mapping[str, Any], record: Record) -> None:

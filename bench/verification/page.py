@@ -19,7 +19,10 @@ PARTS: Mapping[str, str] = {
     "tests": "the tests of the ops on the GPU, and again with each variant forced",
 }
 GIB = 2**30
-SCALES = {"peak_bytes": ("peak_gib", GIB), "saved_bytes": ("saved_gib", GIB)}
+SCALES = {
+    "peak_bytes": ("peak_gib", GIB), "saved_bytes": ("saved_gib", GIB), "bytes_per_s": ("terabytes_per_s", 1e12),
+    "flops_per_s": ("teraflops_per_s", 1e12),
+}  # fmt: skip
 
 
 def page_of(rows: Rows) -> str:

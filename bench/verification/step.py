@@ -8,10 +8,12 @@ of fused-plan and the modelled figures are made meanwhile in another process: th
 from __future__ import annotations
 
 import dataclasses
+import math
 import multiprocessing
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from functools import partial
+from typing import get_args
 
 from bench.fused_plan import INCLUDES, Plans, StepWay
 from bench.measured_step import GATE_PIXELS
@@ -21,8 +23,9 @@ from bench.training_step import TrainingStep, why_wrong_step
 from bench.verification.device import Gpu
 from bench.verification.record import Record
 from mimicmotion import config as presets
-from mmkernels.cards import Card
+from mmkernels.cards import Card, Kind
 from mmkernels.planning.choices import GIB, OptimizerChoice, Plan
+from mmkernels.planning.device import SAMPLES
 from mmkernels.planning.svd import svd_workload
 
 WAYS: tuple[StepWay, ...] = ("fused", "checkpoint", "fine-grained-one-token", "fused-plan")  # most telling first
@@ -65,7 +68,15 @@ def model(way: Way, config: presets.Config, card: Card) -> dict[str, float]:
         "block_out_channels": net.block_out_channels, "num_attention_heads": net.num_attention_heads,
         "layers_per_block": net.layers_per_block, "cross_attention_dim": net.cross_attention_dim,
     }  # fmt: skip
-    workload = svd_workload(kind, frames=data.num_frames, height=height, width=width, has_guide=True, **shape)
+    workload = svd_workload(
+        kind,
+        frames=data.num_frames,
+        height=height,
+        width=width,
+        has_guide=True,
+        guide_recomputes=way == "fused",
+        **shape,
+    )
     cost = model_step(way, workload, card, OptimizerChoice(kind=kind))
     return {"step_s": cost.step_s, "peak_gib": cost.peak_bytes / GIB}
 
@@ -80,6 +91,7 @@ def run(gpu: Gpu, record: Record, seconds: float) -> None:
     config, card = step_config(gpu), gpu.card()
     ways: tuple[StepWay, ...] = WAYS if gpu.is_full_size else ("fused", "fused-plan")
     record = record.of_dtype(config.trainer.precision)
+    write_rates(card, record)
     with processes(2 if gpu.is_full_size else 1) as pool:
         plan = pool.submit(gpu.planner(make_plan), config, card, gpu.usable_gib())
         costs: dict[StepWay, Future[dict[str, float]]] = {
@@ -103,6 +115,17 @@ def run(gpu: Gpu, record: Record, seconds: float) -> None:
         if (modelled := plan.result().modelled) is not None:
             figures = {"step_s": modelled.step_s, "peak_gib": modelled.peak_gib}
             record.figures("step", "fused-plan", figures, kind="modelled", shape=shape, includes=INCLUDES["fused-plan"])
+
+
+def write_rates(card: Card, record: Record) -> None:
+    """What kernels of each kind reach on the card, measured but where a kind has no sample."""
+    for kind in get_args(Kind):
+        rate = card.rate(kind)
+        values = {"bytes_per_s": rate.bytes_per_s, "flops_per_s": rate.flops_per_s}
+        figures = {name: value for name, value in values.items() if value < math.inf}
+        record.figures("step/rates", kind, figures, mode="kernel", kind=None if kind in SAMPLES else "modelled")
+    if card.link_bytes_per_s:
+        record.figures("step/rates", "to and from the host", {"bytes_per_s": card.link_bytes_per_s}, mode="kernel")
 
 
 def shape_of(config: presets.Config) -> dict[str, object]:

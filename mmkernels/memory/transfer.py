@@ -7,6 +7,7 @@ the same memory out again at once, to be used by what is queued on the compute s
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -45,28 +46,30 @@ class CudaDevice:
     """torch.cuda with two copy streams and one slab of host memory, registered (page-locked) whole.
 
     A pinned allocation by torch would be rounded up to a power of two and may be handed out again before a copy that
-    reads it is done. Blocks are uint8 tensors. Raises MemoryError where the host has no room for the slab.
+    reads it is done. Blocks are uint8 tensors. The slab is unlocked and given back by `close`, or when the device goes.
+    Raises MemoryError where the host has no room for the slab.
     """
 
     def __init__(self, device: torch.device, slab_bytes: int) -> None:
         check_host_memory(slab_bytes)
         self.device = device
         self._copies = {name: torch.cuda.Stream(device) for name in ("copy-out", "copy-in")}
-        self._slab = torch.empty(slab_bytes, dtype=torch.uint8)
-        self._check(_runtime().cudaHostRegister(self._slab.data_ptr(), slab_bytes, 0), slab_bytes)
-
-    def close(self) -> None:
-        """Wait for the copies and unlock the slab; the device is of no use afterwards."""
-        torch.cuda.synchronize(self.device)
-        self._check(_runtime().cudaHostUnregister(self._slab.data_ptr()), self._slab.numel())
-
-    @staticmethod
-    def _check(error: Any, num_bytes: int) -> None:
-        if int(error) != 0:
+        slab = torch.empty(slab_bytes, dtype=torch.uint8)
+        slab.zero_()  # by all threads: page-locking alone would have one of them fetch page after page
+        if error := int(_runtime().cudaHostRegister(slab.data_ptr(), slab_bytes, 0)):
             raise MemoryError(
-                f"CUDA refused to page-lock {num_bytes:,} bytes of host memory (error {int(error)}); "
+                f"CUDA refused to page-lock {slab_bytes:,} bytes of host memory (error {error}); "
                 "raise the limit on locked memory (ulimit -l) or move less"
             )
+        self._slab = slab
+        # Memory that is given back while it is locked cannot be locked again by whoever gets it next.
+        self._unlock = weakref.finalize(self, _unlock, device, slab)
+        self._unlock.atexit = False  # the driver unlocks it then
+
+    def close(self) -> None:
+        """Wait for the copies and give the slab back; the device is of no use afterwards."""
+        self._slab = torch.empty(0, dtype=torch.uint8)
+        self._unlock()
 
     def _stream(self, name: StreamName) -> torch.cuda.Stream:
         return torch.cuda.current_stream(self.device) if name == "compute" else self._copies[name]
@@ -96,6 +99,12 @@ class CudaDevice:
 
 def _runtime() -> Any:
     return torch.cuda.cudart()
+
+
+def _unlock(device: torch.device, slab: Tensor) -> None:
+    torch.cuda.synchronize(device)
+    if error := int(_runtime().cudaHostUnregister(slab.data_ptr())):
+        raise RuntimeError(f"CUDA refused to unlock {slab.numel():,} bytes of host memory (error {error})")
 
 
 def check_host_memory(wanted_bytes: int, meminfo: Path = Path("/proc/meminfo")) -> None:

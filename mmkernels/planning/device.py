@@ -1,11 +1,16 @@
-"""The card at hand, with rates by kind of kernel measured on it in about a second."""
+"""The card at hand, with rates by kind of kernel measured on it in about a second.
+
+A kernel of 20 microseconds on an idle card times the host that launches it and the card's low clocks. So the card is
+kept busy with products first, and work is timed that was queued whole before the card came to it.
+"""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, Protocol, get_args
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -17,7 +22,10 @@ from mmkernels.planning.choices import GIB
 PRODUCT_SIDE = 8192
 COPY_BYTES = 1 << 28
 ROWS, PIXELS_SIDE, CHANNELS, HEADS, HEAD_DIM = 18, 48, 640, 10, 64  # of the other samples
-REPEATS = 5
+WARM_S = 0.3  # of products, until the clocks are up
+SAMPLE_S, MOST_CALLS = 4e-3, 24  # that calls between two marks take about; more of them the host queues for too long
+REPEATS = 3
+MOST_FILLS = 64  # products that the device has before it while the host queues what is timed
 LEAST_S = 1e-6  # that a sample is taken for beyond its start
 
 
@@ -40,10 +48,11 @@ def measured_card() -> Card:
     device = torch.device("cuda", torch.cuda.current_device())
     properties = torch.cuda.get_device_properties(device)
     usable_bytes = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    rates = measured_rates(device, _median_s)
+    clock = DeviceClock(CudaQueue(), _product(device).work)
+    rates = measured_rates(device, clock.seconds)
     source = torch.empty(COPY_BYTES, device=device, dtype=torch.uint8)
     host = torch.empty(COPY_BYTES, dtype=torch.uint8, pin_memory=True)
-    link_s = _median_s(lambda: host.copy_(source, non_blocking=True))
+    link_s = clock.seconds(lambda: host.copy_(source, non_blocking=True))
     return Card(
         name=properties.name, device=properties.name, memory_gib=properties.total_memory / GIB,
         bytes_per_s=rates["pass"].bytes_per_s, flops_per_s=rates["product"].flops_per_s,
@@ -55,15 +64,15 @@ def measured_card() -> Card:
 def measured_rates(device: torch.device, seconds: Callable[[Callable[[], object]], float]) -> dict[Kind, Rate]:
     """Each kind's rates of an H200, all made faster or slower alike until a sample takes what `seconds` says of it.
 
-    A kind without a sample of its own goes as a pass over memory does.
+    A kind without a sample of its own goes as reductions do: neither is bound by the memory's bandwidth alone.
     """
     factors: dict[Kind, float] = {}
     for kind in get_args(Kind):
-        if (make := _SAMPLES.get(kind)) is not None:
+        if (make := SAMPLES.get(kind)) is not None:
             sample, start_s = make(device), H200_RATES[kind].start_s  # which is not measured: no card differs much
             modelled_s = H200_RATES[kind].seconds(sample.flops, sample.num_bytes)
             factors[kind] = (modelled_s - start_s) / max(seconds(sample.work) - start_s, LEAST_S)
-    return {kind: H200_RATES[kind].faster(factors.get(kind, factors["pass"])) for kind in get_args(Kind)}
+    return {kind: H200_RATES[kind].faster(factors.get(kind, factors["reduction"])) for kind in get_args(Kind)}
 
 
 def _product(device: torch.device) -> Sample:
@@ -128,7 +137,7 @@ def _group_norm(device: torch.device) -> Sample:
     return Sample(lambda: group_norm(x, 32), 0, 2 * x.nbytes)
 
 
-_SAMPLES: dict[Kind, Callable[[torch.device], Sample]] = {
+SAMPLES: dict[Kind, Callable[[torch.device], Sample]] = {
     "product": _product,
     "convolution": _convolution,
     "flash": lambda device: _attention(device, is_flash=True, is_backward=False),
@@ -143,15 +152,78 @@ _SAMPLES: dict[Kind, Callable[[torch.device], Sample]] = {
 }
 
 
-def _median_s(work: Callable[[], object]) -> float:
-    """After one call to warm up."""
-    work()
-    times = []
-    for _ in range(REPEATS):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        work()
-        end.record()
+class Queue(Protocol):
+    """Marks in what a device has to do, in order."""
+
+    def mark(self) -> Any:
+        """After all that is queued."""
+        ...
+
+    def is_past(self, mark: Any) -> bool:
+        """Whether the device has come there; not waited for."""
+        ...
+
+    def seconds(self, begin: Any, end: Any) -> float:
+        """Between two marks on the device's own clock; waits for the second."""
+        ...
+
+
+class CudaQueue:
+    """The current stream of the current device."""
+
+    def mark(self) -> torch.cuda.Event:
+        """An event."""
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def is_past(self, mark: torch.cuda.Event) -> bool:
+        """As Queue."""
+        return mark.query()
+
+    def seconds(self, begin: torch.cuda.Event, end: torch.cuda.Event) -> float:
+        """As Queue."""
         end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e-3)
-    return sorted(times)[REPEATS // 2]
+        return begin.elapsed_time(end) * 1e-3
+
+
+class DeviceClock:
+    """What work takes on a device that is warm, and has it before it comes to it.
+
+    fill: queues work that takes the device a millisecond or more, and the host little.
+    """
+
+    def __init__(self, queue: Queue, fill: Callable[[], object]) -> None:
+        self._queue, self._fill = queue, fill
+        begin, is_warm = queue.mark(), False
+        while not is_warm:
+            for _ in range(8):
+                fill()
+            is_warm = queue.seconds(begin, queue.mark()) >= WARM_S
+
+    def seconds(self, work: Callable[[], object]) -> float:
+        """Of one call, the median of several times; warns where the host was never ahead of the device."""
+        self._calls(work, 1)  # loads the kernel
+        calls = max(1, min(MOST_CALLS, round(SAMPLE_S / self._calls(work, 1)[0])))
+        num_fills, times = 2, list[float]()
+        while len(times) < REPEATS:
+            for _ in range(num_fills):
+                self._fill()
+            call_s, is_ahead = self._calls(work, calls)
+            if is_ahead:
+                times.append(call_s)
+            elif num_fills < MOST_FILLS:
+                num_fills *= 2
+            else:
+                warnings.warn("the host is too busy to time this card: its rates may be too low", stacklevel=2)
+                return call_s
+        return sorted(times)[REPEATS // 2]
+
+    def _calls(self, work: Callable[[], object], count: int) -> tuple[float, bool]:
+        """Seconds of each of so many calls, and whether all were queued before the device came to the first."""
+        begin = self._queue.mark()
+        for _ in range(count):
+            work()
+        end = self._queue.mark()
+        is_ahead = not self._queue.is_past(begin)
+        return self._queue.seconds(begin, end) / count, is_ahead

@@ -28,10 +28,14 @@ GUIDE_HALVES = (1, 3, 5)  # convolutions of stride 2
 
 
 class Guide(nn.Module):
-    """Pictures (R, 3, H, W) -> features (R, C, H/8, W/8), in channels last, keeping what each convolution gives."""
+    """Pictures (R, 3, H, W) -> features (R, C, H/8, W/8), in channels last.
 
-    def __init__(self, out_channels: int) -> None:
+    recomputes: whether only what each convolution gives is kept for backward, as with fused kernels, or all.
+    """
+
+    def __init__(self, out_channels: int, *, recomputes: bool = True) -> None:
         super().__init__()
+        self.recomputes = recomputes
         sizes = [(4, 2) if i in GUIDE_HALVES else (3, 1) for i in range(len(GUIDE_CHANNELS) - 1)]
         convolutions = [
             nn.Conv2d(GUIDE_CHANNELS[i], GUIDE_CHANNELS[i + 1], kernel, stride, padding=1)
@@ -47,7 +51,7 @@ class Guide(nn.Module):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else pictures.dtype
         features = pictures.to(dtype, memory_format=torch.channels_last)
         for stage in self.stages:
-            features = segment(stage, features)
+            features = segment(stage, features) if self.recomputes else stage(features)
         return (features * self.scale).to(features.dtype)
 
 
@@ -61,12 +65,13 @@ def parse_size(size: str) -> tuple[int, int]:
 
 def svd_workload(
     kind: OptimizerKind, *, frames: int = 72, height: int = 576, width: int = 1024, batch: int = 1,
-    has_guide: bool = False, device: torch.device | None = None, **config: Any,
+    has_guide: bool = False, guide_recomputes: bool = True, device: torch.device | None = None, **config: Any,
 ) -> Workload:  # fmt: skip
     """Forward and backward of the UNet over latents of height x width pixels, all live parameters trained.
 
     adamw: float32 weights under autocast; adamw8bit: bfloat16 weights and activations. config: other than as released.
-    has_guide: pictures of poses, in float32, and what makes features of them are there as well. device: where real
+    has_guide: pictures of poses, in float32, and what makes features of them are there as well; guide_recomputes: as
+    with fused kernels. device: where real
     tensors lie; fake ones without.
     Raises ValueError for a size that the UNet's levels do not divide.
     """
@@ -79,7 +84,7 @@ def svd_workload(
     kind_of_device = "cpu" if device is None else device.type
     with mode, torch.device(device or "cpu"):
         unet: Any = UNetSpatioTemporalConditionModel(**{"num_attention_heads": HEADS, **config})
-        guide = Guide(unet.config["block_out_channels"][0])
+        guide = Guide(unet.config["block_out_channels"][0], recomputes=guide_recomputes)
         for parameter in (*unet.parameters(), *guide.parameters()):
             parameter.data = parameter.data.to(dtype)
         for weight in (parameter for parameter in guide.parameters() if parameter.dim() == 4):
@@ -98,14 +103,16 @@ def svd_workload(
         time_ids, times = torch.empty(batch, 3, dtype=dtype), torch.empty(batch)
         pictures = torch.empty(batch * frames, GUIDE_CHANNELS[0], height, width)
 
-    def step() -> None:
+    def forward() -> Tensor:  # of its own, so that backward does not find the features still held
         with ExitStack() as hooks, torch.autocast(kind_of_device, torch.bfloat16, enabled=is_wide):
             if has_guide:
                 features = guide(pictures.to(dtype))
                 hook = unet.conv_in.register_forward_hook(lambda module, inputs, output: output + features)
                 hooks.callback(hook.remove)
-            output = unet(sample, times, context, time_ids, return_dict=False)[0]
-        output.float().square().mean().backward()
+            return unet(sample, times, context, time_ids, return_dict=False)[0]
+
+    def step() -> None:
+        forward().float().square().mean().backward()
 
     if has_guide:
         trained += guide.parameters()
