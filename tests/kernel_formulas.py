@@ -12,11 +12,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from row_formulas import Arguments, add, column_sums
+from row_formulas import at as _at
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.grad import conv2d_weight
-
-Arguments = Any  # a launch's arguments and constants by their names
 
 
 def launch_formula(kernel: Any, num_programs: int, positional: list[Any], constants: dict[str, Any]) -> None:
@@ -26,11 +26,6 @@ def launch_formula(kernel: Any, num_programs: int, positional: list[Any], consta
     module = kernel.fn.__module__.rsplit(".", 1)[-1].removesuffix("_triton")
     arguments = dict(zip(names, positional, strict=True)) | constants
     TRITON[module, kernel.fn.__name__](SimpleNamespace(**arguments))
-
-
-def _at(x: Tensor, shape: Sequence[int], strides: Sequence[int], offset: int = 0) -> Tensor:
-    """A view of x's memory with the last axis contiguous."""
-    return x.as_strided(tuple(shape), (*strides, 1), x.storage_offset() + offset)
 
 
 # --- LayerNorm
@@ -85,25 +80,6 @@ def _geglu_backward(a: Arguments) -> None:
     a.du.copy_(du)
     a.sums.zero_()
     a.sums[0] = du.sum(0)
-
-
-# --- what stands around a convolution
-
-
-def _add(a: Arguments) -> None:
-    R, T, C = a.y.shape
-    value = _at(a.inner, (R, T, C), (a.inner_r, a.inner_t)).float()
-    value = value + a.bias.view(C).float() if a.HAS_BIAS else value
-    value = value + _at(a.shift, (R, 1, C), (C, 0)).float() if a.HAS_SHIFT else value
-    if a.HAS_RESIDUAL:
-        value = value + _at(a.residual, (R, T, C), (a.residual_r, a.residual_t)).float()
-    _at(a.y, (R, T, C), (a.y_r, a.y_t)).copy_(value)
-
-
-def _column_sums(a: Arguments) -> None:
-    x = _at(a.x, (a.partial.shape[0], a.T, a.C), (a.x_r, a.x_t)).float()
-    for split, rows in enumerate(x.split(a.SPLIT_ROWS, 1)):
-        a.partial[:, split] = rows.sum(1)
 
 
 # --- GroupNorm and SiLU
@@ -272,8 +248,8 @@ TRITON: dict[tuple[str, str], Callable[[Arguments], None]] = {
     ("layer_norm", "residual_kernel"): _residual,
     ("geglu", "forward_kernel"): _geglu,
     ("geglu", "backward_kernel"): _geglu_backward,
-    ("epilogue", "add_kernel"): _add,
-    ("column_sums", "column_sums_kernel"): _column_sums,
+    ("epilogue", "add_kernel"): add,
+    ("column_sums", "column_sums_kernel"): column_sums,
     ("group_norm_statistics", "partial_statistics_kernel"): _partial_statistics,
     ("group_norm_statistics", "merge_statistics_kernel"): _merge_statistics,
     ("group_norm_silu", "activate_kernel"): _activate,

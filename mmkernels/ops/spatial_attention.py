@@ -290,7 +290,8 @@ def spatial_attention(
         raise ValueError(f"got backend={backend!r}, wanted one of {', '.join(BACKENDS)}")
     if backend != "torch" and importlib.util.find_spec(backend.replace("-", "_")) is None:
         raise ValueError(f"backend {backend!r} is not installed; install it or give backend='torch'")
-    chunk = min(chunk_size("chunk_frames", chunk_frames, default_chunk(x, _NUM_TENSORS)), max(1, _MAX_GRID_YZ // num_heads))
+    chunk = chunk_size("chunk_frames", chunk_frames, default_chunk(x, _NUM_TENSORS))
+    chunk = min(chunk, max(1, _MAX_GRID_YZ // num_heads))
     qkv_weight = torch.cat((to_q, to_k, to_v))  # (3 * N * D, C)
     parameters = (norm_weight, norm_bias, qkv_weight, out_weight, out_bias)
     if backend == "torch" and why_unsupported(x, qkv_weight.dtype, to_q.shape[0] // num_heads) is not None:
