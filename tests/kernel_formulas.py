@@ -11,12 +11,13 @@ from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import row_formulas as rows
 import torch
+from row_formulas import Arguments
+from row_formulas import at as _at
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.grad import conv2d_weight
-
-Arguments = Any  # a launch's arguments and constants by their names
 
 
 def launch_formula(kernel: Any, num_programs: int, positional: list[Any], constants: dict[str, Any]) -> None:
@@ -26,94 +27,6 @@ def launch_formula(kernel: Any, num_programs: int, positional: list[Any], consta
     module = kernel.fn.__module__.rsplit(".", 1)[-1].removesuffix("_triton")
     arguments = dict(zip(names, positional, strict=True)) | constants
     TRITON[module, kernel.fn.__name__](SimpleNamespace(**arguments))
-
-
-def _at(x: Tensor, shape: Sequence[int], strides: Sequence[int], offset: int = 0) -> Tensor:
-    """A view of x's memory with the last axis contiguous."""
-    return x.as_strided(tuple(shape), (*strides, 1), x.storage_offset() + offset)
-
-
-# --- LayerNorm
-
-
-def _tokens(a: Arguments) -> tuple[Tensor, tuple[int, int, int]]:
-    """x + shift in float32, (R, T, C)."""
-    shape = (a.num_tokens // a.T, a.T, a.C)
-    h = _at(a.x, shape, (a.x_r, a.x_t)).float()
-    return (h + _at(a.shift, (shape[0], 1, a.C), (a.C, 0)) if a.HAS_SHIFT else h), shape
-
-
-def _layer_norm(a: Arguments) -> None:
-    h, _ = _tokens(a)
-    variance, mean = torch.var_mean(h, -1, correction=0, keepdim=True)
-    rstd = (variance + a.eps).rsqrt()
-    a.mean.copy_(mean.flatten())
-    a.rstd.copy_(rstd.flatten())
-    a.out.view(-1).copy_(((h - mean) * rstd * a.weight + a.bias).flatten())
-
-
-def _layer_norm_backward(a: Arguments) -> None:
-    h, shape = _tokens(a)
-    mean, rstd = (x.view(*shape[:2], 1) for x in (a.mean, a.rstd))
-    normal, gradient = (h - mean) * rstd, a.dout.reshape(shape).float()
-    residual = _at(a.dy, shape, (a.dy_r, a.dy_t)).float()
-    dn = gradient * a.weight
-    dh = residual + (dn - dn.mean(-1, keepdim=True) - normal * (dn * normal).mean(-1, keepdim=True)) * rstd
-    a.sums.zero_()
-    a.sums[0] = torch.stack([x.sum((0, 1)) for x in (gradient * normal, gradient, residual)])
-    _at(a.dx, shape, (a.dx_r, a.dx_t)).copy_(dh)  # last: dout may lie there
-
-
-def _residual(a: Arguments) -> None:
-    h, shape = _tokens(a)
-    _at(a.y, shape, (a.y_r, a.y_t)).copy_(h + a.inner.reshape(shape).float() + a.bias)
-
-
-# --- GEGLU
-
-
-def _geglu(a: Arguments) -> None:
-    hidden, gate = (a.u.view(a.rows, 2 * a.H).float() + a.bias).chunk(2, -1)
-    a.g.copy_((hidden * functional.gelu(gate)).view_as(a.g))
-
-
-def _geglu_backward(a: Arguments) -> None:
-    (hidden, gate), dg = (a.u.view(a.rows, 2 * a.H).float() + a.bias).chunk(2, -1), a.dg.float()
-    cdf, density = torch.special.ndtr(gate), torch.exp(-gate * gate / 2) * (2 * torch.pi) ** -0.5
-    du = torch.cat((dg * gate * cdf, dg * hidden * (cdf + gate * density)), -1)
-    a.g.copy_(hidden * gate * cdf)
-    a.du.copy_(du)
-    a.sums.zero_()
-    a.sums[0] = du.sum(0)
-
-
-def _product(a: Arguments) -> None:
-    a.u = a.x.float() @ a.weight.float().t()
-    _geglu(a)
-
-
-def _product_backward(a: Arguments) -> None:
-    a.u = a.x.float() @ a.weight.float().t()
-    _geglu_backward(a)
-
-
-# --- what stands around a convolution
-
-
-def _add(a: Arguments) -> None:
-    R, T, C = a.y.shape
-    value = _at(a.inner, (R, T, C), (a.inner_r, a.inner_t)).float()
-    value = value + a.bias.view(C).float() if a.HAS_BIAS else value
-    value = value + _at(a.shift, (R, 1, C), (C, 0)).float() if a.HAS_SHIFT else value
-    if a.HAS_RESIDUAL:
-        value = value + _at(a.residual, (R, T, C), (a.residual_r, a.residual_t)).float()
-    _at(a.y, (R, T, C), (a.y_r, a.y_t)).copy_(value)
-
-
-def _column_sums(a: Arguments) -> None:
-    x = _at(a.x, (a.partial.shape[0], a.T, a.C), (a.x_r, a.x_t)).float()
-    for split, rows in enumerate(x.split(a.SPLIT_ROWS, 1)):
-        a.partial[:, split] = rows.sum(1)
 
 
 # --- GroupNorm and SiLU
@@ -277,15 +190,15 @@ def _attention_backward(a: Arguments) -> None:
 
 
 TRITON: dict[tuple[str, str], Callable[[Arguments], None]] = {
-    ("layer_norm", "forward_kernel"): _layer_norm,
-    ("layer_norm", "backward_kernel"): _layer_norm_backward,
-    ("layer_norm", "residual_kernel"): _residual,
-    ("geglu", "forward_kernel"): _geglu,
-    ("geglu", "backward_kernel"): _geglu_backward,
-    ("geglu_product", "product_kernel"): _product,
-    ("geglu_product", "product_backward_kernel"): _product_backward,
-    ("epilogue", "add_kernel"): _add,
-    ("column_sums", "column_sums_kernel"): _column_sums,
+    ("layer_norm", "forward_kernel"): rows.layer_norm,
+    ("layer_norm", "backward_kernel"): rows.layer_norm_backward,
+    ("layer_norm", "residual_kernel"): rows.residual,
+    ("geglu", "forward_kernel"): rows.geglu,
+    ("geglu", "backward_kernel"): rows.geglu_backward,
+    ("geglu_product", "product_kernel"): rows.product,
+    ("geglu_product", "product_backward_kernel"): rows.product_backward,
+    ("epilogue", "add_kernel"): rows.add,
+    ("column_sums", "column_sums_kernel"): rows.column_sums,
     ("group_norm_statistics", "partial_statistics_kernel"): _partial_statistics,
     ("group_norm_statistics", "merge_statistics_kernel"): _merge_statistics,
     ("group_norm_silu", "activate_kernel"): _activate,

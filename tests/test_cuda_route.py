@@ -105,8 +105,11 @@ def _feed_forward(level: Level, dtype: torch.dtype, keep: Keep = "input") -> Run
     return Run(fused=fused, plain=module.diffusers_feed_forward, inputs=inputs, dy=dy)
 
 
-def _convolution(level: Level, dtype: torch.dtype, kind: str) -> Run:
-    """kind: as an up block's first convolution, its second, one over frames, the UNet's last."""
+def _convolution(level: Level, dtype: torch.dtype, kind: str, frames_at_once: int = 2) -> Run:
+    """kind: as an up block's first convolution, its second, one over frames, the UNet's last.
+
+    Over frames fewer at once than F are columns of pixels.
+    """
     module, C, G = test_group_norm_silu_conv, level.C, 32
     cases = {
         "two inputs": module.Case(M=F, H=level.H, W=level.W, C=C, C2=C, K=C, G=G, extras=("bias", "shift")),
@@ -117,7 +120,7 @@ def _convolution(level: Level, dtype: torch.dtype, kind: str) -> Run:
         "head": module.Case(M=F, H=level.H, W=level.W, C=C, K=4, G=G, extras=("bias",)),
     }
     inputs, settings, dy = module.build(cases[kind], dtype)
-    chunk_rows = 2 * level.H * level.W
+    chunk_rows = frames_at_once * level.H * level.W
     fused = partial(group_norm_silu_conv, chunk_rows=chunk_rows)
     return Run(fused=fused, plain=module.plain, inputs=inputs, dy=dy, settings=settings)
 
@@ -151,6 +154,7 @@ OPS: dict[str, Callable[[Level, torch.dtype], Run]] = {
     "group_norm_silu_conv, two inputs": partial(_convolution, kind="two inputs"),
     "group_norm_silu_conv, residual": partial(_convolution, kind="residual"),
     "group_norm_silu_conv, frames": partial(_convolution, kind="frames"),
+    "group_norm_silu_conv, frames at once": partial(_convolution, kind="frames", frames_at_once=F),
     "group_norm_silu_conv, head": partial(_convolution, kind="head"),
     "group_norm_projection": _projection,
     "blend": _blend,
@@ -161,6 +165,7 @@ VARIANTS = {
     "temporal_attention": ATTENTION,
     "temporal_attention_block": ATTENTION,
     **{name: CONVOLUTION for name in OPS if name.startswith("group_norm_silu_conv")},
+    "group_norm_silu_conv, frames at once": ("chunked",),  # the others do not walk over chunks
     "group_norm_silu_conv, head": ("chunked", "triton"),  # CUDA C++ copies eight channels at a time
 }
 VARIANTS["spatial_attention"] = ("flash", "cudnn")

@@ -215,7 +215,6 @@ def _backward(
     dy: Tensor, x: Tensor, x2: Tensor | None, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, mean: Tensor,
     rstd: Tensor, sum_rows: int, chunk_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """As `_gradients` shapes them. sum_rows: of a sample in the sums of dy, 1 or H, 0 where nothing asks for them."""
     dx, dx2, *parameters, sums = _gradients(dy, x, x2, norm_weight, norm_bias, weight, sum_rows)
     if x.shape[:3].numel() == 0:
         dgamma, dbeta, dweight, sums = (target.zero_() for target in (*parameters, sums))
@@ -251,7 +250,7 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Uninitialised dx, dx2 (empty without x2), dgamma, dbeta, dweight, which lies as the weight does, and dy's sums.
 
-    The latter are (M, sum_rows, K), at least float32; all but dweight are contiguous.
+    The latter are (M, sum_rows, K), at least float32, sum_rows 1 or H, 0 where nothing asks for them.
     """
     dx, dgamma, dbeta = (
         torch.empty(like.shape, dtype=like.dtype, device=x.device) for like in (x, norm_weight, norm_bias)
@@ -282,10 +281,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 def _differentiate(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors  # unpacked once: torch.utils.checkpoint allows no more
     dx, dx2, dgamma, dbeta, dweight, sums = _backward(dy, *saved, ctx.sum_rows, ctx.chunk_rows)
-    gradients = (sums.sum((0, 1)), sums, dy)
-    dbias, dshift, dresidual = (
-        None if dtype is None else value.to(dtype) for value, dtype in zip(gradients, ctx.dtypes, strict=True)
-    )
+    given = zip((sums.sum((0, 1)), sums, dy), ctx.dtypes, strict=True)
+    dbias, dshift, dresidual = (None if dtype is None else value.to(dtype) for value, dtype in given)
     return dx, None if saved[1] is None else dx2, dgamma, dbeta, dweight, dbias, dshift, dresidual, None, None, None
 
 

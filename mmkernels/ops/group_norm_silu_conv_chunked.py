@@ -60,9 +60,9 @@ def default_chunk_rows(x: Tensor, weight: Tensor) -> int:
         return max(_PRODUCTS_MIN_ROWS * num_sharing("cpu"), _PRODUCTS_CHUNK_BYTES // row_bytes)
     if device_kind(x) == "cpu":
         return _CPU_CHUNK_ROWS
-    # Forward's scratch and output, or backward's and the gradient by it, less the scratch that has its place in y or dx.
+    # Forward's scratch and output, or backward's and the gradient by it; less a scratch that has its place in y or dx.
     K, C = weight.shape[:2]
-    width = max(K if K == C else K + C, C if C == x.shape[3] else 2 * C)
+    width = max(K if K == C else K + C, C if x.shape[3] == C else 2 * C)
     rows = scratch_rows(width * weight.element_size())
     if weight.shape[3] == 1 and rows < x.shape[1] * x.shape[2]:  # columns have no place there, and dy is copied
         rows = scratch_rows((2 * C + K) * weight.element_size())
@@ -86,6 +86,7 @@ def forward(
         out = convolution.forward(inner_bias)
         part_shift, added = None if shift is None else shift[rows[0]], None if residual is None else at(residual, rows)
         add_into(out, bias, part_shift, added, target)
+        del out  # or it would be there beside the next one
 
 
 def backward(
@@ -107,11 +108,12 @@ def backward(
         da = convolution.backward(at(dy, rows))
         if whole is not None:
             at(whole, rows).copy_(da)
-            continue
-        part_dx2 = None if dx2 is None else at(dx2, rows)
-        sums = norm_backward(part, part2, da, norm.of(rows), at(dx, rows), part_dx2)
-        dgamma += sums[0]
-        dbeta += sums[1]
+        else:
+            part_dx2 = None if dx2 is None else at(dx2, rows)
+            sums = norm_backward(part, part2, da, norm.of(rows), at(dx, rows), part_dx2)
+            dgamma += sums[0]
+            dbeta += sums[1]
+        del da
     if whole is not None:
         dgamma, dbeta = norm_backward(x, x2, whole, norm, dx, dx2)
     return dgamma, dbeta, convolution.weight_gradient()

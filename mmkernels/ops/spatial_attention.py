@@ -238,9 +238,7 @@ def spatial_attention(
     if backend != "torch":
         attention.library(backend)  # raises where it is not installed
     chunk = chunk_size("chunk_frames", chunk_frames, default_chunk(x, _NUM_TENSORS))
-    chunk = min(
-        chunk, max(1, MOST_GRID_YZ // num_heads)
-    )  # these attentions have batch and heads on an axis of the grid
+    chunk = min(chunk, max(1, MOST_GRID_YZ // num_heads))  # batch and heads lie on one axis of a grid
     qkv_weight = torch.cat((to_q, to_k, to_v))  # (3 * N * D, C)
     parameters = (norm_weight, norm_bias, qkv_weight, out_weight, out_bias)
     if backend == "torch" and why_unsupported(x, qkv_weight.dtype, num_heads, to_q.shape[0] // num_heads) is not None:

@@ -78,9 +78,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         if self.scratch_bytes < 1:
-            raise ValueError(
-                f"scratch_bytes is {self.scratch_bytes} in the plan, wanted at least 1; make the plan again"
-            )
+            raise ValueError(f"scratch_bytes is {self.scratch_bytes} in the plan, wanted at least 1; make another plan")
         for name, choice in self.units.items():
             if choice not in get_args(Choice):
                 raise ValueError(f"unit {name} is {choice!r} in the plan, wanted one of {', '.join(get_args(Choice))}")
