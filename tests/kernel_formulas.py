@@ -44,10 +44,10 @@ def _splits(x: Tensor, a: Arguments) -> list[Tensor]:
 
 def _partial_statistics(a: Arguments) -> None:
     M = a.partial.shape[0]
-    for split, rows in enumerate(_splits(_pixels(a.x, "x", a, M), a)):
-        mean = rows.mean(1)
+    for split, part in enumerate(_splits(_pixels(a.x, "x", a, M), a)):
+        mean = part.mean(1)
         here = a.partial[:, split, :, a.joined : a.joined + a.C]
-        here.copy_(torch.stack((mean, torch.zeros_like(mean), (rows - mean[:, None]).square().sum(1)), 1))
+        here.copy_(torch.stack((mean, torch.zeros_like(mean), (part - mean[:, None]).square().sum(1)), 1))
 
 
 def _merge_statistics(a: Arguments) -> None:
