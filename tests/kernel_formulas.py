@@ -23,7 +23,8 @@ def launch_formula(kernel: Any, num_programs: int, positional: list[Any], consta
     """Carry out the launch of a Triton kernel."""
     assert num_programs > 0
     names = [name for name in kernel.arg_names if name not in constants]
-    module = kernel.fn.__module__.rsplit(".", 1)[-1].removesuffix("_triton")
+    package, module = kernel.fn.__module__.rsplit(".", 2)[-2:]
+    module = package if module == "triton" else module.removesuffix("_triton")
     arguments = dict(zip(names, positional, strict=True)) | constants
     TRITON[module, kernel.fn.__name__](SimpleNamespace(**arguments))
 
@@ -92,12 +93,12 @@ def _geglu_backward(a: Arguments) -> None:
 
 def _pixels(x: Tensor, name: str, a: Arguments, M: int, offset: int = 0) -> Tensor:
     strides = [getattr(a, f"{name}_{axis}") for axis in "mhw"]
-    return _at(x, (M, a.H, a.W, a.C), strides, offset)
+    return _at(x, (M, a.H, a.rows, a.C), strides, offset)
 
 
 def _splits(x: Tensor, a: Arguments) -> list[Tensor]:
-    """(M, H, W, C) as its splits of rows (M, rows, C)."""
-    return list(x.flatten(1, 2).float().split(a.split_rows, 1))
+    """(M, H, rows, C) as its splits of rows (M, rows, C)."""
+    return [part for segment in x.float().unbind(1) for part in segment.split(a.split_rows, 1)]
 
 
 def _partial_statistics(a: Arguments) -> None:
@@ -109,12 +110,12 @@ def _partial_statistics(a: Arguments) -> None:
 
 
 def _merge_statistics(a: Arguments) -> None:
-    M, splits, _, channels = a.partial.shape
-    counts = [min(a.split_rows, a.rows - split * a.split_rows) for split in range(splits)]
+    M, _, _, channels = a.partial.shape
+    counts = [min(a.split_rows, a.rows - split * a.split_rows) for split in range(a.num_splits)] * a.H
     count = torch.tensor(counts, dtype=torch.float32)[:, None, None]
     mean, low, deviation = (a.partial[:, :, i].unflatten(2, (a.G, -1)) for i in range(3))  # (M, splits, G, width)
     mean = mean + low
-    elements = a.rows * channels // a.G
+    elements = a.H * a.rows * channels // a.G
     center = (count * mean).sum((1, 3)) / elements
     total = (deviation + count * (mean - center[:, None, :, None]).square()).sum((1, 3))
     a.mean.copy_(center)
@@ -131,15 +132,16 @@ def _normal(a: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return normal, normal * gamma + a.beta[here].float(), gamma, rstd
 
 
-def _activate(a: Arguments) -> None:
-    _pixels(a.out, "out", a, a.mean.shape[0], a.joined).copy_(functional.silu(_normal(a)[1]))
+def _normalise(a: Arguments) -> None:
+    z = _normal(a)[1]
+    _pixels(a.out, "out", a, a.mean.shape[0], a.joined).copy_(functional.silu(z) if a.HAS_SILU else z)
 
 
 def _activation_gradient(a: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     normal, z, gamma, rstd = _normal(a)
     s = z.sigmoid()
     da = _pixels(a.da, "da", a, a.mean.shape[0], a.joined).float()
-    return normal, da * s * (1 + z * (1 - s)), gamma, rstd
+    return normal, (da * s * (1 + z * (1 - s)) if a.HAS_SILU else da), gamma, rstd
 
 
 def _partial_backward(a: Arguments) -> None:
@@ -150,7 +152,7 @@ def _partial_backward(a: Arguments) -> None:
 
 def _merge_backward(a: Arguments) -> None:
     sums = (a.partial.sum(1) * a.gamma.float()).unflatten(2, (a.G, -1)).sum(3)  # (M, 2, G)
-    a.means.copy_(sums.transpose(1, 2) / (a.rows * a.channels // a.G))
+    a.means.copy_(sums.transpose(1, 2) / a.elements)
 
 
 def _input_gradient(a: Arguments) -> None:
@@ -253,12 +255,12 @@ TRITON: dict[tuple[str, str], Callable[[Arguments], None]] = {
     ("layer_norm", "residual_kernel"): _residual,
     ("geglu", "forward_kernel"): _geglu,
     ("geglu", "backward_kernel"): _geglu_backward,
-    ("group_norm_statistics", "partial_statistics_kernel"): _partial_statistics,
-    ("group_norm_statistics", "merge_statistics_kernel"): _merge_statistics,
-    ("group_norm_silu", "activate_kernel"): _activate,
-    ("group_norm_silu", "partial_backward_kernel"): _partial_backward,
-    ("group_norm_silu", "merge_backward_kernel"): _merge_backward,
-    ("group_norm_silu", "input_gradient_kernel"): _input_gradient,
+    ("statistics", "partial_statistics_kernel"): _partial_statistics,
+    ("statistics", "merge_statistics_kernel"): _merge_statistics,
+    ("group_norm", "normalise_kernel"): _normalise,
+    ("group_norm", "partial_backward_kernel"): _partial_backward,
+    ("group_norm", "merge_backward_kernel"): _merge_backward,
+    ("group_norm", "input_gradient_kernel"): _input_gradient,
     ("group_norm_silu_conv", "convolve_kernel"): _convolve,
     ("group_norm_silu_conv", "weight_gradient_kernel"): _weight_gradient,
     ("temporal_attention", "forward_kernel"): _attention,
@@ -320,7 +322,7 @@ def _native_norm_backward(tensors: Sequence[Any], shape: Any, strides: Any, *_: 
     _, _, mean, rstd, gamma, beta, da, dx, dx2, _, _, dgamma, dbeta = tensors
     whole = SimpleNamespace(
         x=x.contiguous(), da=_at(da, x.shape, strides[6:9]).contiguous(), mean=mean, rstd=rstd, gamma=gamma, beta=beta,
-        H=H, W=W, C=C + C2, joined=0, channels=C + C2, G=G,
+        H=H, rows=W, C=C + C2, joined=0, channels=C + C2, G=G, HAS_SILU=True,
     )  # fmt: skip
     for name in ("x", "da"):
         for axis, stride in zip("mhw", getattr(whole, name).stride(), strict=False):

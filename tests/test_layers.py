@@ -69,6 +69,8 @@ LAYERS = [
 ]
 # Within one layer these may import each other: parts of one subject. Ops and memory are not among them.
 SUBJECTS = (
+    "mmkernels.kernels.blend",
+    "mmkernels.kernels.group_norm",
     "mmkernels.blocks",
     "mmkernels.memory",
     "mmkernels.planning",

@@ -8,12 +8,12 @@ are float32 whatever the storage, and a 3x1 runs as one matrix product for each 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mmkernels.costs import device_kind
+from mmkernels.kernels.group_norm.norm import Norm, Rows
 from mmkernels.rows import num_sharing
 
 # Pixels of a chunk: on a GPU about an L2's worth, on the CPU enough to pay for oneDNN's reordering of the weights and,
@@ -21,22 +21,6 @@ from mmkernels.rows import num_sharing
 _CHUNK_ROWS = {"cpu": 5760, "cuda": 32768}
 # A 3x1 on the CPU reorders nothing: its scratch lies in the cache, and fewer rows for a thread slow the products down.
 _PRODUCTS_CHUNK_BYTES, _PRODUCTS_MIN_ROWS = 3 << 19, 1536
-
-Rows = tuple[slice, slice, slice]  # of M, H and W
-
-
-class Norm(NamedTuple):
-    """mean, rstd (M, G), gamma and beta (C + C2), all at least float32."""
-
-    mean: Tensor
-    rstd: Tensor
-    gamma: Tensor
-    beta: Tensor
-
-    def of(self, rows: Rows) -> Norm:
-        """The same for some of the samples."""
-        return self._replace(mean=self.mean[rows[0]], rstd=self.rstd[rows[0]])
-
 
 # activate(x, x2, norm, out) and backward(x, x2, da, norm, dx, dx2) -> (dgamma, dbeta), for whatever device x is on
 Activate = Callable[[Tensor, Tensor | None, Norm, Tensor], None]
