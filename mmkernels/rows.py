@@ -14,6 +14,7 @@ from mmkernels.costs import device_kind
 
 # Bytes of one (R, C) tensor of a chunk: within the cache (CPU), or a transient of some hundred MB in all (GPU).
 _CHUNK_BYTES = {"cpu": 1 << 22, "cuda": 1 << 26}
+_SCRATCH_BYTES = 1 << 27  # of a GPU's one scratch: a pass over less is shorter than its launch
 _MIN_CHUNK_TOKENS = 576  # fewer rows slow the products down
 
 
@@ -36,6 +37,18 @@ def default_chunk(tokens: Tensor) -> int:
     row_bytes = max(1, tokens.shape[2] * tokens.element_size())
     rows = max(_MIN_CHUNK_TOKENS, _CHUNK_BYTES.get(device_kind(tokens), 1 << 26) // row_bytes)
     return max(1, rows // max(1, tokens.shape[1]))
+
+
+def scratch_chunk(tokens: Tensor) -> int:
+    """How many of the first axis of tokens (R, P, C) make a chunk where kernels need one scratch of them and no more.
+
+    On a GPU, chunks as even as can be; as `default_chunk` elsewhere and where no kernel takes the tokens.
+    """
+    if device_kind(tokens) != "cuda" or tokens.stride(2) != 1:
+        return default_chunk(tokens)
+    frames = max(1, tokens.shape[0])
+    num_chunks = -(-tokens.numel() * tokens.element_size() // _SCRATCH_BYTES)
+    return -(-frames // max(1, min(frames, num_chunks)))
 
 
 @torch.compiler.assume_constant_result

@@ -11,7 +11,9 @@ from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import row_formulas
 import torch
+from row_formulas import at
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.grad import conv2d_weight
@@ -29,19 +31,14 @@ def launch_formula(kernel: Any, num_programs: int, positional: list[Any], consta
     TRITON[module, kernel.fn.__name__](SimpleNamespace(**arguments))
 
 
-def _at(x: Tensor, shape: Sequence[int], strides: Sequence[int], offset: int = 0) -> Tensor:
-    """A view of x's memory with the last axis contiguous."""
-    return x.as_strided(tuple(shape), (*strides, 1), x.storage_offset() + offset)
-
-
 # --- LayerNorm
 
 
 def _tokens(a: Arguments) -> tuple[Tensor, tuple[int, int, int]]:
     """x + shift in float32, (R, T, C)."""
     shape = (a.num_tokens // a.T, a.T, a.C)
-    h = _at(a.x, shape, (a.x_r, a.x_t)).float()
-    return (h + _at(a.shift, (shape[0], 1, a.C), (a.C, 0)) if a.HAS_SHIFT else h), shape
+    h = at(a.x, shape, (a.x_r, a.x_t)).float()
+    return (h + at(a.shift, (shape[0], 1, a.C), (a.C, 0)) if a.HAS_SHIFT else h), shape
 
 
 def _layer_norm(a: Arguments) -> None:
@@ -57,17 +54,17 @@ def _layer_norm_backward(a: Arguments) -> None:
     h, shape = _tokens(a)
     mean, rstd = (x.view(*shape[:2], 1) for x in (a.mean, a.rstd))
     normal, gradient = (h - mean) * rstd, a.dout.reshape(shape).float()
-    residual = _at(a.dy, shape, (a.dy_r, a.dy_t)).float()
+    residual = at(a.dy, shape, (a.dy_r, a.dy_t)).float()
     dn = gradient * a.weight
     dh = residual + (dn - dn.mean(-1, keepdim=True) - normal * (dn * normal).mean(-1, keepdim=True)) * rstd
-    _at(a.dx, shape, (a.dx_r, a.dx_t)).copy_(dh)
+    at(a.dx, shape, (a.dx_r, a.dx_t)).copy_(dh)
     a.sums.zero_()
     a.sums[0] = torch.stack([x.sum((0, 1)) for x in (gradient * normal, gradient, residual)])
 
 
 def _residual(a: Arguments) -> None:
     h, shape = _tokens(a)
-    _at(a.y, shape, (a.y_r, a.y_t)).copy_(h + a.inner.reshape(shape).float() + a.bias)
+    at(a.y, shape, (a.y_r, a.y_t)).copy_(h + a.inner.reshape(shape).float() + a.bias)
 
 
 # --- GEGLU
@@ -93,7 +90,7 @@ def _geglu_backward(a: Arguments) -> None:
 
 def _pixels(x: Tensor, name: str, a: Arguments, M: int, offset: int = 0) -> Tensor:
     strides = [getattr(a, f"{name}_{axis}") for axis in "mhw"]
-    return _at(x, (M, a.H, a.rows, a.C), strides, offset)
+    return at(x, (M, a.H, a.rows, a.C), strides, offset)
 
 
 def _splits(x: Tensor, a: Arguments) -> list[Tensor]:
@@ -193,20 +190,20 @@ def _convolve(a: Arguments) -> None:
     weight = a.weight.permute(2, 1, 0, 3).reshape(taps, a.C + a.C2, blocks * tile)[..., : a.K]
     M = a.out.shape[0]
     size = (M, a.H, a.W)
-    x = _at(a.x, (*size, a.C), (a.x_m, a.x_h, a.x_w))
+    x = at(a.x, (*size, a.C), (a.x_m, a.x_h, a.x_w))
     if a.x2 is not None:
-        x = torch.cat((x, _at(a.x2, (*size, a.C2), (a.x2_m, a.x2_h, a.x2_w))), -1)
+        x = torch.cat((x, at(a.x2, (*size, a.C2), (a.x2_m, a.x2_h, a.x2_w))), -1)
     y = _convolved(_activated(x, a.table), weight)
     y = y if a.bias is None else y + a.bias.float()
-    y = y if a.shift is None else y + _at(a.shift, (M, a.H, 1, a.K), (a.shift_m, a.shift_h, 0)).float()
+    y = y if a.shift is None else y + at(a.shift, (M, a.H, 1, a.K), (a.shift_m, a.shift_h, 0)).float()
     if a.residual is not None:
-        y = y + _at(a.residual, (*size, a.K), (a.residual_m, a.residual_h, a.residual_w)).float()
-    _at(a.out, (*size, a.K), (a.out_m, a.out_h, a.out_w)).copy_(y)
+        y = y + at(a.residual, (*size, a.K), (a.residual_m, a.residual_h, a.residual_w)).float()
+    at(a.out, (*size, a.K), (a.out_m, a.out_h, a.out_w)).copy_(y)
 
 
 def _weight_gradient(a: Arguments) -> None:
-    x = _at(a.x, (a.M, a.H, a.W, a.C), (a.x_m, a.x_h, a.x_w))
-    dy = _at(a.dy, (a.M, a.H, a.W, a.K), (a.dy_m, a.dy_h, a.dy_w))
+    x = at(a.x, (a.M, a.H, a.W, a.C), (a.x_m, a.x_h, a.x_w))
+    dy = at(a.dy, (a.M, a.H, a.W, a.K), (a.dy_m, a.dy_h, a.dy_w))
     here = slice(a.joined, a.joined + a.C)
     a.partial[:, :, here] = 0
     a.partial[0, :, here] = _weight_gradient_of(_activated(x, a.table[..., here]), dy, a.partial.shape[1])
@@ -218,9 +215,7 @@ def _weight_gradient(a: Arguments) -> None:
 def _frames(a: Arguments, tensors: dict[str, str]) -> list[Tensor]:
     """Tensors by the letters of their strides, (B, F, P, N, D)."""
     shape = (a.q.shape[0], a.F, a.P, a.N, a.D)
-    return [
-        _at(getattr(a, name), shape, [getattr(a, letters + i) for i in "bfpn"]) for name, letters in tensors.items()
-    ]
+    return [at(getattr(a, name), shape, [getattr(a, letters + i) for i in "bfpn"]) for name, letters in tensors.items()]
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, o: Tensor, scale: float) -> None:
@@ -261,6 +256,7 @@ TRITON: dict[tuple[str, str], Callable[[Arguments], None]] = {
     ("group_norm", "partial_backward_kernel"): _partial_backward,
     ("group_norm", "merge_backward_kernel"): _merge_backward,
     ("group_norm", "input_gradient_kernel"): _input_gradient,
+    **row_formulas.TRITON,
     ("group_norm_silu_conv", "convolve_kernel"): _convolve,
     ("group_norm_silu_conv", "weight_gradient_kernel"): _weight_gradient,
     ("temporal_attention", "forward_kernel"): _attention,
@@ -276,7 +272,7 @@ def call_formula(entry: str, tensors: Sequence[Any], *arguments: Any) -> None:
     shape, strides = arguments[:2]
     if entry.startswith("temporal_attention"):
         scale = arguments[3]
-        views = [_at(x, shape, strides[4 * i : 4 * i + 4]) for i, x in enumerate(tensors)]
+        views = [at(x, shape, strides[4 * i : 4 * i + 4]) for i, x in enumerate(tensors)]
         if entry.endswith("forward"):
             _attend(views[0], views[1], views[2], views[3], scale)
         else:
@@ -288,9 +284,9 @@ def call_formula(entry: str, tensors: Sequence[Any], *arguments: Any) -> None:
 def _native_inputs(tensors: Sequence[Any], shape: Sequence[int], strides: Sequence[int]) -> tuple[Tensor, Any]:
     """x and x2 side by side, and the table of their normalisation or None."""
     M, H, W, C, C2, G = shape[:6]
-    x = _at(tensors[0], (M, H, W, C), strides[:3])
+    x = at(tensors[0], (M, H, W, C), strides[:3])
     if tensors[1] is not None:
-        x = torch.cat((x, _at(tensors[1], (M, H, W, C2), strides[3:6])), -1)
+        x = torch.cat((x, at(tensors[1], (M, H, W, C2), strides[3:6])), -1)
     if tensors[2] is None:
         return x, None
     mean, rstd, gamma, beta = tensors[2:6]
@@ -304,15 +300,15 @@ def _native_forward(tensors: Sequence[Any], shape: Any, strides: Any, shift_stri
     weight, bias, shift, residual, out = tensors[6:]
     y = _convolved(_activated(x, table), weight.view(taps, -1, K))
     y = y if bias is None else y + bias
-    y = y if shift is None else y + _at(shift, (M, H, 1, K), (*shift_strides, 0))
-    y = y if residual is None else y + _at(residual, (M, H, W, K), strides[6:9]).float()
-    _at(out, (M, H, W, K), strides[9:12]).copy_(y)
+    y = y if shift is None else y + at(shift, (M, H, 1, K), (*shift_strides, 0))
+    y = y if residual is None else y + at(residual, (M, H, W, K), strides[6:9]).float()
+    at(out, (M, H, W, K), strides[9:12]).copy_(y)
 
 
 def _native_weight_gradient(tensors: Sequence[Any], shape: Any, strides: Any, *_: Any) -> None:
     M, H, W, K, taps = *shape[:3], *shape[6:]
     x, table = _native_inputs(tensors, shape, strides)
-    dy = _at(tensors[6], (M, H, W, K), strides[6:9])
+    dy = at(tensors[6], (M, H, W, K), strides[6:9])
     tensors[8].copy_(_weight_gradient_of(_activated(x, table), dy, taps))
 
 
@@ -321,7 +317,7 @@ def _native_norm_backward(tensors: Sequence[Any], shape: Any, strides: Any, *_: 
     x, _ = _native_inputs(tensors, shape, strides)
     _, _, mean, rstd, gamma, beta, da, dx, dx2, _, _, dgamma, dbeta = tensors
     whole = SimpleNamespace(
-        x=x.contiguous(), da=_at(da, x.shape, strides[6:9]).contiguous(), mean=mean, rstd=rstd, gamma=gamma, beta=beta,
+        x=x.contiguous(), da=at(da, x.shape, strides[6:9]).contiguous(), mean=mean, rstd=rstd, gamma=gamma, beta=beta,
         H=H, rows=W, C=C + C2, joined=0, channels=C + C2, G=G, HAS_SILU=True,
     )  # fmt: skip
     for name in ("x", "da"):
@@ -331,9 +327,9 @@ def _native_norm_backward(tensors: Sequence[Any], shape: Any, strides: Any, *_: 
     by_group = [(gamma * v).unflatten(-1, (G, -1)).mean((1, 2, 4)) for v in (dz * normal, dz)]
     by_normal, plain = (v.repeat_interleave((C + C2) // G, 1)[:, None, None] for v in by_group)
     gradient = rstd * (gamma * dz - plain - normal * by_normal)
-    _at(dx, (M, H, W, C), strides[9:12]).copy_(gradient[..., :C])
+    at(dx, (M, H, W, C), strides[9:12]).copy_(gradient[..., :C])
     if dx2 is not None:
-        _at(dx2, (M, H, W, C2), strides[12:15]).copy_(gradient[..., C:])
+        at(dx2, (M, H, W, C2), strides[12:15]).copy_(gradient[..., C:])
     dgamma.copy_((dz * normal).sum((0, 1, 2)))
     dbeta.copy_(dz.sum((0, 1, 2)))
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-BLOCK_C = 64
+BLOCK_C, BLOCK_ROWS = 64, 32  # of a tile
 _PROGRAMS = 4096  # some waves on the largest GPU, and few enough that each has many tiles to stream
 _LEAST_ROWS, _MOST_ROWS = 64, 1024
 
@@ -30,9 +30,8 @@ class Segments(NamedTuple):
 
     def strides(self, *tensors: Tensor) -> list[int]:
         """Of each (M, H, W, C): from sample to sample, segment to segment, pixel to pixel."""
-        return [
-            stride for x in tensors for stride in (x.stride(0), 0 if self.per_sample == 1 else x.stride(1), _step(x))
-        ]
+        steps = [(x.stride(0), 0 if self.per_sample == 1 else x.stride(1), _step(x)) for x in tensors]
+        return [stride for step in steps for stride in step]
 
     def programs(self, x: Tensor) -> int:
         """Programs of a launch over x (M, H, W, C)."""
@@ -43,11 +42,17 @@ def segments(channels: int, *tensors: Tensor) -> Segments:
     """Of tensors (M, H, W, any) that are walked together, `channels` of them in all."""
     M, H, W, _ = tensors[0].shape
     is_even = all(H == 1 or W == 1 or x.stride(1) == W * x.stride(2) for x in tensors)
-    count, rows = (1, H * W) if is_even else (H, W)
-    blocks = M * count * -(-channels // BLOCK_C)
-    share = -(-rows * blocks // _PROGRAMS // _LEAST_ROWS) * _LEAST_ROWS
-    split_rows = min(_MOST_ROWS, max(_LEAST_ROWS, share))
-    return Segments(count, rows, split_rows, -(-rows // split_rows))
+    per_sample, rows = (1, H * W) if is_even else (H, W)
+    blocks = M * per_sample * -(-channels // BLOCK_C)
+    return Segments(per_sample, rows, *splits(rows, blocks))
+
+
+def splits(rows: int, blocks: int) -> tuple[int, int]:
+    """Rows of one split and number of splits, of `rows` in each of `blocks` blocks of channels."""
+    share = -(-rows * blocks // _PROGRAMS)
+    count = max(1, -(-rows // min(_MOST_ROWS, max(_LEAST_ROWS, share))))
+    split_rows = max(1, -(-rows // count // BLOCK_ROWS)) * BLOCK_ROWS
+    return split_rows, -(-rows // split_rows)
 
 
 def _step(x: Tensor) -> int:

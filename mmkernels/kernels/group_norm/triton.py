@@ -22,11 +22,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmkernels.kernels.group_norm.segments import BLOCK_C, segments
+from mmkernels.kernels.group_norm.segments import BLOCK_C, BLOCK_ROWS, segments
 from mmkernels.kernels.group_norm.statistics_triton import merge_statistics_kernel, partial_statistics_kernel, place
 from mmkernels.kernels.launch import launch
 
-_TILE = {"BLOCK_C": BLOCK_C, "BLOCK_ROWS": 32, "STAGES": 3, "num_warps": 4}
+_TILE = {"BLOCK_C": BLOCK_C, "BLOCK_ROWS": BLOCK_ROWS, "STAGES": 3, "num_warps": 4}
 
 
 # --- kernels
@@ -204,18 +204,9 @@ def normalise(
     """Write z = (x - mean) * rstd * gamma + beta, or silu(z), into out (M, H, W, C + C2)."""
     channels = _channels(x, x2)
     split = segments(channels, *(side for side, _ in _sides(x, x2)), out)
+    tail, constants = [channels, mean.shape[1], split.split_rows, split.num_splits], _TILE | {"HAS_SILU": has_silu}
     for side, joined in _sides(x, x2):
-        sizes = [
-            *split.strides(side, out),
-            split.per_sample,
-            split.rows,
-            side.shape[3],
-            joined,
-            channels,
-            mean.shape[1],
-        ]
-        sizes += [split.split_rows, split.num_splits]
-        constants = _TILE | {"HAS_SILU": has_silu}
+        sizes = [*split.strides(side, out), split.per_sample, split.rows, side.shape[3], joined, *tail]
         launch(normalise_kernel, split.programs(side), [side, mean, rstd, gamma, beta, out, *sizes], constants)
 
 
