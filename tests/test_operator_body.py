@@ -151,7 +151,7 @@ def test_a_body_counted_by_hand() -> None:
         found = trace(lambda: blend(s, t, alpha), clock=clock)
     size = F * P * C * 4
     assert found.peak_bytes == size
-    assert clock.seconds == pytest.approx(clock.card.seconds(0, 3 * size + F * 4, "pass"))
+    assert clock.seconds == pytest.approx(clock.card.seconds(0, 3 * size + F * 4, "kernel"))
     assert found.flops == 0
 
 
