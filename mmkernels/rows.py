@@ -42,6 +42,15 @@ def default_chunk(tokens: Tensor, num_tensors: int = 8) -> int:
     return max(1, max(_MIN_CHUNK_TOKENS, most) // max(1, tokens.shape[1]))
 
 
+def even_chunk(tokens: Tensor, num_tensors: int) -> int:
+    """As `default_chunk`; on a GPU, where the tokens' channels are contiguous, chunks as even as can be."""
+    most = default_chunk(tokens, num_tensors if tokens.stride(2) == 1 else 8)
+    if device_kind(tokens) == "cpu":
+        return most
+    num_chunks = max(1, -(-tokens.shape[0] // most))
+    return max(1, -(-tokens.shape[0] // num_chunks))
+
+
 @torch.compiler.assume_constant_result
 def num_sharing(kind: str) -> int:
     """How many threads share the rows of a chunk on this kind of device: a GPU's chunks are large enough for it.

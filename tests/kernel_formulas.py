@@ -13,8 +13,7 @@ from typing import Any
 
 import row_formulas as rows
 import torch
-from row_formulas import Arguments
-from row_formulas import at as _at
+from row_formulas import Arguments, at
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.grad import conv2d_weight
@@ -24,7 +23,8 @@ def launch_formula(kernel: Any, num_programs: int, positional: list[Any], consta
     """Carry out the launch of a Triton kernel."""
     assert num_programs > 0
     names = [name for name in kernel.arg_names if name not in constants]
-    module = kernel.fn.__module__.rsplit(".", 1)[-1].removesuffix("_triton")
+    package, module = kernel.fn.__module__.rsplit(".", 2)[-2:]
+    module = package if module == "triton" else module.removesuffix("_triton")
     arguments = dict(zip(names, positional, strict=True)) | constants
     TRITON[module, kernel.fn.__name__](SimpleNamespace(**arguments))
 
@@ -34,12 +34,12 @@ def launch_formula(kernel: Any, num_programs: int, positional: list[Any], consta
 
 def _pixels(x: Tensor, name: str, a: Arguments, M: int, offset: int = 0) -> Tensor:
     strides = [getattr(a, f"{name}_{axis}") for axis in "mhw"]
-    return _at(x, (M, a.H, a.W, a.C), strides, offset)
+    return at(x, (M, a.H, a.rows, a.C), strides, offset)
 
 
 def _splits(x: Tensor, a: Arguments) -> list[Tensor]:
-    """(M, H, W, C) as its splits of rows (M, rows, C)."""
-    return list(x.flatten(1, 2).float().split(a.split_rows, 1))
+    """(M, H, rows, C) as its splits of rows (M, rows, C)."""
+    return [part for segment in x.float().unbind(1) for part in segment.split(a.split_rows, 1)]
 
 
 def _partial_statistics(a: Arguments) -> None:
@@ -51,12 +51,12 @@ def _partial_statistics(a: Arguments) -> None:
 
 
 def _merge_statistics(a: Arguments) -> None:
-    M, splits, _, channels = a.partial.shape
-    counts = [min(a.split_rows, a.rows - split * a.split_rows) for split in range(splits)]
+    M, _, _, channels = a.partial.shape
+    counts = [min(a.split_rows, a.rows - split * a.split_rows) for split in range(a.num_splits)] * a.H
     count = torch.tensor(counts, dtype=torch.float32)[:, None, None]
     mean, low, deviation = (a.partial[:, :, i].unflatten(2, (a.G, -1)) for i in range(3))  # (M, splits, G, width)
     mean = mean + low
-    elements = a.rows * channels // a.G
+    elements = a.H * a.rows * channels // a.G
     center = (count * mean).sum((1, 3)) / elements
     total = (deviation + count * (mean - center[:, None, :, None]).square()).sum((1, 3))
     a.mean.copy_(center)
@@ -73,15 +73,16 @@ def _normal(a: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return normal, normal * gamma + a.beta[here].float(), gamma, rstd
 
 
-def _activate(a: Arguments) -> None:
-    _pixels(a.out, "out", a, a.mean.shape[0], a.joined).copy_(functional.silu(_normal(a)[1]))
+def _normalise(a: Arguments) -> None:
+    z = _normal(a)[1]
+    _pixels(a.out, "out", a, a.mean.shape[0], a.joined).copy_(functional.silu(z) if a.HAS_SILU else z)
 
 
 def _activation_gradient(a: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     normal, z, gamma, rstd = _normal(a)
     s = z.sigmoid()
     da = _pixels(a.da, "da", a, a.mean.shape[0], a.joined).float()
-    return normal, da * s * (1 + z * (1 - s)), gamma, rstd
+    return normal, (da * s * (1 + z * (1 - s)) if a.HAS_SILU else da), gamma, rstd
 
 
 def _partial_backward(a: Arguments) -> None:
@@ -92,7 +93,7 @@ def _partial_backward(a: Arguments) -> None:
 
 def _merge_backward(a: Arguments) -> None:
     sums = (a.partial.sum(1) * a.gamma.float()).unflatten(2, (a.G, -1)).sum(3)  # (M, 2, G)
-    a.means.copy_(sums.transpose(1, 2) / (a.rows * a.channels // a.G))
+    a.means.copy_(sums.transpose(1, 2) / a.elements)
 
 
 def _input_gradient(a: Arguments) -> None:
@@ -133,20 +134,20 @@ def _convolve(a: Arguments) -> None:
     weight = a.weight.permute(2, 1, 0, 3).reshape(taps, a.C + a.C2, blocks * tile)[..., : a.K]
     M = a.out.shape[0]
     size = (M, a.H, a.W)
-    x = _at(a.x, (*size, a.C), (a.x_m, a.x_h, a.x_w))
+    x = at(a.x, (*size, a.C), (a.x_m, a.x_h, a.x_w))
     if a.x2 is not None:
-        x = torch.cat((x, _at(a.x2, (*size, a.C2), (a.x2_m, a.x2_h, a.x2_w))), -1)
+        x = torch.cat((x, at(a.x2, (*size, a.C2), (a.x2_m, a.x2_h, a.x2_w))), -1)
     y = _convolved(_activated(x, a.table), weight)
     y = y if a.bias is None else y + a.bias.float()
-    y = y if a.shift is None else y + _at(a.shift, (M, a.H, 1, a.K), (a.shift_m, a.shift_h, 0)).float()
+    y = y if a.shift is None else y + at(a.shift, (M, a.H, 1, a.K), (a.shift_m, a.shift_h, 0)).float()
     if a.residual is not None:
-        y = y + _at(a.residual, (*size, a.K), (a.residual_m, a.residual_h, a.residual_w)).float()
-    _at(a.out, (*size, a.K), (a.out_m, a.out_h, a.out_w)).copy_(y)
+        y = y + at(a.residual, (*size, a.K), (a.residual_m, a.residual_h, a.residual_w)).float()
+    at(a.out, (*size, a.K), (a.out_m, a.out_h, a.out_w)).copy_(y)
 
 
 def _weight_gradient(a: Arguments) -> None:
-    x = _at(a.x, (a.M, a.H, a.W, a.C), (a.x_m, a.x_h, a.x_w))
-    dy = _at(a.dy, (a.M, a.H, a.W, a.K), (a.dy_m, a.dy_h, a.dy_w))
+    x = at(a.x, (a.M, a.H, a.W, a.C), (a.x_m, a.x_h, a.x_w))
+    dy = at(a.dy, (a.M, a.H, a.W, a.K), (a.dy_m, a.dy_h, a.dy_w))
     here = slice(a.joined, a.joined + a.C)
     a.partial[:, :, here] = 0
     a.partial[0, :, here] = _weight_gradient_of(_activated(x, a.table[..., here]), dy, a.partial.shape[1])
@@ -158,9 +159,7 @@ def _weight_gradient(a: Arguments) -> None:
 def _frames(a: Arguments, tensors: dict[str, str]) -> list[Tensor]:
     """Tensors by the letters of their strides, (B, F, P, N, D)."""
     shape = (a.q.shape[0], a.F, a.P, a.N, a.D)
-    return [
-        _at(getattr(a, name), shape, [getattr(a, letters + i) for i in "bfpn"]) for name, letters in tensors.items()
-    ]
+    return [at(getattr(a, name), shape, [getattr(a, letters + i) for i in "bfpn"]) for name, letters in tensors.items()]
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, o: Tensor, scale: float) -> None:
@@ -190,21 +189,13 @@ def _attention_backward(a: Arguments) -> None:
 
 
 TRITON: dict[tuple[str, str], Callable[[Arguments], None]] = {
-    ("layer_norm", "forward_kernel"): rows.layer_norm,
-    ("layer_norm", "backward_kernel"): rows.layer_norm_backward,
-    ("layer_norm", "residual_kernel"): rows.residual,
-    ("geglu", "forward_kernel"): rows.geglu,
-    ("geglu", "backward_kernel"): rows.geglu_backward,
-    ("geglu_product", "product_kernel"): rows.product,
-    ("geglu_product", "product_backward_kernel"): rows.product_backward,
-    ("epilogue", "add_kernel"): rows.add,
-    ("column_sums", "column_sums_kernel"): rows.column_sums,
-    ("group_norm_statistics", "partial_statistics_kernel"): _partial_statistics,
-    ("group_norm_statistics", "merge_statistics_kernel"): _merge_statistics,
-    ("group_norm_silu", "activate_kernel"): _activate,
-    ("group_norm_silu", "partial_backward_kernel"): _partial_backward,
-    ("group_norm_silu", "merge_backward_kernel"): _merge_backward,
-    ("group_norm_silu", "input_gradient_kernel"): _input_gradient,
+    ("statistics", "partial_statistics_kernel"): _partial_statistics,
+    ("statistics", "merge_statistics_kernel"): _merge_statistics,
+    ("group_norm", "normalise_kernel"): _normalise,
+    ("group_norm", "partial_backward_kernel"): _partial_backward,
+    ("group_norm", "merge_backward_kernel"): _merge_backward,
+    ("group_norm", "input_gradient_kernel"): _input_gradient,
+    **rows.TRITON,
     ("group_norm_silu_conv", "convolve_kernel"): _convolve,
     ("group_norm_silu_conv", "weight_gradient_kernel"): _weight_gradient,
     ("temporal_attention", "forward_kernel"): _attention,
@@ -220,7 +211,7 @@ def call_formula(entry: str, tensors: Sequence[Any], *arguments: Any) -> None:
     shape, strides = arguments[:2]
     if entry.startswith("temporal_attention"):
         scale = arguments[3]
-        views = [_at(x, shape, strides[4 * i : 4 * i + 4]) for i, x in enumerate(tensors)]
+        views = [at(x, shape, strides[4 * i : 4 * i + 4]) for i, x in enumerate(tensors)]
         if entry.endswith("forward"):
             _attend(views[0], views[1], views[2], views[3], scale)
         else:
@@ -232,9 +223,9 @@ def call_formula(entry: str, tensors: Sequence[Any], *arguments: Any) -> None:
 def _native_inputs(tensors: Sequence[Any], shape: Sequence[int], strides: Sequence[int]) -> tuple[Tensor, Any]:
     """x and x2 side by side, and the table of their normalisation or None."""
     M, H, W, C, C2, G = shape[:6]
-    x = _at(tensors[0], (M, H, W, C), strides[:3])
+    x = at(tensors[0], (M, H, W, C), strides[:3])
     if tensors[1] is not None:
-        x = torch.cat((x, _at(tensors[1], (M, H, W, C2), strides[3:6])), -1)
+        x = torch.cat((x, at(tensors[1], (M, H, W, C2), strides[3:6])), -1)
     if tensors[2] is None:
         return x, None
     mean, rstd, gamma, beta = tensors[2:6]
@@ -248,15 +239,15 @@ def _native_forward(tensors: Sequence[Any], shape: Any, strides: Any, shift_stri
     weight, bias, shift, residual, out = tensors[6:]
     y = _convolved(_activated(x, table), weight.view(taps, -1, K))
     y = y if bias is None else y + bias
-    y = y if shift is None else y + _at(shift, (M, H, 1, K), (*shift_strides, 0))
-    y = y if residual is None else y + _at(residual, (M, H, W, K), strides[6:9]).float()
-    _at(out, (M, H, W, K), strides[9:12]).copy_(y)
+    y = y if shift is None else y + at(shift, (M, H, 1, K), (*shift_strides, 0))
+    y = y if residual is None else y + at(residual, (M, H, W, K), strides[6:9]).float()
+    at(out, (M, H, W, K), strides[9:12]).copy_(y)
 
 
 def _native_weight_gradient(tensors: Sequence[Any], shape: Any, strides: Any, *_: Any) -> None:
     M, H, W, K, taps = *shape[:3], *shape[6:]
     x, table = _native_inputs(tensors, shape, strides)
-    dy = _at(tensors[6], (M, H, W, K), strides[6:9])
+    dy = at(tensors[6], (M, H, W, K), strides[6:9])
     tensors[8].copy_(_weight_gradient_of(_activated(x, table), dy, taps))
 
 
@@ -265,8 +256,8 @@ def _native_norm_backward(tensors: Sequence[Any], shape: Any, strides: Any, *_: 
     x, _ = _native_inputs(tensors, shape, strides)
     _, _, mean, rstd, gamma, beta, da, dx, dx2, _, _, dgamma, dbeta = tensors
     whole = SimpleNamespace(
-        x=x.contiguous(), da=_at(da, x.shape, strides[6:9]).contiguous(), mean=mean, rstd=rstd, gamma=gamma, beta=beta,
-        H=H, W=W, C=C + C2, joined=0, channels=C + C2, G=G,
+        x=x.contiguous(), da=at(da, x.shape, strides[6:9]).contiguous(), mean=mean, rstd=rstd, gamma=gamma, beta=beta,
+        H=H, rows=W, C=C + C2, joined=0, channels=C + C2, G=G, HAS_SILU=True,
     )  # fmt: skip
     for name in ("x", "da"):
         for axis, stride in zip("mhw", getattr(whole, name).stride(), strict=False):
@@ -275,9 +266,9 @@ def _native_norm_backward(tensors: Sequence[Any], shape: Any, strides: Any, *_: 
     by_group = [(gamma * v).unflatten(-1, (G, -1)).mean((1, 2, 4)) for v in (dz * normal, dz)]
     by_normal, plain = (v.repeat_interleave((C + C2) // G, 1)[:, None, None] for v in by_group)
     gradient = rstd * (gamma * dz - plain - normal * by_normal)
-    _at(dx, (M, H, W, C), strides[9:12]).copy_(gradient[..., :C])
+    at(dx, (M, H, W, C), strides[9:12]).copy_(gradient[..., :C])
     if dx2 is not None:
-        _at(dx2, (M, H, W, C2), strides[12:15]).copy_(gradient[..., C:])
+        at(dx2, (M, H, W, C2), strides[12:15]).copy_(gradient[..., C:])
     dgamma.copy_((dz * normal).sum((0, 1, 2)))
     dbeta.copy_(dz.sum((0, 1, 2)))
 

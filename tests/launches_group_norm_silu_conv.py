@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from mmkernels.kernels.group_norm import triton as norm_kernels
 from mmkernels.kernels.launch import carried_out_by
-from mmkernels.ops import group_norm_silu_conv_triton, group_norm_silu_triton
+from mmkernels.ops import group_norm_silu_conv_triton
 
 C, K, GROUPS = 320, 320, 32
 SHAPE = (1, 16, 16, C)
@@ -40,9 +41,9 @@ def launches(dtype: torch.dtype) -> list[Recorded]:
     x, gamma = torch.zeros(SHAPE, dtype=dtype), torch.zeros(C, dtype=dtype)
     norm = (torch.zeros(1, GROUPS), torch.ones(1, GROUPS), gamma, gamma)
     with recording():
-        group_norm_silu_triton.statistics(x, None, GROUPS, 1e-5)
-        group_norm_silu_triton.activate(x, None, *norm, x)
-        group_norm_silu_triton.group_norm_silu_backward(x, None, x, *norm, x, None)
+        norm_kernels.statistics(x, None, GROUPS, 1e-5)
+        norm_kernels.normalise(x, None, *norm, x, has_silu=True)
+        norm_kernels.backward(x, None, x, *norm, x, None, has_silu=True)
     kernels = group_norm_silu_conv_triton
     for num_taps, name in ((9, "3x3"), (3, "3x1x1")):
         weight = torch.zeros(num_taps, C, K, dtype=dtype)

@@ -55,7 +55,7 @@ def geglu(launch: CarryOut) -> None:
 KERNELS: dict[Callable[[CarryOut], None], tuple[str, ...]] = {
     temporal_attention: ("forward_kernel", "backward_kernel"),
     group_norm_silu: (
-        "partial_statistics_kernel", "merge_statistics_kernel", "activate_kernel",
+        "partial_statistics_kernel", "merge_statistics_kernel", "normalise_kernel",
         "partial_backward_kernel", "merge_backward_kernel", "input_gradient_kernel",
     ),
     group_norm_silu_conv: ("convolve_kernel", "weight_gradient_kernel"),

@@ -140,7 +140,7 @@ GROUP_NORM_SILU_CONV = {
     # Three numbers of each of 64 channels; those of a group's 10 channels, which begin at no multiple of 16 bytes.
     "partial_statistics_kernel": 3, "merge_statistics_kernel": 51, "merge_backward_kernel": 35,
     # The numbers of a group, gathered for each of its channels; the sums of channels.
-    "activate_kernel": 16, "partial_backward_kernel": 18, "input_gradient_kernel": 32,
+    "normalise_kernel": 16, "partial_backward_kernel": 18, "input_gradient_kernel": 32,
     # 3x3: tiles of x and of a tap's weights, 4 and 8 bytes a thread (twice the channels spill on sm_100 and sm_120).
     "forward_3x3": 37, "forward_3x3_two_inputs": 55, "data_gradient_3x3": 32, "data_gradient_3x1x1": 0,
     # Scale and offset of a tile's 32 channels and the bias of its outputs; 3x3: the tile of x, 8 bytes a thread.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -107,3 +107,43 @@ def column_sums(a: Arguments) -> None:
     x = at(a.x, (a.partial.shape[0], a.T, a.C), (a.x_r, a.x_t)).float()
     for split, rows in enumerate(x.split(a.SPLIT_ROWS, 1)):
         a.partial[:, split] = rows.sum(1)
+
+
+# --- the blend of two streams
+
+
+def _frames_of(a: Arguments, *names: str) -> list[Tensor]:
+    """Tensors as frames of elements (R, elements)."""
+    R = a.alpha.shape[0]
+    return [at(getattr(a, name), (R, a.elements), (getattr(a, f"{name}_r"),)) for name in names]
+
+
+def mix(a: Arguments) -> None:
+    """Two streams, mixed."""
+    (s, t, m), share = _frames_of(a, "s", "t", "m"), a.alpha.float()[:, None]
+    m.copy_(share * s.float() + (1 - share) * t.float())
+
+
+def mix_backward(a: Arguments) -> None:
+    """Both gradients and the sums for alpha."""
+    (dm, s, t, ds, dt), share = _frames_of(a, "dm", "s", "t", "ds", "dt"), a.alpha.float()[:, None]
+    gradient = dm.float()
+    a.partial.zero_()
+    a.partial[:, 0] = ((s.float() - t.float()) * gradient).sum(1)
+    ds.copy_(share * gradient)
+    dt.copy_((1 - share) * gradient)
+
+
+TRITON: dict[tuple[str, str], Callable[[Arguments], None]] = {
+    ("layer_norm", "forward_kernel"): layer_norm,
+    ("layer_norm", "backward_kernel"): layer_norm_backward,
+    ("layer_norm", "residual_kernel"): residual,
+    ("geglu", "forward_kernel"): geglu,
+    ("geglu", "backward_kernel"): geglu_backward,
+    ("geglu_product", "product_kernel"): product,
+    ("geglu_product", "product_backward_kernel"): product_backward,
+    ("epilogue", "add_kernel"): add,
+    ("column_sums", "column_sums_kernel"): column_sums,
+    ("blend", "mix_kernel"): mix,
+    ("blend", "mix_backward_kernel"): mix_backward,
+}

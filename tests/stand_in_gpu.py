@@ -40,9 +40,7 @@ SOURCES = (
     "csrc/entry/temporal_attention_cuda.cpp", "tests/native/cuda_route.cpp",
 )  # fmt: skip
 KERNEL_MODULES = tuple(
-    ".".join(path.relative_to(ROOT).with_suffix("").parts)
-    for folder in ("kernels", "ops")
-    for path in sorted((ROOT / "mmkernels" / folder).glob("*_triton.py"))
+    ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in sorted((ROOT / "mmkernels").rglob("*triton.py"))
 )
 
 

@@ -21,10 +21,10 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install trito
 from torch import Tensor
 
 from mmkernels.kernels import geglu_triton, layer_norm_triton
+from mmkernels.kernels.group_norm import triton as norm_kernels
 from mmkernels.kernels.launch import carried_out_by
 from mmkernels.known_choices import KNOWN, worth_timing
 from mmkernels.ops import group_norm_silu_conv_triton as convolution
-from mmkernels.ops import group_norm_silu_triton as norm_kernels
 from mmkernels.tuning import NUM_ROUNDS, Tuner
 
 BF16 = torch.bfloat16
@@ -171,12 +171,12 @@ def convolve(direction: str, M: int, H: int, W: int, C: int, C2: int, K: int, ki
         if kind == "3x3 to few channels":
             convolution.forward(x, x2, *norm, meta(9, C, K, dtype=BF16), meta(K, dtype=BF16), None, None, dy)
         else:
-            norm_kernels.activate(part, part2, *norm, a)
+            norm_kernels.normalise(part, part2, *norm, a, has_silu=True)
         return
     if kind == "3x3 to few channels":
         convolution.data_gradient(dy, meta(9, C, K, dtype=BF16), x)
         convolution.weight_gradient(x, x2, *norm, dy, 9)
-    norm_kernels.group_norm_silu_backward(part, part2, a, *norm, part, part2)
+    norm_kernels.backward(part, part2, a, *norm, part, part2, has_silu=True)
 
 
 def normalise(C: int, shift: Tensor | None, dtype: torch.dtype) -> None:

@@ -73,6 +73,8 @@ LAYERS = [
 SUBJECTS = (
     "mmkernels.kernels.geglu",
     "mmkernels.kernels.attention",
+    "mmkernels.kernels.blend",
+    "mmkernels.kernels.group_norm",
     "mmkernels.blocks",
     "mmkernels.memory",
     "mmkernels.planning",

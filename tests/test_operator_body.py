@@ -144,17 +144,28 @@ def test_kernels_do_the_work_of_the_formula(name: str) -> None:
 
 
 def test_a_body_counted_by_hand() -> None:
-    """The blend of 6.25 MiB streams, one chunk: a float32 result of lerp beside the output, which it is copied into."""
+    """The blend of 6.25 MiB streams: one kernel that reads both and a number for each frame, and writes the output."""
     with FakeTensorMode():
         s, t, alpha = torch.empty(F, P, C), torch.empty(F, P, C), torch.empty(F)
         clock = Clock(card("A100"))
         found = trace(lambda: blend(s, t, alpha), clock=clock)
     size = F * P * C * 4
+    assert found.peak_bytes == size
+    assert clock.seconds == pytest.approx(clock.card.seconds(0, 3 * size + F * 4, "kernel"))
+    assert found.flops == 0
+
+
+def test_a_formula_counted_by_hand() -> None:
+    """The same where no kernel takes it, in float64: a result of lerp beside the output, which it is copied into."""
+    with FakeTensorMode():
+        s, t, alpha = (torch.empty(*shape, dtype=torch.float64) for shape in ((F, P, C), (F, P, C), (F,)))
+        clock = Clock(card("A100"))
+        found = trace(lambda: blend(s, t, alpha), clock=clock)
+    size = F * P * C * 8
     assert found.peak_bytes == 2 * size
     # lerp reads a weight for each frame, so it is strided; the copy is in one order
-    lerp_s = clock.card.seconds(0, 3 * size + F * 4, "strided")
+    lerp_s = clock.card.seconds(0, 3 * size + F * 8, "strided")
     assert clock.seconds == pytest.approx(lerp_s + clock.card.seconds(0, 2 * size, "pass"))
-    assert found.flops == 0
 
 
 def test_chunks_are_those_of_the_modelled_device() -> None:

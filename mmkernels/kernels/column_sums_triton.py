@@ -1,7 +1,7 @@
 """Triton kernel of sums over tokens: a program adds one split of them, the caller the splits; no atomics."""
 
 # The kernels are Triton's language, not Python: its tensors and compile-time branches mean nothing to a type checker.
-# pyright: reportArgumentType=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def column_sums_kernel(
     inside = c < C
     x += r * x_r
     total = tl.zeros((BLOCK_ROWS, BLOCK_C), tl.float32)
-    for step in range(0, SPLIT_ROWS, BLOCK_ROWS):
+    for step in tl.range(0, SPLIT_ROWS, BLOCK_ROWS, num_stages=3):
         t = (split * SPLIT_ROWS + step + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
         mask = (t < T)[:, None] & inside[None, :]
         total += tl.load(x + (t * x_t)[:, None] + c[None, :], mask=mask, other=0.0).to(tl.float32)

@@ -32,12 +32,12 @@ from torch.utils.flop_counter import register_flop_formula
 from mmkernels import extension, tuning
 from mmkernels.costs import device_kind, device_of, is_modelled, is_noting
 from mmkernels.kernels.column_sums import column_sums
+from mmkernels.kernels.group_norm import formula, native
+from mmkernels.kernels.group_norm.norm import Norm, Rows
 from mmkernels.kernels.storage import DTYPE_NAMES
 from mmkernels.ops import group_norm_silu_conv_chunked as chunked
-from mmkernels.ops import group_norm_silu_conv_formula as formula
 from mmkernels.ops import group_norm_silu_conv_implicit as implicit
-from mmkernels.ops import group_norm_silu_conv_native as native
-from mmkernels.ops.group_norm_silu_conv_chunked import Norm, Rows, at
+from mmkernels.ops.group_norm_silu_conv_chunked import at
 from mmkernels.ops.group_norm_silu_conv_implicit import Kernels
 from mmkernels.rows import chunk_size
 
@@ -70,9 +70,9 @@ def _statistics(x: Tensor, x2: Tensor | None, num_groups: int, eps: float) -> tu
     if why_unsupported(x, x2) is not None:
         return formula.statistics(x, x2, num_groups, eps)
     if device_kind(x) == "cuda":
-        from mmkernels.ops import group_norm_silu_triton
+        from mmkernels.kernels.group_norm import triton
 
-        return group_norm_silu_triton.statistics(x, x2, num_groups, eps)
+        return triton.statistics(x, x2, num_groups, eps)
     return native.statistics(x, x2, num_groups, eps)
 
 
@@ -83,9 +83,9 @@ def _activate(x: Tensor, x2: Tensor | None, norm: Norm, out: Tensor) -> None:
     if why_unsupported(x, x2) is not None:
         formula.activate(x, x2, norm, out)
     elif device_kind(x) == "cuda":
-        from mmkernels.ops import group_norm_silu_triton
+        from mmkernels.kernels.group_norm import triton
 
-        group_norm_silu_triton.activate(x, x2, *norm, out)
+        triton.normalise(x, x2, *norm, out, has_silu=True)
     else:
         native.activate(x, x2, norm, out)
 
@@ -100,9 +100,9 @@ def _norm_backward(
     if why_unsupported(x, x2) is not None:
         return formula.norm_backward(x, x2, da, norm, dx, dx2)
     if device_kind(x) == "cuda":
-        from mmkernels.ops import group_norm_silu_triton
+        from mmkernels.kernels.group_norm import triton
 
-        return group_norm_silu_triton.group_norm_silu_backward(x, x2, da, *norm, dx, dx2)
+        return triton.backward(x, x2, da, *norm, dx, dx2, has_silu=True)
     return native.norm_backward(x, x2, da, norm, dx, dx2)
 
 

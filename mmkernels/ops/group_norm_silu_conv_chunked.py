@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mmkernels.costs import device_kind
 from mmkernels.kernels.epilogue import add_into
+from mmkernels.kernels.group_norm.norm import Norm, Rows
 from mmkernels.rows import num_sharing
 from mmkernels.scratch import scratch_rows
 
@@ -26,22 +26,6 @@ from mmkernels.scratch import scratch_rows
 _CPU_CHUNK_ROWS = 5760
 # A 3x1 on the CPU reorders nothing: its scratch lies in the cache, and fewer rows for a thread slow the products down.
 _PRODUCTS_CHUNK_BYTES, _PRODUCTS_MIN_ROWS = 3 << 19, 1536
-
-Rows = tuple[slice, slice, slice]  # of M, H and W
-
-
-class Norm(NamedTuple):
-    """mean, rstd (M, G), gamma and beta (C + C2), all at least float32."""
-
-    mean: Tensor
-    rstd: Tensor
-    gamma: Tensor
-    beta: Tensor
-
-    def of(self, rows: Rows) -> Norm:
-        """The same for some of the samples."""
-        return self._replace(mean=self.mean[rows[0]], rstd=self.rstd[rows[0]])
-
 
 # activate(x, x2, norm, out) and backward(x, x2, da, norm, dx, dx2) -> (dgamma, dbeta), for whatever device x is on
 Activate = Callable[[Tensor, Tensor | None, Norm, Tensor], None]
