@@ -84,7 +84,7 @@ def start_afresh(run_dir: Path) -> str | None:
 def train(arguments: Arguments, ranks: Ranks, stop: Stop) -> bool:
     """Prepare what is to be prepared, then train on this rank; False where a signal ended it early."""
     check_given(arguments)
-    config, plan, fitting = choose_plan(arguments.config, ranks)
+    config, plan, fitting = choose_plan(arguments.config, ranks, resume=arguments.resume)
 
     def make_ready() -> None:
         prepare_if_missing(config)

@@ -60,10 +60,13 @@ class Search:
             plain_flops = trace_way(workload, "torch", card, OptimizerChoice(kind=kind)).trace.flops
         self.plain_flops = plain_flops
 
-    def best(self, budget_gib: float) -> Chosen:
-        """The fastest plan whose traced peak fits. Raises BudgetTooSmallError with the least that would do."""
+    def best(self, budget_gib: float, like: Chosen | None = None) -> Chosen:
+        """The fastest plan whose traced peak fits. Raises BudgetTooSmallError with the least that would do.
+
+        like: a plan for about such a budget, whose trace corrects the profile from the beginning.
+        """
         budget_bytes = int(budget_gib * GIB)
-        corrections, best, least = None, None, None
+        corrections, best, least = None if like is None else self._correct(like, None, 0), None, None
         for _ in range(MOST_ROUNDS):
             solution = self.solve(budget_bytes, corrections)
             if solution is None:
