@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,11 +12,13 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
+from ptx_group_norm_silu_conv_triton import launcher
 from stand_in_gpu import stand_in_gpu
 
 from mmkernels.costs import modelled_device, noting
 from mmkernels.kernels.column_sums import column_sums
 from mmkernels.kernels.epilogue import add_into
+from mmkernels.kernels.launch import carried_out_by
 
 HALF_SPACING = 2.0**-11  # of float16, half the distance to the next number, relative
 
@@ -64,6 +68,26 @@ def test_sums_over_tokens(shape: tuple[int, int, int]) -> None:
     assert ((found - expected).abs() <= 1e-6 * x.double().abs().sum(1)).all()
 
 
+def test_the_compiled_kernels_in_bfloat16() -> None:
+    """In a process of its own: what was interpreted does not compile any more."""
+    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def check_compiled(order: int) -> None:
+    """Triton's PTX for sm_80, executed in an order of warps."""
+    torch.manual_seed(0)
+    m, H, W, K = 2, 2, 70, 72
+    inner, residual, y = (torch.randn(m, H, W, K).bfloat16() for _ in range(3))
+    bias, shift = torch.randn(K).bfloat16(), torch.randn(m, H, K).bfloat16()
+    with modelled_device("cuda"), carried_out_by(launch=launcher(order)):
+        add_into(inner, bias, shift, residual, y)
+        sums = column_sums(inner.flatten(1, 2))
+    expected = inner.double() + bias.double() + shift.double()[:, :, None] + residual.double()
+    assert ((y.double() - expected).abs() <= 2.0**-8 * expected.abs() + 1e-6).all()
+    assert ((sums - inner.double().sum((1, 2))).abs() <= 1e-6 * inner.double().abs().sum((1, 2))).all()
+
+
 def test_each_is_one_pass_for_the_model() -> None:
     noted: list[tuple[int, int]] = []
     x, y, bias = torch.empty(2, 3, 4, 8).half(), torch.empty(2, 3, 4, 8).half(), torch.empty(8)
@@ -71,3 +95,8 @@ def test_each_is_one_pass_for_the_model() -> None:
         add_into(x, bias, None, x, y)
         assert column_sums(x.flatten(1, 2)).shape == (2, 8)
     assert noted == [(4, 1), (1, 0)]
+
+
+if __name__ == "__main__":
+    for each in range(3):
+        check_compiled(each)
