@@ -26,7 +26,7 @@ def column_sums_kernel(
     """Sums of BLOCK_C columns over one split of rows: partial (splits, C)."""
     blocks = tl.cdiv(C, BLOCK_C)
     pid = tl.program_id(0)
-    split = (pid // blocks).to(tl.int64)
+    split = pid // blocks
     c = pid % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     slot = tl.arange(0, BLOCK_ROWS)
     tile = slot.to(tl.int64)[:, None] * x_n + c[None, :]
@@ -35,8 +35,8 @@ def column_sums_kernel(
     total = tl.zeros((BLOCK_ROWS, BLOCK_C), tl.float32)
     for row in tl.range(start, stop, BLOCK_ROWS, num_stages=STAGES):
         mask = (row + slot < stop)[:, None] & (c < C)[None, :]
-        total += tl.load(x + row * x_n + tile, mask=mask, other=0.0).to(tl.float32)
-    tl.store(partial + split * C + c, tl.sum(total, 0), mask=c < C)
+        total += tl.load(x + tl.cast(row, tl.int64) * x_n + tile, mask=mask, other=0.0).to(tl.float32)
+    tl.store(partial + split.to(tl.int64) * C + c, tl.sum(total, 0), mask=c < C)
 
 
 def partial_sums(rows: Tensor) -> Tensor:
