@@ -60,8 +60,9 @@ def level_0_launches(dtype: torch.dtype) -> dict[tuple[str, str], Launch]:
     made: list[Launch] = []
     streams, alpha = torch.empty(5, 2, 33, 320, dtype=dtype), torch.empty(2)
     with carried_out_by(launch=lambda *launch: made.append(Launch(*launch))):
-        kernels.mix(*streams[:2], alpha, streams[2])
-        kernels.backward(*streams[:3], alpha, *streams[3:], alpha)
+        s, t, m, ds, dt = streams
+        kernels.mix(s, t, alpha, m)
+        kernels.backward(s, t, m, alpha, ds, dt, alpha)
         column_sums_triton.sums(streams[0, 0][None])
     ops = ("blend", "blend", "column_sums")
     return {(op, launch.kernel.__name__): launch for op, launch in zip(ops, made, strict=True)}

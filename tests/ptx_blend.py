@@ -9,6 +9,7 @@ from blend_program import check_blend, check_column_sums
 from ptx_group_norm_silu_conv_triton import launcher
 
 import ptxrun
+from mmkernels.kernels.column_sums_triton import SPLIT_ROWS
 
 SHAPE, ROWS = (2, 32, 128), (512, 128)  # four programs of a blend, eight splits of rows
 
@@ -26,7 +27,8 @@ def count_column_sums() -> list[dict[str, Any]]:
     """The row of sums over rows, which are read once; each split's sums are written."""
     counts: dict[str, ptxrun.Counts] = {}
     check_column_sums(ROWS, torch.bfloat16, launcher(counts=counts))
-    least = ROWS[0] * ROWS[1] * 2 + 8 * ROWS[1] * 4
+    splits = -(-ROWS[0] // SPLIT_ROWS)
+    least = ROWS[0] * ROWS[1] * 2 + splits * ROWS[1] * 4
     return [_row("column_sums", "column_sums_kernel", counts["column_sums_kernel"], least, ROWS)]
 
 
