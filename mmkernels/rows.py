@@ -51,6 +51,12 @@ def even_chunk(tokens: Tensor, num_tensors: int) -> int:
     return max(1, -(-tokens.shape[0] // num_chunks))
 
 
+def even_slices(length: int, most: int) -> list[slice]:
+    """As few slices of at most `most` as there have to be, in order, their lengths one apart at most."""
+    count = -(-length // max(1, most))
+    return [slice(length * i // count, length * (i + 1) // count) for i in range(count)]
+
+
 @torch.compiler.assume_constant_result
 def num_sharing(kind: str) -> int:
     """How many threads share the rows of a chunk on this kind of device: a GPU's chunks are large enough for it.

@@ -50,20 +50,22 @@ def _convolution(C: int, C2: int = 0, *, over_frames: bool = False) -> Tensor:
     shape = (1, F, H * W) if over_frames else (F, H, W)
     x2 = _leaf(*shape, C2) if C2 else None
     weight = _leaf(C, C + C2, 3, 1 if over_frames else 3)
-    norm = [_leaf(C + C2).float() for _ in range(2)]
-    return group_norm_silu_conv(_leaf(*shape, C), *norm, weight, _leaf(C), num_groups=32, x2=x2)
+    gamma, beta = (_leaf(C + C2).float() for _ in range(2))
+    return group_norm_silu_conv(_leaf(*shape, C), gamma, beta, weight, _leaf(C), num_groups=32, x2=x2)
 
 
 def _feed_forward(C: int) -> Tensor:
     H, W = LEVELS[C]
+    gamma, beta = (_leaf(C).float() for _ in range(2))
     up, down = (_leaf(8 * C, C), _leaf(8 * C)), (_leaf(C, 4 * C), _leaf(C))
-    return geglu_feed_forward(_leaf(F, H * W, C), *(_leaf(C).float() for _ in range(2)), *up, *down)
+    return geglu_feed_forward(_leaf(F, H * W, C), gamma, beta, *up, *down)
 
 
 def _attention(C: int) -> Tensor:
     H, W = LEVELS[C]
-    parameters = (*(_leaf(C).float() for _ in range(2)), *(_leaf(C, C) for _ in range(4)), _leaf(C))
-    return temporal_attention_block(_leaf(1, F, H * W, C), *parameters, C // 64)
+    gamma, beta = (_leaf(C).float() for _ in range(2))
+    q, k, v, out = (_leaf(C, C) for _ in range(4))
+    return temporal_attention_block(_leaf(1, F, H * W, C), gamma, beta, q, k, v, out, _leaf(C), C // 64)
 
 
 OPS: dict[str, Callable[[int], Tensor]] = {

@@ -33,7 +33,7 @@ from mmkernels.kernels import geglu_product as up_geglu
 from mmkernels.kernels.geglu import geglu_backward_into, geglu_into
 from mmkernels.kernels.layer_norm import add_residual_into, layer_norm_backward_into, layer_norm_into
 from mmkernels.kernels.storage import why_unsupported as why_storage_unsupported
-from mmkernels.rows import add_product, chunk_size, num_sharing, wide_dtype
+from mmkernels.rows import add_product, chunk_size, even_slices, num_sharing, wide_dtype
 from mmkernels.scratch import scratch_rows
 
 Keep = Literal["input", "up"]
@@ -65,23 +65,22 @@ class _Chunks:
     def __init__(self, x: Tensor, dtype: torch.dtype, chunk_tokens: int) -> None:
         R, T, _ = x.shape
         self.x, self.dtype = x, dtype
-        self.tokens = _even(T, chunk_tokens)
-        self.rows = _even(R, max(1, chunk_tokens // max(1, T)))
+        self.tokens = even_slices(T, chunk_tokens)
+        self.rows = even_slices(R, chunk_tokens // max(1, T))
         self._buffers: dict[str, Tensor] = {}
 
     def __iter__(self) -> Iterator[tuple[slice, slice, slice]]:
         """(rows, tokens of them, those in the flat order r * T + t) of each chunk, in that order."""
-        R, T, _ = self.x.shape
-        for r in range(0, R, self.rows):
-            for t in range(0, T, self.tokens):
-                rows, tokens = slice(r, min(r + self.rows, R)), slice(t, min(t + self.tokens, T))
-                count = (rows.stop - rows.start) * (tokens.stop - tokens.start)
-                yield rows, tokens, slice(r * T + t, r * T + t + count)
+        T = self.x.shape[1]
+        for rows in self.rows:
+            for tokens in self.tokens:
+                first = rows.start * T + tokens.start
+                yield rows, tokens, slice(first, first + _length(rows) * _length(tokens))
 
     def buffer(self, name: str, count: int, width: int, dtype: torch.dtype | None = None) -> Tensor:
         """An uninitialised (count, width) buffer, by default in the products' dtype; the same memory for a name."""
         if name not in self._buffers:
-            size = self.rows * self.tokens * width
+            size = width * max(map(_length, self.rows)) * max(map(_length, self.tokens))
             self._buffers[name] = torch.empty(size, dtype=dtype or self.dtype, device=self.x.device)
         return self._buffers[name][: count * width].view(count, width)
 
@@ -104,10 +103,8 @@ def _has_place(x: Tensor, dtype: torch.dtype) -> bool:
     return dtype == x.dtype and device_kind(x) != "cpu"
 
 
-def _even(total: int, largest: int) -> int:
-    """The largest part where `total` is cut evenly into parts of at most `largest`."""
-    num_parts = max(1, -(-total // largest))
-    return max(1, -(-total // num_parts))
+def _length(part: slice) -> int:
+    return part.stop - part.start
 
 
 # --- forward

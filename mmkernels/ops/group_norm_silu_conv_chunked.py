@@ -18,7 +18,7 @@ from torch import Tensor
 from mmkernels.costs import device_kind
 from mmkernels.kernels.epilogue import add_into
 from mmkernels.kernels.group_norm.norm import Norm, Rows
-from mmkernels.rows import num_sharing
+from mmkernels.rows import even_slices, num_sharing
 from mmkernels.scratch import scratch_rows
 
 # Pixels of a chunk on the CPU: enough to pay for oneDNN's reordering of the weights and, with several threads, for
@@ -115,19 +115,12 @@ def _chunks(x: Tensor, weight: Tensor, chunk_rows: int) -> Iterator[Rows]:
     """Evenly split: whole samples, or columns of one sample with all its frames."""
     M, H, W, _ = x.shape
     if at_once := _samples_at_once(x, weight, chunk_rows):
-        for samples in _even(M, at_once):
+        for samples in even_slices(M, at_once):
             yield samples, slice(0, H), slice(0, W)
         return
     for m in range(M):
-        for columns in _even(W, max(1, chunk_rows // H)):
+        for columns in even_slices(W, max(1, chunk_rows // H)):
             yield slice(m, m + 1), slice(0, H), columns
-
-
-def _even(length: int, most: int) -> Iterator[slice]:
-    """As few slices of at most `most` as there have to be, their lengths one apart at most."""
-    count = -(-length // most)
-    for i in range(count):
-        yield slice(length * i // count, length * (i + 1) // count)
 
 
 def at(x: Tensor, rows: Rows) -> Tensor:
