@@ -129,6 +129,7 @@ class TrainerConfig:
     batch_size: int = 8  # clips a step over all ranks and accumulation together (the paper's batch)
     micro_batch_size: int = 1  # clips at once on one rank; the rest of the batch is accumulated
     precision: Precision = "bf16"  # fp16 needs a GPU and scales the loss; weights are as optimizer.kind says
+    deterministic: bool = False  # a GPU gives a rerun or a resume the same bits; attention over pixels is slower
     seed: int = 0  # of the weights' initial values and of every sample's noise, sigma and dropout
     save_every: int = 500  # steps between checkpoints; one more is written at the end
     keep_checkpoints: int = 3  # newest checkpoints left on disk

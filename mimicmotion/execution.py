@@ -1,6 +1,9 @@
-"""How a model runs, whatever it is used for: which kernels are in place, and in what precision."""
+"""How a model runs, whatever it is used for: which kernels are in place, in what precision, with which bits."""
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -35,6 +38,28 @@ def put_kernels(
 def describe(model: MimicMotionModel, kernels: str) -> str:
     """Which block of a model with these kernels runs how."""
     return "torch: plain diffusers, nothing replaced" if kernels == "torch" else str(mmkernels.report(model.unet))
+
+
+@contextmanager
+def same_bits(wanted: bool) -> Iterator[None]:
+    """Inside, where it is wanted, a GPU computes the same bits from the same input, or raises with the operator's name.
+
+    torch's own switch, which every backend of ours asks as well; without its filling of memory that is not written,
+    and with the setting that cuBLAS wants for it where none was made.
+    """
+    if not wanted:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    filling: Any = torch.utils.deterministic
+    outer = torch.are_deterministic_algorithms_enabled(), filling.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    filling.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(outer[0])
+        filling.fill_uninitialized_memory = outer[1]
 
 
 def autocast(device: torch.device, precision: Precision, weights: torch.dtype = torch.float32) -> torch.autocast:

@@ -13,6 +13,7 @@ from mimicmotion import checkpoint
 from mimicmotion.config import Config
 from mimicmotion.distributed import Ranks
 from mimicmotion.dry_run import fake_step
+from mimicmotion.execution import same_bits
 from mimicmotion.fitting import Fitting, expected_gib
 from mimicmotion.planned import check_plan, made_for
 from mmkernels.allocator import CudaAllocator
@@ -151,7 +152,8 @@ def plan_step(
     search = search_step(
         config, card, can_update_in_backward=can_update_in_backward, can_update_on_host=can_update_on_host
     )
-    return search.best(budget_gib).plan
+    with same_bits(config.trainer.deterministic):  # which changes what computes attention
+        return search.best(budget_gib).plan
 
 
 def reserve_as_planned() -> None:

@@ -37,7 +37,7 @@ class Arguments:
     """Train MimicMotion."""
 
     config: Annotated[Config, tyro.conf.arg(name="")]
-    resume: bool = False  # go on from the newest checkpoint of the run folder, bit for bit
+    resume: bool = False  # go on from the newest checkpoint; bit for bit on a CPU or with trainer.deterministic
     memory_report: bool = False  # write where the bytes at the peak of a step are, to memory_report.json and .png
     dry_run: bool = False  # only print parameters and modelled memory of a step; needs neither a GPU nor the memory
 

@@ -17,7 +17,7 @@ from mimicmotion import checkpoint
 from mimicmotion.checkpoint import Checkpoint
 from mimicmotion.config import Config, changes, to_json
 from mimicmotion.distributed import Ranks, no_sync, rank_sample_ids
-from mimicmotion.execution import describe, put_kernels
+from mimicmotion.execution import describe, put_kernels, same_bits
 from mimicmotion.fitting import Change, Fitting, NoSmallerPlanError
 from mimicmotion.history import History, Reporter, draw_loss, read_history
 from mimicmotion.micro_batch import batch_loss, draw_samples
@@ -112,9 +112,12 @@ class Trainer:
         settings, first = self.config.trainer, self.step
         loader = ThreadPoolExecutor(max_workers=1)
         try:
-            with Reporter(
-                first=first, last=settings.num_steps, log_every=settings.log_every, is_quiet=not self.ranks.is_first
-            ) as reporter:
+            with (
+                same_bits(settings.deterministic),
+                Reporter(
+                    first=first, last=settings.num_steps, log_every=settings.log_every, is_quiet=not self.ranks.is_first
+                ) as reporter,
+            ):
                 self._train(reporter, loader)
         finally:
             loader.shutdown(wait=False, cancel_futures=True)  # data that hang do not keep the steps from being saved

@@ -23,6 +23,7 @@ Note = Callable[[int, Sequence[Tensor | None], Sequence[Tensor | None]], None]
 # Plain globals, since torch.compile reads them; a trace runs by itself.
 _note: Note | None = None
 _modelled_kind: str | None = None
+_modelled_capability: tuple[int, int] | None = None
 
 
 def is_noting() -> bool:
@@ -50,14 +51,22 @@ def noting(note: Note) -> Iterator[None]:
 
 
 @contextmanager
-def modelled_device(kind: str | None) -> Iterator[None]:
-    """Tensors inside stand for those of a device of this kind, wherever kernels, chunks and dtypes depend on it."""
-    global _modelled_kind
-    outer, _modelled_kind = _modelled_kind, kind
+def modelled_device(kind: str | None, capability: tuple[int, int] | None = None) -> Iterator[None]:
+    """Tensors inside stand for those of a device of this kind, wherever kernels, chunks and dtypes depend on it.
+
+    capability: of the GPU that is meant, where one is.
+    """
+    global _modelled_kind, _modelled_capability
+    outer, (_modelled_kind, _modelled_capability) = (_modelled_kind, _modelled_capability), (kind, capability)
     try:
         yield
     finally:
-        _modelled_kind = outer
+        _modelled_kind, _modelled_capability = outer
+
+
+def modelled_capability() -> tuple[int, int] | None:
+    """The compute capability of the GPU that tensors stand for, where one was named."""
+    return _modelled_capability
 
 
 def device_of(x: Tensor) -> torch.device:

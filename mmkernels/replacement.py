@@ -23,7 +23,7 @@ from mmkernels.blocks.up_block import FusedUpBlock
 from mmkernels.memory.offload import Offload
 from mmkernels.memory.transfer import CudaDevice, Device
 from mmkernels.memory.units import REST, WHOLE, Choice
-from mmkernels.ops.temporal_attention import why_unsupported
+from mmkernels.ops import spatial_attention, temporal_attention
 from mmkernels.planning.choices import Plan
 
 PLANS = ("fused", "checkpoint")
@@ -34,6 +34,7 @@ _FUSED: dict[type[nn.Module], type[FusedBlock]] = {
     UpBlockSpatioTemporal: FusedUpBlock,
 }
 LEAST_BYTES = 1 << 20  # smaller storages do not move: a copy has its fixed cost
+LEAST_PIXELS = 2  # of a row whose attention is asked about
 _STAGES = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2, "conv_out": 3}
 _HEAD = ("conv_norm_out", "conv_act", "conv_out")  # of a UNet, in the order they run; the last stands for all
 _DEAD = ("norm2", "attn2.to_q", "attn2.to_k")  # of a transformer block whose attn2 reads one token
@@ -128,7 +129,8 @@ def _follow(unet: nn.Module, fused: Mapping[str, FusedBlock], plan: Plan) -> Non
     plain = {site.name: _why_not(site) or "" for site in _sites(unet) if site.name not in fused}
     plan.check(_units(fused), plain)
     for name, block in fused.items():
-        block.follow(name, plan.choices_of(name), is_recomputed=name in plan.recomputed_blocks)
+        is_recomputed = name in plan.recomputed_blocks
+        block.follow(name, plan.choices_of(name), is_recomputed=is_recomputed, scratch_bytes=plan.scratch_bytes)
 
 
 def plan_units(unet: nn.Module) -> dict[str, dict[str, tuple[Choice, ...]]]:
@@ -292,8 +294,12 @@ def _how_planned(block: FusedBlock) -> str:
 
 
 def _why_plain_attention(block: TransformerSpatioTemporalModel) -> str:
-    weight = block.proj_in.weight
-    shape = (1, 1, 1, block.num_attention_heads, block.attention_head_dim)
-    row = torch.empty(shape, dtype=weight.dtype, device=weight.device)
-    reason = why_unsupported(row, row, row)
-    return "" if reason is None else f"temporal attention in plain torch: {reason}"
+    """Of attention over frames and over pixels, which plain torch computes and why; "" where neither."""
+    weight, heads, head_dim = block.proj_in.weight, block.num_attention_heads, block.attention_head_dim
+    row = torch.empty((1, 1, 1, heads, head_dim), dtype=weight.dtype, device=weight.device)
+    tokens = torch.empty((1, LEAST_PIXELS, 1), dtype=weight.dtype, device=weight.device)
+    reasons = {
+        "temporal": temporal_attention.why_unsupported(row, row, row),
+        "spatial": spatial_attention.why_unsupported(tokens, weight.dtype, heads, head_dim),
+    }
+    return "; ".join(f"{which} attention in plain torch: {why}" for which, why in reasons.items() if why is not None)

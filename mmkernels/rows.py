@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from mmkernels.costs import device_kind
+from mmkernels.scratch import scratch_rows
 
-# Bytes of one (R, C) tensor of a chunk: within the cache (CPU), or a transient of some hundred MB in all (GPU).
-_CHUNK_BYTES = {"cpu": 1 << 22, "cuda": 1 << 26}
+_CPU_CHUNK_BYTES = 1 << 22  # of one (R, C) tensor of a chunk: within the cache
 _MIN_CHUNK_TOKENS = 576  # fewer rows slow the products down
 
 
@@ -31,11 +31,30 @@ def chunk_size(name: str, given: int | None, default: int) -> int:
     return default if given is None else given
 
 
-def default_chunk(tokens: Tensor) -> int:
-    """How many of the first axis of tokens (R, P, C) make a chunk where the caller names none."""
+def default_chunk(tokens: Tensor, num_tensors: int = 8) -> int:
+    """How many of the first axis of tokens (R, P, C) make a chunk where the caller names none.
+
+    num_tensors: that a chunk takes on a GPU at once, counted in such of the tokens' shape and dtype.
+    """
     row_bytes = max(1, tokens.shape[2] * tokens.element_size())
-    rows = max(_MIN_CHUNK_TOKENS, _CHUNK_BYTES.get(device_kind(tokens), 1 << 26) // row_bytes)
-    return max(1, rows // max(1, tokens.shape[1]))
+    is_cpu = device_kind(tokens) == "cpu"
+    most = _CPU_CHUNK_BYTES // row_bytes if is_cpu else scratch_rows(num_tensors * row_bytes)
+    return max(1, max(_MIN_CHUNK_TOKENS, most) // max(1, tokens.shape[1]))
+
+
+def even_chunk(tokens: Tensor, num_tensors: int) -> int:
+    """As `default_chunk`; on a GPU, where the tokens' channels are contiguous, chunks as even as can be."""
+    most = default_chunk(tokens, num_tensors if tokens.stride(2) == 1 else 8)
+    if device_kind(tokens) == "cpu":
+        return most
+    num_chunks = max(1, -(-tokens.shape[0] // most))
+    return max(1, -(-tokens.shape[0] // num_chunks))
+
+
+def even_slices(length: int, most: int) -> list[slice]:
+    """As few slices of at most `most` as there have to be, in order, their lengths one apart at most."""
+    count = -(-length // max(1, most))
+    return [slice(length * i // count, length * (i + 1) // count) for i in range(count)]
 
 
 @torch.compiler.assume_constant_result

@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import logging
 import os
@@ -209,17 +210,27 @@ def fastest(
     first = next(iter(variants))
     if device.type != "cuda":
         return first
-    forced = _forced(os.environ.get("MMKERNELS_VARIANT", "")).get(op)
-    if forced is not None:
-        if forced not in variants:
-            raise NotOfferedError(f"MMKERNELS_VARIANT has {op}={forced}, wanted {' or '.join(variants)} for {key}")
-        return forced
+    if (name := forced(op)) is not None:
+        if name not in variants:
+            raise NotOfferedError(f"MMKERNELS_VARIANT has {op}={name}, wanted {' or '.join(variants)} for {key}")
+        return name
     if len(variants) == 1:
         return first
     if os.environ.get("MMKERNELS_TIME_ALL"):
         kind = ""
     with torch.cuda.device(device):
         return _tuner(torch.cuda.current_device()).fastest(op, key, variants, kind)
+
+
+@cache
+def why_no_triton() -> str | None:
+    """Why there are no Triton kernels here, or None."""
+    return None if importlib.util.find_spec("triton") else "Triton is not installed; pip install triton"
+
+
+def forced(op: str) -> str | None:
+    """The variant that MMKERNELS_VARIANT names for an op."""
+    return _forced(os.environ.get("MMKERNELS_VARIANT", "")).get(op)
 
 
 @cache
@@ -265,7 +276,7 @@ def kernels_digest() -> str:
     """Names the sources of our kernels and the native module: a change of either may change what is fastest."""
     here = Path(__file__).parent
     digest = hashlib.sha256()
-    for path in sorted([*here.glob("ops/*.py"), *here.glob("kernels/*.py"), *here.glob("_native*")]):
+    for path in sorted([*here.glob("ops/*.py"), *here.glob("kernels/**/*.py"), *here.glob("_native*")]):
         digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()[:12]
 

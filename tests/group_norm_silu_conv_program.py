@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from numerics import assert_within_budget
 from torch import Tensor
 
+from mmkernels.kernels.group_norm import triton as norm_kernels
 from mmkernels.kernels.launch import carried_out_by
-from mmkernels.ops import group_norm_silu_conv_triton, group_norm_silu_triton
+from mmkernels.ops import group_norm_silu_conv_triton
 
 # (M, H, W, C, C2, G): C/G = 10, 30 and 20, a group across two inputs, several splits of rows, one pixel.
 NORMS = ((2, 5, 7, 40, 0, 4), (1, 3, 150, 50, 40, 3), (2, 3, 4, 80, 20, 5), (1, 1, 1, 16, 0, 1))
@@ -26,23 +27,27 @@ CONVOLUTIONS = ((1, 6, 17, 40, 0, 24, 4, 3), (2, 3, 5, 20, 28, 16, 3, 3), (1, 6,
                 (1, 1, 1, 16, 0, 16, 1, 3), (2, 6, 17, 40, 0, 4, 4, 3))  # fmt: skip
 
 
-def check_norm(shape: tuple[int, ...], dtype: torch.dtype, launch: Any) -> dict[str, Tensor]:
-    """Statistics, activation and GroupNorm backward of one shape, x far from zero and outputs poisoned with NaN."""
+def check_norm(
+    shape: tuple[int, ...], dtype: torch.dtype, launch: Any, *, has_silu: bool = True
+) -> dict[str, Tensor]:  # fmt: skip
+    """Statistics, application and backward of one shape, x far from zero and outputs poisoned with NaN."""
     M, H, W, C, C2, G = shape
     torch.manual_seed(0)
-    joined = (torch.randn(M, H, W, C + C2) + 30 * torch.rand(C + C2)).to(dtype)
+    joined = (torch.randn(M, H, W + 2, C + C2) + 30 * torch.rand(C + C2)).to(dtype)
+    # Without silu its rows do not follow each other.
+    joined = joined[:, :, 1:-1].contiguous() if has_silu else joined[:, :, 1:-1]
     da, gamma, beta = torch.randn(joined.shape).to(dtype), torch.randn(C + C2).to(dtype), torch.randn(C + C2).to(dtype)
     x, x2 = joined[..., :C], joined[..., C:] if C2 else None
-    kernels = group_norm_silu_triton
+    kernels = norm_kernels
     out, djoined = torch.full_like(joined, float("nan")), torch.full_like(joined, float("nan"))
     dx, dx2 = djoined[..., :C], djoined[..., C:] if C2 else None
     with carried_out_by(launch=launch):
         mean, rstd = kernels.statistics(x, x2, G, 1e-5)
-        kernels.activate(x, x2, mean, rstd, gamma, beta, out)
-        dgamma, dbeta = kernels.group_norm_silu_backward(x, x2, da, mean, rstd, gamma, beta, dx, dx2)
+        kernels.normalise(x, x2, mean, rstd, gamma, beta, out, has_silu=has_silu)
+        dgamma, dbeta = kernels.backward(x, x2, da, mean, rstd, gamma, beta, dx, dx2, has_silu=has_silu)
     names = ("mean", "rstd", "a", "dx", "dgamma", "dbeta")
     actual: dict[str, Tensor] = dict(zip(names, (mean, rstd, out, djoined, dgamma, dbeta), strict=True))
-    fp64, plain = ({**_moments(joined.to(narrow), G), **_gradients(joined.to(wide), da, gamma, beta, G)}
+    fp64, plain = ({**_moments(joined.to(narrow), G), **_gradients(joined.to(wide), da, gamma, beta, G, has_silu)}
                    for wide, narrow in ((torch.float64, torch.float64), (dtype, torch.float32)))  # fmt: skip
     assert_within_budget(actual, plain, fp64)
     return actual
@@ -95,7 +100,7 @@ def check_far_from_zero(launch: Any) -> None:
     whole[:, 0] = 0
     for x in (whole, whole[:, 1:]):
         with carried_out_by(launch=launch):
-            mean, rstd = group_norm_silu_triton.statistics(x, None, 4, 1e-5)
+            mean, rstd = norm_kernels.statistics(x, None, 4, 1e-5)
         exact = _moments(x.double().contiguous(), 4)
         torch.testing.assert_close(mean.double(), exact["mean"], rtol=2e-7, atol=0)
         torch.testing.assert_close(rstd.double(), exact["rstd"], rtol=4e-7, atol=0)
@@ -104,13 +109,16 @@ def check_far_from_zero(launch: Any) -> None:
 def _moments(x: Tensor, G: int) -> dict[str, Tensor]:
     """mean and rstd of every group, in x's dtype: statistics are float32 whatever the activations are."""
     M, H, W, C = x.shape
-    variance, mean = torch.var_mean(x.view(M, H * W, G, C // G), (1, 3), correction=0)
+    variance, mean = torch.var_mean(x.reshape(M, H * W, G, C // G), (1, 3), correction=0)
     return {"mean": mean, "rstd": (variance + 1e-5).rsqrt()}
 
 
-def _gradients(x: Tensor, da: Tensor, gamma: Tensor, beta: Tensor, G: int) -> dict[str, Tensor]:
+def _gradients(
+    x: Tensor, da: Tensor, gamma: Tensor, beta: Tensor, G: int, has_silu: bool
+) -> dict[str, Tensor]:  # fmt: skip
     x, gamma, beta = (tensor.to(x.dtype).detach().requires_grad_() for tensor in (x, gamma, beta))
-    a = F.silu(F.group_norm(x.permute(0, 3, 1, 2), G, gamma, beta, 1e-5)).permute(0, 2, 3, 1)
+    z = F.group_norm(x.permute(0, 3, 1, 2), G, gamma, beta, 1e-5).permute(0, 2, 3, 1)
+    a = F.silu(z) if has_silu else z
     gradients = torch.autograd.grad(a, (x, gamma, beta), da.to(x.dtype))
     return dict(zip(("a", "dx", "dgamma", "dbeta"), (a.detach(), *gradients), strict=True))
 
@@ -130,6 +138,9 @@ def main() -> None:
             for shape in shapes:
                 check(shape, getattr(torch, name), launch_directly)
                 print(f"ok {shape} {name}")
+        for shape in NORMS[:2]:
+            check_norm(shape, getattr(torch, name), launch_directly, has_silu=False)
+            print(f"ok {shape} {name}, no silu")
         if name == "float32":
             check_far_from_zero(launch_directly)
             print("ok far from zero")

@@ -11,80 +11,22 @@ from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import row_formulas as rows
 import torch
+from row_formulas import Arguments, at
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.grad import conv2d_weight
-
-Arguments = Any  # a launch's arguments and constants by their names
 
 
 def launch_formula(kernel: Any, num_programs: int, positional: list[Any], constants: dict[str, Any]) -> None:
     """Carry out the launch of a Triton kernel."""
     assert num_programs > 0
     names = [name for name in kernel.arg_names if name not in constants]
-    module = kernel.fn.__module__.rsplit(".", 1)[-1].removesuffix("_triton")
+    package, module = kernel.fn.__module__.rsplit(".", 2)[-2:]
+    module = package if module == "triton" else module.removesuffix("_triton")
     arguments = dict(zip(names, positional, strict=True)) | constants
     TRITON[module, kernel.fn.__name__](SimpleNamespace(**arguments))
-
-
-def _at(x: Tensor, shape: Sequence[int], strides: Sequence[int], offset: int = 0) -> Tensor:
-    """A view of x's memory with the last axis contiguous."""
-    return x.as_strided(tuple(shape), (*strides, 1), x.storage_offset() + offset)
-
-
-# --- LayerNorm
-
-
-def _tokens(a: Arguments) -> tuple[Tensor, tuple[int, int, int]]:
-    """x + shift in float32, (R, T, C)."""
-    shape = (a.num_tokens // a.T, a.T, a.C)
-    h = _at(a.x, shape, (a.x_r, a.x_t)).float()
-    return (h + _at(a.shift, (shape[0], 1, a.C), (a.C, 0)) if a.HAS_SHIFT else h), shape
-
-
-def _layer_norm(a: Arguments) -> None:
-    h, _ = _tokens(a)
-    variance, mean = torch.var_mean(h, -1, correction=0, keepdim=True)
-    rstd = (variance + a.eps).rsqrt()
-    a.mean.copy_(mean.flatten())
-    a.rstd.copy_(rstd.flatten())
-    a.out.view(-1).copy_(((h - mean) * rstd * a.weight + a.bias).flatten())
-
-
-def _layer_norm_backward(a: Arguments) -> None:
-    h, shape = _tokens(a)
-    mean, rstd = (x.view(*shape[:2], 1) for x in (a.mean, a.rstd))
-    normal, gradient = (h - mean) * rstd, a.dout.reshape(shape).float()
-    residual = _at(a.dy, shape, (a.dy_r, a.dy_t)).float()
-    dn = gradient * a.weight
-    dh = residual + (dn - dn.mean(-1, keepdim=True) - normal * (dn * normal).mean(-1, keepdim=True)) * rstd
-    _at(a.dx, shape, (a.dx_r, a.dx_t)).copy_(dh)
-    a.sums.zero_()
-    a.sums[0] = torch.stack([x.sum((0, 1)) for x in (gradient * normal, gradient, residual)])
-
-
-def _residual(a: Arguments) -> None:
-    h, shape = _tokens(a)
-    _at(a.y, shape, (a.y_r, a.y_t)).copy_(h + a.inner.reshape(shape).float() + a.bias)
-
-
-# --- GEGLU
-
-
-def _geglu(a: Arguments) -> None:
-    hidden, gate = (a.u.view(a.rows, 2 * a.H).float() + a.bias).chunk(2, -1)
-    a.g.copy_((hidden * functional.gelu(gate)).view_as(a.g))
-
-
-def _geglu_backward(a: Arguments) -> None:
-    (hidden, gate), dg = (a.u.view(a.rows, 2 * a.H).float() + a.bias).chunk(2, -1), a.dg.float()
-    cdf, density = torch.special.ndtr(gate), torch.exp(-gate * gate / 2) * (2 * torch.pi) ** -0.5
-    du = torch.cat((dg * gate * cdf, dg * hidden * (cdf + gate * density)), -1)
-    a.g.copy_(hidden * gate * cdf)
-    a.du.copy_(du)
-    a.sums.zero_()
-    a.sums[0] = du.sum(0)
 
 
 # --- GroupNorm and SiLU
@@ -92,29 +34,29 @@ def _geglu_backward(a: Arguments) -> None:
 
 def _pixels(x: Tensor, name: str, a: Arguments, M: int, offset: int = 0) -> Tensor:
     strides = [getattr(a, f"{name}_{axis}") for axis in "mhw"]
-    return _at(x, (M, a.H, a.W, a.C), strides, offset)
+    return at(x, (M, a.H, a.rows, a.C), strides, offset)
 
 
 def _splits(x: Tensor, a: Arguments) -> list[Tensor]:
-    """(M, H, W, C) as its splits of rows (M, rows, C)."""
-    return list(x.flatten(1, 2).float().split(a.split_rows, 1))
+    """(M, H, rows, C) as its splits of rows (M, rows, C)."""
+    return [part for segment in x.float().unbind(1) for part in segment.split(a.split_rows, 1)]
 
 
 def _partial_statistics(a: Arguments) -> None:
     M = a.partial.shape[0]
-    for split, rows in enumerate(_splits(_pixels(a.x, "x", a, M), a)):
-        mean = rows.mean(1)
+    for split, part in enumerate(_splits(_pixels(a.x, "x", a, M), a)):
+        mean = part.mean(1)
         here = a.partial[:, split, :, a.joined : a.joined + a.C]
-        here.copy_(torch.stack((mean, torch.zeros_like(mean), (rows - mean[:, None]).square().sum(1)), 1))
+        here.copy_(torch.stack((mean, torch.zeros_like(mean), (part - mean[:, None]).square().sum(1)), 1))
 
 
 def _merge_statistics(a: Arguments) -> None:
-    M, splits, _, channels = a.partial.shape
-    counts = [min(a.split_rows, a.rows - split * a.split_rows) for split in range(splits)]
+    M, _, _, channels = a.partial.shape
+    counts = [min(a.split_rows, a.rows - split * a.split_rows) for split in range(a.num_splits)] * a.H
     count = torch.tensor(counts, dtype=torch.float32)[:, None, None]
     mean, low, deviation = (a.partial[:, :, i].unflatten(2, (a.G, -1)) for i in range(3))  # (M, splits, G, width)
     mean = mean + low
-    elements = a.rows * channels // a.G
+    elements = a.H * a.rows * channels // a.G
     center = (count * mean).sum((1, 3)) / elements
     total = (deviation + count * (mean - center[:, None, :, None]).square()).sum((1, 3))
     a.mean.copy_(center)
@@ -131,15 +73,16 @@ def _normal(a: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return normal, normal * gamma + a.beta[here].float(), gamma, rstd
 
 
-def _activate(a: Arguments) -> None:
-    _pixels(a.out, "out", a, a.mean.shape[0], a.joined).copy_(functional.silu(_normal(a)[1]))
+def _normalise(a: Arguments) -> None:
+    z = _normal(a)[1]
+    _pixels(a.out, "out", a, a.mean.shape[0], a.joined).copy_(functional.silu(z) if a.HAS_SILU else z)
 
 
 def _activation_gradient(a: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     normal, z, gamma, rstd = _normal(a)
     s = z.sigmoid()
     da = _pixels(a.da, "da", a, a.mean.shape[0], a.joined).float()
-    return normal, da * s * (1 + z * (1 - s)), gamma, rstd
+    return normal, (da * s * (1 + z * (1 - s)) if a.HAS_SILU else da), gamma, rstd
 
 
 def _partial_backward(a: Arguments) -> None:
@@ -150,7 +93,7 @@ def _partial_backward(a: Arguments) -> None:
 
 def _merge_backward(a: Arguments) -> None:
     sums = (a.partial.sum(1) * a.gamma.float()).unflatten(2, (a.G, -1)).sum(3)  # (M, 2, G)
-    a.means.copy_(sums.transpose(1, 2) / (a.rows * a.channels // a.G))
+    a.means.copy_(sums.transpose(1, 2) / a.elements)
 
 
 def _input_gradient(a: Arguments) -> None:
@@ -191,20 +134,20 @@ def _convolve(a: Arguments) -> None:
     weight = a.weight.permute(2, 1, 0, 3).reshape(taps, a.C + a.C2, blocks * tile)[..., : a.K]
     M = a.out.shape[0]
     size = (M, a.H, a.W)
-    x = _at(a.x, (*size, a.C), (a.x_m, a.x_h, a.x_w))
+    x = at(a.x, (*size, a.C), (a.x_m, a.x_h, a.x_w))
     if a.x2 is not None:
-        x = torch.cat((x, _at(a.x2, (*size, a.C2), (a.x2_m, a.x2_h, a.x2_w))), -1)
+        x = torch.cat((x, at(a.x2, (*size, a.C2), (a.x2_m, a.x2_h, a.x2_w))), -1)
     y = _convolved(_activated(x, a.table), weight)
     y = y if a.bias is None else y + a.bias.float()
-    y = y if a.shift is None else y + _at(a.shift, (M, a.H, 1, a.K), (a.shift_m, a.shift_h, 0)).float()
+    y = y if a.shift is None else y + at(a.shift, (M, a.H, 1, a.K), (a.shift_m, a.shift_h, 0)).float()
     if a.residual is not None:
-        y = y + _at(a.residual, (*size, a.K), (a.residual_m, a.residual_h, a.residual_w)).float()
-    _at(a.out, (*size, a.K), (a.out_m, a.out_h, a.out_w)).copy_(y)
+        y = y + at(a.residual, (*size, a.K), (a.residual_m, a.residual_h, a.residual_w)).float()
+    at(a.out, (*size, a.K), (a.out_m, a.out_h, a.out_w)).copy_(y)
 
 
 def _weight_gradient(a: Arguments) -> None:
-    x = _at(a.x, (a.M, a.H, a.W, a.C), (a.x_m, a.x_h, a.x_w))
-    dy = _at(a.dy, (a.M, a.H, a.W, a.K), (a.dy_m, a.dy_h, a.dy_w))
+    x = at(a.x, (a.M, a.H, a.W, a.C), (a.x_m, a.x_h, a.x_w))
+    dy = at(a.dy, (a.M, a.H, a.W, a.K), (a.dy_m, a.dy_h, a.dy_w))
     here = slice(a.joined, a.joined + a.C)
     a.partial[:, :, here] = 0
     a.partial[0, :, here] = _weight_gradient_of(_activated(x, a.table[..., here]), dy, a.partial.shape[1])
@@ -216,9 +159,7 @@ def _weight_gradient(a: Arguments) -> None:
 def _frames(a: Arguments, tensors: dict[str, str]) -> list[Tensor]:
     """Tensors by the letters of their strides, (B, F, P, N, D)."""
     shape = (a.q.shape[0], a.F, a.P, a.N, a.D)
-    return [
-        _at(getattr(a, name), shape, [getattr(a, letters + i) for i in "bfpn"]) for name, letters in tensors.items()
-    ]
+    return [at(getattr(a, name), shape, [getattr(a, letters + i) for i in "bfpn"]) for name, letters in tensors.items()]
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, o: Tensor, scale: float) -> None:
@@ -248,17 +189,13 @@ def _attention_backward(a: Arguments) -> None:
 
 
 TRITON: dict[tuple[str, str], Callable[[Arguments], None]] = {
-    ("layer_norm", "forward_kernel"): _layer_norm,
-    ("layer_norm", "backward_kernel"): _layer_norm_backward,
-    ("layer_norm", "residual_kernel"): _residual,
-    ("geglu", "forward_kernel"): _geglu,
-    ("geglu", "backward_kernel"): _geglu_backward,
-    ("group_norm_statistics", "partial_statistics_kernel"): _partial_statistics,
-    ("group_norm_statistics", "merge_statistics_kernel"): _merge_statistics,
-    ("group_norm_silu", "activate_kernel"): _activate,
-    ("group_norm_silu", "partial_backward_kernel"): _partial_backward,
-    ("group_norm_silu", "merge_backward_kernel"): _merge_backward,
-    ("group_norm_silu", "input_gradient_kernel"): _input_gradient,
+    ("statistics", "partial_statistics_kernel"): _partial_statistics,
+    ("statistics", "merge_statistics_kernel"): _merge_statistics,
+    ("group_norm", "normalise_kernel"): _normalise,
+    ("group_norm", "partial_backward_kernel"): _partial_backward,
+    ("group_norm", "merge_backward_kernel"): _merge_backward,
+    ("group_norm", "input_gradient_kernel"): _input_gradient,
+    **rows.TRITON,
     ("group_norm_silu_conv", "convolve_kernel"): _convolve,
     ("group_norm_silu_conv", "weight_gradient_kernel"): _weight_gradient,
     ("temporal_attention", "forward_kernel"): _attention,
@@ -274,7 +211,7 @@ def call_formula(entry: str, tensors: Sequence[Any], *arguments: Any) -> None:
     shape, strides = arguments[:2]
     if entry.startswith("temporal_attention"):
         scale = arguments[3]
-        views = [_at(x, shape, strides[4 * i : 4 * i + 4]) for i, x in enumerate(tensors)]
+        views = [at(x, shape, strides[4 * i : 4 * i + 4]) for i, x in enumerate(tensors)]
         if entry.endswith("forward"):
             _attend(views[0], views[1], views[2], views[3], scale)
         else:
@@ -286,9 +223,9 @@ def call_formula(entry: str, tensors: Sequence[Any], *arguments: Any) -> None:
 def _native_inputs(tensors: Sequence[Any], shape: Sequence[int], strides: Sequence[int]) -> tuple[Tensor, Any]:
     """x and x2 side by side, and the table of their normalisation or None."""
     M, H, W, C, C2, G = shape[:6]
-    x = _at(tensors[0], (M, H, W, C), strides[:3])
+    x = at(tensors[0], (M, H, W, C), strides[:3])
     if tensors[1] is not None:
-        x = torch.cat((x, _at(tensors[1], (M, H, W, C2), strides[3:6])), -1)
+        x = torch.cat((x, at(tensors[1], (M, H, W, C2), strides[3:6])), -1)
     if tensors[2] is None:
         return x, None
     mean, rstd, gamma, beta = tensors[2:6]
@@ -302,15 +239,15 @@ def _native_forward(tensors: Sequence[Any], shape: Any, strides: Any, shift_stri
     weight, bias, shift, residual, out = tensors[6:]
     y = _convolved(_activated(x, table), weight.view(taps, -1, K))
     y = y if bias is None else y + bias
-    y = y if shift is None else y + _at(shift, (M, H, 1, K), (*shift_strides, 0))
-    y = y if residual is None else y + _at(residual, (M, H, W, K), strides[6:9]).float()
-    _at(out, (M, H, W, K), strides[9:12]).copy_(y)
+    y = y if shift is None else y + at(shift, (M, H, 1, K), (*shift_strides, 0))
+    y = y if residual is None else y + at(residual, (M, H, W, K), strides[6:9]).float()
+    at(out, (M, H, W, K), strides[9:12]).copy_(y)
 
 
 def _native_weight_gradient(tensors: Sequence[Any], shape: Any, strides: Any, *_: Any) -> None:
     M, H, W, K, taps = *shape[:3], *shape[6:]
     x, table = _native_inputs(tensors, shape, strides)
-    dy = _at(tensors[6], (M, H, W, K), strides[6:9])
+    dy = at(tensors[6], (M, H, W, K), strides[6:9])
     tensors[8].copy_(_weight_gradient_of(_activated(x, table), dy, taps))
 
 
@@ -319,8 +256,8 @@ def _native_norm_backward(tensors: Sequence[Any], shape: Any, strides: Any, *_: 
     x, _ = _native_inputs(tensors, shape, strides)
     _, _, mean, rstd, gamma, beta, da, dx, dx2, _, _, dgamma, dbeta = tensors
     whole = SimpleNamespace(
-        x=x.contiguous(), da=_at(da, x.shape, strides[6:9]).contiguous(), mean=mean, rstd=rstd, gamma=gamma, beta=beta,
-        H=H, W=W, C=C + C2, joined=0, channels=C + C2, G=G,
+        x=x.contiguous(), da=at(da, x.shape, strides[6:9]).contiguous(), mean=mean, rstd=rstd, gamma=gamma, beta=beta,
+        H=H, rows=W, C=C + C2, joined=0, channels=C + C2, G=G, HAS_SILU=True,
     )  # fmt: skip
     for name in ("x", "da"):
         for axis, stride in zip("mhw", getattr(whole, name).stride(), strict=False):
@@ -329,9 +266,9 @@ def _native_norm_backward(tensors: Sequence[Any], shape: Any, strides: Any, *_: 
     by_group = [(gamma * v).unflatten(-1, (G, -1)).mean((1, 2, 4)) for v in (dz * normal, dz)]
     by_normal, plain = (v.repeat_interleave((C + C2) // G, 1)[:, None, None] for v in by_group)
     gradient = rstd * (gamma * dz - plain - normal * by_normal)
-    _at(dx, (M, H, W, C), strides[9:12]).copy_(gradient[..., :C])
+    at(dx, (M, H, W, C), strides[9:12]).copy_(gradient[..., :C])
     if dx2 is not None:
-        _at(dx2, (M, H, W, C2), strides[12:15]).copy_(gradient[..., C:])
+        at(dx2, (M, H, W, C2), strides[12:15]).copy_(gradient[..., C:])
     dgamma.copy_((dz * normal).sum((0, 1, 2)))
     dbeta.copy_(dz.sum((0, 1, 2)))
 

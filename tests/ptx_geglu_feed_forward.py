@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from triton_geglu_program import run_geglu, run_norm
+from triton_geglu_program import run_geglu, run_norm, run_product
 
 import ptxrun
 from mmkernels.kernels.launch import Launch
@@ -42,6 +42,11 @@ def norm(executor: Executor, shape: tuple[int, int, int, bool] = (R, T, C, False
 def geglu(executor: Executor, shape: tuple[int, int] = (ROWS, H)) -> dict[str, Tensor]:
     """Outputs of GEGLU and its backward, held to the budget of errors."""
     return run_geglu(shape, STORED, executor)
+
+
+def product(executor: Executor, shape: tuple[int, int, int] = (ROWS, C, H)) -> dict[str, Tensor]:
+    """Outputs of the up-projection with GEGLU and of its backward, held to the budget of errors."""
+    return run_product(shape, STORED, executor)
 
 
 def count_layer_norm() -> list[dict[str, Any]]:

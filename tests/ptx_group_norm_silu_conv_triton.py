@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 import ptxrun
+from mmkernels.kernels.group_norm import triton as norm_kernels
+from mmkernels.kernels.group_norm.segments import segments
 from mmkernels.kernels.launch import CarryOut, carried_out_by
-from mmkernels.ops import group_norm_silu_conv_triton, group_norm_silu_triton
+from mmkernels.ops import group_norm_silu_conv_triton
 from ptxrun.launching import Mutation
 
 MMA_PRODUCTS = 16 * 8 * 16
@@ -50,19 +52,20 @@ def count() -> list[dict[str, Any]]:
 def _count_norm() -> list[dict[str, Any]]:
     x, gamma = _random(1, 16, 64, CHANNELS), _random(CHANNELS)
     counts: dict[str, ptxrun.Counts] = {}
-    kernels = group_norm_silu_triton
+    kernels = norm_kernels
     with carried_out_by(launch=launcher(counts=counts)):
         mean, rstd = kernels.statistics(x, None, GROUPS, 1e-5)
-        kernels.activate(x, None, mean, rstd, gamma, gamma, torch.empty_like(x))
-        kernels.group_norm_silu_backward(
-            x, None, torch.randn_like(x), mean, rstd, gamma, gamma, torch.empty_like(x), None
+        kernels.normalise(x, None, mean, rstd, gamma, gamma, torch.empty_like(x), has_silu=True)
+        kernels.backward(
+            x, None, torch.randn_like(x), mean, rstd, gamma, gamma, torch.empty_like(x), None, has_silu=True
         )
     bytes_of = x.nbytes
-    partial, moments = (4 * 4 * count * CHANNELS for count in (2, 3))  # of four splits of rows
+    parts = segments(CHANNELS, x).parts
+    partial, moments = (4 * parts * count * CHANNELS for count in (2, 3))  # float32
     least = {
         "partial_statistics_kernel": bytes_of + moments,
         "merge_statistics_kernel": moments + mean.nbytes + rstd.nbytes,
-        "activate_kernel": 2 * bytes_of,
+        "normalise_kernel": 2 * bytes_of,
         "partial_backward_kernel": 2 * bytes_of + partial,
         "merge_backward_kernel": partial + gamma.nbytes + 2 * mean.nbytes,
         "input_gradient_kernel": 3 * bytes_of,

@@ -3,7 +3,7 @@
 `stand_in_gpu` lets CPU tensors stand for CUDA tensors. Inside,
 - a Triton kernel runs in Triton's interpreter (float32 and float16: it reads bfloat16 as raw bits),
 - a native entry runs its own checks and launchers, with the kernels on the host's fibers (tests/native/cuda_host.h),
-- torch's flash attention is torch's own for the CPU, in float32,
+- torch's attentions for CUDA are torch's own for the CPU, in float32, behind the operators' own schemas,
 - uninitialised memory is NaN.
 `launch` and `call` take the place of the interpreter and of the fibers.
 """
@@ -28,6 +28,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from mmkernels import extension
 from mmkernels.costs import modelled_device
@@ -39,9 +40,7 @@ SOURCES = (
     "csrc/entry/temporal_attention_cuda.cpp", "tests/native/cuda_route.cpp",
 )  # fmt: skip
 KERNEL_MODULES = tuple(
-    ".".join(path.relative_to(ROOT).with_suffix("").parts)
-    for folder in ("kernels", "ops")
-    for path in sorted((ROOT / "mmkernels" / folder).glob("*_triton.py"))
+    ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in sorted((ROOT / "mmkernels").rglob("*triton.py"))
 )
 
 
@@ -123,7 +122,7 @@ class _Native:
         return getattr(host_entries(), name)
 
 
-# --- torch's flash attention
+# --- torch's attentions
 
 
 def _note_call(called: list[str], operator: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -146,16 +145,52 @@ def _flash_backward(
     return tuple(x.to(q.dtype) for x in backward(*wide, logsumexp, 0.0, False))
 
 
+def _cudnn(q: Tensor, k: Tensor, v: Tensor, bias: None, has_logsumexp: bool, *_: Any, **__: Any) -> tuple[Any, ...]:
+    assert bias is None and has_logsumexp
+    o, logsumexp, *rest = _flash(q, k, v)
+    state = torch.empty((), dtype=torch.int64)
+    return o, logsumexp[..., None], None, None, q.shape[2], k.shape[2], state, state, None
+
+
+def _cudnn_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, logsumexp: Tensor, seed: Tensor, offset: Tensor, *_: Any,
+    **__: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    assert logsumexp.shape == (*q.shape[:3], 1)
+    assert not seed.shape and seed.dtype == offset.dtype == torch.int64
+    return _flash_backward(do, q, k, v, o, logsumexp[..., 0])
+
+
+def _efficient(q: Tensor, k: Tensor, v: Tensor, bias: None, has_logsumexp: bool, *_: Any, **__: Any) -> tuple[Any, ...]:
+    assert bias is None and has_logsumexp
+    o, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q.float(), k.float(), v.float())
+    state = torch.empty((), dtype=torch.int64)
+    return o.to(q.dtype), functional.pad(logsumexp, (0, -q.shape[2] % 32), value=torch.inf), state, state
+
+
+def _efficient_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: None, o: Tensor, logsumexp: Tensor, *_: Any, **__: Any
+) -> tuple[Tensor | None, ...]:
+    assert logsumexp.shape[2] == -(-q.shape[2] // 32) * 32
+    return *_flash_backward(do, q, k, v, o, logsumexp[..., : q.shape[2]].contiguous()), None
+
+
+ATTENTIONS: dict[str, Callable[..., Any]] = {
+    "flash_attention": _flash, "flash_attention_backward": _flash_backward, "cudnn_attention": _cudnn,
+    "cudnn_attention_backward": _cudnn_backward, "efficient_attention": _efficient,
+    "efficient_attention_backward": _efficient_backward,
+}  # fmt: skip
+
+
 # --- all of it
 
 
 @contextmanager
 def stand_in_gpu(*, launch: CarryOut = interpret, call: Call = call_on_host) -> Iterator[list[str]]:
-    """Inside, CPU tensors go the way of CUDA tensors; gives a list that grows with each call of flash attention."""
+    """Inside, CPU tensors go the way of CUDA tensors; gives a list that grows with each call of torch's attentions."""
     library, called = torch.library.Library("aten", "IMPL"), []
-    for name, function in (("", _flash), ("_backward", _flash_backward)):
-        operator = f"_scaled_dot_product_flash_attention{name}"
-        library.impl(operator, functools.partial(_note_call, called, operator, function), "CPU")
+    for name, function in ATTENTIONS.items():
+        library.impl(f"_scaled_dot_product_{name}", functools.partial(_note_call, called, name, function), "CPU")
     was_deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)  # and then torch fills what it does not initialise
     native = _Native()
@@ -167,6 +202,9 @@ def stand_in_gpu(*, launch: CarryOut = interpret, call: Call = call_on_host) -> 
             if launch is interpret:
                 stack.enter_context(interpreted())
             stack.enter_context(modelled_device("cuda"))
+            stack.enter_context(
+                mock.patch.object(torch, "are_deterministic_algorithms_enabled", lambda: was_deterministic)
+            )
             stack.enter_context(carried_out_by(launch=launch, call=call))
             assert torch.empty(1).isnan().all(), "uninitialised memory is not filled"
             yield called

@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 
 from mmkernels.planning.choices import Modelled, OptimizerChoice, Plan, read_plan, write_plan
+from mmkernels.scratch import DEFAULT_BYTES
 
 PLAN = Plan(
     units={"down_blocks.0.attentions.0/feed_forward": "move", "mid_block.resnets.1/first": "keep"},
     recomputed_blocks=("up_blocks.3.resnets.2",),
     window_bytes=1 << 29,
     slab_bytes=7 << 30,
+    scratch_bytes=1 << 28,
     optimizer=OptimizerChoice(kind="adamw8bit", is_in_backward=True),
     made_for={"frames": 72, "card": "RTX 4090"},
     modelled=Modelled(peak_gib=21.0, recompute_flops_ratio=0.05, moved_gib=7.0, hidden_ratio=0.97, step_s=9.5),
@@ -28,6 +30,16 @@ def test_a_plan_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     assert values["blocks"]["up_blocks.3.resnets.2"] == {"is_recomputed": True, "units": {}}
     assert PLAN.moves and not Plan().moves
     assert PLAN.choices_of("down_blocks.0.attentions.0") == {"feed_forward": "move"}
+
+
+def test_a_plan_of_before_scratch_was_bounded_is_read(tmp_path: Path) -> None:
+    write_plan(PLAN, tmp_path / "plan.json")
+    values = json.loads((tmp_path / "plan.json").read_text())
+    assert values.pop("scratch_bytes") == 1 << 28
+    (tmp_path / "plan.json").write_text(json.dumps(values))
+    assert read_plan(tmp_path / "plan.json").scratch_bytes == DEFAULT_BYTES
+    with pytest.raises(ValueError, match="scratch_bytes is 0 in the plan, wanted at least 1"):
+        Plan(scratch_bytes=0)
 
 
 def test_a_plan_in_words() -> None:

@@ -21,7 +21,7 @@ HERE = Path(__file__).parent
 def test_every_triton_kernel_has_its_launch() -> None:
     defined = sorted(
         node.name
-        for path in (HERE.parent / "mmkernels").rglob("*_triton.py")
+        for path in (HERE.parent / "mmkernels").rglob("*triton.py")
         for node in ast.parse(path.read_text()).body
         if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel") and node.decorator_list
     )

@@ -105,8 +105,11 @@ def _feed_forward(level: Level, dtype: torch.dtype, keep: Keep = "input") -> Run
     return Run(fused=fused, plain=module.diffusers_feed_forward, inputs=inputs, dy=dy)
 
 
-def _convolution(level: Level, dtype: torch.dtype, kind: str) -> Run:
-    """kind: as an up block's first convolution, its second, one over frames, the UNet's last."""
+def _convolution(level: Level, dtype: torch.dtype, kind: str, frames_at_once: int = 2) -> Run:
+    """kind: as an up block's first convolution, its second, one over frames, the UNet's last.
+
+    Over frames fewer at once than F are columns of pixels.
+    """
     module, C, G = test_group_norm_silu_conv, level.C, 32
     cases = {
         "two inputs": module.Case(M=F, H=level.H, W=level.W, C=C, C2=C, K=C, G=G, extras=("bias", "shift")),
@@ -117,7 +120,7 @@ def _convolution(level: Level, dtype: torch.dtype, kind: str) -> Run:
         "head": module.Case(M=F, H=level.H, W=level.W, C=C, K=4, G=G, extras=("bias",)),
     }
     inputs, settings, dy = module.build(cases[kind], dtype)
-    chunk_rows = 2 * level.H * level.W
+    chunk_rows = frames_at_once * level.H * level.W
     fused = partial(group_norm_silu_conv, chunk_rows=chunk_rows)
     return Run(fused=fused, plain=module.plain, inputs=inputs, dy=dy, settings=settings)
 
@@ -151,6 +154,7 @@ OPS: dict[str, Callable[[Level, torch.dtype], Run]] = {
     "group_norm_silu_conv, two inputs": partial(_convolution, kind="two inputs"),
     "group_norm_silu_conv, residual": partial(_convolution, kind="residual"),
     "group_norm_silu_conv, frames": partial(_convolution, kind="frames"),
+    "group_norm_silu_conv, frames at once": partial(_convolution, kind="frames", frames_at_once=F),
     "group_norm_silu_conv, head": partial(_convolution, kind="head"),
     "group_norm_projection": _projection,
     "blend": _blend,
@@ -161,14 +165,23 @@ VARIANTS = {
     "temporal_attention": ATTENTION,
     "temporal_attention_block": ATTENTION,
     **{name: CONVOLUTION for name in OPS if name.startswith("group_norm_silu_conv")},
+    "group_norm_silu_conv, frames at once": ("chunked",),  # the others do not walk over chunks
     "group_norm_silu_conv, head": ("chunked", "triton"),  # CUDA C++ copies eight channels at a time
 }
+VARIANTS["spatial_attention"] = ("flash", "cudnn")
+VARIANTS["geglu_feed_forward"] = ("pass", "epilogue")
 WAYS = [(op, variant) for op in OPS for variant in VARIANTS.get(op, ("only",))]
 
 
 NORMS = {"norm_weight", "norm_bias", "gamma", "beta"}
 # Where the interpreter or the fibers have too many products to go through on every run.
 SLOW = [(f"group_norm_silu_conv, {kind}", variant) for kind in ("two inputs", "residual") for variant in ATTENTION]
+
+
+def force(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where an op has this variant, it takes it."""
+    tuned = ("group_norm_silu_conv", "temporal_attention", "attention", "geglu")
+    monkeypatch.setenv("MMKERNELS_VARIANT", ",".join(f"{op}={variant}" for op in tuned))
 
 
 class Watch(TorchDispatchMode):
@@ -215,12 +228,13 @@ def check(op: str, level: int, dtype: torch.dtype) -> list[tuple[Any, tuple[Any,
 @pytest.mark.parametrize("level", range(len(LEVELS)))
 @pytest.mark.parametrize(("op", "variant"), WAYS)
 def test_every_level(op: str, variant: str, level: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MMKERNELS_VARIANT", f"group_norm_silu_conv={variant},temporal_attention={variant}")
+    force(variant, monkeypatch)
     tests = ("test_schema", "test_faketensor") if level < 2 else ("test_faketensor",)
     prepared(op, level, torch.float16)
-    with stand_in_gpu(launch=launch_formula, call=call_formula) as flash:
+    with stand_in_gpu(launch=launch_formula, call=call_formula) as attentions:
         calls = check(op, level, torch.float16)
-        assert len(set(flash)) == 2 * (op == "spatial_attention"), "flash attention, forward and backward, there alone"
+        both = {f"{variant}_attention", f"{variant}_attention_backward"}
+        assert set(attentions) == (both if op == "spatial_attention" else set())
         assert len(calls) == 2, "one operator forward and one backward"
         for operator, arguments in calls:
             torch.library.opcheck(operator, arguments, test_utils=tests)
@@ -232,18 +246,22 @@ def test_every_level(op: str, variant: str, level: int, monkeypatch: pytest.Monk
     ("op", "variant"), [pytest.param(*way, marks=pytest.mark.deep if way in SLOW else ()) for way in WAYS]
 )
 def test_the_kernels_themselves(op: str, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MMKERNELS_VARIANT", f"group_norm_silu_conv={variant},temporal_attention={variant}")
+    force(variant, monkeypatch)
     prepared(op, 0, torch.float16)
     with stand_in_gpu():
         check(op, 0, torch.float16)
 
 
 @pytest.mark.parametrize(
-    ("op", "variant"), [(op, variant) for op, variant in WAYS if op != "spatial_attention" and variant != "cuda"]
+    ("op", "variant"),
+    [
+        ("spatial_attention", "efficient"),
+        *(way for way in WAYS if way[1] not in ("cuda", "flash", "cudnn", "epilogue")),
+    ],
 )
 def test_float32(op: str, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without autocast no gradient of a parameter is cast; flash attention and CUDA C++ take no float32."""
-    monkeypatch.setenv("MMKERNELS_VARIANT", f"group_norm_silu_conv={variant},temporal_attention={variant}")
+    force(variant, monkeypatch)
     prepared(op, 0, torch.float32)
     with stand_in_gpu(launch=launch_formula, call=call_formula):
         check(op, 0, torch.float32)

@@ -13,8 +13,8 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmkernels import extension
+from mmkernels.kernels.group_norm import formula
 from mmkernels.ops import group_norm_silu_conv as module
-from mmkernels.ops import group_norm_silu_conv_formula as formula
 from mmkernels.ops.group_norm_silu_conv import group_norm_silu_conv, reference, why_unsupported
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

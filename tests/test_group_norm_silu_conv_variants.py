@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from mmkernels import tuning
+from mmkernels.kernels.group_norm import formula
 from mmkernels.ops import group_norm_silu_conv as module
-from mmkernels.ops import group_norm_silu_conv_formula as formula
 
 pytestmark = pytest.mark.op
 

@@ -18,11 +18,13 @@ LAYERS = [
     ("mmkernels.tuning", 1.5),
     ("mmkernels.allocator", 1.2),
     ("mmkernels.costs", 1.2),
+    ("mmkernels.scratch", 1.2),
     ("mmkernels.rows", 1.5),
     ("mmkernels.cards", 1.5),
     ("mmkernels.kernels.__init__", 1.8),
     ("mmkernels.kernels.launch", 1.8),
     ("mmkernels.kernels.storage", 1.8),
+    ("mmkernels.kernels.dispatch", 1.85),
     ("mmkernels.kernels", 1.9),
     ("mmkernels.ops", 2),
     ("mmkernels.memory.__main__", 4.4),
@@ -69,6 +71,10 @@ LAYERS = [
 ]
 # Within one layer these may import each other: parts of one subject. Ops and memory are not among them.
 SUBJECTS = (
+    "mmkernels.kernels.geglu",
+    "mmkernels.kernels.attention",
+    "mmkernels.kernels.blend",
+    "mmkernels.kernels.group_norm",
     "mmkernels.blocks",
     "mmkernels.memory",
     "mmkernels.planning",

@@ -8,7 +8,6 @@ is given, forward and backward, and by cuDNN's rule in what layout it answers.
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -155,12 +154,10 @@ def test_nothing_is_copied_for_a_convolution(kernels: Kernels) -> None:
         use_kernels(step.model, kernels)
         seen = walk(step.model, step.loss)
     if kernels == "fused":
-        # Left is a chunk of pixels over all frames of a gradient, which no layout has in one piece.
-        copied = {x for x in seen.copied if not re.search(r"conv_backward, backward: gradient \(1, \d+, 72, \d+\)", x)}
-        assert copied == set()
+        assert seen.copied == set()
         inputs = {"pose_net: (72, 3, 1024, 576)", "model: (1, 72, 128, 72, 8)"}
         assert seen.relaid == inputs | {"unet.conv_out: (72, 4, 128, 72)", "autograd: (72, 128, 72, 4)"}
-        assert min(seen.num_seen.values()) > 70
+        assert min(seen.num_seen.values()) > 50
         return
     # What diffusers' norms do decides for its own blocks: told, and not judged. PoseNet is ours.
     print("\n".join(sorted(seen.copied)))
@@ -181,17 +178,19 @@ def test_the_walk_names_what_would_be_copied() -> None:
     assert "conv_layers.2, backward: gradient (2, 16, 32, 32)" in copied
 
 
+@pytest.mark.parametrize("kernel", [(3, 3), (3, 1, 1)], ids=str)
 @pytest.mark.parametrize("kind", ["adamw", "adamw8bit"])
-def test_an_update_does_not_see_how_weights_lie(kind: Any, tmp_path: Path) -> None:
+def test_an_update_does_not_see_how_weights_lie(kind: Any, kernel: Any, tmp_path: Path) -> None:
     """Weights, moments and average of four steps, with a checkpoint between, channels last against contiguous."""
-    plain, last = (_trained(kind, layout, tmp_path) for layout in (torch.contiguous_format, torch.channels_last))
+    last_format = torch.channels_last if len(kernel) == 2 else torch.channels_last_3d
+    plain, last = (_trained(kind, kernel, layout, tmp_path) for layout in (torch.contiguous_format, last_format))
     assert [name for name in plain if not torch.equal(plain[name], last[name])] == []
 
 
-def _trained(kind: Any, layout: torch.memory_format, folder: Path) -> dict[str, Tensor]:
-    def made() -> tuple[nn.Conv2d, Optimization]:
+def _trained(kind: Any, kernel: Any, layout: torch.memory_format, folder: Path) -> dict[str, Tensor]:
+    def made() -> tuple[nn.Conv2d | nn.Conv3d, Optimization]:
         torch.manual_seed(0)
-        conv = nn.Conv2d(64, 64, 3)
+        conv = nn.Conv2d(64, 64, kernel) if len(kernel) == 2 else nn.Conv3d(64, 64, kernel)
         conv.weight.data = conv.weight.data.contiguous(memory_format=layout)
         # nothing is clipped: a norm is a sum in the order of memory
         config = OptimizerConfig(kind=kind, learning_rate=1e-2, warmup_steps=0, max_grad_norm=1e9)

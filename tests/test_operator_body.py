@@ -144,21 +144,32 @@ def test_kernels_do_the_work_of_the_formula(name: str) -> None:
 
 
 def test_a_body_counted_by_hand() -> None:
-    """The blend of 6.25 MiB streams, one chunk: a float32 result of lerp beside the output, which it is copied into."""
+    """The blend of 6.25 MiB streams: one kernel that reads both and a number for each frame, and writes the output."""
     with FakeTensorMode():
         s, t, alpha = torch.empty(F, P, C), torch.empty(F, P, C), torch.empty(F)
         clock = Clock(card("A100"))
         found = trace(lambda: blend(s, t, alpha), clock=clock)
     size = F * P * C * 4
-    assert found.peak_bytes == 2 * size
-    # lerp reads a weight for each frame, so it is strided; the copy is in one order
-    lerp_s = clock.card.seconds(0, 3 * size + F * 4, "strided")
-    assert clock.seconds == pytest.approx(lerp_s + clock.card.seconds(0, 2 * size, "pass"))
+    assert found.peak_bytes == size
+    assert clock.seconds == pytest.approx(clock.card.seconds(0, 3 * size + F * 4, "kernel"))
     assert found.flops == 0
 
 
+def test_a_formula_counted_by_hand() -> None:
+    """The same where no kernel takes it, in float64: a result of lerp beside the output, which it is copied into."""
+    with FakeTensorMode():
+        s, t, alpha = (torch.empty(*shape, dtype=torch.float64) for shape in ((F, P, C), (F, P, C), (F,)))
+        clock = Clock(card("A100"))
+        found = trace(lambda: blend(s, t, alpha), clock=clock)
+    size = F * P * C * 8
+    assert found.peak_bytes == 2 * size
+    # lerp reads a weight for each frame, so it is strided; the copy is in one order
+    lerp_s = clock.card.seconds(0, 3 * size + F * 8, "strided")
+    assert clock.seconds == pytest.approx(lerp_s + clock.card.seconds(0, 2 * size, "pass"))
+
+
 def test_chunks_are_those_of_the_modelled_device() -> None:
-    """On a GPU chunks of 256 MiB of the up-projection: all 64 MiB at once, where a CPU takes 4 MiB at a time."""
+    """On a GPU chunks of 512 MiB: all 64 MiB of the up-projection at once, where a CPU takes 4 MiB at a time."""
     with FakeTensorMode():
         x, gamma, beta, bias = torch.empty(F, 2048, C), torch.empty(C), torch.empty(C), torch.empty(C)
         up, up_bias, down = torch.empty(8 * C, C), torch.empty(8 * C), torch.empty(C, 4 * C)
@@ -167,9 +178,9 @@ def test_chunks_are_those_of_the_modelled_device() -> None:
             return trace(lambda: geglu_feed_forward(x, gamma, beta, up, up_bias, down, bias), device_kind=kind)
 
         peaks = {kind: run(kind).peak_bytes / MIB for kind in ("cpu", "cuda")}
-    # Output and norm 8 MiB each, up-projection 64, its product with the gate 32, statistics of 0.25 and casted vectors;
-    # on a GPU the workspaces that cuBLAS keeps for two threads.
-    assert peaks["cuda"] == pytest.approx(8 + 8 + 64 + 32 + 0.25 + 2 * 32, abs=0.02)
+    # Output 8 MiB, in whose place the norm lies on a GPU, up-projection 64, its product with the gate 32, statistics of
+    # 0.25 and casted vectors; on a GPU the workspaces that cuBLAS keeps for two threads.
+    assert peaks["cuda"] == pytest.approx(8 + 64 + 32 + 0.25 + 2 * 32, abs=0.02)
     assert peaks["cpu"] == pytest.approx(8 + 0.5 + 4 + 2, abs=0.05)
     assert device_kind(x) == "cpu"
     with modelled_device("cuda"):

@@ -22,6 +22,7 @@ from spatio_temporal import (
 from torch import nn
 
 import mmkernels
+from mmkernels.costs import modelled_device
 from mmkernels.memory.trace import trace
 
 pytestmark = pytest.mark.op
@@ -204,6 +205,19 @@ def test_reports_what_gets_no_gradient(plan: str) -> None:
     for name in mmkernels.dead_parameters(unet):
         unet.get_parameter(name).requires_grad_(False)
     assert mmkernels.report(unet).without_gradient == ()
+
+
+def test_reports_attention_that_no_kernel_takes() -> None:
+    unet = small_unet().double()
+    mmkernels.replace(unet)
+    with modelled_device("cuda"):
+        rows = mmkernels.report(unet).rows
+    for row in rows:
+        if row.kind == "TransformerSpatioTemporalModel":
+            assert "temporal attention in plain torch: dtype torch.float64" in row.why
+            assert "spatial attention in plain torch" in row.why and "products in torch.float64" in row.why
+        else:
+            assert row.why == ""
 
 
 def test_reports_what_is_not_replaced_and_why() -> None:

@@ -16,7 +16,7 @@ from numerics import assert_within_budget
 from torch import Tensor
 from torch.nn.functional import gelu, layer_norm
 
-from mmkernels.kernels import geglu_triton, layer_norm_triton
+from mmkernels.kernels import geglu_product_triton, geglu_triton, layer_norm_triton
 from mmkernels.kernels.launch import Launch
 
 DTYPES = {
@@ -29,6 +29,8 @@ DTYPES = {
 NORM_SHAPES = ((1, 1, 16, True), (3, 29, 80, True), (2, 5, 320, False))
 # (rows, H): one row; more rows than a block and columns than a tile, odd.
 GEGLU_SHAPES = ((1, 16), (67, 304))
+# (rows, C, H): less than a tile of each; more than one of each, odd, C no multiple of a step.
+PRODUCT_SHAPES = ((1, 16, 16), (131, 80, 72))
 
 Run = Callable[[Launch], None]
 
@@ -106,6 +108,30 @@ def run_geglu(shape: tuple[int, int], dtype: torch.dtype, run: Run, in_place: bo
     return actual
 
 
+def run_product(shape: tuple[int, int, int], dtype: torch.dtype, run: Run) -> dict[str, Tensor]:
+    """The up-projection with GEGLU, and its backward with g in the place of dg, as the op runs it."""
+    torch.manual_seed(0)
+    rows, C, H = shape
+    x, dg = torch.randn(rows, C).to(dtype), torch.randn(rows, H).to(dtype)
+    weight, bias = (torch.randn(2 * H, C) / C**0.5).to(dtype), torch.randn(2 * H)
+    g, du, g_again = nan(rows, H, dtype=dtype), nan(rows, 2 * H, dtype=dtype), dg.clone()
+    run(geglu_product_triton.forward_launch(x, weight, bias, g))
+    backward, sums = geglu_product_triton.backward_launch(x, weight, bias, g_again, du, g_again)
+    sums.fill_(float("nan"))
+    run(backward)
+    actual = {"g": g, "g_again": g_again, "du": du, "dbias": sums.sum(0)}
+
+    def torch_product(wide: torch.dtype) -> dict[str, Tensor]:
+        v = (x.to(wide) @ weight.to(wide).t() + bias.to(wide)).requires_grad_()
+        hidden, gate = v.chunk(2, dim=-1)
+        value = hidden * gelu(gate)
+        (dv,) = torch.autograd.grad(value, v, dg.to(wide))
+        return {"g": value.detach(), "g_again": value.detach(), "du": dv, "dbias": dv.sum(0)}
+
+    assert_within_budget(actual, torch_product(dtype), torch_product(torch.float64))
+    return actual
+
+
 def check_gelu_in_float32(run: Run) -> None:
     """gelu and its slope from -9 to 9 in float32: as exact as by torch's erf, which a sum over tokens may cancel to."""
     gate = torch.linspace(-9, 9, 64 * 1024).view(64, 1024)
@@ -126,12 +152,16 @@ def level_0_launches(dtype: torch.dtype) -> dict[tuple[str, str], Launch]:
     g, up_bias = torch.empty(R * T, H, dtype=dtype), torch.empty(2 * H)
     norm_backward, _ = layer_norm_triton.backward_launch(inner, x, shift, weight, mean, rstd, y, y)
     geglu_backward, _ = geglu_triton.backward_launch(u, up_bias, g, u, g)
+    up_weight = torch.empty(2 * H, C, dtype=dtype)
+    product_backward, _ = geglu_product_triton.backward_launch(inner, up_weight, up_bias, g, u, g)
     return {
         ("layer_norm", "forward"): layer_norm_triton.forward_launch(x, shift, weight, bias, 1e-5, inner, mean, rstd),
         ("layer_norm", "backward"): norm_backward,
         ("layer_norm", "forward residual"): layer_norm_triton.residual_launch(x, shift, inner, bias, y),
         ("geglu", "forward"): geglu_triton.forward_launch(u, up_bias, g),
         ("geglu", "backward"): geglu_backward,
+        ("geglu_product", "forward"): geglu_product_triton.forward_launch(inner, up_weight, up_bias, g),
+        ("geglu_product", "backward"): product_backward,
     }
 
 
@@ -147,6 +177,10 @@ def main() -> None:
         for geglu_shape in GEGLU_SHAPES:
             run_geglu(geglu_shape, DTYPES[name][1], launch)
             print(f"ok geglu {geglu_shape} {name}")
+        if DTYPES[name][1] != torch.float32:
+            for product_shape in PRODUCT_SHAPES:
+                run_product(product_shape, DTYPES[name][1], launch)
+                print(f"ok product {product_shape} {name}")
         if name == "float32":
             check_gelu_in_float32(launch)
             print("ok gelu")

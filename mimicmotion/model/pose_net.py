@@ -21,13 +21,14 @@ _LAYERS = (
 
 
 def lay_out_channels_last(module: nn.Module) -> None:
-    """Give the weights of a module's 2D convolutions channels-last strides, in place; values and names stay.
+    """Give the weights of a module's convolutions channels-last strides, in place; values and names stay.
 
     `Module.to` cannot do it to fake weights, which dry runs are made of.
     """
+    layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
     for parameter in module.parameters():
-        if parameter.ndim == 4:
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+        if (layout := layouts.get(parameter.ndim)) is not None:
+            parameter.data = parameter.data.contiguous(memory_format=layout)
 
 
 class PoseNet(nn.Module):

@@ -3,9 +3,7 @@
 from typing import Any
 
 import torch
-from diffusers.models.downsampling import Downsample2D
 from diffusers.models.unets.unet_spatio_temporal_condition import UNetSpatioTemporalConditionModel
-from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from mimicmotion.config import Kernels, ModelConfig
@@ -80,15 +78,13 @@ def build_model(config: ModelConfig, kernels: Kernels = "torch") -> MimicMotionM
     """UNet and PoseNet with fresh weights drawn from torch's default generator.
 
     kernels: what the model will run with. Fused blocks give and take tensors that lie channels last, so the weights of
-    the convolutions between them, which stay torch's, are laid out so as well: cuDNN has nothing to copy. That has to
-    be before an optimizer is made, whose moments and gradients lie as the weights do.
+    all convolutions, their own and torch's between them, are laid out so as well: cuDNN has nothing to copy. That has
+    to be before an optimizer is made, whose moments and gradients lie as the weights do.
     """
     model = MimicMotionModel(build_unet(config), PoseNet(config.block_out_channels[0]))
     if kernels == "fused":
         model.is_channels_last = True
-        between = [module for module in model.unet.modules() if isinstance(module, (Downsample2D, Upsample2D))]
-        for module in (model.unet.conv_in, *between):
-            lay_out_channels_last(module)
+        lay_out_channels_last(model.unet)
     return model
 
 

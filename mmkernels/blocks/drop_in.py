@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mmkernels.blocks.segment import segment
 from mmkernels.memory.units import WHOLE, Choice, unit
+from mmkernels.scratch import DEFAULT_BYTES, scratch_within
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -41,6 +42,7 @@ class FusedBlock(DropIn):
 
     name: dotted, within the UNet; its units are named below it. choices: for its units, "recompute" where not named.
     is_recomputed: its only unit is `WHOLE`; nothing but its inputs is saved and it runs whole again in backward.
+    scratch_bytes: what a chunk inside its operations may take.
     """
 
     how = "fused"
@@ -51,22 +53,31 @@ class FusedBlock(DropIn):
         self.name = ""
         self.choices: Mapping[str, Choice] = {}
         self.is_recomputed = False
+        self.scratch_bytes = DEFAULT_BYTES
 
     def units(self) -> dict[str, tuple[Choice, ...]]:
         """Its units in the order they run, with the choices that each can have; `WHOLE`, if it has it, is the last."""
         raise NotImplementedError
 
-    def follow(self, name: str, choices: Mapping[str, Choice], *, is_recomputed: bool) -> None:
+    def follow(
+        self, name: str, choices: Mapping[str, Choice], *, is_recomputed: bool, scratch_bytes: int = DEFAULT_BYTES
+    ) -> None:
         """Take a name in the UNet and what a plan has for this block, which has been checked."""
         self.name, self.choices, self.is_recomputed = name, dict(choices), is_recomputed
+        self.scratch_bytes = scratch_bytes
 
     def run(self, function: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
         """function(*inputs) inside the block's unit, and whole a second time in backward where the plan says so."""
+
+        def within_bound(*inputs: Tensor | None) -> Tensor:  # in backward too, where it is run again
+            with scratch_within(self.scratch_bytes):
+                return function(*inputs)
+
         with unit(self.name):
             if not self.is_recomputed:
-                return function(*inputs)
+                return within_bound(*inputs)
             with unit(WHOLE):
-                return segment(function, *inputs)
+                return segment(within_bound, *inputs)
 
     @classmethod
     def from_module(cls, original: nn.Module) -> Self:

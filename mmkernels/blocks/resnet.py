@@ -100,7 +100,7 @@ def norm_silu_conv(
     residual: Tensor | None = None,
 ) -> Tensor:
     """group_norm_silu_conv with the parameters of both modules, in autocast's dtype where it is on."""
-    weight = conv.weight if conv.weight.ndim == 4 else conv.weight[..., 0]
+    weight = conv.weight if conv.weight.ndim == 4 else conv.weight.squeeze(4)
     bias = conv.bias
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)

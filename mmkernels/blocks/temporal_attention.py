@@ -24,11 +24,12 @@ from mmkernels.costs import device_kind
 from mmkernels.kernels.layer_norm import add_residual_into, layer_norm_backward_into, layer_norm_into
 from mmkernels.ops.temporal_attention import temporal_attention_backward_into, temporal_attention_into
 from mmkernels.rows import add_product, check_shapes, chunk_size, num_sharing, wide_dtype
+from mmkernels.scratch import scratch_rows
 
 Keep = Literal["input", "qkv"]
 
-# Bytes of one (R, C) tensor of a chunk: within the cache (CPU), or a transient of some hundred MB in all (GPU).
-_CHUNK_BYTES = {"cpu": 3 << 18, "cuda": 1 << 26}
+_CPU_CHUNK_BYTES = 3 << 18  # of one (R, C) tensor of a chunk: within the cache
+_NUM_TENSORS = 10  # such, of a chunk of backward: h, q, k, v and their gradients, those of inner and o, and o
 _MIN_CHUNK_TOKENS = 576  # fewer rows slow the products down
 
 
@@ -36,7 +37,8 @@ def default_chunk_pixels(x: Tensor) -> int:
     """Pixels in a chunk of x (B, F, P, C) where the caller names none."""
     row_bytes = max(1, x.shape[3] * x.element_size())
     fewest = _MIN_CHUNK_TOKENS * num_sharing(device_kind(x))
-    tokens = max(fewest, _CHUNK_BYTES.get(device_kind(x), 1 << 26) // row_bytes)
+    is_cpu = device_kind(x) == "cpu"
+    tokens = max(fewest, _CPU_CHUNK_BYTES // row_bytes if is_cpu else scratch_rows(_NUM_TENSORS * row_bytes))
     return max(1, tokens // max(1, x.shape[1]))
 
 

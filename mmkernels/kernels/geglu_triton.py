@@ -28,7 +28,7 @@ _BLOCK_ROWS = 64  # rows that a program owns
 
 
 @triton.jit
-def _normal_distribution(x, IS_WIDE: tl.constexpr):
+def normal_distribution(x, IS_WIDE: tl.constexpr):
     """The normal distribution's cdf and density at x: csrc/cpu/geglu.cpp has the formula, its error is 2.5e-7 at most.
 
     IS_WIDE, for float32 in memory: at most 1e-7. Not by tl.math.erf: it branches, lanes part ways in the loop around
@@ -91,7 +91,7 @@ def forward_kernel(
         hidden, gate = _load(u, row, c, rows, H)  # (ROWS, COLUMNS)
         hidden += hidden_bias
         gate += gate_bias
-        cdf, _ = _normal_distribution(gate, u.dtype.element_ty == tl.float32)
+        cdf, _ = normal_distribution(gate, u.dtype.element_ty == tl.float32)
         value = hidden * (gate * cdf)
         mask = (row < rows)[:, None] & (c < H)[None, :]
         tl.store(g + row[:, None] * H + c[None, :], value.to(g.dtype.element_ty), mask=mask)
@@ -121,7 +121,7 @@ def backward_kernel(
         at = row[:, None] * H + c[None, :]
         d = tl.load(dg + at, mask=mask, other=0.0).to(tl.float32)
 
-        cdf, density = _normal_distribution(gate, u.dtype.element_ty == tl.float32)
+        cdf, density = normal_distribution(gate, u.dtype.element_ty == tl.float32)
         gelu = gate * cdf
         dhidden = d * gelu
         dgate = d * hidden * (cdf + gate * density)

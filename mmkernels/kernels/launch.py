@@ -15,13 +15,17 @@ import torch
 from torch import Tensor
 
 from mmkernels import extension
+from mmkernels.costs import modelled_capability
 
 # A Triton kernel, the number of its programs (all on grid axis x), its arguments and its compile-time constants.
 CarryOut = Callable[[Any, int, list[Any], dict[str, Any]], None]
 # The name of a native entry without _cuda, its tensors (None where absent) and the arguments after their pointers.
 Call = Callable[..., None]
 
-# What a modelled GPU answers: an A100, the least that bfloat16's tensor cores and asynchronous copies ask for.
+MOST_GRID_YZ = 65_535  # CUDA's limit on grid y and z
+
+# What a modelled GPU answers where none is named: an A100, the least that bfloat16's tensor cores and asynchronous
+# copies ask for.
 _MODELLED_CAPABILITY = (8, 0)
 _MODELLED_SHARED_BYTES = 163 << 10
 
@@ -55,7 +59,9 @@ def call(entry: str, tensors: Sequence[Tensor | None], *arguments: object) -> No
 
 def capability(x: Tensor) -> tuple[int, int]:
     """The compute capability of the GPU that x lies on or stands for."""
-    return torch.cuda.get_device_capability(x.device) if x.is_cuda else _MODELLED_CAPABILITY
+    if x.is_cuda:
+        return torch.cuda.get_device_capability(x.device)
+    return modelled_capability() or _MODELLED_CAPABILITY
 
 
 def shared_bytes(x: Tensor) -> int:

@@ -52,6 +52,8 @@ def layer_norm_backward_into(
 ) -> Tensor:  # fmt: skip
     """Write dy + the gradient of x by `dout` into `dx`; returns the gradients (3, C) of weight, bias and inner_bias.
 
+    On a GPU dx may lie where dout does.
+
     With n = (h - mean) * rstd and dn = dout * weight: dx = dy + rstd * (dn - mean(dn) - n * mean(dn * n)).
     """
     wide, C = weight.dtype, x.shape[-1]
@@ -85,7 +87,7 @@ def _sums(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def add_residual_into(x: Tensor, shift: Tensor | None, inner: Tensor, inner_bias: Tensor, y: Tensor) -> None:
-    """Write x + shift + inner + inner_bias into `y`."""
+    """Write x + shift + inner + inner_bias into `y`, which on a GPU may lie where inner does."""
     if x.numel() == 0 or is_modelled(reads=(x, shift, inner, inner_bias), writes=(y,)):
         return
     if why_unsupported(x, inner.dtype) is not None or y.stride(-1) != 1:

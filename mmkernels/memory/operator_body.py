@@ -1,7 +1,7 @@
 """What happens inside a fused operator of this package: its body, run on tensors without memory. Modelled.
 
 Each operator that torch dispatches inside counts as one kernel, and so does each kernel of ours (mmkernels.costs). A
-body is run once for each combination of shapes, strides, dtypes, settings and kind of device.
+body is run once for each combination of shapes, strides, dtypes, settings, kind of device and capability of a GPU.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
-from mmkernels.costs import device_kind, noting
+from mmkernels.costs import device_kind, modelled_capability, noting
 from mmkernels.memory.caching_allocator import allocated_bytes
 from mmkernels.memory.operator_cost import Kernel, OperatorCosts, distinct_bytes
 from mmkernels.memory.workspace import workspace_bytes
@@ -54,7 +54,7 @@ class Bodies:
             return None
         leaves = tree_leaves((args, kwargs))
         kinds = {device_kind(x) for x in leaves if isinstance(x, Tensor)}
-        key = (func.name(), *sorted(kinds), torch.get_num_threads(), *map(_signature, leaves))
+        key = (func.name(), *sorted(kinds), modelled_capability(), torch.get_num_threads(), *map(_signature, leaves))
         if key not in _known:
             _known[key] = _run(definition._init_fn, args, kwargs, _Follower(self._costs, is_cuda="cuda" in kinds))
         return _known[key]

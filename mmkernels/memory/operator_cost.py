@@ -42,7 +42,7 @@ class OperatorCosts:
         return 0 if formula is None else int(formula(*args, **kwargs, out_val=out))
 
     def kernels(self, func: Any, args: tuple, kwargs: dict, out: object, *, is_inside: bool) -> tuple[Kernel, ...]:
-        """What an operator runs on a GPU, in this order. is_inside: of a fused operator, which calls flash by name."""
+        """What an operator runs on a GPU, in this order. is_inside: of a fused operator, which calls one by name."""
         flops, num_bytes = self.flops(func, args, kwargs, out), moved_bytes(func, args, kwargs, out)
         if not flops and not num_bytes:
             return ()
@@ -57,7 +57,9 @@ class OperatorCosts:
 def _kind(func: Any, args: tuple, kwargs: dict, out: object, flops: int, is_inside: bool) -> Kind:
     name = func._overloadpacket.__name__
     if "attention" in name:
-        is_flash = is_inside or args[1 + ("backward" in name)].shape[-2] == 1  # cuDNN's takes no single key
+        key = args[1 + ("backward" in name)]
+        # What scaled_dot_product_attention takes is a card's to choose; cuDNN's takes no single key.
+        is_flash = "cudnn" not in name and (is_inside or key.shape[-2] == 1)
         if "backward" in name:
             return "flash backward" if is_flash else "attention backward"
         return "flash" if is_flash else "attention"

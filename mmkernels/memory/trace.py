@@ -117,7 +117,8 @@ def trace(
         follower.phases.watch(blocks or {}, hooks)
         if by_unit:
             hooks.enter_context(torch.autograd.graph.saved_tensors_hooks(follower.note_saved, lambda saved: saved))
-        with modelled_device(device_kind), follower:
+        capability = None if clock is None else clock.card.capability
+        with modelled_device(device_kind, capability), follower:
             result = step()
     follower.phases.finish()
     end_bytes = follower.live_bytes

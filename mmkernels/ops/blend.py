@@ -6,7 +6,7 @@ Saved for backward are s and t; with dy the gradient of y
 
     ds = alpha * dy     dt = (1 - alpha) * dy     dalpha = sum over a frame of dy * (s - t)
 
-Taken at least in float32, forward and backward in chunks of frames.
+Taken at least in float32; see `mmkernels.kernels.blend` for who computes it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkernels.rows import chunks, default_chunk, wide_dtype
+from mmkernels.kernels import blend as kernels
 
 
 def reference(spatial: Tensor, temporal: Tensor, alpha: Tensor) -> Tensor:
@@ -28,10 +28,8 @@ def reference(spatial: Tensor, temporal: Tensor, alpha: Tensor) -> Tensor:
 
 @torch.library.custom_op("mmkernels::blend", mutates_args=())
 def _forward(spatial: Tensor, temporal: Tensor, alpha: Tensor) -> Tensor:
-    y, dtype = torch.empty_like(spatial), wide_dtype(spatial.dtype)
-    for chunk in chunks(spatial, default_chunk(spatial)):
-        share = alpha[chunk][:, None, None].to(dtype)
-        y[chunk] = torch.lerp(temporal[chunk].to(dtype), spatial[chunk].to(dtype), share)
+    y = torch.empty_like(spatial)
+    kernels.mix_into(spatial, temporal, alpha, y)
     return y
 
 
@@ -42,14 +40,9 @@ def _forward_fake(spatial: Tensor, temporal: Tensor, alpha: Tensor) -> Tensor:
 
 @torch.library.custom_op("mmkernels::blend_backward", mutates_args=())
 def _backward(dy: Tensor, spatial: Tensor, temporal: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    dspatial, dtemporal, dalpha = _gradients(spatial, temporal, alpha)
-    dtype = wide_dtype(spatial.dtype)
-    for chunk in chunks(spatial, default_chunk(spatial)):
-        share, wide_dy = alpha[chunk][:, None, None].to(dtype), dy[chunk].to(dtype)
-        dalpha[chunk] = ((spatial[chunk].to(dtype) - temporal[chunk]) * wide_dy).sum((1, 2))
-        dspatial[chunk] = wide_dy * share
-        dtemporal[chunk] = wide_dy * (1 - share)
-    return dspatial, dtemporal, dalpha
+    gradients = _gradients(spatial, temporal, alpha)
+    kernels.backward_into(dy, spatial, temporal, alpha, *gradients)
+    return gradients
 
 
 @_backward.register_fake
@@ -75,7 +68,7 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 def blend(spatial: Tensor, temporal: Tensor, alpha: Tensor) -> Tensor:
     """alpha s + (1 - alpha) t; s, t and the result (R, P, C) of one dtype, alpha (R). Saves s and t.
 
-    Torch computes it on every device. Raises ValueError where shapes or dtypes do not fit.
+    Raises ValueError where shapes or dtypes do not fit.
     """
     if spatial.ndim != 3 or temporal.shape != spatial.shape or temporal.dtype != spatial.dtype:
         got = f"{tuple(spatial.shape)} {spatial.dtype} and {tuple(temporal.shape)} {temporal.dtype}"

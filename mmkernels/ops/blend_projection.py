@@ -16,7 +16,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from mmkernels.rows import ParameterSums, check_shapes, chunk_size, chunks, default_chunk, rows_of, wide_dtype
+from mmkernels.costs import device_kind
+from mmkernels.kernels import blend
+from mmkernels.kernels.blend.formula import mix
+from mmkernels.kernels.column_sums import column_sums
+from mmkernels.kernels.layer_norm import add_residual_into
+from mmkernels.rows import ParameterSums, check_shapes, chunk_size, chunks, even_chunk, rows_of, wide_dtype
 
 # --- reference
 
@@ -25,14 +30,8 @@ def reference(
     residual: Tensor, spatial: Tensor, temporal: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor
 ) -> Tensor:
     """The equation of this file in plain torch; differentiable by autograd."""
-    mixed = _mix(spatial, temporal, alpha).to(weight.dtype)
+    mixed = mix(spatial, temporal, alpha).to(weight.dtype)
     return residual + torch.nn.functional.linear(mixed, weight, bias)
-
-
-def _mix(spatial: Tensor, temporal: Tensor, alpha: Tensor) -> Tensor:
-    """t + alpha * (s - t), wide."""
-    dtype = wide_dtype(spatial.dtype)
-    return torch.lerp(temporal.to(dtype), spatial.to(dtype), alpha.to(dtype)[:, None, None])
 
 
 # --- forward
@@ -42,11 +41,16 @@ def _mix(spatial: Tensor, temporal: Tensor, alpha: Tensor) -> Tensor:
 def _forward(
     residual: Tensor, spatial: Tensor, temporal: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor, chunk_frames: int
 ) -> Tensor:
-    y = torch.empty_like(residual)
+    y, wide_bias = torch.empty_like(residual), bias.to(wide_dtype(bias.dtype))
     for chunk in chunks(spatial, chunk_frames):
-        mixed = _mix(spatial[chunk], temporal[chunk], alpha[chunk]).to(weight.dtype)
-        projected = torch.addmm(bias, rows_of(mixed), weight.t())
-        torch.add(residual[chunk], projected.view(residual[chunk].shape), out=y[chunk])
+        mixed = blend.mixed(spatial[chunk], temporal[chunk], alpha[chunk], weight.dtype)
+        if device_kind(residual) == "cuda":
+            projected = rows_of(mixed) @ weight.t()
+            add_residual_into(residual[chunk], None, projected, wide_bias, y[chunk])
+        else:
+            projected = torch.addmm(bias, rows_of(mixed), weight.t())
+            torch.add(residual[chunk], projected.view(residual[chunk].shape), out=y[chunk])
+        del mixed, projected  # before the next ones are there
     return y
 
 
@@ -74,13 +78,12 @@ def _backward(
     for chunk in chunks(spatial, chunk_frames):
         s, t = spatial[chunk], temporal[chunk]
         dy_rows = rows_of(dy[chunk]).to(weight.dtype)
-        sums.add_product(0, dy_rows, rows_of(_mix(s, t, alpha[chunk]).to(weight.dtype)))
-        sums.add_rows(1, dy_rows)
-        dmixed = (dy_rows @ weight).view(s.shape).to(wide_dtype(s.dtype))
-        share = alpha[chunk].to(dmixed.dtype)[:, None, None]
-        dalpha[chunk] = ((s.to(dmixed.dtype) - t) * dmixed).sum((1, 2))
-        dspatial[chunk] = dmixed * share
-        dtemporal[chunk] = dmixed.mul_(1 - share)
+        sums.add(1, column_sums(dy_rows[None])[0])
+        mixed = blend.mixed(s, t, alpha[chunk], weight.dtype)
+        sums.add_product(0, dy_rows, rows_of(mixed))
+        dmixed = torch.mm(dy_rows, weight, out=rows_of(mixed)).view(s.shape)
+        blend.backward_into(dmixed, s, t, alpha[chunk], dspatial[chunk], dtemporal[chunk], dalpha[chunk])
+        del mixed, dmixed  # before the next ones are there
     dweight, dbias = sums.gradients()
     return dspatial, dtemporal, dalpha, dweight, dbias
 
@@ -135,8 +138,7 @@ def blend_projection(
 ) -> Tensor:
     """y = residual + (alpha s + (1 - alpha) t) W^T + b; s and t (R, P, C), alpha (R), W (K, C), residual, y (R, P, K).
 
-    y has the strides and dtype of the residual. Saves s and t. Torch computes it on every device. Raises ValueError
-    where shapes or dtypes do not fit.
+    y has the strides and dtype of the residual. Saves s and t. Raises ValueError where shapes or dtypes do not fit.
     """
     if spatial.ndim != 3:
         raise ValueError(f"spatial has {spatial.ndim} dimensions, wanted 3: (R, P, C); flatten the pixels")
@@ -147,5 +149,5 @@ def blend_projection(
     for name, tensor, like in (("temporal", temporal, spatial), ("bias", bias, weight)):
         if tensor.dtype != like.dtype:
             raise ValueError(f"{name} is {tensor.dtype}, wanted {like.dtype}; give both one dtype")
-    chunk = chunk_size("chunk_frames", chunk_frames, default_chunk(spatial))
+    chunk = chunk_size("chunk_frames", chunk_frames, even_chunk(spatial, 3))
     return _forward(residual, spatial, temporal, alpha, weight, bias, chunk)

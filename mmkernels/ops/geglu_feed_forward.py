@@ -20,6 +20,7 @@ The matrix products are torch's; between them native C++ on the CPU, Triton on C
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -28,15 +29,16 @@ from torch.nn.functional import gelu, layer_norm, linear
 from torch.utils.flop_counter import register_flop_formula
 
 from mmkernels.costs import device_kind
+from mmkernels.kernels import geglu_product as up_geglu
 from mmkernels.kernels.geglu import geglu_backward_into, geglu_into
 from mmkernels.kernels.layer_norm import add_residual_into, layer_norm_backward_into, layer_norm_into
 from mmkernels.kernels.storage import why_unsupported as why_storage_unsupported
-from mmkernels.rows import add_product, chunk_size, num_sharing, wide_dtype
+from mmkernels.rows import add_product, chunk_size, even_slices, num_sharing, wide_dtype
+from mmkernels.scratch import scratch_rows
 
 Keep = Literal["input", "up"]
 
-# Bytes of the up-projection of a chunk: within the cache (CPU), or a transient of some hundred MB in all (GPU).
-_CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 1 << 28}
+_CPU_CHUNK_BYTES = 4 << 20  # of the up-projection of a chunk: within the cache
 _MIN_CHUNK_TOKENS = 1024  # fewer rows slow the products down
 
 
@@ -63,41 +65,46 @@ class _Chunks:
     def __init__(self, x: Tensor, dtype: torch.dtype, chunk_tokens: int) -> None:
         R, T, _ = x.shape
         self.x, self.dtype = x, dtype
-        self.tokens = _even(T, chunk_tokens)
-        self.rows = _even(R, max(1, chunk_tokens // max(1, T)))
+        self.tokens = even_slices(T, chunk_tokens)
+        self.rows = even_slices(R, chunk_tokens // max(1, T))
         self._buffers: dict[str, Tensor] = {}
 
     def __iter__(self) -> Iterator[tuple[slice, slice, slice]]:
         """(rows, tokens of them, those in the flat order r * T + t) of each chunk, in that order."""
-        R, T, _ = self.x.shape
-        for r in range(0, R, self.rows):
-            for t in range(0, T, self.tokens):
-                rows, tokens = slice(r, min(r + self.rows, R)), slice(t, min(t + self.tokens, T))
-                count = (rows.stop - rows.start) * (tokens.stop - tokens.start)
-                yield rows, tokens, slice(r * T + t, r * T + t + count)
+        T = self.x.shape[1]
+        for rows in self.rows:
+            for tokens in self.tokens:
+                first = rows.start * T + tokens.start
+                yield rows, tokens, slice(first, first + _length(rows) * _length(tokens))
 
     def buffer(self, name: str, count: int, width: int, dtype: torch.dtype | None = None) -> Tensor:
         """An uninitialised (count, width) buffer, by default in the products' dtype; the same memory for a name."""
         if name not in self._buffers:
-            size = self.rows * self.tokens * width
+            size = width * max(map(_length, self.rows)) * max(map(_length, self.tokens))
             self._buffers[name] = torch.empty(size, dtype=dtype or self.dtype, device=self.x.device)
         return self._buffers[name][: count * width].view(count, width)
 
     def norm(
-        self, x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+        self, x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, eps: float, result: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """LayerNorm of a chunk of tokens (count, C) in the products' dtype, with mean and rstd (count)."""
-        count = x.shape[0] * x.shape[1]
-        normal = self.buffer("normal", count, x.shape[2])
+        """LayerNorm of a chunk of tokens (count, C) in the products' dtype, with mean and rstd (count).
+
+        result: where the chunk's result of x's shape will lie, contiguous; the norm takes its place if it can.
+        """
+        count, C = x.shape[0] * x.shape[1], x.shape[2]
+        normal = result.view(count, C) if _has_place(x, self.dtype) else self.buffer("normal", count, C)
         mean, rstd = (self.buffer(name, count, 1, weight.dtype).view(-1) for name in ("mean", "rstd"))
         layer_norm_into(x, shift, weight, bias, eps, normal, mean, rstd)
         return normal, mean, rstd
 
 
-def _even(total: int, largest: int) -> int:
-    """The largest part where `total` is cut evenly into parts of at most `largest`."""
-    num_parts = max(1, -(-total // largest))
-    return max(1, -(-total // num_parts))
+def _has_place(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether what lies inside a chunk's norm and residual can take the place of its result: x's dtype, on a GPU."""
+    return dtype == x.dtype and device_kind(x) != "cpu"
+
+
+def _length(part: slice) -> int:
+    return part.stop - part.start
 
 
 # --- forward
@@ -117,10 +124,12 @@ def _forward(
     for rows, tokens, flat in chunks:
         count, part = flat.stop - flat.start, x[rows, tokens]
         chunk_shift = None if shifts is None else shifts[rows]
-        normal, _, _ = chunks.norm(part, chunk_shift, vectors[0], vectors[1], eps)
-        u = torch.mm(normal, up_weight.t(), out=saved[flat] if keep_up else chunks.buffer("u", count, 2 * H))
+        normal, _, _ = chunks.norm(part, chunk_shift, vectors[0], vectors[1], eps, y[rows, tokens])
         g = chunks.buffer("g", count, H)
-        geglu_into(u, vectors[2], g)
+        if keep_up:
+            geglu_into(torch.mm(normal, up_weight.t(), out=saved[flat]), vectors[2], g)
+        else:
+            up_geglu.forward_into(normal, up_weight, vectors[2], g, partial(chunks.buffer, "u", count, 2 * H))
         inner = torch.mm(g, down_weight.t(), out=normal)
         add_residual_into(part, chunk_shift, inner, vectors[3], y[rows, tokens])
     return y, saved
@@ -178,12 +187,14 @@ def _backward(
     for rows, tokens, flat in chunks:
         count, part = flat.stop - flat.start, x[rows, tokens]
         chunk_shift = None if shifts is None else shifts[rows]
-        normal, mean, rstd = chunks.norm(part, chunk_shift, norm_weight, norm_bias, eps)
+        normal, mean, rstd = chunks.norm(part, chunk_shift, norm_weight, norm_bias, eps, dx[rows, tokens])
         du = chunks.buffer("u", count, 2 * H)
-        u = saved[flat] if saved.numel() else torch.mm(normal, up_weight.t(), out=du)
         dinner = dy[rows, tokens].reshape(count, C).to(up_weight.dtype)
         g = torch.mm(dinner, down_weight, out=chunks.buffer("g", count, H))  # dg first
-        up_bias_sum += geglu_backward_into(u, up_bias, g, du, g)
+        if saved.numel():
+            up_bias_sum += geglu_backward_into(saved[flat], up_bias, g, du, g)
+        else:
+            up_bias_sum += up_geglu.backward_into(normal, up_weight, up_bias, du, g)
         add_product(down_sum, dinner, g)
         add_product(up_sum, du, normal)
         dnormal = torch.mm(du, up_weight, out=normal)
@@ -244,9 +255,11 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 
 def default_chunk_tokens(x: Tensor, up_weight: Tensor) -> int:
     """Tokens in a chunk of x (R, T, C) where the caller names none."""
-    token_bytes = max(1, up_weight.shape[0] * up_weight.element_size())
-    fewest = _MIN_CHUNK_TOKENS * num_sharing(device_kind(x))
-    return max(fewest, _CHUNK_BYTES.get(device_kind(x), 1 << 28) // token_bytes)
+    up_bytes = max(1, up_weight.shape[0] * up_weight.element_size())
+    if device_kind(x) == "cpu":
+        return max(_MIN_CHUNK_TOKENS * num_sharing("cpu"), _CPU_CHUNK_BYTES // up_bytes)
+    normal_bytes = 0 if _has_place(x, up_weight.dtype) else x.shape[2] * up_weight.element_size()
+    return max(_MIN_CHUNK_TOKENS, scratch_rows(3 * up_bytes // 2 + normal_bytes))
 
 
 def why_unsupported(x: Tensor, up_weight: Tensor) -> str | None:

@@ -5,7 +5,8 @@
 Each of the R frames has its own mean and variance per group, over its P pixels and the C / G channels of the group.
 x may lie channels first: it is read by stride. Saved for backward are x and, in float32, mean and rstd (R, G); h is
 computed again. Forward and backward walk over chunks of frames. As under autocast, x may have another dtype than W: the
-norm is taken at least in float32, the product in W's dtype, which y has.
+norm is taken at least in float32, the product in W's dtype, which y has. The norm and its gradient are Triton's on CUDA
+where channels are contiguous, plain torch elsewhere.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from mmkernels.rows import ParameterSums, check_shapes, chunk_size, chunks, default_chunk, rows_of, wide_dtype
+from mmkernels.kernels.column_sums import column_sums
+from mmkernels.kernels.group_norm import tokens as kernels
+from mmkernels.kernels.group_norm.norm import Norm
+from mmkernels.rows import ParameterSums, check_shapes, chunk_size, chunks, even_chunk, rows_of, wide_dtype
 
 # --- reference
 
@@ -67,6 +71,24 @@ def _norm_backward(dh: Tensor, normed: Tensor, rstd: Tensor, gamma: Tensor) -> t
     return dx, dgamma.sum(0), dbeta.sum(0)
 
 
+def _normalised_by_kernels(x: Tensor, norm: Norm, dtype: torch.dtype) -> Tensor:
+    """h (r, P, C)."""
+    h = torch.empty(x.shape, dtype=dtype, device=x.device)
+    kernels.normalise_into(x, norm, h)
+    return h
+
+
+def _differentiate_by_kernels(
+    dy_rows: Tensor, x: Tensor, norm: Norm, weight: Tensor, dx: Tensor, sums: ParameterSums
+) -> None:
+    """Write dx and add to the sums of gamma, beta and weight."""
+    h = _normalised_by_kernels(x, norm, weight.dtype)
+    sums.add_product(2, dy_rows, rows_of(h))
+    dh = torch.mm(dy_rows, weight, out=rows_of(h)).view(x.shape)
+    for index, value in enumerate(kernels.backward_into(x, dh, norm, dx)):
+        sums.add(index, value)
+
+
 # --- forward
 
 
@@ -75,11 +97,18 @@ def _forward(
     x: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, chunk_frames: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     y, mean, rstd = _outputs(x, weight, num_groups)
+    has_kernels = kernels.has_kernels(x, weight.dtype)
+    if has_kernels:
+        mean, rstd = kernels.statistics(x, num_groups, eps)
     for chunk in chunks(x, chunk_frames):
-        part = x[chunk].to(mean.dtype)
-        mean[chunk], rstd[chunk] = _statistics(part, num_groups, eps)
-        h = _normalise(part, mean[chunk], rstd[chunk]).mul_(gamma).add_(beta).to(weight.dtype)
+        if has_kernels:
+            h = _normalised_by_kernels(x[chunk], Norm(mean[chunk], rstd[chunk], gamma, beta), weight.dtype)
+        else:
+            part = x[chunk].to(mean.dtype)
+            mean[chunk], rstd[chunk] = _statistics(part, num_groups, eps)
+            h = _normalise(part, mean[chunk], rstd[chunk]).mul_(gamma).add_(beta).to(weight.dtype)
         torch.addmm(bias, rows_of(h), weight.t(), out=rows_of(y[chunk]))
+        del h  # before the next one is there
     return y, mean, rstd
 
 
@@ -111,10 +140,14 @@ def _backward(
     dx = torch.empty_like(x)
     sums = ParameterSums(gamma, beta, weight, weight[:, 0])
     for chunk in chunks(x, chunk_frames):
-        normed = _normalise(x[chunk].to(mean.dtype), mean[chunk], rstd[chunk])
         dy_rows = rows_of(dy[chunk]).to(weight.dtype)
+        sums.add(3, column_sums(dy_rows[None])[0])
+        if kernels.has_kernels(x, weight.dtype):
+            norm = Norm(mean[chunk], rstd[chunk], gamma, beta)
+            _differentiate_by_kernels(dy_rows, x[chunk], norm, weight, dx[chunk], sums)
+            continue
+        normed = _normalise(x[chunk].to(mean.dtype), mean[chunk], rstd[chunk])
         sums.add_product(2, dy_rows, rows_of((normed * gamma).add_(beta).to(weight.dtype)))
-        sums.add_rows(3, dy_rows)
         dh = (dy_rows @ weight).view(normed.shape).to(normed.dtype)
         dx[chunk], dgamma, dbeta = _norm_backward(dh, normed, rstd[chunk], gamma.to(normed.dtype))
         sums.add(0, dgamma)
@@ -170,7 +203,7 @@ def group_norm_projection(
 ) -> Tensor:
     """y = GroupNorm(x) W^T + b; x (R, P, C) of any strides, gamma and beta (C), W (K, C), b (K), y (R, P, K).
 
-    Saves x, mean and rstd. Torch computes it on every device. Raises ValueError where shapes or dtypes do not fit.
+    Saves x, mean and rstd. Raises ValueError where shapes or dtypes do not fit.
     """
     if x.ndim != 3:
         raise ValueError(f"x has {x.ndim} dimensions, wanted 3: (R, P, C); flatten the pixels, channels last")
@@ -181,6 +214,6 @@ def group_norm_projection(
     check_shapes(weight=(weight, (weight.shape[0], C)), bias=(bias, (weight.shape[0],)))
     if bias.dtype != weight.dtype:
         raise ValueError(f"bias is {bias.dtype}, wanted weight's {weight.dtype}; give both one dtype")
-    chunk = chunk_size("chunk_frames", chunk_frames, default_chunk(x))
+    chunk = chunk_size("chunk_frames", chunk_frames, even_chunk(x, 3))
     y, _, _ = _forward(x, gamma, beta, weight, bias, num_groups, eps, chunk)
     return y

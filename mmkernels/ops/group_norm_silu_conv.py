@@ -31,12 +31,13 @@ from torch.utils.flop_counter import register_flop_formula
 
 from mmkernels import extension, tuning
 from mmkernels.costs import device_kind, device_of, is_modelled, is_noting
+from mmkernels.kernels.column_sums import column_sums
+from mmkernels.kernels.group_norm import formula, native
+from mmkernels.kernels.group_norm.norm import Norm, Rows
 from mmkernels.kernels.storage import DTYPE_NAMES
 from mmkernels.ops import group_norm_silu_conv_chunked as chunked
-from mmkernels.ops import group_norm_silu_conv_formula as formula
 from mmkernels.ops import group_norm_silu_conv_implicit as implicit
-from mmkernels.ops import group_norm_silu_conv_native as native
-from mmkernels.ops.group_norm_silu_conv_chunked import Norm, Rows, at
+from mmkernels.ops.group_norm_silu_conv_chunked import at
 from mmkernels.ops.group_norm_silu_conv_implicit import Kernels
 from mmkernels.rows import chunk_size
 
@@ -69,9 +70,9 @@ def _statistics(x: Tensor, x2: Tensor | None, num_groups: int, eps: float) -> tu
     if why_unsupported(x, x2) is not None:
         return formula.statistics(x, x2, num_groups, eps)
     if device_kind(x) == "cuda":
-        from mmkernels.ops import group_norm_silu_triton
+        from mmkernels.kernels.group_norm import triton
 
-        return group_norm_silu_triton.statistics(x, x2, num_groups, eps)
+        return triton.statistics(x, x2, num_groups, eps)
     return native.statistics(x, x2, num_groups, eps)
 
 
@@ -82,9 +83,9 @@ def _activate(x: Tensor, x2: Tensor | None, norm: Norm, out: Tensor) -> None:
     if why_unsupported(x, x2) is not None:
         formula.activate(x, x2, norm, out)
     elif device_kind(x) == "cuda":
-        from mmkernels.ops import group_norm_silu_triton
+        from mmkernels.kernels.group_norm import triton
 
-        group_norm_silu_triton.activate(x, x2, *norm, out)
+        triton.normalise(x, x2, *norm, out, has_silu=True)
     else:
         native.activate(x, x2, norm, out)
 
@@ -99,9 +100,9 @@ def _norm_backward(
     if why_unsupported(x, x2) is not None:
         return formula.norm_backward(x, x2, da, norm, dx, dx2)
     if device_kind(x) == "cuda":
-        from mmkernels.ops import group_norm_silu_triton
+        from mmkernels.kernels.group_norm import triton
 
-        return group_norm_silu_triton.group_norm_silu_backward(x, x2, da, *norm, dx, dx2)
+        return triton.backward(x, x2, da, *norm, dx, dx2, has_silu=True)
     return native.norm_backward(x, x2, da, norm, dx, dx2)
 
 
@@ -212,12 +213,14 @@ def _forward_flops(x: Sequence[int], x2: Sequence[int] | None, a: Any, b: Any, w
 @torch.library.custom_op("mmkernels::group_norm_silu_conv_backward", mutates_args=())
 def _backward(
     dy: Tensor, x: Tensor, x2: Tensor | None, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, mean: Tensor,
-    rstd: Tensor, chunk_rows: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    dx, dx2, *parameters = _gradients(x, x2, norm_weight, norm_bias, weight)
+    rstd: Tensor, sum_rows: int, chunk_rows: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dx, dx2, *parameters, sums = _gradients(dy, x, x2, norm_weight, norm_bias, weight, sum_rows)
     if x.shape[:3].numel() == 0:
-        dgamma, dbeta, dweight = (target.zero_() for target in parameters)
-        return dx, dx2, dgamma, dbeta, dweight
+        dgamma, dbeta, dweight, sums = (target.zero_() for target in (*parameters, sums))
+        return dx, dx2, dgamma, dbeta, dweight, sums
+    if sum_rows:
+        sums = column_sums(dy.reshape(dy.shape[0] * sum_rows, -1, dy.shape[3])).view(sums.shape)
     norm = _norm(mean, rstd, norm_weight, norm_bias)
 
     def run(kernels: Kernels | None, rows: Rows, dx: Tensor, dx2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -231,26 +234,30 @@ def _backward(
         found = run(_fastest("backward", run, x, x2, weight, (dx, dx2), dy), _ALL, dx, dx2)
     # Into outputs of their own: what the kernels return may view one tensor, or lie in another order.
     dgamma, dbeta, dweight = (target.copy_(value) for target, value in zip(parameters, found, strict=True))
-    return dx, dx2, dgamma, dbeta, dweight
+    return dx, dx2, dgamma, dbeta, dweight, sums
 
 
 @_backward.register_fake
 def _backward_fake(
     dy: Tensor, x: Tensor, x2: Tensor | None, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, mean: Tensor,
-    rstd: Tensor, chunk_rows: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return _gradients(x, x2, norm_weight, norm_bias, weight)
+    rstd: Tensor, sum_rows: int, chunk_rows: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return _gradients(dy, x, x2, norm_weight, norm_bias, weight, sum_rows)
 
 
 def _gradients(
-    x: Tensor, x2: Tensor | None, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Uninitialised dx, dx2 (empty without x2), dgamma, dbeta, dweight, all contiguous."""
-    dx, dgamma, dbeta, dweight = (
-        torch.empty(like.shape, dtype=like.dtype, device=x.device) for like in (x, norm_weight, norm_bias, weight)
+    dy: Tensor, x: Tensor, x2: Tensor | None, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, sum_rows: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Uninitialised dx, dx2 (empty without x2), dgamma, dbeta, dweight, which lies as the weight does, and dy's sums.
+
+    The latter are (M, sum_rows, K), at least float32, sum_rows 1 or H, 0 where nothing asks for them.
+    """
+    dx, dgamma, dbeta = (
+        torch.empty(like.shape, dtype=like.dtype, device=x.device) for like in (x, norm_weight, norm_bias)
     )
     dx2 = torch.empty((0,) if x2 is None else x2.shape, dtype=x.dtype, device=x.device)
-    return dx, dx2, dgamma, dbeta, dweight
+    shape, wide = (dy.shape[0], sum_rows, dy.shape[3]), torch.promote_types(dy.dtype, torch.float32)
+    return dx, dx2, dgamma, dbeta, torch.empty_like(weight), torch.empty(shape, dtype=wide, device=x.device)
 
 
 @register_flop_formula(torch.ops.mmkernels.group_norm_silu_conv_backward)
@@ -267,22 +274,15 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
     ctx.save_for_backward(x, x2, norm_weight, norm_bias, weight, mean, rstd)
-    ctx.bias_dtype, ctx.residual_dtype = (None if value is None else value.dtype for value in (bias, residual))
-    ctx.shift = None if shift is None else (shift.dtype, shift.shape[1])
+    ctx.dtypes = tuple(None if value is None else value.dtype for value in (bias, shift, residual))
+    ctx.sum_rows = shift.shape[1] if shift is not None else int(bias is not None)
 
 
 def _differentiate(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors  # unpacked once: torch.utils.checkpoint allows no more
-    dx, dx2, dgamma, dbeta, dweight = _backward(dy, *saved, ctx.chunk_rows)
-    dbias = dshift = None
-    if ctx.bias_dtype is not None or ctx.shift is not None:
-        sums = dy.sum(2, dtype=torch.promote_types(dy.dtype, torch.float32))  # (M, H, K)
-        if ctx.shift is not None:
-            dtype, rows = ctx.shift
-            dshift = (sums if rows == sums.shape[1] else sums.sum(1, keepdim=True)).to(dtype)
-        if ctx.bias_dtype is not None:
-            dbias = sums.sum((0, 1)).to(ctx.bias_dtype)
-    dresidual = None if ctx.residual_dtype is None else dy.to(ctx.residual_dtype)
+    dx, dx2, dgamma, dbeta, dweight, sums = _backward(dy, *saved, ctx.sum_rows, ctx.chunk_rows)
+    given = zip((sums.sum((0, 1)), sums, dy), ctx.dtypes, strict=True)
+    dbias, dshift, dresidual = (None if dtype is None else value.to(dtype) for value, dtype in given)
     return dx, None if saved[1] is None else dx2, dgamma, dbeta, dweight, dbias, dshift, dresidual, None, None, None
 
 

@@ -1,42 +1,31 @@
-"""The convolution half of `group_norm_silu_conv` through torch's own convolution or products, a few rows at a time.
+"""The convolution half of `group_norm_silu_conv` through torch's own convolution or products, chunk by chunk.
 
-A chunk of the input is normalised and activated into a scratch of `chunk_rows` pixels, then convolved while it lies in
-the cache. A 3x3 walks over whole frames; a 3x1 over columns of pixels with all their frames. On the CPU the products
-are float32 whatever the storage, and a 3x1 runs as one matrix product for each tap on shifted views of the scratch.
+A chunk of the input is normalised and activated into a scratch of `chunk_rows` pixels, then convolved. A 3x3 walks over
+whole samples, a 3x1 too where one fits a chunk, else over columns of pixels with all their frames. On the CPU the
+products are float32 whatever the storage, and a 3x1 runs as one matrix product for each tap on shifted views of the
+scratch. On a GPU a 3x1 is cuDNN's convolution in three dimensions, what lies inside of a chunk takes the place of its
+result where it can, and all that is added to a convolution is added in one pass.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mmkernels.costs import device_kind
-from mmkernels.rows import num_sharing
+from mmkernels.kernels.epilogue import add_into
+from mmkernels.kernels.group_norm.norm import Norm, Rows
+from mmkernels.rows import even_slices, num_sharing
+from mmkernels.scratch import scratch_rows
 
-# Pixels of a chunk: on a GPU about an L2's worth, on the CPU enough to pay for oneDNN's reordering of the weights and,
-# with several threads, for adding up each one's gradient of them.
-_CHUNK_ROWS = {"cpu": 5760, "cuda": 32768}
+# Pixels of a chunk on the CPU: enough to pay for oneDNN's reordering of the weights and, with several threads, for
+# adding up each one's gradient of them.
+_CPU_CHUNK_ROWS = 5760
 # A 3x1 on the CPU reorders nothing: its scratch lies in the cache, and fewer rows for a thread slow the products down.
 _PRODUCTS_CHUNK_BYTES, _PRODUCTS_MIN_ROWS = 3 << 19, 1536
-
-Rows = tuple[slice, slice, slice]  # of M, H and W
-
-
-class Norm(NamedTuple):
-    """mean, rstd (M, G), gamma and beta (C + C2), all at least float32."""
-
-    mean: Tensor
-    rstd: Tensor
-    gamma: Tensor
-    beta: Tensor
-
-    def of(self, rows: Rows) -> Norm:
-        """The same for some of the samples."""
-        return self._replace(mean=self.mean[rows[0]], rstd=self.rstd[rows[0]])
-
 
 # activate(x, x2, norm, out) and backward(x, x2, da, norm, dx, dx2) -> (dgamma, dbeta), for whatever device x is on
 Activate = Callable[[Tensor, Tensor | None, Norm, Tensor], None]
@@ -53,7 +42,15 @@ def default_chunk_rows(x: Tensor, weight: Tensor) -> int:
     if _is_products(x, weight):
         row_bytes = weight.shape[1] * product_dtype(x, weight).itemsize
         return max(_PRODUCTS_MIN_ROWS * num_sharing("cpu"), _PRODUCTS_CHUNK_BYTES // row_bytes)
-    return _CHUNK_ROWS.get(device_kind(x), _CHUNK_ROWS["cuda"])
+    if device_kind(x) == "cpu":
+        return _CPU_CHUNK_ROWS
+    # Forward's scratch and output, or backward's and the gradient by it; less a scratch that has its place in y or dx.
+    K, C = weight.shape[:2]
+    width = max(K if K == C else K + C, C if x.shape[3] == C else 2 * C)
+    rows = scratch_rows(width * weight.element_size())
+    if weight.shape[3] == 1 and rows < x.shape[1] * x.shape[2]:  # columns have no place there, and dy is copied
+        rows = scratch_rows((2 * C + K) * weight.element_size())
+    return rows
 
 
 def forward(
@@ -63,16 +60,17 @@ def forward(
     """Write the convolution of the activated input, plus bias, shift (M, H or 1, K) and residual, into y (M,H,W,K)."""
     dtype = product_dtype(x, weight)
     convolution = _convolution(x, weight.to(dtype))
-    bias = None if bias is None else bias.to(dtype)
+    is_cpu = device_kind(x) == "cpu"  # whose convolution adds the bias in passing
+    inner_bias, bias = (None if bias is None else bias.to(dtype), None) if is_cpu else (None, bias)
     for rows in _chunks(x, weight, chunk_rows):
-        activate(at(x, rows), None if x2 is None else at(x2, rows), norm.of(rows), convolution.scratch(at(x, rows)))
-        out = convolution.forward(bias)
-        if shift is not None:
-            out += shift[rows[0], :, None]
-        if residual is None:
-            at(y, rows).copy_(out)
-        else:
-            torch.add(out, at(residual, rows), out=at(y, rows))
+        part, target = at(x, rows), at(y, rows)
+        is_free = not is_cpu and y.dtype == dtype and y.shape[3] == weight.shape[1] and target.is_contiguous()
+        part2 = None if x2 is None else at(x2, rows)
+        activate(part, part2, norm.of(rows), convolution.scratch(part, target if is_free else None))
+        out = convolution.forward(inner_bias)
+        part_shift, added = None if shift is None else shift[rows[0]], None if residual is None else at(residual, rows)
+        add_into(out, bias, part_shift, added, target)
+        del out  # or it would be there beside the next one
 
 
 def backward(
@@ -83,45 +81,46 @@ def backward(
     dtype = product_dtype(x, weight)
     convolution = _convolution(x, weight.to(dtype))
     dgamma, dbeta = (torch.zeros_like(norm.gamma) for _ in range(2))
-    is_whole = weight.shape[3] == 3  # a chunk is whole samples, so that its norm is differentiated at once
-    whole: Tensor | None = None
-    if not is_whole:
+    whole: Tensor | None = None  # a chunk of whole samples needs none: its norm is differentiated at once
+    if not _samples_at_once(x, weight, chunk_rows):
         whole = dx if x2 is None else torch.empty((*x.shape[:3], weight.shape[1]), dtype=x.dtype, device=x.device)
     for rows in _chunks(x, weight, chunk_rows):
         part, part2 = at(x, rows), None if x2 is None else at(x2, rows)
         # A whole sample's gradient is written last: until then its place holds the activation.
-        is_free = whole is None and x2 is None and dx.dtype == dtype and dx.is_contiguous()
+        is_free = whole is None and x2 is None and dx.dtype == dtype and at(dx, rows).is_contiguous()
         activate(part, part2, norm.of(rows), convolution.scratch(part, at(dx, rows) if is_free else None))
         da = convolution.backward(at(dy, rows))
         if whole is not None:
             at(whole, rows).copy_(da)
-            continue
-        part_dx2 = None if dx2 is None else at(dx2, rows)
-        sums = norm_backward(part, part2, da, norm.of(rows), at(dx, rows), part_dx2)
-        dgamma += sums[0]
-        dbeta += sums[1]
+        else:
+            part_dx2 = None if dx2 is None else at(dx2, rows)
+            sums = norm_backward(part, part2, da, norm.of(rows), at(dx, rows), part_dx2)
+            dgamma += sums[0]
+            dbeta += sums[1]
+        del da
     if whole is not None:
         dgamma, dbeta = norm_backward(x, x2, whole, norm, dx, dx2)
     return dgamma, dbeta, convolution.weight_gradient()
 
 
-def _chunks(x: Tensor, weight: Tensor, chunk_rows: int) -> Iterator[Rows]:
-    """Evenly split: whole samples for a 3x3, columns of one sample with all its frames for a 3x1."""
-    M, H, W, _ = x.shape
+def _samples_at_once(x: Tensor, weight: Tensor, chunk_rows: int) -> int:
+    """Whole samples of a chunk; 0 where it is columns of one."""
+    samples = chunk_rows // (x.shape[1] * x.shape[2])
     if weight.shape[3] == 3:
-        for samples in _even(M, max(1, chunk_rows // (H * W))):
+        return max(1, samples)
+    return 0 if _is_products(x, weight) else samples
+
+
+def _chunks(x: Tensor, weight: Tensor, chunk_rows: int) -> Iterator[Rows]:
+    """Evenly split: whole samples, or columns of one sample with all its frames."""
+    M, H, W, _ = x.shape
+    if at_once := _samples_at_once(x, weight, chunk_rows):
+        for samples in even_slices(M, at_once):
             yield samples, slice(0, H), slice(0, W)
         return
     for m in range(M):
-        for columns in _even(W, max(1, chunk_rows // H)):
+        for columns in even_slices(W, max(1, chunk_rows // H)):
             yield slice(m, m + 1), slice(0, H), columns
-
-
-def _even(length: int, most: int) -> Iterator[slice]:
-    """As few slices of at most `most` as there have to be, their lengths one apart at most."""
-    count = -(-length // most)
-    for i in range(count):
-        yield slice(length * i // count, length * (i + 1) // count)
 
 
 def at(x: Tensor, rows: Rows) -> Tensor:
@@ -148,15 +147,20 @@ def _is_products(x: Tensor, weight: Tensor) -> bool:
 
 
 class _Convolution:
-    """torch's convolution of one chunk after the other; weight (K, C, 3, 3) or (K, C, 3, 1)."""
+    """torch's convolution of one chunk after the other; weight (K, C, 3, 3) or (K, C, 3, 1).
+
+    A 3x1 goes in three dimensions, over frames and a picture of the pixels: cuDNN's kernels for that are up to twice as
+    fast as its conv2d. Everything is handed over channels last, as its strides say also where an axis has length 1.
+    """
 
     def __init__(self, weight: Tensor) -> None:
-        self.weight = weight.contiguous(memory_format=torch.channels_last)
+        self.is_3d = weight.shape[3] == 1
+        self.weight = self._channels_first(weight.permute(0, 2, 3, 1).contiguous())
         self.wide = torch.promote_types(weight.dtype, torch.float32)
-        self.padding = [1, weight.shape[3] // 2]
+        self.padding = [1, 0, 0] if self.is_3d else [1, 1]
         self.memory: Tensor | None = None
         self.activation = weight  # the chunk's scratch, once there is one
-        self.dweight: Tensor | None = None  # laid out as what is added to it
+        self.dweight: Tensor | None = None
 
     def scratch(self, part: Tensor, memory: Tensor | None = None) -> Tensor:
         """An uninitialised (m, H, W, C) for the activation of a chunk: `memory`, or the same for each chunk."""
@@ -172,30 +176,48 @@ class _Convolution:
 
     def forward(self, bias: Tensor | None) -> Tensor:
         """(m, H, W, K) of the chunk in the scratch."""
-        y = torch.conv2d(self.activation.permute(0, 3, 1, 2), self.weight, bias, padding=self.padding)
-        return y.permute(0, 2, 3, 1)
+        ones, zeros = [1] * len(self.padding), [0] * len(self.padding)
+        a = self._channels_first(self.activation)
+        return self._channels_last(torch.convolution(a, self.weight, bias, ones, self.padding, ones, False, zeros, 1))
 
     def backward(self, dy: Tensor) -> Tensor:
         """The gradient (m, H, W, C) of the chunk's activation; adds up that of the weights."""
-        dy = dy.to(self.weight.dtype).permute(0, 3, 1, 2)
+        dy = self._channels_first(dy.to(self.weight.dtype).contiguous())  # columns are copied, once for both
         # One after the other, so that the two results are not there at once.
         dw = self._gradient(dy, [False, True, False])[1]
-        self.dweight = dw.to(self.wide) if self.dweight is None else self.dweight.add_(dw)
+        self.dweight = dw if self.dweight is None else self.dweight.to(self.wide).add_(dw)
         del dw
-        da = self._gradient(dy, [True, False, False])[0]
-        return da.permute(0, 2, 3, 1).contiguous()
+        return self._channels_last(self._gradient(dy, [True, False, False])[0]).contiguous()
 
     def _gradient(self, dy: Tensor, wanted: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
-        activation = self.activation.permute(0, 3, 1, 2)
+        ones, zeros = [1] * len(self.padding), [0] * len(self.padding)
         return torch.ops.aten.convolution_backward(
-            dy, activation, self.weight, None, [1, 1], self.padding, [1, 1], False, [0, 0], 1, wanted
-        )
+            dy, self._channels_first(self.activation), self.weight, None,
+            ones, self.padding, ones, False, zeros, 1, wanted,
+        )  # fmt: skip
 
     def weight_gradient(self) -> Tensor:
-        """The sum over the chunks, at least float32, shaped as the weight."""
+        """The sum over the chunks, at least float32 where there are several, shaped as the weight."""
         if self.dweight is None:
-            return torch.zeros(self.weight.shape, dtype=self.wide, device=self.weight.device)
-        return self.dweight.contiguous()
+            return torch.zeros_like(self.weight[..., 0] if self.is_3d else self.weight, dtype=self.wide)
+        return self.dweight[..., 0] if self.is_3d else self.dweight
+
+    def _channels_first(self, x: Tensor) -> Tensor:
+        """A dense (m, H, W, C) as torch takes it, a view: (m, C, H, W), or (m, C, H, h, w) with W pixels as h x w."""
+        if not self.is_3d:
+            return x.permute(0, 3, 1, 2)
+        m, H, W, C = x.shape
+        return x.view(m, H, *_sides(W), C).permute(0, 4, 1, 2, 3)
+
+    def _channels_last(self, x: Tensor) -> Tensor:
+        """What torch gives as (m, H, W, C)."""
+        return x.permute(0, 2, 3, 4, 1).flatten(2, 3) if self.is_3d else x.permute(0, 2, 3, 1)
+
+
+def _sides(pixels: int) -> tuple[int, int]:
+    """Height and width of a picture of so many pixels, as square as may be."""
+    width = next(n for n in range(math.isqrt(pixels), 0, -1) if pixels % n == 0)
+    return pixels // width, width
 
 
 class _ShiftedProducts:

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mmkernels.ops.group_norm_silu_conv_chunked import Norm
+from mmkernels.kernels.group_norm.norm import Norm
 
 _CHUNK_BYTES = 1 << 28  # of the gradient by the activation where it has no place in dx
 

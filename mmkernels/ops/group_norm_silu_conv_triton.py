@@ -15,6 +15,7 @@ the picture a is zero, as padding after the activation is.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,13 +23,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmkernels.kernels.group_norm.triton import backward, sigmoid
 from mmkernels.kernels.launch import launch
-from mmkernels.ops.group_norm_silu_triton import group_norm_silu_backward as group_norm_silu_backward  # offered as well
-from mmkernels.ops.group_norm_silu_triton import sigmoid
 
 WEIGHT_PROGRAMS = 512  # of a weight gradient, where each still has this many tiles of pixels:
 LEAST_SPLIT_TILES = 16
 MOST_REGISTERS = 248  # said where ptxas would else spill to fit more programs on a processor
+
+group_norm_silu_backward = partial(backward, has_silu=True)
 
 
 # --- kernels

@@ -3,9 +3,9 @@
     h = LayerNorm(x)      q, k, v = h Wq^T, h Wk^T, h Wv^T      y = x + attention(q, k, v) Wo^T + bo
 
 x and y are (R, P, C), one row for each frame (R = B * F); attention runs over P for each row and head. The attention
-itself is torch's flash attention (or xformers' or flash-attn's, where asked for). Saved for backward are x, the output
-of attention (R, P, N * D) and its logsumexp (R, N, P); the norm and q, k, v are computed again. Forward and backward
-walk over chunks of frames, so the transients are those of a chunk.
+itself is one of torch's, or a library's where asked for (mmkernels.kernels.attention). Saved for backward are x, the
+output of attention (R, P, N * D) and its logsumexp (R, N, P); the norm and q, k, v are computed again. Forward and
+backward walk over chunks of frames, so the transients are those of a chunk.
 
 x may be wider than the weights (float32 tokens, bfloat16 weights, as under autocast): the norm is taken at least in
 float32, the products and the attention in the weights' dtype, the residual in x's.
@@ -13,8 +13,6 @@ float32, the products and the attention in the weights' dtype, the residual in x
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -22,15 +20,15 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
 
-from mmkernels.costs import device_kind
-from mmkernels.kernels.launch import capability
+from mmkernels.kernels import attention
+from mmkernels.kernels.launch import MOST_GRID_YZ
 from mmkernels.kernels.layer_norm import add_residual_into, layer_norm_backward_into, layer_norm_into
 from mmkernels.rows import add_product, check_shapes, chunk_size, chunks, default_chunk, rows_of, wide_dtype
 
 Backend = Literal["torch", "xformers", "flash-attn"]
-BACKENDS = ("torch", "xformers", "flash-attn")
-_MAX_GRID_YZ = 65_535  # CUDA's limit on grid y and z, which these attentions use for batch and heads
-_HALF = (torch.bfloat16, torch.float16)
+BACKENDS = ("torch", *attention.LIBRARIES)
+# Of a chunk's shape, in backward: h, q, k, v and their gradients, that of o, and one in float32 inside the attention.
+_NUM_TENSORS = 10
 
 
 # --- reference
@@ -53,53 +51,6 @@ def _heads(packed: Tensor, parts: int, num_heads: int) -> tuple[Tensor, ...]:
     return packed.unflatten(-1, (parts, num_heads, -1)).unbind(2)
 
 
-# --- attention of one chunk: q, k, v, o (r, P, N, D), logsumexp (r, N, P)
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    if backend == "xformers":
-        fmha = importlib.import_module("xformers.ops.fmha")
-        o, logsumexp = fmha.memory_efficient_attention_forward_requires_grad(q, k, v)
-        return o, logsumexp[..., : q.shape[1]]
-    if backend == "flash-attn":
-        interface = importlib.import_module("flash_attn.flash_attn_interface")
-        scale = q.shape[-1] ** -0.5
-        o, logsumexp, *_ = interface._flash_attn_forward(q, k, v, 0.0, scale, False, -1, -1, 0.0, None, False)
-        return o, logsumexp
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if device_kind(q) == "cpu":
-        o, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
-    else:
-        o, logsumexp, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)
-    return o.transpose(1, 2), logsumexp
-
-
-def _attend_backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, logsumexp: Tensor, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    if backend == "xformers":
-        fmha = importlib.import_module("xformers.ops.fmha")
-        return fmha.memory_efficient_attention_backward(do, o, logsumexp, q, k, v)
-    if backend == "flash-attn":
-        interface = importlib.import_module("flash_attn.flash_attn_interface")
-        dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-        scale = q.shape[-1] ** -0.5
-        interface._flash_attn_backward(
-            do, q, k, v, o, logsumexp, dq, dk, dv, 0.0, scale, False, -1, -1, 0.0, None, True
-        )
-        return dq, dk, dv
-    do, q, k, v, o = (x.transpose(1, 2) for x in (do, q, k, v, o))
-    aten, P = torch.ops.aten, q.shape[2]
-    if device_kind(q) == "cpu":
-        gradients = aten._scaled_dot_product_flash_attention_for_cpu_backward(do, q, k, v, o, logsumexp, 0.0, False)
-    else:
-        unread = torch.empty(0, dtype=torch.int64, device=q.device)  # the random state, which no dropout reads
-        gradients = aten._scaled_dot_product_flash_attention_backward(
-            do, q, k, v, o, logsumexp, None, None, P, P, 0.0, False, unread, unread
-        )
-    return tuple(x.transpose(1, 2) for x in gradients)
-
-
 # --- forward
 
 
@@ -110,15 +61,23 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     y, o, logsumexp = _outputs(x, qkv_weight, num_heads)
     norm_weight, norm_bias, out_bias = (vector.to(wide_dtype(x.dtype)) for vector in (norm_weight, norm_bias, out_bias))
+    attend = _attention(x, qkv_weight, num_heads, backend)
     for chunk in chunks(x, chunk_frames):
         part = x[chunk]
         h, _, _ = _norm(part, norm_weight, norm_bias, eps, qkv_weight.dtype)
         q, k, v = _heads((h @ qkv_weight.t()).view(*part.shape[:2], -1), 3, num_heads)
-        attended, logsumexp[chunk] = _attend(q, k, v, backend)
+        attended, logsumexp[chunk] = attend.forward(q, k, v)
         o[chunk] = attended.flatten(2)
         inner = torch.mm(rows_of(o[chunk]), out_weight.t(), out=h)
         add_residual_into(part, None, inner, out_bias, y[chunk])
     return y, o, logsumexp
+
+
+def _attention(x: Tensor, qkv_weight: Tensor, num_heads: int, backend: str) -> Any:
+    """The backend: chosen by shape, so that forward and backward have the same."""
+    if backend != "torch":
+        return attention.library(backend)
+    return attention.choose(x, qkv_weight.dtype, x.shape[1], num_heads, qkv_weight.shape[0] // 3 // num_heads)
 
 
 def _norm(part: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -167,12 +126,12 @@ def _product_flops(x_shape: Sequence[int], qkv_shape: Sequence[int], products: i
 
 def _packed_gradient(
     h: Tensor, dout: Tensor, o: Tensor, logsumexp: Tensor, qkv_weight: Tensor, out_weight: Tensor, num_heads: int,
-    backend: str,
+    attend: Any,
 ) -> Tensor:  # fmt: skip
     """The gradient (r * P, 3 * N * D) of a chunk's q, k, v, which are computed again and dropped here."""
     q, k, v = _heads((h @ qkv_weight.t()).view(*o.shape[:2], -1), 3, num_heads)
     (do,), (o,) = _heads((dout @ out_weight).view_as(o), 1, num_heads), _heads(o, 1, num_heads)
-    gradients = _attend_backward(do, q, k, v, o, logsumexp, backend)
+    gradients = attend.backward(do, q, k, v, o, logsumexp)
     del q, k, v, do
     return rows_of(torch.stack(gradients, 2).flatten(2))
 
@@ -191,11 +150,12 @@ def _backward(
     norm_weight, norm_bias = norm_weight.to(wide), norm_bias.to(wide)
     qkv_sum, out_sum = (torch.zeros_like(w, dtype=wide_dtype(w.dtype)) for w in (qkv_weight, out_weight))
     vector_sums = torch.zeros((3, x.shape[2]), dtype=wide, device=x.device)
+    attend = _attention(x, qkv_weight, num_heads, backend)
     for chunk in chunks(x, chunk_frames):
         part, o_part = x[chunk], o[chunk]
         h, mean, rstd = _norm(part, norm_weight, norm_bias, eps, qkv_weight.dtype)
         dout = rows_of(dy[chunk]).to(out_weight.dtype)
-        packed = _packed_gradient(h, dout, o_part, logsumexp[chunk], qkv_weight, out_weight, num_heads, backend)
+        packed = _packed_gradient(h, dout, o_part, logsumexp[chunk], qkv_weight, out_weight, num_heads, attend)
         add_product(qkv_sum, packed, h)
         add_product(out_sum, dout, rows_of(o_part))
         dh = torch.mm(packed, qkv_weight, out=h)
@@ -247,20 +207,9 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 # --- what is supported
 
 
-def why_unsupported(x: Tensor, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why torch's flash attention does not take heads of `head_dim` in `dtype` on x's device, or None where it does."""
-    kind = device_kind(x)
-    if kind == "cpu":
-        return None
-    if kind != "cuda":
-        return f"no flash attention for device {kind}"
-    if dtype not in _HALF:
-        return f"products in {dtype}, torch's flash attention on CUDA takes bfloat16 and float16"
-    if head_dim % 8 or head_dim > 256:
-        return f"head dim {head_dim}, torch's flash attention on CUDA takes multiples of 8 up to 256"
-    if capability(x) < (8, 0):
-        return "torch's flash attention wants compute capability 8.0 or higher"
-    return None
+def why_unsupported(x: Tensor, dtype: torch.dtype, num_heads: int, head_dim: int) -> str | None:
+    """Why none of torch's attentions takes heads of `head_dim` in `dtype` on x's device, or None where one does."""
+    return attention.why_unsupported(attention.call_of(x, dtype, x.shape[1], num_heads, head_dim))
 
 
 def spatial_attention(
@@ -286,12 +235,13 @@ def spatial_attention(
     _check_fit(x, to_q, to_k, to_v, out_weight, out_bias, num_heads)
     if backend not in BACKENDS:
         raise ValueError(f"got backend={backend!r}, wanted one of {', '.join(BACKENDS)}")
-    if backend != "torch" and importlib.util.find_spec(backend.replace("-", "_")) is None:
-        raise ValueError(f"backend {backend!r} is not installed; install it or give backend='torch'")
-    chunk = min(chunk_size("chunk_frames", chunk_frames, default_chunk(x)), max(1, _MAX_GRID_YZ // num_heads))
+    if backend != "torch":
+        attention.library(backend)  # raises where it is not installed
+    chunk = chunk_size("chunk_frames", chunk_frames, default_chunk(x, _NUM_TENSORS))
+    chunk = min(chunk, max(1, MOST_GRID_YZ // num_heads))  # batch and heads lie on one axis of a grid
     qkv_weight = torch.cat((to_q, to_k, to_v))  # (3 * N * D, C)
     parameters = (norm_weight, norm_bias, qkv_weight, out_weight, out_bias)
-    if backend == "torch" and why_unsupported(x, qkv_weight.dtype, to_q.shape[0] // num_heads) is not None:
+    if backend == "torch" and why_unsupported(x, qkv_weight.dtype, num_heads, to_q.shape[0] // num_heads) is not None:
         return torch.cat([reference(part, *parameters, num_heads, eps) for part in x.split(chunk)])
     y, _, _ = _forward(x, *parameters, num_heads, eps, chunk, backend)
     return y

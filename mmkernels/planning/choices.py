@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from mmkernels.memory.units import WHOLE, Choice
+from mmkernels.scratch import DEFAULT_BYTES
 
 OptimizerKind = Literal["adamw", "adamw8bit"]
 PIECE_ELEMENTS = 1 << 21  # of a weight, that adamw8bit updates at once
@@ -70,11 +71,14 @@ class Plan:
     recomputed_blocks: tuple[str, ...] = ()
     window_bytes: int = 1 << 30  # bytes that may be in flight between device and host, each way
     slab_bytes: int = 0  # of host memory that moving takes
+    scratch_bytes: int = DEFAULT_BYTES  # that one chunk inside a fused operation may take of the device
     optimizer: OptimizerChoice = field(default_factory=OptimizerChoice)
     made_for: Mapping[str, Any] = field(default_factory=dict)  # frames, height, width, batch, card, budget_gib, ...
     modelled: Modelled | None = None
 
     def __post_init__(self) -> None:
+        if self.scratch_bytes < 1:
+            raise ValueError(f"scratch_bytes is {self.scratch_bytes} in the plan, wanted at least 1; make another plan")
         for name, choice in self.units.items():
             if choice not in get_args(Choice):
                 raise ValueError(f"unit {name} is {choice!r} in the plan, wanted one of {', '.join(get_args(Choice))}")
@@ -138,7 +142,8 @@ def document(plan: Plan) -> dict[str, Any]:
     figures = {} if plan.modelled is None else asdict(plan.modelled)
     rest = {
         "blocks": blocks, "window_bytes": plan.window_bytes, "slab_bytes": plan.slab_bytes,
-        "optimizer": asdict(plan.optimizer), "made_for": dict(plan.made_for), "kind": "modelled",
+        "scratch_bytes": plan.scratch_bytes, "optimizer": asdict(plan.optimizer), "made_for": dict(plan.made_for),
+        "kind": "modelled",
     }  # fmt: skip
     return figures | rest
 
@@ -159,6 +164,7 @@ def read_plan(path: Path) -> Plan:
             units={f"{block}/{unit}": choice for block, one in blocks.items() for unit, choice in one["units"].items()},
             recomputed_blocks=tuple(block for block, one in blocks.items() if one["is_recomputed"]),
             window_bytes=values["window_bytes"], slab_bytes=values["slab_bytes"],
+            scratch_bytes=values.get("scratch_bytes", DEFAULT_BYTES),  # plans before it have none
             optimizer=OptimizerChoice(**values["optimizer"]), made_for=values["made_for"],
             modelled=Modelled(**figures) if figures else None,
         )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import nn
 
@@ -34,15 +35,16 @@ def units_of(unet: nn.Module) -> Units:
         undo()
 
 
-def take_profile(workload: Workload, card: Card, optimizer: OptimizerChoice) -> Profile:
+def take_profile(workload: Workload, card: Card, optimizer: OptimizerChoice, scratch_bytes: int) -> Profile:
     """The costs of every choice, with moments on the device and the update after backward."""
+    plan = partial(Plan, scratch_bytes=scratch_bytes)
     units = units_of(workload.unet)
     names = [f"{block}/{unit}" for block, each in units.items() for unit in each if unit != WHOLE]
     keepable = [f"{block}/{unit}" for block, each in units.items() for unit, can in each.items() if "keep" in can]
-    base = trace_way(workload, Plan(), card, optimizer)
-    kept = trace_way(workload, Plan(units=dict.fromkeys(keepable, "keep")), card, optimizer)
-    again = trace_way(workload, Plan(recomputed_blocks=_runnable(units)), card, optimizer)
-    away_plan = Plan(units=dict.fromkeys(names, "move"), window_bytes=0, slab_bytes=SLAB_BYTES)
+    base = trace_way(workload, plan(), card, optimizer)
+    kept = trace_way(workload, plan(units=dict.fromkeys(keepable, "keep")), card, optimizer)
+    again = trace_way(workload, plan(recomputed_blocks=_runnable(units)), card, optimizer)
+    away_plan = plan(units=dict.fromkeys(names, "move"), window_bytes=0, slab_bytes=SLAB_BYTES)
     watch = WatchingClock(card)
     away = trace_way(workload, away_plan, card, optimizer, watch) if card.link_bytes_per_s else None
     for other in (kept, again, away):

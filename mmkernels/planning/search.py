@@ -11,11 +11,18 @@ from mmkernels.planning.profile import Profile
 from mmkernels.planning.profiling import take_profile
 from mmkernels.planning.solver import Limits, Solution, solve
 from mmkernels.planning.workload import Traced, Workload, trace_way
+from mmkernels.scratch import DEFAULT_BYTES
 
 MARGIN_GIB = 1.5  # of what is free on a device: fragments, 0.3 where seen, and what other versions of libraries take
 HOST_GIB = 40.0  # of the host's memory that a plan may take where nothing is said: what a host of 64 GB can spare
 MOST_ROUNDS = 4
+SMALL_GIB = 32.0  # a card that leaves a step less takes half the scratch
 NEAR_SHARE = 0.01  # of the budget: what a plan may leave unused
+
+
+def scratch_of(card: Card) -> int:
+    """Bytes of scratch for the chunks of a plan's operations."""
+    return DEFAULT_BYTES if card.usable_gib >= SMALL_GIB else DEFAULT_BYTES // 2
 
 
 class BudgetTooSmallError(ValueError):
@@ -44,7 +51,8 @@ class Search:
     ) -> None:  # fmt: skip
         self.workload, self.card, self.host_gib = workload, card, host_gib
         self.kind: OptimizerKind = kind
-        profile = take_profile(workload, card, OptimizerChoice(kind=kind))
+        self.scratch_bytes = scratch_of(card)
+        profile = take_profile(workload, card, OptimizerChoice(kind=kind), self.scratch_bytes)
         host_s = profile.optimizer.host_s if can_update_on_host else 0.0
         placed = replace(profile.optimizer, can_be_in_backward=can_update_in_backward, host_s=host_s)
         self.profile: Profile = replace(profile, optimizer=placed)
@@ -109,7 +117,7 @@ class Search:
         )
         plan = Plan(
             units=solution.units, recomputed_blocks=solution.recomputed_blocks, window_bytes=solution.window_bytes,
-            slab_bytes=_slab_bytes(solution), optimizer=optimizer,
+            slab_bytes=_slab_bytes(solution), scratch_bytes=self.scratch_bytes, optimizer=optimizer,
             made_for={**self.workload.made_for, "card": self.card.name, "budget_gib": budget_gib},
         )  # fmt: skip
         traced = trace_way(self.workload, plan, self.card, optimizer)

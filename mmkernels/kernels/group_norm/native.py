@@ -1,4 +1,4 @@
-"""The normalisation of `group_norm_silu_conv` and its gradient in native C++ on the CPU; all tensors lie there."""
+"""GroupNorm and SiLU over one input or two side by side, and their gradient, in native C++; tensors lie on the CPU."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from mmkernels import extension
+from mmkernels.kernels.group_norm.norm import Norm
 from mmkernels.kernels.storage import DTYPE_NAMES
-from mmkernels.ops.group_norm_silu_conv_chunked import Norm
 
 
 def statistics(x: Tensor, x2: Tensor | None, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:

@@ -1,11 +1,11 @@
-"""The normalisation of `group_norm_silu_conv` and its gradient as formulas in plain torch, where no kernel takes it."""
+"""GroupNorm and SiLU over one input or two side by side, and their gradient, as formulas in plain torch."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from mmkernels.ops.group_norm_silu_conv_chunked import Norm
+from mmkernels.kernels.group_norm.norm import Norm
 
 
 def _joined(x: Tensor, x2: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,0 +1,67 @@
+"""Attention over the tokens of a row, each head by itself, without its matrix of scores in memory.
+
+    o = softmax(q k^T / sqrt(D)) v      logsumexp = log sum exp(q k^T / sqrt(D))
+
+q, k, v, o and their gradients (R, P, N, D) of any strides with D contiguous, of one dtype; logsumexp (R, N, P), at
+least float32, the same for every backend. A backend has
+
+    forward(q, k, v) -> o, logsumexp        backward(do, q, k, v, o, logsumexp) -> dq, dk, dv
+
+None of them is ours: a vendor's is faster, and each is called by the signature that it documents.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmkernels import tuning
+from mmkernels.kernels.attention import cpu, cudnn, efficient, flash
+from mmkernels.kernels.dispatch import Call, describe, dispatch, why_nobody
+from mmkernels.kernels.launch import MOST_GRID_YZ
+
+OP = "attention"
+TORCHS: Mapping[str, Any] = {"cpu": cpu, "flash": flash, "cudnn": cudnn, "efficient": efficient}
+LIBRARIES: Mapping[str, str] = {"xformers": "xformers", "flash-attn": "flash_attn"}  # on request: what is imported
+
+
+def call_of(x: Tensor, dtype: torch.dtype, pixels: int, num_heads: int, head_dim: int) -> Call:
+    """Attention over `pixels` tokens of each row, in `dtype`, where x lies."""
+    return describe(OP, x, dtype, (pixels, num_heads, head_dim), work=f"{head_dim} a head")
+
+
+def why_unsupported(call: Call) -> str | None:
+    """Why none of torch's attentions takes it, or None."""
+    return why_nobody(call, TORCHS)
+
+
+def library(name: str) -> Any:
+    """The backend of a library that was asked for. Raises ValueError where it is not installed."""
+    if importlib.util.find_spec(LIBRARIES[name]) is None:
+        raise ValueError(f"backend {name!r} is not installed; install it or give backend='torch'")
+    return importlib.import_module(f"mmkernels.kernels.attention.{LIBRARIES[name]}")
+
+
+def choose(x: Tensor, dtype: torch.dtype, pixels: int, num_heads: int, head_dim: int) -> Any:
+    """The one of torch's that computes it: the same for forward and backward, which are timed together."""
+
+    @cache
+    def sample() -> tuple[Tensor, Tensor, Tensor]:
+        rows = max(1, min(x.shape[0], tuning.SAMPLE_BYTES // (pixels * num_heads * head_dim * dtype.itemsize)))
+        shape = (min(rows, MOST_GRID_YZ // num_heads), pixels, 3, num_heads, head_dim)
+        own = torch.Generator(x.device).manual_seed(0)  # a run's random numbers stay its own
+        q, k, v = torch.empty(shape, dtype=dtype, device=x.device).normal_(generator=own).unbind(2)
+        return q, k, v
+
+    def trial(backend: Any) -> None:
+        q, k, v = sample()
+        o, logsumexp = backend.forward(q, k, v)
+        backend.backward(o, q, k, v, o, logsumexp)
+
+    return dispatch(call_of(x, dtype, pixels, num_heads, head_dim), x, TORCHS, trial)

@@ -1,0 +1,178 @@
+"""Who computes attention over pixels: each backend's reasons, and the choice among those that have none."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from mmkernels import tuning
+from mmkernels.cards import card
+from mmkernels.costs import modelled_device
+from mmkernels.kernels import attention
+from mmkernels.kernels.attention import call_of, choose, cudnn, efficient, flash, why_unsupported
+from mmkernels.kernels.dispatch import Call, dispatch, reasons
+from mmkernels.memory.clock import Clock
+from mmkernels.memory.trace import trace
+from mmkernels.ops.spatial_attention import spatial_attention
+
+HOPPER = Call(
+    op="attention", device="cuda", is_modelled=True, capability=(9, 0), dtype=torch.bfloat16, shape=(64, 5, 64),
+    is_deterministic=False, work="64 a head",
+)  # fmt: skip
+
+
+def able(**changes: Any) -> list[str]:
+    """Who takes a Hopper's call with these changes."""
+    found = reasons(dataclasses.replace(HOPPER, **changes), attention.TORCHS)
+    return [name for name, reason in found.items() if reason is None]
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({}, ["flash", "cudnn"]),
+        ({"is_deterministic": True}, ["flash"]),
+        ({"shape": (1, 5, 64)}, ["flash"]),
+        ({"shape": (64, 5, 136)}, ["flash"]),
+        ({"shape": (64, 5, 264)}, ["efficient"]),
+        ({"shape": (64, 5, 20)}, []),
+        ({"shape": (64, 5, 20), "dtype": torch.float32}, ["efficient"]),
+        ({"shape": (64, 5, 22), "dtype": torch.float32}, []),
+        ({"dtype": torch.float64}, []),
+        ({"capability": (7, 5), "dtype": torch.float16}, ["efficient"]),
+        ({"capability": (7, 5)}, []),
+        ({"device": "cpu", "dtype": torch.float64}, ["cpu"]),
+        ({"device": "mps"}, []),
+    ],
+)
+def test_who_takes_what(changes: dict[str, Any], names: list[str]) -> None:
+    assert able(**changes) == names
+
+
+@pytest.mark.parametrize(
+    ("backend", "changes", "reason"),
+    [
+        (flash, {"dtype": torch.float32}, "products in torch.float32"),
+        (flash, {"shape": (64, 5, 20)}, "head dim 20"),
+        (flash, {"capability": (7, 5)}, "compute capability 8.0"),
+        (flash, {"device": "mps"}, "for device mps"),
+        (cudnn, {"device": "mps"}, "for device mps"),
+        (cudnn, {"is_deterministic": True}, "use_deterministic_algorithms is on"),
+        (cudnn, {"dtype": torch.float32}, "products in torch.float32"),
+        (cudnn, {"shape": (64, 5, 136)}, "head dim 136"),
+        (cudnn, {"shape": (1, 5, 64)}, "no single token"),
+        (cudnn, {"capability": (7, 5)}, "compute capability 8.0"),
+        (cudnn, {"is_modelled": False}, "has no cuDNN"),
+        (efficient, {}, "flash attention takes it"),
+        (efficient, {"dtype": torch.float64}, "products in torch.float64"),
+        (efficient, {"shape": (64, 5, 20)}, "head dim 20"),
+        (efficient, {"capability": (7, 5)}, "bfloat16"),
+        (efficient, {"device": "mps"}, "for device mps"),
+    ],
+)
+def test_every_reason(backend: Any, changes: dict[str, Any], reason: str) -> None:
+    with mock.patch.object(torch.backends.cudnn, "is_available", lambda: False):
+        assert reason in backend.why_unsupported(dataclasses.replace(HOPPER, **changes))
+
+
+def test_cudnn_is_switched_off_as_for_torchs_own_attention() -> None:
+    here = dataclasses.replace(HOPPER, is_modelled=False)
+    with mock.patch.object(torch.backends.cudnn, "is_available", lambda: True):
+        assert cudnn.why_unsupported(here) is None
+        with mock.patch.object(torch.backends.cuda, "cudnn_sdp_enabled", lambda: False):
+            assert "enable_cudnn_sdp is off" in str(cudnn.why_unsupported(here))
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def chosen(capability: tuple[int, int], dtype: torch.dtype = torch.bfloat16) -> Any:
+    with FakeTensorMode(), modelled_device("cuda", capability):
+        return choose(torch.empty(2, 64, 320, dtype=dtype), dtype, 64, 5, 64)
+
+
+def test_a_modelled_gpu_takes_what_one_reading_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert chosen((9, 0)) is cudnn
+    assert chosen((8, 0)) is flash
+    assert chosen((12, 0)) is flash
+    assert chosen((9, 0), torch.float32) is efficient
+    with deterministic():
+        assert chosen((9, 0)) is flash
+    monkeypatch.setenv("MMKERNELS_VARIANT", "attention=flash")
+    assert chosen((9, 0)) is flash
+
+
+def test_nobody_is_said_with_every_reason() -> None:
+    x = torch.empty(2, 64, 320, device="meta")
+    call = call_of(x, torch.float32, 64, 5, 64)
+    assert "no flash attention for device meta; no cuDNN for device meta" in str(why_unsupported(call))
+    with pytest.raises(ValueError, match="nothing computes attention: no flash attention for device meta"):
+        choose(x, torch.float32, 64, 5, 64)
+
+
+def test_where_no_reading_knows_both_are_timed_once_forward_and_backward_together(tmp_path: Path) -> None:
+    """On a GPU of another generation; the clock counts what ran."""
+    ran: list[tuple[str, str]] = []
+
+    class Backend:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def why_unsupported(self, call: Call) -> str | None:
+            return None
+
+        def trial(self) -> None:
+            ran.extend((self.name, direction) for direction in ("forward", "backward"))
+
+    def clock(variant: Any, repeats: int) -> float:
+        before = len(ran)
+        for _ in range(repeats):
+            variant()
+        return sum(2.0 if name == "flash" else 1.0 for name, _ in ran[before:])
+
+    tuner = tuning.Tuner(tmp_path / "choices.json", {"capability": "8.9", "device": "a card"}, clock)
+    call = dataclasses.replace(HOPPER, is_modelled=False, capability=(8, 9))
+    backends = {name: Backend(name) for name in ("flash", "cudnn")}
+
+    def fastest(op: str, key: tuple, variants: Any, device: torch.device, kind: str) -> str:
+        return tuner.fastest(op, key, variants, kind)
+
+    with mock.patch.object(tuning, "fastest", fastest):
+        first = dispatch(call, torch.empty(1), backends, Backend.trial)
+        count = len(ran)
+        assert dispatch(call, torch.empty(1), backends, Backend.trial) is first is backends["cudnn"]
+    assert {name for name, _ in ran} == {"flash", "cudnn"}
+    assert len(ran) == count, "timed again"
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"), [("H100", {"attention", "attention backward"}), ("A100", {"flash", "flash backward"})]
+)
+def test_a_modelled_step_has_the_time_of_the_cards_own(name: str, kinds: set[str]) -> None:
+    clock, seen = Clock(card(name)), set()
+    compute = clock.compute
+    clock.compute = lambda flops, num_bytes, kind="pass": seen.add(kind) or compute(flops, num_bytes, kind)
+    with FakeTensorMode():
+        x = torch.empty(2, 64, 320, dtype=torch.bfloat16, requires_grad=True)
+        q, k, v, out = (torch.empty(320, 320, dtype=torch.bfloat16, requires_grad=True) for _ in range(4))
+        vector = torch.empty(320, dtype=torch.bfloat16)
+
+        def step() -> None:
+            spatial_attention(x, vector, vector, q, k, v, out, vector, 5).sum().backward()
+
+        trace(step, [x, vector, q, k, v, out], clock=clock)
+    assert seen & {"flash", "flash backward", "attention", "attention backward"} == kinds
