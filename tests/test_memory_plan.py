@@ -7,6 +7,7 @@ import json
 import re
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -174,3 +175,22 @@ def test_a_budget_makes_a_plan_for_the_runs_own_step(tmp_path: Path, monkeypatch
     found = dry_run(placed, plan)
     assert found.cost.peak_bytes / 2**30 == pytest.approx(plan.modelled.peak_gib, rel=0.05)
     assert "plan for RTX 4090" in str(found)
+
+
+def test_later_plans_begin_from_the_last_and_update_as_the_first_did(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, asked = tiny_config(tmp_path, batch_size=1), list[Any]()
+    inside = mock.Mock(plan=build_plan(optimizer=OptimizerChoice(is_in_backward=True)))
+    search = mock.Mock(best=lambda budget_gib, like: asked.append((budget_gib, like)) or inside)
+    monkeypatch.setattr(memory_plan, "measured_card", lambda: UNLINKED)
+    monkeypatch.setattr(memory_plan, "search_step", lambda *_, **__: search)
+    planner = memory_plan.StepPlanner(config, 1)
+    assert [planner.plan_within(gib) for gib in (20.0, 19.0)] == [inside.plan] * 2
+    assert asked == [(20.0, None), (19.0, inside)]
+    search.keep_update.assert_called_once_with(is_in_backward=True)
+    search.keep_update.reset_mock()
+    taken = memory_plan.StepPlanner(config, 1)
+    taken.take(build_plan())
+    taken.plan_within(20.0)
+    search.keep_update.assert_called_once_with(is_in_backward=False)  # before the first plan

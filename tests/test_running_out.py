@@ -40,27 +40,26 @@ ON_GPU = dataclasses.replace(ONE, device=torch.device("cuda", 0))
 
 
 def scarce_after_backward(run: Trainer, room_bytes: int) -> Hidden:
-    """Until the next plan there is so little more once the second step's backward is done."""
-    assert run.fitting is not None
-    backward, begin, device = run.optimization.backward, run.fitting.allocator.begin, run.fitting.allocator
-    assert isinstance(device, StandIn)
-    most_bytes = [math.inf]
+    """From the end of the second step's backward until the next plan there is so little more than what lives then."""
+    assert run.fitting is not None and isinstance(run.fitting.allocator, StandIn)
+    device, most_bytes = run.fitting.allocator, [math.inf]
+    take_room, begin = run.optimization.take_room, device.begin
 
-    def done(loss: torch.Tensor) -> None:
-        backward(loss)
+    def scarce() -> None:
         if run.step == 1 and not device.num_failures:
             most_bytes[0] = device.live_bytes + room_bytes
+        take_room()
 
     def begun() -> None:
         most_bytes[0] = math.inf
         begin()
 
-    run.optimization.backward, device.begin = done, begun
+    run.optimization.take_room, device.begin = scarce, begun
     return lambda _, live_bytes: math.inf if live_bytes > most_bytes[0] else 0.0
 
 
 def test_the_room_of_an_update_is_asked_for_before_a_weight_moves(tmp_path: Path) -> None:
-    """Some weights would have moved, and the largest not: the step is done again under a smaller plan."""
+    """Some weights could move, and the largest could not: the step is done again under a smaller plan."""
     options = {"states_on_host": True, "warmup_steps": 0}
     expected = plain(run_config(tmp_path / "plain", **options))
     config = run_config(tmp_path / "fitted", **options)
@@ -69,8 +68,8 @@ def test_the_room_of_an_update_is_asked_for_before_a_weight_moves(tmp_path: Path
     def hides(run: Trainer) -> Hidden:
         choice = OptimizerChoice(states_on_host=True)
         each_bytes = [temporary_bytes(weight, choice) for weight in run.optimization.live.values()]
-        assert each_bytes[0] < max(each_bytes)
-        return scarce_after_backward(run, max(each_bytes) - 1)
+        assert each_bytes[0] < max(each_bytes) // 2
+        return scarce_after_backward(run, max(each_bytes) // 2)
 
     run, device = fitted(config, plans, 20.0, hides, 30.0)
     assert device.num_failures == 1 and run.fitting is not None and peak_gib(run.fitting.plan) == 19.0
