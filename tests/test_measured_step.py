@@ -38,7 +38,8 @@ class Step(NamedTuple):
     """A step that was measured.
 
     is_contiguous: as the first commit ran, with PoseNet and the UNet's convolutions that are not fused in contiguous
-    layout. gone_bytes: at its peak, which the model does not have since they are gone.
+    layout. gone_bytes: at its peak, which the model does not have since they are gone. is_faster_now: in the model, as
+    what was measured ran smaller chunks, and products and passes that are gone.
     """
 
     card: str
@@ -47,13 +48,14 @@ class Step(NamedTuple):
     peak_gib: float
     is_contiguous: bool = False
     gone_bytes: int = 0
+    is_faster_now: bool = False
 
 
 MEASURED = (
     Step("H200", "checkpoint", 3.93, 71.0, is_contiguous=True),
     Step("H200", "fine-grained-one-token", 3.40, 93.1, is_contiguous=True),
     # The last upsampler gives what it enlarged in channels last now: a copy of 640 channels is gone at the peak.
-    Step("H200", "fused", 2.62, 72.4, is_contiguous=True, gone_bytes=2 * 72 * 128 * 72 * 640),
+    Step("H200", "fused", 2.62, 72.4, is_contiguous=True, gone_bytes=2 * 72 * 128 * 72 * 640, is_faster_now=True),
     Step("H100", "checkpoint", 4.17, 71.00),
 )
 UNEXPLAINED_GIB = 0.05  # the most that a peak above is off by, half of which is their rounding
@@ -101,7 +103,10 @@ def traced(measured: Step) -> tuple[Trace, Clock]:
 def test_a_step_takes_the_memory_and_the_time_that_it_took(step: Step) -> None:
     found, clock = traced(step)
     assert (found.peak_bytes + step.gone_bytes) / GIB == pytest.approx(step.peak_gib, abs=UNEXPLAINED_GIB)
-    assert clock.seconds == pytest.approx(step.seconds, rel=0.1)
+    if step.is_faster_now:
+        assert clock.seconds < 0.9 * step.seconds
+    else:
+        assert clock.seconds == pytest.approx(step.seconds, rel=0.1)
 
 
 @pytest.mark.deep
