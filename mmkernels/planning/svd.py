@@ -101,7 +101,7 @@ def svd_workload(
             torch.empty(batch, 1, unet.config["cross_attention_dim"], dtype=dtype),
         )
         time_ids, times = torch.empty(batch, 3, dtype=dtype), torch.empty(batch)
-        pictures = torch.empty(batch * frames, GUIDE_CHANNELS[0], height, width)
+        pictures = torch.empty(batch * frames if has_guide else 0, GUIDE_CHANNELS[0], height, width)
 
     def forward() -> Tensor:  # of its own, so that backward does not find the features still held
         with ExitStack() as hooks, torch.autocast(kind_of_device, torch.bfloat16, enabled=is_wide):
