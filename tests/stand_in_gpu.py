@@ -61,7 +61,20 @@ def interpreted() -> Iterator[None]:
             for name, value in list(vars(module).items()):
                 if isinstance(value, compiled):
                     stack.enter_context(mock.patch.object(module, name, interpreter.InterpretedFunction(value.fn)))
-        yield
+        # A function of Triton's library that is called inside another leaves the interpreter's patches behind.
+        language = importlib.import_module("triton.language")
+        core = language.core
+        places = (language, core, language.math, core.tensor, core.tensor_descriptor_base)
+        before = [dict(vars(place)) for place in places]
+        try:
+            yield
+        finally:
+            for place, names_before in zip(places, before, strict=True):
+                for name, value in list(vars(place).items()):
+                    if name not in names_before:
+                        delattr(place, name)
+                    elif names_before[name] is not value:
+                        setattr(place, name, names_before[name])
 
 
 def interpret(kernel: Any, num_programs: int, positional: list[Any], constants: dict[str, Any]) -> None:
