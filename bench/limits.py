@@ -128,12 +128,13 @@ WORK_OF_BENCH: Mapping[str, Callable[[Shape, str], Passes]] = {
 ELEMENTWISE_PARTS: Mapping[tuple[str, str], int] = {
     ("layer_norm", "forward_kernel"): 2, ("layer_norm", "backward_kernel"): 4, ("layer_norm", "residual_kernel"): 3,
     ("geglu", "forward_kernel"): 12, ("geglu", "backward_kernel"): 24,
+    ("blend", "mix_kernel"): 3, ("blend", "mix_backward_kernel"): 5, ("column_sums", "column_sums_kernel"): 1,
 }  # fmt: skip
 
 # Of a kernel that does a part of group_norm_silu_conv: tensors of tokens that it moves, taps of its convolution.
 CONVOLUTION_PARTS: Mapping[str, tuple[int, int]] = {
     "partial_statistics_kernel": (1, 0), "partial_moments": (1, 0),
-    "activate_kernel": (2, 0),
+    "normalise_kernel": (2, 0),
     "partial_backward_kernel": (2, 0), "norm_backward_sums": (2, 0),
     "input_gradient_kernel": (3, 0), "norm_backward_inputs": (3, 0),
     "forward_3x3": (2, 9), "convolve<9>": (2, 9), "forward_3x1x1": (2, 3), "convolve<3>": (2, 3),

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from mimicmotion.config import Config
+
 Made = TypeVar("Made")
 
 
@@ -126,3 +128,16 @@ def no_sync(model: nn.Module, is_last: bool) -> contextlib.AbstractContextManage
     if is_last or not isinstance(model, DistributedDataParallel):
         return contextlib.nullcontext()
     return model.no_sync()
+
+
+def rank_sample_ids(config: Config, ranks: Ranks) -> list[range]:
+    """Sample ids of this rank's micro-batches; ranks and micro-batches together cover 0 to batch_size - 1 once."""
+    batch, micro = config.trainer.batch_size, config.trainer.micro_batch_size
+    if batch % (micro * ranks.world_size) != 0:
+        raise ValueError(
+            f"trainer.batch_size is {batch} for {ranks.world_size} ranks of micro-batches of {micro}; "
+            f"give a multiple of {micro * ranks.world_size}."
+        )
+    share = batch // ranks.world_size
+    first = ranks.rank * share
+    return [range(start, start + micro) for start in range(first, first + share, micro)]

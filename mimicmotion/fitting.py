@@ -5,6 +5,7 @@ budget - (P - p). A step that runs out of memory says only that the device has l
 plan's p is lower by a share of the budget, twice that where memory runs out again at once.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -41,20 +42,23 @@ class Fitting:
 
     plan_within: the fastest plan of a modelled peak within so many GiB that updates weights as `plan` does; raises
         BudgetTooSmallError, with the smallest plan. Called on the first rank alone.
-    device: what plans move through, None for the GPU's own.
+    plan: followed first; what was measured under it before, in a run that is gone on from, is in its made_for.
+    device: what plans move through, None for the GPU's own. origin: where the plan is from, to be said.
     """
 
     def __init__(
         self, plan: Plan, budget_gib: float, plan_within: Callable[[float], Plan], allocator: Allocator, ranks: Ranks,
-        device: Device | None = None,
+        device: Device | None = None, origin: str = "",
     ) -> None:  # fmt: skip
+        self.origin = origin
         self.plan, self.budget_gib, self.allocator, self.device = plan, budget_gib, allocator, device
         self.is_held = False
         self.changes: list[Change] = []
         self._plan_within, self._ranks = plan_within, ranks
         self._num_replans = self._num_failures = 0  # the latter: in a row
-        self._unmodelled_gib = 0.0
-        self._failed_gib = float("inf")  # the least modelled peak that did not fit the device
+        self._unmodelled_gib = float(plan.made_for.get("unmodelled_gib", 0.0))
+        # The least modelled peak that did not fit the device.
+        self._failed_gib = float(plan.made_for.get("failed_gib", math.inf))
 
     def settle(self, step_s: float) -> Change | None:
         """After a step that took so long since `allocator.begin()`: what to follow now, None once a plan holds."""
@@ -92,8 +96,8 @@ class Fitting:
 
     def shrink(self) -> Change:
         """After a step that ran out of memory: the next smaller plan. Raises NoSmallerPlanError where none is."""
-        change = self._ranks.from_first(self._smaller)
         self._failed_gib = min(self._failed_gib, _modelled(self.plan).peak_gib)
+        change = self._ranks.from_first(self._smaller)
         self._num_failures += 1
         if change is None:
             raise NoSmallerPlanError(
@@ -122,8 +126,15 @@ class Fitting:
             if error.least is None:
                 raise
             plan = error.least
-        made = {**plan.made_for, "budget_gib": self.budget_gib, "unmodelled_gib": round(self._unmodelled_gib, 3)}
-        return replace(plan, made_for=made)
+        known = {"budget_gib": self.budget_gib, "unmodelled_gib": round(self._unmodelled_gib, 3)}
+        if self._failed_gib < math.inf:
+            known["failed_gib"] = self._failed_gib
+        return replace(plan, made_for={**plan.made_for, **known})
+
+
+def expected_gib(plan: Plan) -> float:
+    """The allocator's peak under a plan: as modelled, and what was measured beyond it in the run that made it."""
+    return _modelled(plan).peak_gib + float(plan.made_for.get("unmodelled_gib", 0.0))
 
 
 def _modelled(plan: Plan) -> Modelled:

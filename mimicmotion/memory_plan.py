@@ -1,5 +1,7 @@
 """Which memory plan a run follows: one from a file, held to the run, or one made for the run's step and a budget."""
 
+from __future__ import annotations
+
 import dataclasses
 import math
 import os
@@ -7,26 +9,29 @@ import os
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from mimicmotion import checkpoint
 from mimicmotion.config import Config
 from mimicmotion.distributed import Ranks
 from mimicmotion.dry_run import fake_step
 from mimicmotion.execution import same_bits
-from mimicmotion.fitting import Fitting
+from mimicmotion.fitting import Fitting, expected_gib
 from mimicmotion.planned import check_plan, made_for
 from mmkernels.allocator import CudaAllocator
 from mmkernels.cards import Card
 from mmkernels.planning.choices import GIB, Plan, read_plan
 from mmkernels.planning.device import measured_card
-from mmkernels.planning.search import MARGIN_GIB, Search
+from mmkernels.planning.search import MARGIN_GIB, Chosen, Search
 from mmkernels.planning.workload import Workload
 
 
-def choose_plan(config: Config, ranks: Ranks) -> tuple[Config, Plan | None, Fitting | None]:
+def choose_plan(config: Config, ranks: Ranks, *, resume: bool = False) -> tuple[Config, Plan | None, Fitting | None]:
     """The config with the optimizer placed as planned, the plan, and what keeps the run within its budget.
 
-    No plan where none is asked for, and no Fitting where the plan is a file's. The first rank reads or makes it, for
-    the least memory that is free on any rank, and every rank follows it. Raises ValueError, on every rank, where the
-    file is not a plan, was made for another step, does not fit, or where no plan fits the budget.
+    No plan where none is asked for. A file's has no Fitting: it is followed as it is, and a run in which memory runs
+    out under it ends and says what to do. The first rank reads or makes the plan, for the least memory that is free on
+    any rank, and every rank follows it. resume: with a budget, the plan that the newest checkpoint was saved under is
+    gone on from where it is for this step and fits. Raises ValueError, on every rank, where the file is not a plan, was
+    made for another step, does not fit, or where no plan fits the budget.
     """
     if config.plan is None and config.memory_budget is None:
         return config, None, None
@@ -35,8 +40,8 @@ def choose_plan(config: Config, ranks: Ranks) -> tuple[Config, Plan | None, Fitt
         plan = ranks.from_first(lambda: _read(config, free_gib))
     else:
         budget_gib, planner = _budget_gib(config, free_gib), StepPlanner(config, ranks.world_size)
-        plan = ranks.from_first(lambda: planner.plan_within(budget_gib))
-        fitting = Fitting(plan, budget_gib, planner.plan_within, CudaAllocator(ranks.device), ranks)
+        plan, origin = ranks.from_first(lambda: _within(config, budget_gib, planner, resume=resume))
+        fitting = Fitting(plan, budget_gib, planner.plan_within, CudaAllocator(ranks.device), ranks, origin=origin)
     settings, chosen = config.optimizer, plan.optimizer
     placed = dataclasses.replace(
         settings,
@@ -53,9 +58,25 @@ def _read(config: Config, free_gib: float) -> Plan:
     if not config.plan.is_file():
         raise ValueError(f"there is no file {config.plan}; make a plan with `python -m mmkernels.plan`")
     plan = read_plan(config.plan)
-    check_plan(config, plan)
+    check_plan(config, plan, config.plan)
     _check_fits(plan, free_gib)
     return plan
+
+
+def _within(config: Config, budget_gib: float, planner: StepPlanner, *, resume: bool) -> tuple[Plan, str]:
+    """A plan for the budget, and where it is from."""
+    folder = checkpoint.newest(config.run_dir) if resume else None
+    if folder is None or not (saved := folder / "plan.json").is_file():
+        return planner.plan_within(budget_gib), ""
+    try:
+        plan = read_plan(saved)
+        check_plan(config, plan, saved)
+        planner.take(plan)
+        if expected_gib(plan) > budget_gib:
+            raise ValueError(f"it took {expected_gib(plan):.1f} GiB, there are {budget_gib:.1f}")
+    except ValueError as error:
+        return planner.plan_within(budget_gib), f"a new plan, since that of {saved} is not for this run: {error}"
+    return plan, f"goes on under the plan that {saved} has"
 
 
 def _budget_gib(config: Config, free_gib: float) -> float:
@@ -73,24 +94,35 @@ def _budget_gib(config: Config, free_gib: float) -> float:
 class StepPlanner:
     """Plans for a run's own step on a card like this rank's; the step is profiled once, when first asked.
 
-    Once the first plan is made the others update weights inside or after backward as it does.
+    Once there is a first plan, made or taken, the others update weights inside or after backward as it does.
     """
 
     def __init__(self, config: Config, world_size: int) -> None:
         self._config = config
         self._search: Search | None = None
+        self._last: Chosen | None = None
+        self._is_in_backward: bool | None = None  # as the first plan has it
         is_alone = world_size == 1 and config.trainer.batch_size == config.trainer.micro_batch_size
         self._can_update_in_backward = is_alone and config.trainer.precision != "fp16"
 
+    def take(self, plan: Plan) -> None:
+        """Make plans that can follow this one. Raises ValueError where a run like this one cannot follow it."""
+        if plan.optimizer.is_in_backward and not self._can_update_in_backward:
+            raise ValueError("it updates weights inside backward, which one rank with one micro-batch a step can do")
+        self._is_in_backward = plan.optimizer.is_in_backward
+
     def plan_within(self, budget_gib: float) -> Plan:
         """The fastest plan within a budget. Raises BudgetTooSmallError with the smallest."""
-        if self._search is not None:
-            return self._search.best(budget_gib).plan
-        search = search_step(self._config, measured_card(), can_update_in_backward=self._can_update_in_backward)
-        plan = search.best(budget_gib).plan
-        search.keep_update(is_in_backward=plan.optimizer.is_in_backward)
-        self._search = search
-        return plan
+        if self._search is None:
+            card, can_update = measured_card(), self._can_update_in_backward
+            self._search = search_step(self._config, card, can_update_in_backward=can_update)
+            if self._is_in_backward is not None:
+                self._search.keep_update(is_in_backward=self._is_in_backward)
+        self._last = self._search.best(budget_gib, like=self._last)
+        if self._is_in_backward is None:
+            self._is_in_backward = self._last.plan.optimizer.is_in_backward
+            self._search.keep_update(is_in_backward=self._is_in_backward)
+        return self._last.plan
 
 
 def search_step(config: Config, card: Card, *, can_update_in_backward: bool, can_update_on_host: bool = True) -> Search:

@@ -79,6 +79,11 @@ class Optimization:
         self.scaler.unscale_(self.optimizer)
         return nn.utils.clip_grad_norm_(self.live.values(), self.max_grad_norm)
 
+    def take_room(self) -> None:
+        """Before any weight moves: raise torch.OutOfMemoryError where there is no room for what `step` works in."""
+        if self.in_backward is None:
+            self.weight_update.take_room()
+
     def step(self, *, is_finite: bool) -> None:
         """Update weights, schedule and moving average, or only the loss scale where the step is not finite."""
         if self.in_backward is not None:

@@ -4,11 +4,11 @@ from mimicmotion.config import Config
 from mmkernels.planning.choices import Plan
 
 
-def check_plan(config: Config, plan: Plan) -> None:
+def check_plan(config: Config, plan: Plan, where: object) -> None:
     """Raise ValueError, naming both, where a plan was made for another step than the run's.
 
     Height and width may change places: a step costs the same. Where the optimizer's states are and when it updates is
-    the plan's to say.
+    the plan's to say. where: it is from.
     """
     made = {"precision": "bf16"} | dict(plan.made_for)  # a plan of the command line says it by its optimizer
     wanted = made_for(config)
@@ -21,7 +21,7 @@ def check_plan(config: Config, plan: Plan) -> None:
     ]
     if differing:
         raise ValueError(
-            f"{config.plan} was made for another step: {'; '.join(differing)}. Make a plan for this run, python -m "
+            f"{where} was made for another step: {'; '.join(differing)}. Make a plan for this run, python -m "
             "mmkernels.plan, or give the run what the plan was made for"
         )
 

@@ -37,7 +37,7 @@ class Arguments:
     """Train MimicMotion."""
 
     config: Annotated[Config, tyro.conf.arg(name="")]
-    resume: bool = False  # go on from the newest checkpoint of the run folder, bit for bit
+    resume: bool = False  # go on from the newest checkpoint; bit for bit on a CPU or with trainer.deterministic
     memory_report: bool = False  # write where the bytes at the peak of a step are, to memory_report.json and .png
     dry_run: bool = False  # only print parameters and modelled memory of a step; needs neither a GPU nor the memory
 
@@ -84,7 +84,7 @@ def start_afresh(run_dir: Path) -> str | None:
 def train(arguments: Arguments, ranks: Ranks, stop: Stop) -> bool:
     """Prepare what is to be prepared, then train on this rank; False where a signal ended it early."""
     check_given(arguments)
-    config, plan, fitting = choose_plan(arguments.config, ranks)
+    config, plan, fitting = choose_plan(arguments.config, ranks, resume=arguments.resume)
 
     def make_ready() -> None:
         prepare_if_missing(config)

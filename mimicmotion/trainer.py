@@ -16,7 +16,7 @@ import mmkernels
 from mimicmotion import checkpoint
 from mimicmotion.checkpoint import Checkpoint
 from mimicmotion.config import Config, changes, to_json
-from mimicmotion.distributed import Ranks, no_sync
+from mimicmotion.distributed import Ranks, no_sync, rank_sample_ids
 from mimicmotion.execution import describe, put_kernels, same_bits
 from mimicmotion.fitting import Change, Fitting, NoSmallerPlanError
 from mimicmotion.history import History, Reporter, draw_loss, read_history
@@ -88,6 +88,8 @@ class Trainer:
         self.fitting, self._say = fitting, print
         self.plan = plan = plan if fitting is None else fitting.plan
         self._put_kernels()
+        if fitting is not None and fitting.origin:
+            self.notes.append(fitting.origin)
         if plan is not None:
             self.notes.append(str(plan))
             if config.optimizer.ema == "host":
@@ -226,7 +228,13 @@ class Trainer:
         agreed = self.ranks.sum(torch.tensor([mean_loss, float(is_bad)]))  # one sum settles both for every rank alike
         is_skipped = bool(agreed[1] > 0)
         rate = self.optimization.learning_rate
-        self.optimization.step(is_finite=not is_skipped)
+        try:
+            self.optimization.step(is_finite=not is_skipped)
+        except torch.OutOfMemoryError as error:  # for all that was asked for beforehand
+            raise TrainingStoppedError(
+                f"memory ran out while step {self.step + 1} updated the weights: some have moved and others not, and "
+                "nothing of it is saved; --resume goes on from the newest checkpoint: give it a smaller --memory-budget"
+            ) from error
         self.step += 1
         self.skipped += is_skipped
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if is_skipped else 0
@@ -255,9 +263,13 @@ class Trainer:
             try:
                 with no_sync(self.wrapped, is_last=index == num_batches - 1):
                     mean_loss += self._micro_batch(*batches[index])
-            except torch.OutOfMemoryError:
-                if self.fitting is None:
+                if index == num_batches - 1:
+                    self.optimization.take_room()  # while no weight has moved
+            except torch.OutOfMemoryError as error:
+                if self.fitting is None and self.plan is None:
                     raise
+                if self.fitting is None:
+                    raise self._refuse_plan() from error
                 has_run_out = True
         if self.fitting is not None:
             live = self.optimization.live.values()
@@ -271,6 +283,18 @@ class Trainer:
         loss = batch_loss(self.wrapped, on_device, draws, self.config) / len(self._sample_ids)
         self.optimization.backward(loss)
         return loss.detach()
+
+    def _refuse_plan(self) -> TrainingStoppedError:
+        """Memory ran out under a plan from a file, which is followed as it is: saves what is done, says what to do."""
+        is_whole = not self.optimization.has_begun_update
+        self.optimization.drop()
+        if is_whole and self.step > 0 and self.ranks.world_size == 1:  # other ranks are in the midst of theirs
+            self.save()
+        return TrainingStoppedError(
+            f"memory ran out in step {self.step + 1} under {self.config.plan or 'the plan'}, which is more than this "
+            "device has. Give --memory-budget auto in the place of --plan: it makes a smaller one whenever that "
+            "happens; with --resume it goes on from the newest checkpoint"
+        )
 
     def _make_room(self) -> None:
         """Memory ran out: follow the next smaller plan, and go back to a checkpoint where weights have moved already.
@@ -319,16 +343,3 @@ class Trainer:
                 f"({self.skipped} skipped in all); the weights are those of step {self.step - limit}. "
                 "Look at the data, lower optimizer.learning_rate, or use another trainer.precision."
             )
-
-
-def rank_sample_ids(config: Config, ranks: Ranks) -> list[range]:
-    """Sample ids of this rank's micro-batches; ranks and micro-batches together cover 0 to batch_size - 1 once."""
-    batch, micro = config.trainer.batch_size, config.trainer.micro_batch_size
-    if batch % (micro * ranks.world_size) != 0:
-        raise ValueError(
-            f"trainer.batch_size is {batch} for {ranks.world_size} ranks of micro-batches of {micro}; "
-            f"give a multiple of {micro * ranks.world_size}."
-        )
-    share = batch // ranks.world_size
-    first = ranks.rank * share
-    return [range(start, start + micro) for start in range(first, first + share, micro)]

@@ -23,8 +23,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from mimicmotion.config import OptimizerConfig
-from mmkernels.planning.choices import PIECE_ELEMENTS, TEMPORARY_BYTES
+from mmkernels.planning.choices import PIECE_ELEMENTS, TEMPORARY_BYTES, OptimizerChoice
+from mmkernels.planning.workload import temporary_bytes
 
+SMALL_BYTES = 16 << 20  # of a GPU: norms, steps, and what its allocator rounds up
 _BLOCK_ELEMENTS = 256  # that share a scale
 _LEAST_ELEMENTS = 4096  # below it moments stay float32, as in bitsandbytes
 
@@ -90,6 +92,16 @@ class WeightUpdate:
             for weight, state in self.optimizer.state.items():
                 self.optimizer.state[weight] = self._moved(state, to_host=on_host)
             self.is_on_host = on_host
+
+    def take_room(self) -> None:
+        """Have the allocator hold free what the update of any one weight takes on the device.
+
+        All moments are there from the beginning, so nothing else is asked for while weights move but small tensors.
+        """
+        choice = OptimizerChoice(kind="adamw8bit" if self.is_8bit else "adamw", states_on_host=self.is_on_host)
+        most_bytes = max(temporary_bytes(weight, choice) for weight in self.weights.values())
+        rest_bytes = SMALL_BYTES if self.device.type == "cuda" else 0
+        torch.empty(most_bytes + rest_bytes, dtype=torch.uint8, device=self.device)
 
     def update_all(self) -> None:
         """Move every weight that has a gradient."""

@@ -66,7 +66,7 @@ class Choice:
     @property
     def is_lasting(self) -> bool:
         """Whether a later process would choose the same: what lacked memory may have room then, and is tried again."""
-        return not any(OUT_OF_MEMORY in reason for reason in self.left_out.values())
+        return not any(map(_lacked_memory, self.left_out.values()))
 
     def __str__(self) -> str:
         times = [f"{name} {ms:.3f} ms" for name, ms in sorted(self.times_ms.items(), key=lambda item: item[1])]
@@ -90,7 +90,8 @@ class Tuner:
     def fastest(self, op: str, key: tuple[Hashable, ...], variants: Mapping[str, Variant], kind: str = "") -> str:
         """The name of the fastest variant; timed where this op, key and set of variants were not seen before.
 
-        kind: of work, as `known_choices` names it. Raises RuntimeError where every variant raises, with the reasons.
+        kind: of work, as `known_choices` names it. Raises RuntimeError where every variant raises, with the reasons:
+        torch.OutOfMemoryError where one of them lacked memory, which a run that is fitted to its device bears.
         """
         name = self._names.get((op, key))
         if name is not None and name in variants:
@@ -143,7 +144,10 @@ class Tuner:
         medians = {name: statistics.median(times_ms[name]) for name in repeats if name not in left_out}
         if not medians:
             reasons = "".join(f"\n  {name}: {reason}" for name, reason in left_out.items())
-            raise RuntimeError(f"mmkernels: every variant of {op} {key} failed on {self.machine['device']}:{reasons}")
+            lacks_memory = any(map(_lacked_memory, left_out.values()))
+            raise (torch.OutOfMemoryError if lacks_memory else RuntimeError)(
+                f"mmkernels: every variant of {op} {key} failed on {self.machine['device']}:{reasons}"
+            )
         return Choice(op=op, key=key, chosen=min(medians, key=medians.__getitem__), times_ms=medians, left_out=left_out)
 
     def _write(self) -> None:
@@ -163,6 +167,10 @@ class Tuner:
             if unfinished.exists():
                 unfinished.unlink()
             warnings.warn(f"mmkernels: kernel choices are not remembered past this process: {error}", stacklevel=4)
+
+
+def _lacked_memory(reason: str) -> bool:
+    return OUT_OF_MEMORY in reason
 
 
 def _read(path: Path, machine: Mapping[str, str] | None) -> dict[tuple[str, str], Choice]:

@@ -30,9 +30,11 @@ def launches(dtype: torch.dtype) -> list[Recorded]:
     """One for each part, of 320 channels in and out, with everything that a convolution may add."""
     recorded: list[Recorded] = []
 
-    def recording(part: str = "", direction: str = "") -> AbstractContextManager[None]:
+    def recording(part: str = "", direction: str = "", suffix: str = "") -> AbstractContextManager[None]:
         def launch(kernel: Any, num_programs: int, arguments: list[Any], constants: dict[str, Any]) -> None:
-            name = part or kernel.__name__
+            if suffix and "HAS_SILU" not in constants:
+                return  # the same kernel with silu and without
+            name = part or f"{kernel.__name__}{suffix}"
             where = direction or ("backward" if "backward" in name or "gradient" in name else "forward")
             recorded.append(Recorded(name, where, kernel, num_programs, arguments, constants))
 
@@ -44,6 +46,9 @@ def launches(dtype: torch.dtype) -> list[Recorded]:
         norm_kernels.statistics(x, None, GROUPS, 1e-5)
         norm_kernels.normalise(x, None, *norm, x, has_silu=True)
         norm_kernels.backward(x, None, x, *norm, x, None, has_silu=True)
+    with recording(suffix=" without silu"):
+        norm_kernels.normalise(x, None, *norm, x, has_silu=False)
+        norm_kernels.backward(x, None, x, *norm, x, None, has_silu=False)
     kernels = group_norm_silu_conv_triton
     for num_taps, name in ((9, "3x3"), (3, "3x1x1")):
         weight = torch.zeros(num_taps, C, K, dtype=dtype)

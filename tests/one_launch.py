@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from blend_program import check_blend, check_column_sums
 from group_norm_silu_conv_program import check_convolution, check_norm
 from triton_geglu_program import run_geglu, run_norm
 
@@ -51,6 +52,14 @@ def geglu(launch: CarryOut) -> None:
     run_geglu((3, 48), HALF, lambda x: launch(*x))
 
 
+def blend(launch: CarryOut) -> None:
+    check_blend((1, 67, 40), HALF, launch)
+
+
+def column_sums(launch: CarryOut) -> None:
+    check_column_sums((70, 72), HALF, launch)
+
+
 # Every Triton kernel, with the program that launches it.
 KERNELS: dict[Callable[[CarryOut], None], tuple[str, ...]] = {
     temporal_attention: ("forward_kernel", "backward_kernel"),
@@ -61,6 +70,8 @@ KERNELS: dict[Callable[[CarryOut], None], tuple[str, ...]] = {
     group_norm_silu_conv: ("convolve_kernel", "weight_gradient_kernel"),
     layer_norm: ("forward_kernel", "backward_kernel", "residual_kernel"),
     geglu: ("forward_kernel", "backward_kernel"),
+    blend: ("mix_kernel", "mix_backward_kernel"),
+    column_sums: ("column_sums_kernel",),
 }  # fmt: skip
 LAUNCHES = {f"{program.__name__}/{kernel}": (program, kernel) for program, names in KERNELS.items() for kernel in names}
 

@@ -18,6 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import ptx_blend
 import ptx_geglu_feed_forward
 import ptx_group_norm_silu_conv
 import ptx_group_norm_silu_conv_triton
@@ -39,6 +40,8 @@ KERNELS: dict[tuple[str, str], Callable[[], Rows]] = {
     ("temporal_attention", "cuda"): ptx_temporal_attention_cuda.count,
     ("layer_norm", "triton"): ptx_geglu_feed_forward.count_layer_norm,
     ("geglu", "triton"): ptx_geglu_feed_forward.count_geglu,
+    ("blend", "triton"): ptx_blend.count_blend,
+    ("column_sums", "triton"): ptx_blend.count_column_sums,
     ("group_norm_silu_conv", "triton"): ptx_group_norm_silu_conv_triton.count,
     ("group_norm_silu_conv", "cuda"): ptx_group_norm_silu_conv.count,
 }

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import ptxrun
 from mmkernels.kernels.group_norm import triton as norm_kernels
+from mmkernels.kernels.group_norm.segments import segments
 from mmkernels.kernels.launch import CarryOut, carried_out_by
 from mmkernels.ops import group_norm_silu_conv_triton
 from ptxrun.launching import Mutation
@@ -59,7 +60,8 @@ def _count_norm() -> list[dict[str, Any]]:
             x, None, torch.randn_like(x), mean, rstd, gamma, gamma, torch.empty_like(x), None, has_silu=True
         )
     bytes_of = x.nbytes
-    partial, moments = (4 * 4 * count * CHANNELS for count in (2, 3))  # of four splits of rows
+    parts = segments(CHANNELS, x).parts
+    partial, moments = (4 * parts * count * CHANNELS for count in (2, 3))  # float32
     least = {
         "partial_statistics_kernel": bytes_of + moments,
         "merge_statistics_kernel": moments + mean.nbytes + rstd.nbytes,

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import blend_program
 import torch
 import triton
 from launches_group_norm_silu_conv import Recorded, launches
@@ -120,6 +121,20 @@ def launched(op: str, name: str, narrow_accesses: int, *, has_product: bool = Fa
     )  # fmt: skip
 
 
+def streamed(op: str, name: str, narrow_accesses: int) -> TritonKernel:
+    """A kernel of the blend, or of sums over rows, at level 0: `name` of blend_program.level_0_launches."""
+
+    def arguments(dtype: torch.dtype) -> tuple[list[Any], dict[str, Any]]:
+        launch = blend_program.level_0_launches(dtype)[op, name]
+        return launch.positional, launch.constants
+
+    return TritonKernel(
+        op, "forward" if name == "mix_kernel" else "backward",
+        blend_program.level_0_launches(torch.bfloat16)[op, name].kernel, arguments, {"C": 320},
+        has_product=False, narrow_accesses=narrow_accesses,
+    )  # fmt: skip
+
+
 def _group_norm_silu_conv(part: str, narrow_accesses: int) -> TritonKernel:
     def recorded(dtype: torch.dtype) -> Recorded:
         return next(x for x in launches(dtype) if x.part == part)
@@ -138,9 +153,11 @@ def _group_norm_silu_conv(part: str, narrow_accesses: int) -> TritonKernel:
 # Narrow, since a thread's share of it is less than 16 bytes or not in one place:
 GROUP_NORM_SILU_CONV = {
     # Three numbers of each of 64 channels; those of a group's 10 channels, which begin at no multiple of 16 bytes.
-    "partial_statistics_kernel": 3, "merge_statistics_kernel": 51, "merge_backward_kernel": 35,
+    "partial_statistics_kernel": 3, "merge_statistics_kernel": 23, "merge_backward_kernel": 11,
     # The numbers of a group, gathered for each of its channels; the sums of channels.
     "normalise_kernel": 16, "partial_backward_kernel": 18, "input_gradient_kernel": 32,
+    "normalise_kernel without silu": 16, "partial_backward_kernel without silu": 18,
+    "input_gradient_kernel without silu": 32,
     # 3x3: tiles of x and of a tap's weights, 4 and 8 bytes a thread (twice the channels spill on sm_100 and sm_120).
     "forward_3x3": 37, "forward_3x3_two_inputs": 55, "data_gradient_3x3": 32, "data_gradient_3x1x1": 0,
     # Scale and offset of a tile's 32 channels and the bias of its outputs; 3x3: the tile of x, 8 bytes a thread.
@@ -159,6 +176,10 @@ TRITON: tuple[TritonKernel, ...] = (
     # The bias of both halves, and stores of a product's registers, which hold two columns of a row each.
     launched("geglu_product", "forward", narrow_accesses=16, has_product=True),
     launched("geglu_product", "backward", narrow_accesses=18, has_product=True),
+    # A frame's number; the sum of a program, and those of a split's columns.
+    streamed("blend", "mix_kernel", narrow_accesses=1),
+    streamed("blend", "mix_backward_kernel", narrow_accesses=2),
+    streamed("column_sums", "column_sums_kernel", narrow_accesses=1),
     *(_group_norm_silu_conv(*item) for item in GROUP_NORM_SILU_CONV.items()),
 )
 # CUDA kernels of an op: the module whose measure(architecture, dtype) gives rows with the keys of TritonKernel.measure.

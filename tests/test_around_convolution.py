@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -70,7 +72,9 @@ def test_sums_over_tokens(shape: tuple[int, int, int]) -> None:
 
 def test_the_compiled_kernels_in_bfloat16() -> None:
     """In a process of its own: what was interpreted does not compile any more."""
-    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, check=False)
+    path = os.pathsep.join((str(Path(__file__).parent.parent), str(Path(__file__).parent)))
+    command, environment = [sys.executable, __file__], os.environ | {"PYTHONPATH": path}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
 
 

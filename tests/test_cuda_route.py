@@ -125,9 +125,10 @@ def _convolution(level: Level, dtype: torch.dtype, kind: str, frames_at_once: in
     return Run(fused=fused, plain=module.plain, inputs=inputs, dy=dy, settings=settings)
 
 
-def _projection(level: Level, dtype: torch.dtype) -> Run:
-    module = test_group_norm_projection
-    inputs, dy = module.build(module.Case(R=F, P=level.H * level.W, C=level.C, K=level.C, dtype=dtype))
+def _projection(level: Level, dtype: torch.dtype, is_strided: bool = False) -> Run:
+    """is_strided: x lies channels first."""
+    module, P, C = test_group_norm_projection, level.H * level.W, level.C
+    inputs, dy = module.build(module.Case(R=F, P=P, C=C, K=C, dtype=dtype, is_strided=is_strided))
     fused = partial(group_norm_projection, chunk_frames=2)
     return Run(fused=fused, plain=module.plain, inputs=inputs, dy=dy, settings={"num_groups": 32})
 
@@ -139,9 +140,10 @@ def _blend(level: Level, dtype: torch.dtype) -> Run:
     return Run(fused=blend.blend, plain=blend.reference, inputs=inputs, dy=torch.randn(shape).to(dtype))
 
 
-def _blend_projection(level: Level, dtype: torch.dtype) -> Run:
-    module = test_blend_projection
-    inputs, dy = module.build(module.Case(R=F, P=level.H * level.W, C=level.C, K=level.C, dtype=dtype))
+def _blend_projection(level: Level, dtype: torch.dtype, is_strided: bool = False) -> Run:
+    """is_strided: the residual lies channels first."""
+    module, P, C = test_blend_projection, level.H * level.W, level.C
+    inputs, dy = module.build(module.Case(R=F, P=P, C=C, K=C, dtype=dtype, is_strided=is_strided))
     return Run(fused=partial(blend_projection, chunk_frames=2), plain=module.plain, inputs=inputs, dy=dy)
 
 
@@ -157,8 +159,10 @@ OPS: dict[str, Callable[[Level, torch.dtype], Run]] = {
     "group_norm_silu_conv, frames at once": partial(_convolution, kind="frames", frames_at_once=F),
     "group_norm_silu_conv, head": partial(_convolution, kind="head"),
     "group_norm_projection": _projection,
+    "group_norm_projection, channels first": partial(_projection, is_strided=True),
     "blend": _blend,
     "blend_projection": _blend_projection,
+    "blend_projection, channels first": partial(_blend_projection, is_strided=True),
 }
 CONVOLUTION, ATTENTION = ("chunked", "triton", "cuda"), ("triton", "cuda")
 VARIANTS = {
@@ -240,6 +244,32 @@ def test_every_level(op: str, variant: str, level: int, monkeypatch: pytest.Monk
             torch.library.opcheck(operator, arguments, test_utils=tests)
     if level == len(LEVELS) - 1 or (op, variant) == WAYS[-1]:
         prepared.cache_clear()
+
+
+NORM_KERNELS = {
+    "partial_statistics_kernel", "merge_statistics_kernel", "normalise_kernel",
+    "partial_backward_kernel", "merge_backward_kernel", "input_gradient_kernel",
+}  # fmt: skip
+LAUNCHED = {
+    "group_norm_projection": NORM_KERNELS | {"column_sums_kernel"},
+    "group_norm_projection, channels first": {"column_sums_kernel"},
+    "blend": {"mix_kernel", "mix_backward_kernel"},
+    "blend_projection": {"mix_kernel", "mix_backward_kernel", "column_sums_kernel", "residual_kernel"},
+    "blend_projection, channels first": {"mix_kernel", "mix_backward_kernel", "column_sums_kernel"},
+}
+
+
+@pytest.mark.parametrize("op", LAUNCHED)
+def test_what_is_launched(op: str) -> None:
+    names: set[str] = set()
+
+    def launch(kernel: Any, *rest: Any) -> None:
+        names.add(kernel.__name__)
+        launch_formula(kernel, *rest)
+
+    with stand_in_gpu(launch=launch):
+        check(op, 0, torch.float16)
+    assert names == LAUNCHED[op]
 
 
 @pytest.mark.parametrize(

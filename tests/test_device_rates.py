@@ -36,14 +36,14 @@ def test_a_card_twice_as_slow_as_an_h200_has_half_its_rates(monkeypatch: pytest.
         return start_s + 2 * (whole_s - start_s)
 
     monkeypatch.setattr(rates, "LEAST_S", 0.0)
-    found = rates.measured_rates(torch.device("cpu"), half_as_fast)
-    assert set(found) == set(get_args(Kind)) and {kind for kind, _ in made} == set(get_args(Kind)) - {"kernel"}
+    found = rates.measured_rates(torch.device("cpu"), half_as_fast, H200_RATES)
+    assert set(found) == set(get_args(Kind)) and {kind for kind, _ in made} == set(rates.SAMPLES)
     for kind, rate in found.items():
         assert rate.bytes_per_s == pytest.approx(H200_RATES[kind].bytes_per_s / 2), kind
         assert rate.flops_per_s == pytest.approx(H200_RATES[kind].flops_per_s / 2), kind
 
 
-@pytest.mark.parametrize("kind", ["product", "convolution", "attention", "attention backward"])
+@pytest.mark.parametrize("kind", ["product", "attention", "attention backward"])
 def test_a_sample_counts_what_torch_counts(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"PRODUCT_SIDE": 64, "ROWS": 2, "PIXELS_SIDE": 8}.items():
         monkeypatch.setattr(rates, name, value)
@@ -56,9 +56,10 @@ class SlowHost:
 
     def __init__(self, host_s: float) -> None:
         self.host_s, self.now_s, self.done_s, self.busy_s = host_s, 0.0, 0.0, 0.0
+        self.load_s = 0.4  # of the library, at the first call
 
     def queue(self, seconds: float) -> None:
-        self.now_s += self.host_s
+        self.now_s, self.load_s = self.now_s + self.host_s + self.load_s, 0.0
         took_s = seconds * (2 if self.busy_s < 0.25 else 1)
         self.done_s = max(self.now_s, self.done_s) + took_s
         self.busy_s += took_s

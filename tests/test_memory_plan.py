@@ -7,6 +7,7 @@ import json
 import re
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from mmkernels.cards import card
 from mmkernels.planning.choices import Modelled, OptimizerChoice, Plan, read_plan, write_plan
 
 ONE = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
-ON_GPU = dataclasses.replace(ONE, device=torch.device("cuda"))
+ON_GPU = dataclasses.replace(ONE, device=torch.device("cuda", 0))
 UNLINKED = dataclasses.replace(card("RTX 4090"), link_bytes_per_s=0)  # nothing is large enough to move in these models
 BLOCK = "mid_block.attentions.0"
 COST = Modelled(peak_gib=20.5, recompute_flops_ratio=0.1, moved_gib=3, hidden_ratio=0.95, step_s=9)
@@ -104,7 +105,7 @@ def test_a_plan_for_another_step_is_refused_and_both_are_named(tmp_path: Path) -
         choose_plan(dataclasses.replace(planned_config(tmp_path, plan), plan=tmp_path / "none.json"), ONE)
     turned = tiny_config(tmp_path, micro_batch_size=2)
     turned = dataclasses.replace(turned, data=dataclasses.replace(turned.data, height=256))
-    memory_plan.check_plan(turned, build_plan(made_for={**MADE_FOR, "width": 256}))  # they may change places
+    memory_plan.check_plan(turned, build_plan(made_for={**MADE_FOR, "width": 256}), "it")  # they may change places
 
 
 def test_a_plan_places_the_optimizer(tmp_path: Path) -> None:
@@ -170,7 +171,26 @@ def test_a_budget_makes_a_plan_for_the_runs_own_step(tmp_path: Path, monkeypatch
     assert plan.modelled.peak_gib <= 0.5
     assert placed.optimizer.ema == "host"
     assert placed.optimizer.in_backward == plan.optimizer.is_in_backward
-    memory_plan.check_plan(placed, plan)
+    memory_plan.check_plan(placed, plan, "it")
     found = dry_run(placed, plan)
     assert found.cost.peak_bytes / 2**30 == pytest.approx(plan.modelled.peak_gib, rel=0.05)
     assert "plan for RTX 4090" in str(found)
+
+
+def test_later_plans_begin_from_the_last_and_update_as_the_first_did(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, asked = tiny_config(tmp_path, batch_size=1), list[Any]()
+    inside = mock.Mock(plan=build_plan(optimizer=OptimizerChoice(is_in_backward=True)))
+    search = mock.Mock(best=lambda budget_gib, like: asked.append((budget_gib, like)) or inside)
+    monkeypatch.setattr(memory_plan, "measured_card", lambda: UNLINKED)
+    monkeypatch.setattr(memory_plan, "search_step", lambda *_, **__: search)
+    planner = memory_plan.StepPlanner(config, 1)
+    assert [planner.plan_within(gib) for gib in (20.0, 19.0)] == [inside.plan] * 2
+    assert asked == [(20.0, None), (19.0, inside)]
+    search.keep_update.assert_called_once_with(is_in_backward=True)
+    search.keep_update.reset_mock()
+    taken = memory_plan.StepPlanner(config, 1)
+    taken.take(build_plan())
+    taken.plan_within(20.0)
+    search.keep_update.assert_called_once_with(is_in_backward=False)  # before the first plan

@@ -45,6 +45,8 @@ CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {
     "temporal_attention": check_temporal_attention,
     "layer_norm": check_read_once,
     "geglu": check_read_once,
+    "blend": check_read_once,
+    "column_sums": check_read_once,
     "group_norm_silu_conv": check_group_norm_silu_conv,
 }
 

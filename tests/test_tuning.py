@@ -128,6 +128,16 @@ def test_what_lacked_memory_is_tried_again_by_the_next_process(tmp_path: Path, e
     assert choose(tmp_path / "x.json", Machine(a=0.5, b=1.0)) == "a"
 
 
+def test_where_every_variant_fails_for_lack_of_memory_that_is_what_is_raised(tmp_path: Path) -> None:
+    """A run that is fitted to its device goes on under a smaller plan."""
+    errors = {"a": torch.OutOfMemoryError("CUDA out of memory"), "b": ValueError("no such shape")}
+    with pytest.warns(UserWarning), pytest.raises(torch.OutOfMemoryError, match="every variant of op"):
+        choose(tmp_path / "x.json", Machine(**errors))
+    with pytest.warns(UserWarning), pytest.raises(RuntimeError, match="every variant of op") as raised:
+        choose(tmp_path / "x.json", Machine(b=errors["b"], c=errors["b"]))
+    assert not isinstance(raised.value, torch.OutOfMemoryError)
+
+
 def test_scratch_is_returned_before_anything_else_and_a_line_says_what_is_timed(tmp_path: Path, caplog) -> None:
     machine, events = Machine(a=2.0, b=9.0), []
 

@@ -88,7 +88,7 @@ def test_what_asks_cuda_is_replaced_on_a_stand_in_and_no_more() -> None:
     def asks_cuda(name: str) -> bool:
         member = inspect.getattr_static(Gpu, name)
         function = member.fget if isinstance(member, property) else inspect.unwrap(member)
-        return inspect.isfunction(function) and "cuda" in inspect.getsource(function).partition('"""')[2]
+        return inspect.isfunction(function) and "cuda" in inspect.getsource(function).lower().partition('"""')[2]
 
     ours = {name for name in vars(StandIn) if not name.startswith("__")}
     assert ours <= set(vars(Gpu))
@@ -195,6 +195,23 @@ def test_bytes_at_the_peak_stand_beside_what_was_modelled(record: Record) -> Non
     lines = [line for line in page_text(record).splitlines() if line.startswith("| fused")]
     assert "| provider | source | operation | peak_gib | peak_gib (modelled) |" in page_text(record)
     assert lines == ["| fused | all |  | 3 | 5 |", "| fused | b.py:2 | add |  | 4 |", "| fused | a.py:1 | mm | 3 | 1 |"]
+
+
+def test_the_report_is_waited_for_and_its_rows_written_once(
+    record: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {"title": "t", "modelled_bytes": 2**30, "measured_bytes": 2**31, "rows": []}
+    sleeping, begin = "import time; time.sleep(60)", memory.subprocess.Popen
+    for words, failures in ((f"open({str(tmp_path / 'peak.json')!r}, 'w').write({json.dumps(found)!r})", 0),
+                            ("raise SystemExit(3)", 1), (sleeping, 2)):  # fmt: skip
+        monkeypatch.setattr(memory, "LONGEST_REPORT_S", 1.0 if words is sleeping else 60.0)
+        monkeypatch.setattr(memory.subprocess, "Popen", lambda command, **_: begin([command[0], "-c", words]))  # noqa: B023
+        made = memory.Report(tmp_path, record)
+        made.end()
+        made.end()
+        assert len(failures_of(record.rows(), ["step"])) == failures
+    assert [row["median"] for row in record.rows() if row["bench"] == "memory/at the peak"] == [2**31, 2**30]
+    assert "exit status 3" in page_text(record) and "not done 1 s after the first plan was" in page_text(record)
 
 
 def test_a_bench_s_times_stand_beside_the_limit(record: Record) -> None:

@@ -32,7 +32,7 @@ def plans(folder: Path, ranks: Ranks) -> dict[str, object]:
     asked: list[tuple[float, bool]] = []
 
     def search_step(config: Config, _card: object, *, can_update_in_backward: bool) -> Any:
-        def best(budget_gib: float) -> Any:
+        def best(budget_gib: float, like: Any = None) -> Any:
             asked.append((budget_gib, can_update_in_backward))
             if budget_gib == 1:
                 raise ValueError("no plan fits a budget of 1 GiB")

@@ -71,28 +71,18 @@ def _norm_backward(dh: Tensor, normed: Tensor, rstd: Tensor, gamma: Tensor) -> t
     return dx, dgamma.sum(0), dbeta.sum(0)
 
 
-def _normalised(
-    x: Tensor, gamma: Tensor, beta: Tensor, eps: float, mean: Tensor, rstd: Tensor, dtype: torch.dtype
-) -> Tensor:
-    """h (r, P, C) in `dtype`; writes mean and rstd."""
-    if kernels.has_kernels(x, dtype):
-        for target, value in zip((mean, rstd), kernels.statistics(x, mean.shape[1], eps), strict=True):
-            target.copy_(value)
-        h = torch.empty(x.shape, dtype=dtype, device=x.device)
-        kernels.normalise_into(x, Norm(mean, rstd, gamma, beta), h)
-        return h
-    x = x.to(mean.dtype)
-    for target, value in zip((mean, rstd), _statistics(x, mean.shape[1], eps), strict=True):
-        target.copy_(value)
-    return _normalise(x, mean, rstd).mul_(gamma).add_(beta).to(dtype)
+def _normalised_by_kernels(x: Tensor, norm: Norm, dtype: torch.dtype) -> Tensor:
+    """h (r, P, C)."""
+    h = torch.empty(x.shape, dtype=dtype, device=x.device)
+    kernels.normalise_into(x, norm, h)
+    return h
 
 
 def _differentiate_by_kernels(
     dy_rows: Tensor, x: Tensor, norm: Norm, weight: Tensor, dx: Tensor, sums: ParameterSums
 ) -> None:
     """Write dx and add to the sums of gamma, beta and weight."""
-    h = torch.empty(x.shape, dtype=weight.dtype, device=x.device)
-    kernels.normalise_into(x, norm, h)
+    h = _normalised_by_kernels(x, norm, weight.dtype)
     sums.add_product(2, dy_rows, rows_of(h))
     dh = torch.mm(dy_rows, weight, out=rows_of(h)).view(x.shape)
     for index, value in enumerate(kernels.backward_into(x, dh, norm, dx)):
@@ -107,8 +97,16 @@ def _forward(
     x: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, chunk_frames: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     y, mean, rstd = _outputs(x, weight, num_groups)
+    has_kernels = kernels.has_kernels(x, weight.dtype)
+    if has_kernels:
+        mean, rstd = kernels.statistics(x, num_groups, eps)
     for chunk in chunks(x, chunk_frames):
-        h = _normalised(x[chunk], gamma, beta, eps, mean[chunk], rstd[chunk], weight.dtype)
+        if has_kernels:
+            h = _normalised_by_kernels(x[chunk], Norm(mean[chunk], rstd[chunk], gamma, beta), weight.dtype)
+        else:
+            part = x[chunk].to(mean.dtype)
+            mean[chunk], rstd[chunk] = _statistics(part, num_groups, eps)
+            h = _normalise(part, mean[chunk], rstd[chunk]).mul_(gamma).add_(beta).to(weight.dtype)
         torch.addmm(bias, rows_of(h), weight.t(), out=rows_of(y[chunk]))
         del h  # before the next one is there
     return y, mean, rstd

@@ -60,10 +60,15 @@ class Search:
             plain_flops = trace_way(workload, "torch", card, OptimizerChoice(kind=kind)).trace.flops
         self.plain_flops = plain_flops
 
-    def best(self, budget_gib: float) -> Chosen:
-        """The fastest plan whose traced peak fits. Raises BudgetTooSmallError with the least that would do."""
+    def best(self, budget_gib: float, like: Chosen | None = None) -> Chosen:
+        """The fastest plan whose traced peak fits. Raises BudgetTooSmallError with the least that would do.
+
+        like: a plan for about such a budget, whose trace corrects the profile from the beginning. It is for a run that
+            waits: a plan that leaves twice as much unused is good enough.
+        """
+        near_share = NEAR_SHARE if like is None else 2 * NEAR_SHARE
         budget_bytes = int(budget_gib * GIB)
-        corrections, best, least = None, None, None
+        corrections, best, least = None if like is None else self._correct(like, None, 0), None, None
         for _ in range(MOST_ROUNDS):
             solution = self.solve(budget_bytes, corrections)
             if solution is None:
@@ -80,7 +85,7 @@ class Search:
                 least = chosen
             if peak_bytes <= budget_bytes and (best is None or _step_s(chosen) < _step_s(best)):
                 best = chosen
-            if budget_bytes * (1 - NEAR_SHARE) <= peak_bytes <= budget_bytes:
+            if budget_bytes * (1 - near_share) <= peak_bytes <= budget_bytes:
                 break
         if best is None:
             raise BudgetTooSmallError(

@@ -15,7 +15,7 @@ from mmkernels.kernels.storage import why_unsupported
 
 def has_kernels(x: Tensor, dtype: torch.dtype) -> bool:
     """Whether these functions take x and an h of `dtype`."""
-    return device_kind(x) == "cuda" and why_unsupported(x, dtype) is None
+    return device_kind(x) == "cuda" and why_unsupported(x, dtype) is None and x.numel() > 0
 
 
 def statistics(x: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
