@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from mmkernels.kernels import epilogue_triton
 from mmkernels.kernels.group_norm import triton as norm_kernels
 from mmkernels.kernels.launch import carried_out_by
 from mmkernels.ops import group_norm_silu_conv_triton
@@ -46,6 +47,8 @@ def launches(dtype: torch.dtype) -> list[Recorded]:
         norm_kernels.statistics(x, None, GROUPS, 1e-5)
         norm_kernels.normalise(x, None, *norm, x, has_silu=True)
         norm_kernels.backward(x, None, x, *norm, x, None, has_silu=True)
+        rows = x.flatten(1, 2)
+        epilogue_triton.add(rows, gamma, gamma[None], rows, rows)
     with recording(suffix=" without silu"):
         norm_kernels.normalise(x, None, *norm, x, has_silu=False)
         norm_kernels.backward(x, None, x, *norm, x, None, has_silu=False)

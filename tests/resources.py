@@ -152,6 +152,7 @@ def _group_norm_silu_conv(part: str, narrow_accesses: int) -> TritonKernel:
 
 # Narrow, since a thread's share of it is less than 16 bytes or not in one place:
 GROUP_NORM_SILU_CONV = {
+    "add_kernel": 0,
     # Three numbers of each of 64 channels; those of a group's 10 channels, which begin at no multiple of 16 bytes.
     "partial_statistics_kernel": 3, "merge_statistics_kernel": 23, "merge_backward_kernel": 11,
     # The numbers of a group, gathered for each of its channels; the sums of channels.

@@ -10,6 +10,7 @@ import torch
 from mmkernels import plan as command
 from mmkernels.blocks.drop_in import DropIn
 from mmkernels.cards import card
+from mmkernels.planning import search
 from mmkernels.planning import workload as modelled
 from mmkernels.planning.choices import OptimizerChoice, OptimizerKind, Plan, read_plan
 from mmkernels.planning.search import GIB, HOST_GIB, Search, make_plan
@@ -32,7 +33,10 @@ def small_workload(kind: OptimizerKind = "adamw8bit", **_: object) -> Workload:
 
 @pytest.fixture(scope="module")
 def small() -> Search:
-    return Search(small_workload(), CARD, "adamw8bit")
+    """With as much scratch beside its tensors as the real step has."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search, "scratch_of", lambda _: 1 << 24)
+        return Search(small_workload(), CARD, "adamw8bit")
 
 
 def budgets(search: Search) -> tuple[int, int]:
@@ -47,7 +51,10 @@ def test_the_profile_adds_up_to_the_trace(small: Search, way: str) -> None:
     blocks = small.profile.blocks
     kept = [unit for block in blocks for unit in block.units if unit.keep_bytes][::2] if way == "keep" else []
     again = [block for block in blocks if block.input_bytes is not None][::2] if way == "again" else []
-    plan = Plan(units={unit.name: "keep" for unit in kept}, recomputed_blocks=tuple(block.name for block in again))
+    plan = Plan(
+        units={unit.name: "keep" for unit in kept}, recomputed_blocks=tuple(block.name for block in again),
+        scratch_bytes=small.scratch_bytes,
+    )  # fmt: skip
     traced = trace_way(small.workload, plan, CARD, QUANTIZED)
     flops = small.profile.flops - sum(x.keep_spares_flops for x in kept) + sum(x.again_flops for x in again)
     assert traced.trace.flops == pytest.approx(flops, rel=1e-3) and (kept or again)

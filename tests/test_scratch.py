@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +22,7 @@ from mmkernels.memory.workspace import PARTIAL_SUM_BYTES
 from mmkernels.ops.geglu_feed_forward import geglu_feed_forward
 from mmkernels.ops.group_norm_silu_conv import group_norm_silu_conv
 from mmkernels.planning.choices import OptimizerChoice, Plan
+from mmkernels.planning.search import scratch_of
 from mmkernels.planning.workload import trace_way
 from mmkernels.replacement import plan_units, replace
 from mmkernels.scratch import DEFAULT_BYTES, scratch_within
@@ -127,6 +130,11 @@ def test_a_plan_hands_its_bound_to_every_operation(is_whole: bool) -> None:
     assert len(chunked) >= 8
     assert all(max(small[name]) < max(large[name]) for name in chunked), (large, small)
     assert all(small[name] == small[f"{name}_backward"] for name in small if f"{name}_backward" in small)
+
+
+def test_a_small_card_takes_less_scratch() -> None:
+    cards = [dataclasses.replace(CARD, usable_gib=x) for x in (math.inf, 80.0, 14.4, 7.0)]
+    assert [scratch_of(x) for x in cards] == [DEFAULT_BYTES, DEFAULT_BYTES, DEFAULT_BYTES, 1 << 28]
 
 
 def test_less_scratch_is_a_lower_peak() -> None:

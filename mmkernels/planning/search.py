@@ -16,13 +16,13 @@ from mmkernels.scratch import DEFAULT_BYTES
 MARGIN_GIB = 1.5  # of what is free on a device: fragments, 0.3 where seen, and what other versions of libraries take
 HOST_GIB = 40.0  # of the host's memory that a plan may take where nothing is said: what a host of 64 GB can spare
 MOST_ROUNDS = 4
-SMALL_GIB = 32.0  # a card that leaves a step less takes half the scratch
+SCRATCH_SHARE = 1 / 28  # of what a card leaves a step, at most for one chunk: all of the default from 14 GiB on
 NEAR_SHARE = 0.01  # of the budget: what a plan may leave unused
 
 
 def scratch_of(card: Card) -> int:
     """Bytes of scratch for the chunks of a plan's operations."""
-    return DEFAULT_BYTES if card.usable_gib >= SMALL_GIB else DEFAULT_BYTES // 2
+    return int(min(DEFAULT_BYTES, SCRATCH_SHARE * card.usable_gib * GIB))
 
 
 class BudgetTooSmallError(ValueError):
