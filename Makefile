@@ -12,6 +12,9 @@ PARTS ?=
 # Of `make verify-deep`: releases of torch; none: the oldest that pyproject.toml allows, 2.11.0 and the newest.
 VERSIONS ?=
 
+# Of `make test`: processes that share the test files; each takes up to 5 GB.
+WORKERS ?= 2
+
 # Threads that wait asleep: spinning ones make every operation ten times slower as soon as another program runs.
 export OMP_WAIT_POLICY ?= passive
 
@@ -61,7 +64,7 @@ demo: $(VENV)/.installed
 	@echo "  $$(ls -d $(DEMO)/step-* | tail -n 1)/"
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 verify-deep: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m deep --durations=0
