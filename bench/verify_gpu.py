@@ -51,10 +51,10 @@ class Part:
 
 PARTS: Mapping[str, Part] = {  # most telling first
     "step": Part(weight=235, needs=OF_STEP),
-    "memory": Part(weight=175, needs=(*OF_TRAINER, "torchao")),
+    "memory": Part(weight=180, needs=(*OF_TRAINER, "torchao")),
     "ops": Part(weight=150, needs=OF_STEP),
     "variants": Part(weight=110, needs=OF_STEP),
-    "benches": Part(weight=170, needs=(*OF_STEP, "tyro")),
+    "benches": Part(weight=165, needs=(*OF_STEP, "tyro")),
     "bits": Part(weight=60, needs=OF_TRAINER),
     "tests": Part(weight=600, needs=(*OF_TRAINER, "pytest", "hypothesis")),  # only when asked for
 }
