@@ -57,8 +57,9 @@ class Fitting:
         self._plan_within, self._ranks = plan_within, ranks
         self._num_replans = self._num_failures = 0  # the latter: in a row
         self._unmodelled_gib = float(plan.made_for.get("unmodelled_gib", 0.0))
-        # The least modelled peak that did not fit the device.
-        self._failed_gib = float(plan.made_for.get("failed_gib", math.inf))
+        # The least modelled peak that did not fit the device. What did not fit an earlier one may fit a larger budget.
+        is_as_large = budget_gib <= float(plan.made_for.get("budget_gib", budget_gib))
+        self._failed_gib = float(plan.made_for.get("failed_gib", math.inf)) if is_as_large else math.inf
 
     def settle(self, step_s: float) -> Change | None:
         """After a step that took so long since `allocator.begin()`: what to follow now, None once a plan holds."""

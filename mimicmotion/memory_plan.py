@@ -113,6 +113,10 @@ class StepPlanner:
 
     def plan_within(self, budget_gib: float) -> Plan:
         """The fastest plan within a budget. Raises BudgetTooSmallError with the smallest."""
+        with same_bits(self._config.trainer.deterministic):  # which changes what computes attention
+            return self._plan_within(budget_gib)
+
+    def _plan_within(self, budget_gib: float) -> Plan:
         if self._search is None:
             card, can_update = measured_card(), self._can_update_in_backward
             self._search = search_step(self._config, card, can_update_in_backward=can_update)

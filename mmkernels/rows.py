@@ -79,6 +79,11 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def wide_vector(vector: Tensor, x: Tensor) -> Tensor:
+    """A parameter (C) for kernels that take a pointer: contiguous, in the dtype of the arithmetic on x."""
+    return vector.to(wide_dtype(x.dtype)).contiguous()
+
+
 def rows_of(tokens: Tensor) -> Tensor:
     """tokens (r, P, C) of any strides as rows (r*P, C): a view where they are contiguous, else a copy."""
     return tokens.reshape(-1, tokens.shape[-1])

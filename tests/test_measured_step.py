@@ -33,7 +33,6 @@ from mmkernels.planning.svd import Guide, svd_workload
 from mmkernels.planning.workload import blocks_of, moments_bytes
 from mmkernels.replacement import replace
 
-
 UNEXPLAINED_GIB = 0.05  # the most that a peak is off by, half of which is its rounding
 
 

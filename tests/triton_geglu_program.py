@@ -25,8 +25,9 @@ DTYPES = {
     "bfloat16": (torch.bfloat16, torch.bfloat16),
     "mixed": (torch.float32, torch.bfloat16),
 }
-# (R, T, C): one token; more tokens than a block of backward, odd, of a width that is no power of two; without a shift.
-NORM_SHAPES = ((1, 1, 16, True), (3, 29, 80, True), (2, 5, 320, False))
+# (R, T, C): one token; more tokens than a block of backward, odd, of a width that is no power of two; without a
+# shift; so few channels that a tile could hold more tokens than a program has.
+NORM_SHAPES = ((1, 1, 16, True), (3, 29, 80, True), (2, 5, 320, False), (1, 70, 8, False))
 # (rows, H): one row; more rows than a block and columns than a tile, odd.
 GEGLU_SHAPES = ((1, 16), (67, 304))
 # (rows, C, H): less than a tile of each; more than one of each, odd, C no multiple of a step.

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import register_flop_formula
 from mmkernels.costs import device_kind
 from mmkernels.kernels.layer_norm import add_residual_into, layer_norm_backward_into, layer_norm_into
 from mmkernels.ops.temporal_attention import temporal_attention_backward_into, temporal_attention_into
-from mmkernels.rows import add_product, check_shapes, chunk_size, num_sharing, wide_dtype
+from mmkernels.rows import add_product, check_shapes, chunk_size, num_sharing, wide_dtype, wide_vector
 from mmkernels.scratch import scratch_rows
 
 Keep = Literal["input", "qkv"]
@@ -95,7 +95,7 @@ def _forward(
     C = x.shape[3]
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     saved = torch.empty(_saved_shape(x, keep_qkv), dtype=qkv_weight.dtype, device=x.device)
-    norm_weight, norm_bias, out_bias = (vector.to(wide_dtype(x.dtype)) for vector in (norm_weight, norm_bias, out_bias))
+    norm_weight, norm_bias, out_bias = (wide_vector(vector, x) for vector in (norm_weight, norm_bias, out_bias))
     chunk = _Chunk(x, qkv_weight.dtype, num_heads, chunk_pixels)
     for b, pixels in chunk:
         h, _, _ = chunk.norm(b, pixels, norm_weight, norm_bias, eps)
@@ -133,7 +133,7 @@ def _backward(
     """
     C, wide = x.shape[3], wide_dtype(x.dtype)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    norm_weight, norm_bias = norm_weight.to(wide), norm_bias.to(wide)
+    norm_weight, norm_bias = wide_vector(norm_weight, x), wide_vector(norm_bias, x)
     qkv_sum, out_sum = (torch.zeros_like(w, dtype=wide_dtype(w.dtype)) for w in (qkv_weight, out_weight))
     vector_sums = torch.zeros((3, C), dtype=wide, device=x.device)
     chunk = _Chunk(x, qkv_weight.dtype, num_heads, chunk_pixels)

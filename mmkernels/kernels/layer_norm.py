@@ -66,8 +66,9 @@ def layer_norm_backward_into(
         gradient, residual = dout.to(wide), dy.to(wide).reshape(-1, C)
         dn = gradient * weight
         dh = rstd[:, None] * (dn - dn.mean(-1, keepdim=True) - normal * (dn * normal).mean(-1, keepdim=True))
-        dx.copy_((residual + dh).view(x.shape))
-        return torch.stack(((gradient * normal).sum(0), gradient.sum(0), residual.sum(0)))
+        sums = torch.stack(((gradient * normal).sum(0), gradient.sum(0), residual.sum(0)))
+        dx.copy_((residual + dh).view(x.shape))  # last: dout may lie there
+        return sums
     if device_kind(x) == "cpu":
         sums = _sums(x, wide)
         pointers = _pointers(dout, x, shift, weight, mean, rstd, dy, dx, sums)

@@ -124,7 +124,12 @@ def residual_kernel(
 def _tile(C: int, shift: Tensor | None) -> dict[str, Any]:
     c_tile = triton.next_power_of_2(C)
     num_warps = min(16, max(4, c_tile * 4 // _TILE_ELEMENTS))
-    tile = {"C": C, "C_TILE": c_tile, "TOKENS": max(1, _TILE_ELEMENTS // c_tile), "BLOCK": _BLOCK_TOKENS}
+    tile = {
+        "C": C,
+        "C_TILE": c_tile,
+        "TOKENS": min(_BLOCK_TOKENS, max(1, _TILE_ELEMENTS // c_tile)),
+        "BLOCK": _BLOCK_TOKENS,
+    }
     return tile | {"HAS_SHIFT": shift is not None, "num_warps": num_warps}
 
 

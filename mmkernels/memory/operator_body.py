@@ -54,7 +54,8 @@ class Bodies:
             return None
         leaves = tree_leaves((args, kwargs))
         kinds = {device_kind(x) for x in leaves if isinstance(x, Tensor)}
-        key = (func.name(), *sorted(kinds), modelled_capability(), torch.get_num_threads(), *map(_signature, leaves))
+        switches = modelled_capability(), torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
+        key = (func.name(), *sorted(kinds), *switches, *map(_signature, leaves))
         if key not in _known:
             _known[key] = _run(definition._init_fn, args, kwargs, _Follower(self._costs, is_cuda="cuda" in kinds))
         return _known[key]

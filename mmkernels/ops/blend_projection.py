@@ -41,7 +41,7 @@ def reference(
 def _forward(
     residual: Tensor, spatial: Tensor, temporal: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor, chunk_frames: int
 ) -> Tensor:
-    y, wide_bias = torch.empty_like(residual), bias.to(wide_dtype(bias.dtype))
+    y, wide_bias = torch.empty_like(residual), bias.to(wide_dtype(bias.dtype)).contiguous()
     for chunk in chunks(spatial, chunk_frames):
         mixed = blend.mixed(spatial[chunk], temporal[chunk], alpha[chunk], weight.dtype)
         if device_kind(residual) == "cuda":

@@ -33,7 +33,7 @@ from mmkernels.kernels import geglu_product as up_geglu
 from mmkernels.kernels.geglu import geglu_backward_into, geglu_into
 from mmkernels.kernels.layer_norm import add_residual_into, layer_norm_backward_into, layer_norm_into
 from mmkernels.kernels.storage import why_unsupported as why_storage_unsupported
-from mmkernels.rows import add_product, chunk_size, even_slices, num_sharing, wide_dtype
+from mmkernels.rows import add_product, chunk_size, even_slices, num_sharing, wide_dtype, wide_vector
 from mmkernels.scratch import scratch_rows
 
 Keep = Literal["input", "up"]
@@ -118,7 +118,7 @@ def _forward(
     C, H = down_weight.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     saved = torch.empty(_saved_shape(x, up_weight, keep_up), dtype=up_weight.dtype, device=x.device)
-    vectors = [vector.to(wide_dtype(x.dtype)) for vector in (norm_weight, norm_bias, up_bias, down_bias)]
+    vectors = [wide_vector(vector, x) for vector in (norm_weight, norm_bias, up_bias, down_bias)]
     shifts = _flat_shift(x, shift)
     chunks = _Chunks(x, up_weight.dtype, chunk_tokens)
     for rows, tokens, flat in chunks:
@@ -179,7 +179,7 @@ def _backward(
     """
     C, H = down_weight.shape
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    norm_weight, norm_bias, up_bias = (vector.to(wide_dtype(x.dtype)) for vector in (norm_weight, norm_bias, up_bias))
+    norm_weight, norm_bias, up_bias = (wide_vector(vector, x) for vector in (norm_weight, norm_bias, up_bias))
     shifts = _flat_shift(x, shift)
     up_sum, down_sum = (torch.zeros_like(w, dtype=wide_dtype(w.dtype)) for w in (up_weight, down_weight))
     up_bias_sum, vector_sums = torch.zeros_like(up_bias), torch.zeros((3, C), dtype=up_bias.dtype, device=x.device)

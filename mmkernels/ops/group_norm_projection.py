@@ -97,7 +97,7 @@ def _forward(
     x: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, chunk_frames: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     y, mean, rstd = _outputs(x, weight, num_groups)
-    has_kernels = kernels.has_kernels(x, weight.dtype)
+    has_kernels, gamma, beta = kernels.has_kernels(x, weight.dtype), gamma.contiguous(), beta.contiguous()
     if has_kernels:
         mean, rstd = kernels.statistics(x, num_groups, eps)
     for chunk in chunks(x, chunk_frames):
@@ -137,7 +137,7 @@ def _forward_flops(x_shape: Sequence[int], *rest: Any, **__: Any) -> int:
 def _backward(
     dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor, chunk_frames: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dx = torch.empty_like(x)
+    dx, gamma, beta = torch.empty_like(x), gamma.contiguous(), beta.contiguous()
     sums = ParameterSums(gamma, beta, weight, weight[:, 0])
     for chunk in chunks(x, chunk_frames):
         dy_rows = rows_of(dy[chunk]).to(weight.dtype)

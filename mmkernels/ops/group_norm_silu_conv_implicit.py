@@ -67,6 +67,7 @@ def forward(
     shift: Tensor | None, residual: Tensor | None, y: Tensor,
 ) -> None:  # fmt: skip
     """Write the op into y (M, H, W, K)."""
+    bias, shift, residual = (None if value is None else value.contiguous() for value in (bias, shift, residual))
     kernels.forward(x, x2, *norm, by_taps(weight), bias, shift, residual, y)
 
 

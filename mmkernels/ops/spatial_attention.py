@@ -23,7 +23,16 @@ from torch.utils.flop_counter import register_flop_formula, sdpa_backward_flop_c
 from mmkernels.kernels import attention
 from mmkernels.kernels.launch import MOST_GRID_YZ
 from mmkernels.kernels.layer_norm import add_residual_into, layer_norm_backward_into, layer_norm_into
-from mmkernels.rows import add_product, check_shapes, chunk_size, chunks, default_chunk, rows_of, wide_dtype
+from mmkernels.rows import (
+    add_product,
+    check_shapes,
+    chunk_size,
+    chunks,
+    default_chunk,
+    rows_of,
+    wide_dtype,
+    wide_vector,
+)
 
 Backend = Literal["torch", "xformers", "flash-attn"]
 BACKENDS = ("torch", *attention.LIBRARIES)
@@ -60,7 +69,7 @@ def _forward(
     num_heads: int, eps: float, chunk_frames: int, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     y, o, logsumexp = _outputs(x, qkv_weight, num_heads)
-    norm_weight, norm_bias, out_bias = (vector.to(wide_dtype(x.dtype)) for vector in (norm_weight, norm_bias, out_bias))
+    norm_weight, norm_bias, out_bias = (wide_vector(vector, x) for vector in (norm_weight, norm_bias, out_bias))
     attend = _attention(x, qkv_weight, num_heads, backend)
     for chunk in chunks(x, chunk_frames):
         part = x[chunk]
@@ -147,7 +156,7 @@ def _backward(
     """
     wide = wide_dtype(x.dtype)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    norm_weight, norm_bias = norm_weight.to(wide), norm_bias.to(wide)
+    norm_weight, norm_bias = wide_vector(norm_weight, x), wide_vector(norm_bias, x)
     qkv_sum, out_sum = (torch.zeros_like(w, dtype=wide_dtype(w.dtype)) for w in (qkv_weight, out_weight))
     vector_sums = torch.zeros((3, x.shape[2]), dtype=wide, device=x.device)
     attend = _attention(x, qkv_weight, num_heads, backend)
