@@ -163,6 +163,12 @@ def test_where_no_reading_knows_both_are_timed_once_forward_and_backward_togethe
     ("name", "kinds"), [("H100", {"attention", "attention backward"}), ("A100", {"flash", "flash backward"})]
 )
 def test_a_modelled_step_has_the_time_of_the_cards_own(name: str, kinds: set[str]) -> None:
+    assert kinds_of_a_step(name) == kinds
+    with deterministic():  # in the same process: what was found inside an operator before is not taken for it
+        assert kinds_of_a_step(name) == {"flash", "flash backward"}
+
+
+def kinds_of_a_step(name: str) -> set[str]:
     clock, seen = Clock(card(name)), set()
     compute = clock.compute
     clock.compute = lambda flops, num_bytes, kind="pass": seen.add(kind) or compute(flops, num_bytes, kind)
@@ -175,4 +181,4 @@ def test_a_modelled_step_has_the_time_of_the_cards_own(name: str, kinds: set[str
             spatial_attention(x, vector, vector, q, k, v, out, vector, 5).sum().backward()
 
         trace(step, [x, vector, q, k, v, out], clock=clock)
-    assert seen & {"flash", "flash backward", "attention", "attention backward"} == kinds
+    return seen & {"flash", "flash backward", "attention", "attention backward"}

@@ -306,6 +306,15 @@ def test_running_out_of_memory_drops_further_each_time_and_never_climbs_back() -
     assert peak_gib(ladder.fitting.plan) == 19.0  # the peak says 28, but 20 did not fit
 
 
+def test_what_did_not_fit_a_smaller_budget_is_forgotten_under_a_larger_one() -> None:
+    made = {"budget_gib": 22.0, "failed_gib": 21.5}
+    for budget_gib, room_gib in ((22.0, 21.5 - 0.05 * 22), (75.0, 75.0)):
+        ladder = Ladder(0.0)
+        ladder.fitting = Fitting(dataclasses.replace(modelled(18, 6.0), made_for=made), budget_gib, ladder, ladder, ONE)
+        ladder.fitting.settle(6.0)
+        assert ladder.rooms == pytest.approx([room_gib])
+
+
 def test_moments_change_places_with_the_same_bits(tmp_path: Path) -> None:
     run = Trainer(run_config(tmp_path), NoiseClips(config=run_config(tmp_path)), ONE, encoder="x")
     expected = plain(run_config(tmp_path / "plain"))
