@@ -6,8 +6,9 @@ gradients, activations, the batch. Not in it: PoseNet (0.2M parameters), the mov
 the host), workspaces of libraries. No way trains the parameters that one context token leaves dead.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -69,15 +70,17 @@ def model_step(way: Way | Plan, workload: Workload, card: Card, optimizer: Optim
 
 
 def model_ways(
-    ways: Sequence[StepWay], workload: Workload, card: Card, kind: OptimizerKind
+    ways: Sequence[StepWay], make: Callable[[bool], Workload], card: Card, kind: OptimizerKind
 ) -> tuple[dict[str, StepCost], Plan | None]:
     """Costs by way, in the order given, and the plan of fused-plan where it is among them.
 
-    The update comes after backward, unless the plan has it otherwise.
+    make: the workload, its guide recomputed, as the trainer has it with fused kernels, or not. The update comes after
+    backward, unless the plan has it otherwise.
     """
     found: dict[str, StepCost] = {}
-    plan = None
+    plan, workloads = None, cache(make)
     for way in ways:
+        workload = workloads(way.startswith("fused"))
         if way == "fused-plan":
             plain_flops = found["torch"].flops if "torch" in found else None
             chosen = Search(workload, card, kind, plain_flops=plain_flops).best(card.usable_gib)

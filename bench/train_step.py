@@ -40,6 +40,7 @@ from mimicmotion.memory_plan import reserve_as_planned
 from mmkernels.cards import card
 from mmkernels.planning.choices import OptimizerKind
 from mmkernels.planning.svd import parse_size, svd_workload
+from mmkernels.planning.workload import Workload
 
 BENCH = "train_step"
 MEASURED_WAYS: tuple[StepWay, ...] = ("torch", "checkpoint", "fused")
@@ -110,15 +111,20 @@ def model(settings: Settings, console: Console) -> int:
     by_card: OptimizerKind = "adamw" if target.memory_gib >= LEAST_GIB_OF_ADAMW else "adamw8bit"
     kind = by_card if settings.optimizer == "auto" else settings.optimizer
     height, width = settings.pixels() or (576, 1024)
-    workload = svd_workload(kind, frames=settings.frames or 72, height=height, width=width, has_guide=True)
-    words = f"{settings.frames or 72} frames of {width}x{height}, {target.name}, {kind}"
+    frames = settings.frames or 72
+
+    def make(guide_recomputes: bool) -> Workload:
+        size = {"frames": frames, "height": height, "width": width}
+        return svd_workload(kind, has_guide=True, guide_recomputes=guide_recomputes, **size)
+
+    words = f"{frames} frames of {width}x{height}, {target.name}, {kind}"
     console.print(f"{BENCH}, modelled: {words}")
-    found, plan = modelled_step.model_ways(settings.ways or modelled_step.WAYS, workload, target, kind)
+    found, plan = modelled_step.model_ways(settings.ways or modelled_step.WAYS, make, target, kind)
     modelled_step.print_costs(found, f"training step: {words}", console, target.memory_gib)
     if plan is not None:
         console.print(f"fused-plan follows: {plan}", markup=False, soft_wrap=True)
     rows, picture = settings.path("modelled_step", "json"), settings.path("modelled_step", "png")
-    report.write_json(modelled_step.rows_of(found, workload.made_for, target, kind), rows)
+    report.write_json(modelled_step.rows_of(found, make(True).made_for, target, kind), rows)
     modelled_step.draw(found, f"One training step, modelled: {words}", target, picture)
     console.print(f"rows and picture: {rows}, {picture}")
     return 0
