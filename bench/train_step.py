@@ -114,8 +114,9 @@ def model(settings: Settings, console: Console) -> int:
     frames = settings.frames or 72
 
     def make(guide_recomputes: bool) -> Workload:
-        size = {"frames": frames, "height": height, "width": width}
-        return svd_workload(kind, has_guide=True, guide_recomputes=guide_recomputes, **size)
+        return svd_workload(
+            kind, frames=frames, height=height, width=width, has_guide=True, guide_recomputes=guide_recomputes
+        )
 
     words = f"{frames} frames of {width}x{height}, {target.name}, {kind}"
     console.print(f"{BENCH}, modelled: {words}")
