@@ -54,14 +54,17 @@ def trainer_of(
 
 
 def watched_run(trainer: Trainer, gpu: Gpu, done: Callable[[int, dict[str, float]], object]) -> None:
-    """Train to the last step; `done` is told each one's number, seconds, and peaks of tensors and of the allocator."""
+    """Train to the last step; `done` is told each one's number, seconds, and peaks of tensors and of the allocator, and
+    how often that had to give back what it held and ask again, which waits for the device."""
 
     def watched(step: Callable[[], Any]) -> Any:
         gpu.reset_peak()
+        retries = gpu.num_retries()
         row = step()
         if row is not None:  # else memory ran out, and the step is done again
             allocated_gib, reserved_gib = gpu.peak_gib()
-            done(row["step"], {"step_s": row["seconds"], "peak_gib": allocated_gib, "reserved_gib": reserved_gib})
+            figures = {"step_s": row["seconds"], "peak_gib": allocated_gib, "reserved_gib": reserved_gib}
+            done(row["step"], {**figures, "allocator_retries": gpu.num_retries() - retries})
         return row
 
     trainer.around_step = watched

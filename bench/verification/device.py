@@ -120,6 +120,10 @@ class Gpu:
         self.synchronize()
         return CudaAllocator(self.device).peak_bytes() / GIB, torch.cuda.max_memory_reserved(self.device) / GIB
 
+    def num_retries(self) -> int:
+        """How often the allocator was refused memory, gave back what it held and asked again, since the start."""
+        return torch.cuda.memory_stats(self.device).get("num_alloc_retries", 0)
+
     @contextmanager
     def capped(self, gib: float) -> Iterator[None]:
         """The allocator of this process gets no more than so much."""
@@ -251,6 +255,10 @@ class StandIn(Gpu):
     def peak_gib(self) -> tuple[float, float]:
         """Made up."""
         return 1.0, 1.5
+
+    def num_retries(self) -> int:
+        """Nothing is refused."""
+        return 0
 
     @contextmanager
     def capped(self, gib: float) -> Iterator[None]:
