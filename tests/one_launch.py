@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from blend_program import check_blend, check_column_sums
 from group_norm_silu_conv_program import check_convolution, check_norm
-from triton_geglu_program import run_geglu, run_norm
+from triton_geglu_program import run_geglu, run_norm, run_product
 
-from mmkernels.kernels.launch import CarryOut
+from mmkernels.kernels import epilogue_triton
+from mmkernels.kernels.launch import CarryOut, carried_out_by
 from mmkernels.ops import temporal_attention_triton
 
 HALF = torch.float16
@@ -60,6 +61,16 @@ def column_sums(launch: CarryOut) -> None:
     check_column_sums((70, 72), HALF, launch)
 
 
+def geglu_product(launch: CarryOut) -> None:
+    run_product((3, 48, 32), HALF, lambda x: launch(*x))
+
+
+def epilogue(launch: CarryOut) -> None:
+    inner, residual, y = torch.empty(3, 2, 35, 40, dtype=HALF)
+    with carried_out_by(launch=launch):
+        epilogue_triton.add(inner, torch.empty(40, dtype=HALF), torch.empty(2, 40, dtype=HALF), residual, y)
+
+
 # Every Triton kernel, with the program that launches it.
 KERNELS: dict[Callable[[CarryOut], None], tuple[str, ...]] = {
     temporal_attention: ("forward_kernel", "backward_kernel"),
@@ -72,6 +83,8 @@ KERNELS: dict[Callable[[CarryOut], None], tuple[str, ...]] = {
     geglu: ("forward_kernel", "backward_kernel"),
     blend: ("mix_kernel", "mix_backward_kernel"),
     column_sums: ("column_sums_kernel",),
+    geglu_product: ("product_kernel", "product_backward_kernel"),
+    epilogue: ("add_kernel",),
 }  # fmt: skip
 LAUNCHES = {f"{program.__name__}/{kernel}": (program, kernel) for program, names in KERNELS.items() for kernel in names}
 

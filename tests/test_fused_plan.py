@@ -202,7 +202,8 @@ def test_plans_are_made_for_the_step_that_is_measured(monkeypatch: pytest.Monkey
         made.clear()
 
 
-def test_it_is_measured_on_a_gpu_and_refused_on_a_cpu() -> None:
+def test_it_is_measured_on_a_gpu_and_refused_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     assert "fused-plan" in MEASURED_ON_A_GPU
     on_gpu = Settings(measure=True, device="cuda", preset="demo")
     assert on_gpu.measured_ways() == MEASURED_ON_A_GPU
