@@ -242,8 +242,7 @@ def test_where_backward_has_moved_weights_the_run_goes_back_to_its_checkpoint(
 
 
 def modelled(peak: float, seconds: float) -> Plan:
-    figures = Modelled(peak_gib=peak, recompute_flops_ratio=0, moved_gib=0, hidden_ratio=1, step_s=seconds)
-    return Plan(modelled=figures)
+    return Plan(modelled=Modelled(peak_gib=peak, recompute_flops_ratio=0, moved_gib=0, hidden_ratio=1, step_s=seconds))
 
 
 class Ladder:
@@ -307,10 +306,10 @@ def test_running_out_of_memory_drops_further_each_time_and_never_climbs_back() -
 
 
 def test_what_did_not_fit_a_smaller_budget_is_forgotten_under_a_larger_one() -> None:
-    made = {"budget_gib": 22.0, "failed_gib": 21.5}
+    known = dataclasses.replace(modelled(18, 6.0), made_for={"budget_gib": 22.0, "failed_gib": 21.5})
     for budget_gib, room_gib in ((22.0, 21.5 - 0.05 * 22), (75.0, 75.0)):
         ladder = Ladder(0.0)
-        ladder.fitting = Fitting(dataclasses.replace(modelled(18, 6.0), made_for=made), budget_gib, ladder, ladder, ONE)
+        ladder.fitting = Fitting(known, budget_gib, ladder, ladder, ONE)
         ladder.fitting.settle(6.0)
         assert ladder.rooms == pytest.approx([room_gib])
 
