@@ -6,6 +6,7 @@ tensors and modules it makes are then made on the device, and `device` names it 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -49,6 +50,20 @@ def on_device(request: pytest.FixtureRequest, device: torch.device) -> Iterator[
     else:
         with StandInDevice():
             yield
+
+
+@pytest.fixture(autouse=True)
+def own_environment() -> Iterator[None]:
+    """What a test sets of our variables, or has code set, is gone after it: another may run in the same process."""
+
+    def ours() -> dict[str, str]:
+        return {name: value for name, value in os.environ.items() if name.startswith("MMKERNELS_")}
+
+    before = ours()
+    yield
+    for name in ours():
+        del os.environ[name]
+    os.environ.update(before)
 
 
 @pytest.fixture(autouse=True)
