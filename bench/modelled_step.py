@@ -8,7 +8,6 @@ the host), workspaces of libraries. No way trains the parameters that one contex
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -74,13 +73,13 @@ def model_ways(
 ) -> tuple[dict[str, StepCost], Plan | None]:
     """Costs by way, in the order given, and the plan of fused-plan where it is among them.
 
-    make: the workload, its guide recomputed, as the trainer has it with fused kernels, or not. The update comes after
-    backward, unless the plan has it otherwise.
+    make: the workload, its guide recomputed, as the trainer has it with fused kernels, or not; it is asked for each
+    way. The update comes after backward, unless the plan has it otherwise.
     """
     found: dict[str, StepCost] = {}
-    plan, workloads = None, cache(make)
+    plan = None
     for way in ways:
-        workload = workloads(way.startswith("fused"))
+        workload = make(way.startswith("fused"))
         if way == "fused-plan":
             plain_flops = found["torch"].flops if "torch" in found else None
             chosen = Search(workload, card, kind, plain_flops=plain_flops).best(card.usable_gib)

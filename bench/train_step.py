@@ -22,6 +22,7 @@ most 64x64 pixels (float64 at full size would take longer than the measurement).
 import dataclasses
 import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -113,6 +114,7 @@ def model(settings: Settings, console: Console) -> int:
     height, width = settings.pixels() or (576, 1024)
     frames = settings.frames or 72
 
+    @cache
     def make(guide_recomputes: bool) -> Workload:
         return svd_workload(
             kind, frames=frames, height=height, width=width, has_guide=True, guide_recomputes=guide_recomputes

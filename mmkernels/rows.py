@@ -112,10 +112,6 @@ class ParameterSums:
         """Add left^T right, of (R, K) and (R, C): the chunk's gradient of a (K, C) weight."""
         add_product(self.sums[index], left, right)
 
-    def add_rows(self, index: int, rows: Tensor) -> None:
-        """Add the sum over rows (R, K): the chunk's gradient of a (K) bias."""
-        self.sums[index].add_(rows.sum(0, dtype=self.sums[index].dtype))
-
     def gradients(self) -> list[Tensor]:
         """The sums, in the dtypes of their parameters."""
         return [total.to(dtype) for total, dtype in zip(self.sums, self._dtypes, strict=True)]

@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.metadata
-import importlib.util
 import json
 import logging
 import os
@@ -220,12 +219,6 @@ def fastest(
         kind = ""
     with torch.cuda.device(device):
         return _tuner(torch.cuda.current_device()).fastest(op, key, variants, kind)
-
-
-@cache
-def why_no_triton() -> str | None:
-    """Why there are no Triton kernels here, or None."""
-    return None if importlib.util.find_spec("triton") else "Triton is not installed; pip install triton"
 
 
 def forced(op: str) -> str | None:

@@ -84,6 +84,15 @@ def run_norm(shape: tuple[int, int, int, bool], dtypes: tuple[torch.dtype, torch
     return actual
 
 
+def plain_geglu(v: Tensor, dg: Tensor) -> dict[str, Tensor]:
+    """GEGLU of v, bias included, and its gradients by torch, in v's dtype."""
+    v = v.requires_grad_()
+    hidden, gate = v.chunk(2, dim=-1)
+    value = hidden * gelu(gate)
+    (dv,) = torch.autograd.grad(value, v, dg.to(v.dtype))
+    return {"g": value.detach(), "g_again": value.detach(), "du": dv, "dbias": dv.sum(0)}
+
+
 def run_geglu(shape: tuple[int, int], dtype: torch.dtype, run: Run, in_place: bool = True) -> dict[str, Tensor]:
     """GEGLU and its backward, in place as the op runs it."""
     torch.manual_seed(0)
@@ -99,11 +108,7 @@ def run_geglu(shape: tuple[int, int], dtype: torch.dtype, run: Run, in_place: bo
     actual = {"g": g, "g_again": g_again, "du": du, "dbias": sums.sum(0)}
 
     def torch_geglu(wide: torch.dtype) -> dict[str, Tensor]:
-        shifted = (u.to(wide) + bias.to(wide)).requires_grad_()
-        hidden, gate = shifted.chunk(2, dim=-1)
-        value = hidden * gelu(gate)
-        (dshifted,) = torch.autograd.grad(value, shifted, dg.to(wide))
-        return {"g": value.detach(), "g_again": value.detach(), "du": dshifted, "dbias": dshifted.sum(0)}
+        return plain_geglu(u.to(wide) + bias.to(wide), dg)
 
     assert_within_budget(actual, torch_geglu(dtype), torch_geglu(torch.float64))
     return actual
@@ -123,11 +128,7 @@ def run_product(shape: tuple[int, int, int], dtype: torch.dtype, run: Run) -> di
     actual = {"g": g, "g_again": g_again, "du": du, "dbias": sums.sum(0)}
 
     def torch_product(wide: torch.dtype) -> dict[str, Tensor]:
-        v = (x.to(wide) @ weight.to(wide).t() + bias.to(wide)).requires_grad_()
-        hidden, gate = v.chunk(2, dim=-1)
-        value = hidden * gelu(gate)
-        (dv,) = torch.autograd.grad(value, v, dg.to(wide))
-        return {"g": value.detach(), "g_again": value.detach(), "du": dv, "dbias": dv.sum(0)}
+        return plain_geglu(x.to(wide) @ weight.to(wide).t() + bias.to(wide), dg)
 
     assert_within_budget(actual, torch_product(dtype), torch_product(torch.float64))
     return actual

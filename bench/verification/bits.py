@@ -34,7 +34,8 @@ def run(gpu: Gpu, record: Record, seconds: float) -> None:
         record = record.of_dtype(config.trainer.precision)
         free = with_trainer(config, deterministic=False, num_steps=1)
         once, again = (trained(free, gpu, folder / name) for name in ("once", "once again"))
-        record.figures("bits", "rerun, as is", counts(once, again), includes=operations(different(once, again)))
+        names = different(once, again)
+        record.figures("bits", "rerun, as is", counts(names, once), includes=operations(names))
         first = trained(config, gpu, folder / "first")
         compare(record, "rerun", first, trained(config, gpu, folder / "again"))
         half = with_trainer(config, num_steps=config.trainer.save_every)
@@ -77,9 +78,9 @@ def different(wanted: Tensors, found: Tensors) -> list[str]:
     return [name for name, tensor in wanted.items() if not torch.equal(tensor, found[name])]
 
 
-def counts(wanted: Tensors, found: Tensors) -> dict[str, float]:
+def counts(names: list[str], wanted: Tensors) -> dict[str, float]:
     """How many tensors are not the same, of how many."""
-    return {"different_tensors": len(different(wanted, found)), "tensors": len(wanted)}
+    return {"different_tensors": len(names), "tensors": len(wanted)}
 
 
 def operations(names: list[str]) -> str:
@@ -90,6 +91,7 @@ def operations(names: list[str]) -> str:
 
 def compare(record: Record, what: str, wanted: Tensors, found: Tensors) -> None:
     """Write how many tensors are not the same, and fail where any is not."""
-    record.figures("bits", what, counts(wanted, found))
-    if names := different(wanted, found):
+    names = different(wanted, found)
+    record.figures("bits", what, counts(names, wanted))
+    if names:
         record.fail(what, f"{len(names)} of {len(wanted)} tensors have other bits, first {names[0]}")

@@ -93,7 +93,7 @@ def dispatch(call: Call, x: Tensor, backends: Mapping[str, B], trial: Callable[[
 
     Raises ValueError where none does, and as `mmkernels.tuning.fastest`.
     """
-    able = {name: backend for name, backend in backends.items() if backend.why_unsupported(call) is None}
+    able = {name: backends[name] for name, reason in reasons(call, backends).items() if reason is None}
     if not able:
         raise ValueError(f"nothing computes {call.op}: {why_nobody(call, backends)}")
     if call.is_modelled and len(able) > 1 and tuning.forced(call.op) is None:

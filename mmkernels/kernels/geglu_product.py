@@ -17,6 +17,7 @@ from mmkernels import tuning
 from mmkernels.costs import is_modelled
 from mmkernels.kernels.dispatch import Call, describe, dispatch
 from mmkernels.kernels.geglu import geglu_backward_into, geglu_into
+from mmkernels.kernels.storage import why_no_triton
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -52,7 +53,7 @@ class Epilogue:
             return f"no kernel for device {call.device}"
         if call.dtype not in _HALF:
             return f"dtype {call.dtype}, the product with GEGLU takes bfloat16 and float16"
-        return tuning.why_no_triton()
+        return why_no_triton()
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor, g: Tensor, u: Callable[[], Tensor]) -> None:

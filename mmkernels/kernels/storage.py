@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -11,6 +12,12 @@ from mmkernels import extension
 from mmkernels.costs import device_kind
 
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+@cache
+def why_no_triton() -> str | None:
+    """Why there are no Triton kernels here, or None."""
+    return None if importlib.util.find_spec("triton") else "Triton is not installed; pip install triton"
 
 
 def why_unsupported(x: Tensor, *other_dtypes: torch.dtype) -> str | None:
@@ -24,5 +31,5 @@ def why_unsupported(x: Tensor, *other_dtypes: torch.dtype) -> str | None:
     if kind == "cpu":
         return None if extension.available() else f"no native CPU kernels: {extension.why_not()}"
     if kind == "cuda":
-        return None if importlib.util.find_spec("triton") else "Triton is not installed; pip install triton"
+        return why_no_triton()
     return f"no kernel for device {kind}"

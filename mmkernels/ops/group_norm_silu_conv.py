@@ -20,7 +20,6 @@ chunks that torch (oneDNN, MKL) convolves; on CUDA Triton normalises them; see `
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -34,7 +33,7 @@ from mmkernels.costs import device_kind, device_of, is_modelled, is_noting
 from mmkernels.kernels.column_sums import column_sums
 from mmkernels.kernels.group_norm import formula, native
 from mmkernels.kernels.group_norm.norm import Norm, Rows
-from mmkernels.kernels.storage import DTYPE_NAMES
+from mmkernels.kernels.storage import DTYPE_NAMES, why_no_triton
 from mmkernels.ops import group_norm_silu_conv_chunked as chunked
 from mmkernels.ops import group_norm_silu_conv_implicit as implicit
 from mmkernels.ops.group_norm_silu_conv_chunked import at
@@ -302,7 +301,7 @@ def why_unsupported(x: Tensor, x2: Tensor | None = None) -> str | None:
     if kind == "cpu":
         return None if extension.available() else f"no native CPU kernels: {extension.why_not()}"
     if kind == "cuda":
-        return None if importlib.util.find_spec("triton") else "Triton is not installed; pip install triton"
+        return why_no_triton()
     return f"no kernel for device {kind}"
 
 

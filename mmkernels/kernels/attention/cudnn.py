@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mmkernels.kernels.attention.flash import why_not_on_tensor_cores
 from mmkernels.kernels.dispatch import Call
 
 aten = torch.ops.aten
-HALF = (torch.bfloat16, torch.float16)
 MOST_HEAD_DIM = 128
 
 
@@ -22,15 +22,10 @@ def why_unsupported(call: Call) -> str | None:
         return f"no cuDNN for device {call.device}"
     if call.is_deterministic:
         return "cuDNN's attention adds dq by atomics, and torch.use_deterministic_algorithms is on"
-    pixels, _, head_dim = call.shape
-    if call.dtype not in HALF:
-        return f"products in {call.dtype}, cuDNN's attention takes bfloat16 and float16"
-    if head_dim % 8 or head_dim > MOST_HEAD_DIM:
-        return f"head dim {head_dim}, cuDNN's attention takes multiples of 8 up to {MOST_HEAD_DIM}"
-    if pixels < 2:
+    if (reason := why_not_on_tensor_cores(call, "cuDNN's attention", MOST_HEAD_DIM)) is not None:
+        return reason
+    if call.shape[0] < 2:
         return "cuDNN's attention takes no single token"
-    if call.capability < (8, 0):
-        return "cuDNN's attention wants compute capability 8.0 or higher"
     if call.is_modelled:
         return None
     if not torch.backends.cudnn.is_available():

@@ -21,14 +21,17 @@ def why_unsupported(call: Call) -> str | None:
     """Half precision, head dims of multiples of 8, Ampere and later."""
     if call.device != "cuda":
         return f"no flash attention for device {call.device}"
+    return why_not_on_tensor_cores(call, "torch's flash attention on CUDA", MOST_HEAD_DIM)
+
+
+def why_not_on_tensor_cores(call: Call, name: str, most_head_dim: int) -> str | None:
+    """Why an attention of this name, of tensor cores and asynchronous copies, does not take a call on CUDA, or None."""
     if call.dtype not in HALF:
-        return f"products in {call.dtype}, torch's flash attention on CUDA takes bfloat16 and float16"
+        return f"products in {call.dtype}, {name} takes bfloat16 and float16"
     *_, head_dim = call.shape
-    if head_dim % 8 or head_dim > MOST_HEAD_DIM:
-        return f"head dim {head_dim}, torch's flash attention on CUDA takes multiples of 8 up to {MOST_HEAD_DIM}"
-    if call.capability < (8, 0):
-        return "torch's flash attention wants compute capability 8.0 or higher"
-    return None
+    if head_dim % 8 or head_dim > most_head_dim:
+        return f"head dim {head_dim}, {name} takes multiples of 8 up to {most_head_dim}"
+    return f"{name} wants compute capability 8.0 or higher" if call.capability < (8, 0) else None
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
