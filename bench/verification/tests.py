@@ -41,7 +41,7 @@ def run_tests(gpu: Gpu, record: Record, forced: str, end_s: float) -> None:
             said, _ = process.communicate(timeout=max(0.0, end_s - time.monotonic()))
         except subprocess.TimeoutExpired:
             record.fail(
-                f"tests {forced}".strip(), "not done in the part's time: ended; what had failed by then is here"
+                f"tests {forced}".strip(), "not done in the time of the part: what failed by then is here"
             )
             process.send_signal(signal.SIGINT)
             said, _ = process.communicate()
