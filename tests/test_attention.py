@@ -16,9 +16,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from mmkernels import tuning
 from mmkernels.cards import card
 from mmkernels.costs import modelled_device
-from mmkernels.kernels import attention
 from mmkernels.kernels.attention import call_of, choose, cudnn, efficient, flash, why_unsupported
-from mmkernels.kernels.dispatch import Call, dispatch, reasons
+from mmkernels.kernels.call import Call
+from mmkernels.kernels.dispatch import dispatch, reasons
+from mmkernels.kernels.registry import FAMILIES, Backend
 from mmkernels.memory.clock import Clock
 from mmkernels.memory.trace import trace
 from mmkernels.ops.spatial_attention import spatial_attention
@@ -31,7 +32,7 @@ HOPPER = Call(
 
 def able(**changes: Any) -> list[str]:
     """Who takes a Hopper's call with these changes."""
-    found = reasons(dataclasses.replace(HOPPER, **changes), attention.TORCHS)
+    found = reasons(dataclasses.replace(HOPPER, **changes))
     return [name for name, reason in found.items() if reason is None]
 
 
@@ -60,27 +61,27 @@ def test_who_takes_what(changes: dict[str, Any], names: list[str]) -> None:
 @pytest.mark.parametrize(
     ("backend", "changes", "reason"),
     [
-        (flash, {"dtype": torch.float32}, "products in torch.float32"),
-        (flash, {"shape": (64, 5, 20)}, "head dim 20"),
-        (flash, {"capability": (7, 5)}, "compute capability 8.0"),
-        (flash, {"device": "mps"}, "for device mps"),
-        (cudnn, {"device": "mps"}, "for device mps"),
-        (cudnn, {"is_deterministic": True}, "use_deterministic_algorithms is on"),
-        (cudnn, {"dtype": torch.float32}, "products in torch.float32"),
-        (cudnn, {"shape": (64, 5, 136)}, "head dim 136"),
-        (cudnn, {"shape": (1, 5, 64)}, "no single token"),
-        (cudnn, {"capability": (7, 5)}, "compute capability 8.0"),
-        (cudnn, {"is_modelled": False}, "has no cuDNN"),
-        (efficient, {}, "flash attention takes it"),
-        (efficient, {"dtype": torch.float64}, "products in torch.float64"),
-        (efficient, {"shape": (64, 5, 20)}, "head dim 20"),
-        (efficient, {"capability": (7, 5)}, "bfloat16"),
-        (efficient, {"device": "mps"}, "for device mps"),
+        ("flash", {"dtype": torch.float32}, "products in torch.float32"),
+        ("flash", {"shape": (64, 5, 20)}, "head dim 20"),
+        ("flash", {"capability": (7, 5)}, "compute capability 8.0"),
+        ("flash", {"device": "mps"}, "for cuda, the tensors are on mps"),
+        ("cudnn", {"device": "mps"}, "for cuda, the tensors are on mps"),
+        ("cudnn", {"is_deterministic": True}, "use_deterministic_algorithms is on"),
+        ("cudnn", {"dtype": torch.float32}, "products in torch.float32"),
+        ("cudnn", {"shape": (64, 5, 136)}, "head dim 136"),
+        ("cudnn", {"shape": (1, 5, 64)}, "no single token"),
+        ("cudnn", {"capability": (7, 5)}, "compute capability 8.0"),
+        ("cudnn", {"is_modelled": False}, "has no cuDNN"),
+        ("efficient", {}, "flash attention takes it"),
+        ("efficient", {"dtype": torch.float64}, "products in torch.float64"),
+        ("efficient", {"shape": (64, 5, 20)}, "head dim 20"),
+        ("efficient", {"capability": (7, 5)}, "bfloat16"),
+        ("efficient", {"device": "mps"}, "for cuda, the tensors are on mps"),
     ],
 )
-def test_every_reason(backend: Any, changes: dict[str, Any], reason: str) -> None:
+def test_every_reason(backend: str, changes: dict[str, Any], reason: str) -> None:
     with mock.patch.object(torch.backends.cudnn, "is_available", lambda: False):
-        assert reason in backend.why_unsupported(dataclasses.replace(HOPPER, **changes))
+        assert reason in str(reasons(dataclasses.replace(HOPPER, **changes))[backend])
 
 
 def test_cudnn_is_switched_off_as_for_torchs_own_attention() -> None:
@@ -119,8 +120,8 @@ def test_a_modelled_gpu_takes_what_one_reading_knows(monkeypatch: pytest.MonkeyP
 def test_nobody_is_said_with_every_reason() -> None:
     x = torch.empty(2, 64, 320, device="meta")
     call = call_of(x, torch.float32, 64, 5, 64)
-    assert "no flash attention for device meta; no cuDNN for device meta" in str(why_unsupported(call))
-    with pytest.raises(ValueError, match="nothing computes attention: no flash attention for device meta"):
+    assert why_unsupported(call) == "no kernel for device meta"
+    with pytest.raises(ValueError, match="nothing computes attention: no kernel for device meta"):
         choose(x, torch.float32, 64, 5, 64)
 
 
@@ -128,15 +129,16 @@ def test_where_no_reading_knows_both_are_timed_once_forward_and_backward_togethe
     """On a GPU of another generation; the clock counts what ran."""
     ran: list[tuple[str, str]] = []
 
-    class Backend:
-        def __init__(self, name: str) -> None:
-            self.name = name
-
+    class Taker(Backend):
         def why_unsupported(self, call: Call) -> str | None:
             return None
 
-        def trial(self) -> None:
-            ran.extend((self.name, direction) for direction in ("forward", "backward"))
+        @property
+        def loaded(self) -> str:
+            return self.module
+
+    def trial(name: str) -> None:
+        ran.extend((name, direction) for direction in ("forward", "backward"))
 
     def clock(variant: Any, repeats: int) -> float:
         before = len(ran)
@@ -146,15 +148,15 @@ def test_where_no_reading_knows_both_are_timed_once_forward_and_backward_togethe
 
     tuner = tuning.Tuner(tmp_path / "choices.json", {"capability": "8.9", "device": "a card"}, clock)
     call = dataclasses.replace(HOPPER, is_modelled=False, capability=(8, 9))
-    backends = {name: Backend(name) for name in ("flash", "cudnn")}
+    takers = {name: Taker(name) for name in ("flash", "cudnn")}
 
     def fastest(op: str, key: tuple, variants: Any, device: torch.device, kind: str) -> str:
         return tuner.fastest(op, key, variants, kind)
 
-    with mock.patch.object(tuning, "fastest", fastest):
-        first = dispatch(call, torch.empty(1), backends, Backend.trial)
+    with mock.patch.object(tuning, "fastest", fastest), mock.patch.dict(FAMILIES, attention=takers):
+        assert dispatch(call, torch.empty(1), trial) == "cudnn"
         count = len(ran)
-        assert dispatch(call, torch.empty(1), backends, Backend.trial) is first is backends["cudnn"]
+        assert dispatch(call, torch.empty(1), trial) == "cudnn"
     assert {name for name, _ in ran} == {"flash", "cudnn"}
     assert len(ran) == count, "timed again"
 

@@ -24,6 +24,8 @@ LAYERS = [
     ("mmkernels.kernels.__init__", 1.8),
     ("mmkernels.kernels.launch", 1.8),
     ("mmkernels.kernels.storage", 1.8),
+    ("mmkernels.kernels.call", 1.82),
+    ("mmkernels.kernels.registry", 1.84),
     ("mmkernels.kernels.dispatch", 1.85),
     ("mmkernels.kernels", 1.9),
     ("mmkernels.ops", 2),

@@ -16,7 +16,8 @@ from numerics import assert_within_budget
 from torch import Tensor
 from torch.nn.functional import gelu, layer_norm
 
-from mmkernels.kernels import geglu_product_triton, geglu_triton, layer_norm_triton
+from mmkernels.kernels import geglu_triton, layer_norm_triton
+from mmkernels.kernels.geglu_product import triton as geglu_product_triton
 from mmkernels.kernels.launch import Launch
 
 DTYPES = {

@@ -20,6 +20,11 @@ def why_no_triton() -> str | None:
     return None if importlib.util.find_spec("triton") else "Triton is not installed; pip install triton"
 
 
+def why_no_native() -> str | None:
+    """Why there are no native CPU kernels here, or None."""
+    return None if extension.available() else f"no native CPU kernels: {extension.why_not()}"
+
+
 def why_unsupported(x: Tensor, *other_dtypes: torch.dtype) -> str | None:
     """Why plain torch would compute this instead of a kernel, given x and the other dtypes, or None."""
     for dtype in (x.dtype, *other_dtypes):
@@ -29,7 +34,7 @@ def why_unsupported(x: Tensor, *other_dtypes: torch.dtype) -> str | None:
         return f"the last axis of {tuple(x.shape)} is not contiguous"
     kind = device_kind(x)
     if kind == "cpu":
-        return None if extension.available() else f"no native CPU kernels: {extension.why_not()}"
+        return why_no_native()
     if kind == "cuda":
         return why_no_triton()
     return f"no kernel for device {kind}"

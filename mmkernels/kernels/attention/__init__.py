@@ -22,12 +22,11 @@ import torch
 from torch import Tensor
 
 from mmkernels import tuning
-from mmkernels.kernels.attention import cpu, cudnn, efficient, flash
-from mmkernels.kernels.dispatch import Call, describe, dispatch, why_nobody
+from mmkernels.kernels.call import Call, describe
+from mmkernels.kernels.dispatch import dispatch, why_nobody
 from mmkernels.kernels.launch import MOST_GRID_YZ
 
 OP = "attention"
-TORCHS: Mapping[str, Any] = {"cpu": cpu, "flash": flash, "cudnn": cudnn, "efficient": efficient}
 LIBRARIES: Mapping[str, str] = {"xformers": "xformers", "flash-attn": "flash_attn"}  # on request: what is imported
 
 
@@ -38,7 +37,7 @@ def call_of(x: Tensor, dtype: torch.dtype, pixels: int, num_heads: int, head_dim
 
 def why_unsupported(call: Call) -> str | None:
     """Why none of torch's attentions takes it, or None."""
-    return why_nobody(call, TORCHS)
+    return why_nobody(call)
 
 
 def library(name: str) -> Any:
@@ -64,4 +63,4 @@ def choose(x: Tensor, dtype: torch.dtype, pixels: int, num_heads: int, head_dim:
         o, logsumexp = backend.forward(q, k, v)
         backend.backward(o, q, k, v, o, logsumexp)
 
-    return dispatch(call_of(x, dtype, pixels, num_heads, head_dim), x, TORCHS, trial)
+    return dispatch(call_of(x, dtype, pixels, num_heads, head_dim), x, trial)

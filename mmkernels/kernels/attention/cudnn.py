@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mmkernels.kernels.attention.flash import why_not_on_tensor_cores
-from mmkernels.kernels.dispatch import Call
+from mmkernels.kernels.call import Call
 
 aten = torch.ops.aten
 MOST_HEAD_DIM = 128
@@ -18,8 +18,6 @@ MOST_HEAD_DIM = 128
 
 def why_unsupported(call: Call) -> str | None:
     """Half precision, head dims of multiples of 8 up to 128, several tokens, no promise of the same bits."""
-    if call.device != "cuda":
-        return f"no cuDNN for device {call.device}"
     if call.is_deterministic:
         return "cuDNN's attention adds dq by atomics, and torch.use_deterministic_algorithms is on"
     if (reason := why_not_on_tensor_cores(call, "cuDNN's attention", MOST_HEAD_DIM)) is not None:

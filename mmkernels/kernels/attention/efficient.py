@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from mmkernels.kernels.attention import flash
-from mmkernels.kernels.dispatch import Call
+from mmkernels.kernels.call import Call
 
 aten = torch.ops.aten
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -16,8 +16,6 @@ _ROWS = 32  # queries that logsumexp is padded to a multiple of
 
 def why_unsupported(call: Call) -> str | None:
     """What flash attention takes is left to it."""
-    if call.device != "cuda":
-        return f"no memory-efficient attention for device {call.device}"
     if flash.why_unsupported(call) is None:
         return "flash attention takes it"
     if call.dtype not in DTYPES:

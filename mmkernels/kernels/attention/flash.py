@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmkernels.kernels.dispatch import Call
+from mmkernels.kernels.call import Call
 
 aten = torch.ops.aten
 HALF = (torch.bfloat16, torch.float16)
@@ -19,8 +19,6 @@ MOST_HEAD_DIM = 256
 
 def why_unsupported(call: Call) -> str | None:
     """Half precision, head dims of multiples of 8, Ampere and later."""
-    if call.device != "cuda":
-        return f"no flash attention for device {call.device}"
     return why_not_on_tensor_cores(call, "torch's flash attention on CUDA", MOST_HEAD_DIM)
 
 

@@ -2,10 +2,10 @@
 
     v = x Wu^T + bias      g = hidden * gelu(gate),  (hidden, gate) = v halved
 
-A program owns a tile of rows and the same columns of both halves: two products over C, side by side. Tiles of columns
-follow each other, so a tile of rows is read again from the L2 and the weights, a few MB, stay there. Backward takes the
-product again and writes du and g from dg; the sums over its rows for the bias are a program's own, the caller adds
-them.
+x and weight are contiguous and of one 2-byte dtype, bias is float32. A program owns a tile of rows and the same columns
+of both halves: two products over C, side by side. Tiles of columns follow each other, so a tile of rows is read again
+from the L2 and the weights, a few MB, stay there. Backward takes the product again and writes du and g from dg; the
+sums over its rows for the bias are a program's own, and added up afterwards.
 """
 
 # The kernels are Triton's language, not Python: its tensors and compile-time branches mean nothing to a type checker.
@@ -13,6 +13,7 @@ them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,9 +21,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmkernels.costs import is_modelled
+from mmkernels.kernels.call import Call
 from mmkernels.kernels.geglu_triton import normal_distribution
 from mmkernels.kernels.launch import Launch
 
+HALF = (torch.bfloat16, torch.float16)
 ROWS, COLUMNS, DEPTH = 128, 64, 64  # of a tile: rows, columns of each half, channels of a step
 STAGES = 3  # 96 KiB on Hopper, so that one's epilogue runs beside another's product; 64 before and after
 
@@ -104,6 +108,11 @@ def product_backward_kernel(
 # --- launches
 
 
+def why_unsupported(call: Call) -> str | None:
+    """Half precision: there the tensor cores take the products as torch's would."""
+    return None if call.dtype in HALF else f"dtype {call.dtype}, the product with GEGLU takes bfloat16 and float16"
+
+
 def _tile(x: Tensor, H: int) -> tuple[int, dict[str, Any]]:
     """The number of programs and the compile-time arguments."""
     constants = {"C": x.shape[1], "H": H, "ROWS": ROWS, "COLUMNS": COLUMNS, "DEPTH": DEPTH}
@@ -127,13 +136,20 @@ def backward_launch(
     ), sums
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor, g: Tensor) -> None:
-    """Write g (rows, H) of x (rows, C) and weight (2H, C), contiguous, of one 2-byte dtype, and float32 bias (2H)."""
-    forward_launch(x, weight, bias, g).run()
+def forward(x: Tensor, weight: Tensor, bias: Tensor, g: Tensor, u: Callable[[], Tensor]) -> None:
+    """Write g; u is not needed."""
+    rows, H = g.shape
+    if g.numel() and not is_modelled(reads=(x, weight, bias), writes=(g,), flops=4 * rows * H * x.shape[1]):
+        forward_launch(x, weight.contiguous(), bias, g).run()
 
 
-def backward(x: Tensor, weight: Tensor, bias: Tensor, dg: Tensor, du: Tensor, g: Tensor) -> Tensor:
-    """Write du (rows, 2H) and g, which may be dg; returns the sums (tiles, 2H) of du over rows, to be added."""
-    launch, sums = backward_launch(x, weight, bias, dg, du, g)
+def backward(x: Tensor, weight: Tensor, bias: Tensor, du: Tensor, g: Tensor) -> Tensor:
+    """Write du, and g in the place of dg; returns the gradient of bias."""
+    rows, H = g.shape
+    if g.numel() == 0:
+        return torch.zeros_like(bias)
+    if is_modelled(reads=(x, weight, bias, g), writes=(du, g), flops=4 * rows * H * x.shape[1]):
+        return torch.empty_like(bias)
+    launch, sums = backward_launch(x, weight.contiguous(), bias, g, du, g)
     launch.run()
-    return sums
+    return sums.sum(0)

@@ -1,0 +1,54 @@
+"""The up-projection and GEGLU over rows, in one of two ways: torch's product and a pass over it, or one kernel.
+
+    v = x Wu^T + bias      g = hidden * gelu(gate),  (hidden, gate) = v halved
+
+x (rows, C), Wu (2H, C), g and dg (rows, H), u and du (rows, 2H), contiguous and of one dtype; bias (2H) at least
+float32. The kernel keeps u out of memory; torch's product is the faster of the two products. On a GPU both are timed.
+A way has
+
+    forward(x, weight, bias, g, u)      writes g; u() is scratch for the product
+    backward(x, weight, bias, du, g)    writes du, and g in the place of dg; returns the gradient of bias
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmkernels import tuning
+from mmkernels.kernels.call import describe
+from mmkernels.kernels.dispatch import dispatch
+
+
+def forward_into(x: Tensor, weight: Tensor, bias: Tensor, g: Tensor, u: Callable[[], Tensor]) -> None:
+    """Write g. u: gives the scratch for the product, asked for where one is needed."""
+
+    def trial(way: Any) -> None:
+        rows = _sample(g)
+        way.forward(x[rows], weight, bias, torch.empty_like(g[rows]), lambda: u()[rows])
+
+    _way("forward", x, g, trial).forward(x, weight, bias, g, u)
+
+
+def backward_into(x: Tensor, weight: Tensor, bias: Tensor, du: Tensor, g: Tensor) -> Tensor:
+    """Write du, and forward's g into the place of its gradient, which g holds; returns the gradient of bias."""
+
+    def trial(way: Any) -> None:
+        rows = _sample(g)
+        way.backward(x[rows], weight, bias, du[rows], g[rows].clone())
+
+    return _way("backward", x, g, trial).backward(x, weight, bias, du, g)
+
+
+def _sample(g: Tensor) -> slice:
+    return slice(0, max(1, tuning.SAMPLE_BYTES // (2 * g.shape[1] * g.element_size())))
+
+
+def _way(direction: str, x: Tensor, g: Tensor, trial: Callable[[Any], None]) -> Any:
+    # What wins on few rows, where launches count, need not on many: sizes apart by a power of two are timed apart.
+    scale = g[_sample(g)].shape[0].bit_length()
+    call = describe("geglu", x, x.dtype, (x.shape[1], g.shape[1], scale), direction=direction)
+    return dispatch(call, x, trial)

@@ -1,0 +1,53 @@
+"""Every backend of every family of kernels, in the order in which they are preferred; imported when first asked.
+
+A backend is a module with `why_unsupported(call) -> str | None` and what its family launches. Here stands what can be
+said without importing it: the kind of device it is for, and why it is not installed. The last of a family may be
+`formula`, plain torch: it takes everything, and is taken where nobody else takes the call.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from mmkernels.kernels.call import Call
+from mmkernels.kernels.storage import why_no_triton
+
+FORMULA = "formula"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to compute a family's calls. module: under mmkernels.kernels. device: "" for every kind."""
+
+    module: str
+    device: str = ""
+    why_absent: Callable[[], str | None] = lambda: None
+
+    def why_unsupported(self, call: Call) -> str | None:
+        """Why it does not take the call, or None where it does."""
+        if self.device not in ("", call.device):
+            return f"{self.module} is for {self.device}, the tensors are on {call.device}"
+        return self.why_absent() or self.loaded.why_unsupported(call)
+
+    @cached_property
+    def loaded(self) -> Any:
+        """The module."""
+        return importlib.import_module(f"mmkernels.kernels.{self.module}")
+
+
+FAMILIES: dict[str, Mapping[str, Backend]] = {
+    "attention": {
+        "cpu": Backend("attention.cpu", "cpu"),
+        "flash": Backend("attention.flash", "cuda"),
+        "cudnn": Backend("attention.cudnn", "cuda"),
+        "efficient": Backend("attention.efficient", "cuda"),
+    },
+    "geglu": {
+        "pass": Backend("geglu_product.two_passes"),
+        "epilogue": Backend("geglu_product.triton", "cuda", why_no_triton),
+    },
+}
