@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -19,7 +20,7 @@ from mmkernels.costs import modelled_device
 from mmkernels.kernels.attention import call_of, choose, cudnn, efficient, flash, why_unsupported
 from mmkernels.kernels.call import Call
 from mmkernels.kernels.dispatch import dispatch, reasons
-from mmkernels.kernels.registry import FAMILIES, Backend
+from mmkernels.kernels.registry import FAMILIES
 from mmkernels.memory.clock import Clock
 from mmkernels.memory.trace import trace
 from mmkernels.ops.spatial_attention import spatial_attention
@@ -129,13 +130,8 @@ def test_where_no_reading_knows_both_are_timed_once_forward_and_backward_togethe
     """On a GPU of another generation; the clock counts what ran."""
     ran: list[tuple[str, str]] = []
 
-    class Taker(Backend):
-        def why_unsupported(self, call: Call) -> str | None:
-            return None
-
-        @property
-        def loaded(self) -> str:
-            return self.module
+    def taker(name: str) -> Any:
+        return SimpleNamespace(why_unsupported=lambda call: None, loaded=name)
 
     def trial(name: str) -> None:
         ran.extend((name, direction) for direction in ("forward", "backward"))
@@ -148,7 +144,7 @@ def test_where_no_reading_knows_both_are_timed_once_forward_and_backward_togethe
 
     tuner = tuning.Tuner(tmp_path / "choices.json", {"capability": "8.9", "device": "a card"}, clock)
     call = dataclasses.replace(HOPPER, is_modelled=False, capability=(8, 9))
-    takers = {name: Taker(name) for name in ("flash", "cudnn")}
+    takers = {name: taker(name) for name in ("flash", "cudnn")}
 
     def fastest(op: str, key: tuple, variants: Any, device: torch.device, kind: str) -> str:
         return tuner.fastest(op, key, variants, kind)
