@@ -27,6 +27,7 @@ LAYERS = [
     ("mmkernels.kernels.call", 1.82),
     ("mmkernels.kernels.registry", 1.84),
     ("mmkernels.kernels.dispatch", 1.85),
+    ("mmkernels.kernels.adamw8bit.step", 1.86),
     ("mmkernels.kernels", 1.9),
     ("mmkernels.ops", 2),
     ("mmkernels.memory.__main__", 4.4),
