@@ -17,10 +17,10 @@ from mimicmotion.execution import same_bits
 from mimicmotion.fitting import Fitting, expected_gib
 from mimicmotion.planned import check_plan, made_for
 from mmkernels.allocator import CudaAllocator
-from mmkernels.cards import Card
+from mmkernels.cards import CONTEXT_GIB, Card, without_fragments
 from mmkernels.planning.choices import GIB, Plan, read_plan
 from mmkernels.planning.device import measured_card
-from mmkernels.planning.search import MARGIN_GIB, Chosen, Search
+from mmkernels.planning.search import Chosen, Search
 from mmkernels.planning.workload import Workload
 
 
@@ -169,14 +169,14 @@ def reserve_as_planned() -> None:
 
 
 def usable_gib(device: torch.device) -> float:
-    """Memory of a GPU that is free or this process's own, less the margin for what no trace sees.
+    """Memory of a GPU that is free or this process's own, less what is lost in fragments and what loaded kernels take.
 
     Of a CPU there is no limit to hold a plan to.
     """
     if device.type != "cuda":
         return math.inf
     usable_bytes = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    return usable_bytes / GIB - MARGIN_GIB
+    return without_fragments(usable_bytes / GIB - CONTEXT_GIB)
 
 
 def _check_fits(plan: Plan, free_gib: float) -> None:
@@ -184,6 +184,6 @@ def _check_fits(plan: Plan, free_gib: float) -> None:
     if plan.modelled is not None and plan.modelled.peak_gib > free_gib:
         raise ValueError(
             f"the plan's modelled peak is {plan.modelled.peak_gib:.1f} GiB, the device has {free_gib:.1f} GiB free "
-            f"(the least of all ranks, less {MARGIN_GIB} for what no trace sees); give a plan made with "
+            f"(the least of all ranks, without fragments and what loaded kernels take); give a plan made with "
             f"--budget {free_gib:.1f} or less, or --memory-budget auto"
         )

@@ -19,7 +19,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from mmkernels.cards import CONTEXT_GIB, DISPLAY_GIB, FRAGMENTS_GIB, Card, card
+from mmkernels.cards import CONTEXT_GIB, DISPLAY_GIB, FRAGMENTS, Card, card
 from mmkernels.planning.choices import GIB, OptimizerChoice, OptimizerKind, write_plan
 from mmkernels.planning.device import measured_card
 from mmkernels.planning.pictures import Point, draw_front, draw_memory, parts_over_time
@@ -86,7 +86,8 @@ def why_too_much(budget_gib: float, chosen: Card) -> str:
     return (
         f"warning: a budget of {budget_gib:g} GiB is more than the {chosen.usable_gib:.1f} GiB that a {chosen.name} of "
         f"{chosen.memory_gib:g} GB leaves a training step: CUDA's context takes {CONTEXT_GIB} GiB, a desktop, where "
-        f"one runs on it, {DISPLAY_GIB}, and {FRAGMENTS_GIB} are lost in fragments; the plan may run out of memory"
+        f"one runs on it, {DISPLAY_GIB}, and {FRAGMENTS:.0%} of the rest are lost in fragments; the plan may "
+        "run out of memory"
     )
 
 

@@ -6,7 +6,18 @@ import math
 
 import pytest
 
-from mmkernels.cards import CARDS, CONTEXT_GIB, DISPLAY_GIB, FRAGMENTS_GIB, H200_RATES, Kind, Rate, card, card_of
+from mmkernels.cards import (
+    CARDS,
+    CONTEXT_GIB,
+    DISPLAY_GIB,
+    FRAGMENTS,
+    H200_RATES,
+    Kind,
+    Rate,
+    card,
+    card_of,
+    without_fragments,
+)
 
 MEASURED_MS: dict[Kind, dict[tuple[float, float], float]] = {  # by (FLOPs, bytes), on an H200, by CUDA events
     "product": {(2 * 8192**3, 3 * 2 * 8192**2): 1.456},
@@ -112,7 +123,10 @@ def test_rates_of_another_card_are_its_data_sheets_by_the_h200s_share() -> None:
 
 
 def test_what_a_card_leaves_a_step() -> None:
-    assert card("RTX 4090").usable_gib == pytest.approx(23.5 - CONTEXT_GIB - DISPLAY_GIB - FRAGMENTS_GIB)
-    assert card("A100").usable_gib == pytest.approx(79.2 - CONTEXT_GIB - FRAGMENTS_GIB)
+    assert card("RTX 4090").usable_gib == pytest.approx((23.5 - CONTEXT_GIB - DISPLAY_GIB) * (1 - FRAGMENTS), abs=0.05)
+    assert card("A100").usable_gib == pytest.approx((79.2 - CONTEXT_GIB) * (1 - FRAGMENTS), abs=0.05)
+    # GiB that the allocator had, and that steps held or would have: what ran fits, what ran out does not.
+    assert all(held < without_fragments(had) for had, held in ((22.6, 21.89),))
+    assert all(held > without_fragments(had) for had, held in ((139.2, 136.9), (22.6, 22.28), (24, 23.73)))
     for each in CARDS:
         assert 0.86 * each.memory_gib < each.usable_gib < each.memory_gib - 0.8, each.name

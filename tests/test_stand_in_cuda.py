@@ -62,7 +62,7 @@ def test_torch_refuses_a_gpu_without_an_index_here_as_there(cuda: Cuda) -> None:
 
 def test_what_a_part_asks_of_the_gpu(cuda: Cuda) -> None:
     gpu, cuda.peak_bytes = Gpu(), 3 * GIB
-    assert (gpu.name, gpu.memory_gib(), gpu.usable_gib()) == ("stand-in", 80, 70 + 1 - 1.5)
+    assert (gpu.name, gpu.memory_gib(), gpu.usable_gib()) == ("stand-in", 80, pytest.approx((70 + 1 - 0.5) * 0.97))
     with gpu.capped(20.0):
         assert cuda.fractions == [0.25]
     assert cuda.fractions == [0.25, 1.0]
@@ -96,13 +96,13 @@ def test_part_memory_trains_under_a_cap(cuda: Cuda, tmp_path: Path) -> None:
         memory.run(Small(), record, 100)
     rows = record.rows()
     assert failures_of(rows, ["memory"]) == []
-    runs = ["--memory-budget 22.3", "plan for RTX 4090", "plan for this card"]
+    runs = ["--memory-budget 21.9", "plan for RTX 4090", "plan for this card"]
     measured_rows = [row for row in rows if row["kind"] == "measured" and row["metric"] == "peak_gib"]
     assert [(row["provider"], row["mode"]) for row in measured_rows] == [
         (run, f"step {step}") for run in runs for step in (1, 2)
     ]
     assert {row["median"] for row in measured_rows} == {23.0}
-    assert cuda.fractions == pytest.approx([22.6 / 80, 1, 22.6 / 80, 1, 1, 1])
+    assert cuda.fractions == pytest.approx([22.577 / 80, 1, 22.577 / 80, 1, 1, 1], rel=1e-4)
     (change,) = [row["includes"] for row in rows if row["bench"] == "memory/closed loop" and row["metric"] == "step_s"]
     assert change.startswith("over the budget, and no plan is smaller: the peak was 23.00 GiB (modelled 1.00, ")
 

@@ -38,7 +38,7 @@ LONGEST_REPORT_S = 45.0  # that is waited for it once the first plan is there
 def run(gpu: Gpu, record: Record, seconds: float) -> None:
     """Most telling first; what a run gives is written after each of its steps."""
     config, smaller, whole_gib = memory_config(gpu), cards.card(SMALLER), gpu.usable_gib()
-    budget_gib, cap_gib = smaller.usable_gib, smaller.usable_gib + cards.FRAGMENTS_GIB
+    budget_gib, cap_gib = smaller.usable_gib, smaller.usable_gib / (1 - cards.FRAGMENTS)
     with processes(1) as pool, tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         whole = pool.submit(gpu.planner(make_plan), config, gpu.card(), whole_gib)

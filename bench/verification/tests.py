@@ -40,9 +40,7 @@ def run_tests(gpu: Gpu, record: Record, forced: str, end_s: float) -> None:
         try:
             said, _ = process.communicate(timeout=max(0.0, end_s - time.monotonic()))
         except subprocess.TimeoutExpired:
-            record.fail(
-                f"tests {forced}".strip(), "not done in the time of the part: what failed by then is here"
-            )
+            record.fail(f"tests {forced}".strip(), "not done in the time of the part: what failed by then is here")
             process.send_signal(signal.SIGINT)
             said, _ = process.communicate()
     print(said, flush=True)

@@ -16,7 +16,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from mmkernels.cards import FRAGMENTS_GIB, H200_RATES, Card, Kind, Rate, card_of
+from mmkernels.cards import H200_RATES, Card, Kind, Rate, card_of, without_fragments
 from mmkernels.planning.choices import GIB
 
 PRODUCT_SIDE = 8192
@@ -59,7 +59,7 @@ def measured_card() -> Card:
         name=properties.name, device=properties.name, memory_gib=properties.total_memory / GIB,
         bytes_per_s=rates["pass"].bytes_per_s, flops_per_s=rates["product"].flops_per_s,
         link_bytes_per_s=COPY_BYTES / link_s, capability=torch.cuda.get_device_capability(device),
-        usable_gib=usable_bytes / GIB - FRAGMENTS_GIB, rates=rates,
+        usable_gib=without_fragments(usable_bytes / GIB), rates=rates,
     )  # fmt: skip
 
 

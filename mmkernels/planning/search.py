@@ -13,7 +13,6 @@ from mmkernels.planning.solver import Limits, Solution, solve
 from mmkernels.planning.workload import Traced, Workload, trace_way
 from mmkernels.scratch import DEFAULT_BYTES
 
-MARGIN_GIB = 1.5  # of what is free on a device: fragments, 0.3 where seen, and what other versions of libraries take
 HOST_GIB = 40.0  # of the host's memory that a plan may take where nothing is said: what a host of 64 GB can spare
 MOST_ROUNDS = 4
 SCRATCH_SHARE = 1 / 28  # of what a card leaves a step, at most for one chunk: all of the default from 14 GiB on
