@@ -21,10 +21,10 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install trito
 from torch import Tensor
 
 from mmkernels.kernels import geglu_triton, layer_norm_triton
+from mmkernels.kernels.convolution import triton as convolution
 from mmkernels.kernels.group_norm import triton as norm_kernels
 from mmkernels.kernels.launch import carried_out_by
 from mmkernels.known_choices import KNOWN, worth_timing
-from mmkernels.ops import group_norm_silu_conv_triton as convolution
 from mmkernels.tuning import NUM_ROUNDS, Tuner
 
 BF16 = torch.bfloat16
@@ -169,7 +169,7 @@ def convolve(direction: str, M: int, H: int, W: int, C: int, C2: int, K: int, ki
     if direction == "forward":
         norm_kernels.statistics(x, x2, 32, 1e-5)
         if kind == "3x3 to few channels":
-            convolution.forward(x, x2, *norm, meta(9, C, K, dtype=BF16), meta(K, dtype=BF16), None, None, dy)
+            convolution.convolve(x, x2, *norm, meta(9, C, K, dtype=BF16), meta(K, dtype=BF16), None, None, dy)
         else:
             norm_kernels.normalise(part, part2, *norm, a, has_silu=True)
         return

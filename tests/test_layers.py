@@ -27,6 +27,7 @@ LAYERS = [
     ("mmkernels.kernels.call", 1.82),
     ("mmkernels.kernels.registry", 1.84),
     ("mmkernels.kernels.dispatch", 1.85),
+    ("mmkernels.kernels.convolution", 1.95),
     ("mmkernels.kernels", 1.9),
     ("mmkernels.ops", 2),
     ("mmkernels.memory.__main__", 4.4),
@@ -75,6 +76,7 @@ LAYERS = [
 SUBJECTS = (
     "mmkernels.kernels.geglu",
     "mmkernels.kernels.attention",
+    "mmkernels.kernels.convolution",
     "mmkernels.kernels.blend",
     "mmkernels.kernels.group_norm",
     "mmkernels.blocks",

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from mmkernels.costs import device_kind
 from mmkernels.kernels.launch import capability
+from mmkernels.kernels.storage import DTYPE_NAMES
+
+_ALIGNED_BYTES = 16  # of one access of the widest kind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,9 +22,9 @@ class Call:
     op: the family, as `mmkernels.kernels.registry` names it. device: "cpu", "cuda", ...; is_modelled: nothing runs on
     it, so its libraries need not be here. capability: of a GPU, (0, 0) of anything else. dtype: of the products or,
     where there are none, of the input; others: of the other tensors that differ from it. shape: what the family says it
-    is. is_dense: the last axis of every tensor is contiguous. is_deterministic: the same bits again are asked for, by
-    `torch.use_deterministic_algorithms`. work: as `mmkernels.known_choices` names it. direction: where forward and
-    backward are chosen apart.
+    is. is_dense: the last axis of every tensor is contiguous. is_aligned: every tensor begins, and its other axes step,
+    by whole 16 bytes. is_deterministic: the same bits again are asked for, by `torch.use_deterministic_algorithms`.
+    work: as `mmkernels.known_choices` names it. direction: where forward and backward are chosen apart.
     """
 
     op: str
@@ -33,6 +36,7 @@ class Call:
     is_deterministic: bool
     others: tuple[torch.dtype, ...] = ()
     is_dense: bool = True
+    is_aligned: bool = True
     work: str = ""
     direction: str = ""
 
@@ -43,21 +47,37 @@ class Call:
         others = map(str, self.others)
         return (*named, *self.shape, str(self.dtype), *others, *(["deterministic"] if self.is_deterministic else []))
 
+    def why_not_stored(self) -> str | None:
+        """Why no kernel of ours reads and writes its tensors, or None."""
+        for dtype in (self.dtype, *self.others):
+            if dtype not in DTYPE_NAMES:
+                return f"dtype {dtype}, the kernels take {', '.join(DTYPE_NAMES.values())}"
+        return None if self.is_dense else "the last axis of a tensor is not contiguous"
+
 
 def describe(
     op: str, x: Tensor, dtype: torch.dtype, shape: tuple[int, ...], *, tensors: Sequence[Tensor | None] = (),
-    work: str = "", direction: str = "",
+    dtypes: Sequence[torch.dtype] = (), work: str = "", direction: str = "",
 ) -> Call:  # fmt: skip
     """The call of an op on tensors that lie where x does, or stand for a device as x does.
 
-    tensors: all that a kernel reads or writes by pointer, whose dtypes and last axes it has to take.
+    tensors: all that a kernel reads or writes by pointer, whose dtypes and strides it has to take. dtypes: of what is
+    laid out for a kernel first.
     """
     kind, given = device_kind(x), [tensor for tensor in tensors if tensor is not None]
+    found = dict.fromkeys([*(tensor.dtype for tensor in given), *dtypes])
     return Call(
         op=op, device=kind, is_modelled=x.device.type != kind,
         capability=capability(x) if kind == "cuda" else (0, 0), dtype=dtype, shape=shape,
         is_deterministic=torch.are_deterministic_algorithms_enabled(),
-        others=tuple(dict.fromkeys(tensor.dtype for tensor in given if tensor.dtype != dtype)),
+        others=tuple(other for other in found if other != dtype),
         is_dense=all(tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 for tensor in given if tensor.ndim),
+        is_aligned=all(_is_aligned(tensor) for tensor in given),
         work=work, direction=direction,
     )  # fmt: skip
+
+
+def _is_aligned(x: Tensor) -> bool:
+    """Of a part of an allocation, which itself is."""
+    steps = [stride for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
+    return all(step * x.element_size() % _ALIGNED_BYTES == 0 for step in (x.storage_offset(), *steps))

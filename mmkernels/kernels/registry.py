@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from mmkernels.kernels.call import Call
-from mmkernels.kernels.storage import why_no_triton
+from mmkernels.kernels.storage import why_no_cuda, why_no_native, why_no_triton
 
 FORMULA = "formula"
 
@@ -49,5 +49,15 @@ FAMILIES: dict[str, Mapping[str, Backend]] = {
     "geglu": {
         "pass": Backend("geglu_product.two_passes"),
         "epilogue": Backend("geglu_product.triton", "cuda", why_no_triton),
+    },
+    "group_norm": {
+        "native": Backend("group_norm.native", "cpu", why_no_native),
+        "triton": Backend("group_norm.triton", "cuda", why_no_triton),
+        FORMULA: Backend("group_norm.formula"),
+    },
+    "group_norm_silu_conv": {
+        "chunked": Backend("convolution.chunked"),
+        "triton": Backend("convolution.triton", "cuda", why_no_triton),
+        "cuda": Backend("convolution.cuda", "cuda", why_no_cuda),
     },
 }
