@@ -10,10 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# Generations whose fast products are of a warpgroup or of tensor memory (wgmma, tcgen05), not of a warp (mma.sync):
-# 9 Hopper, 10 and 11 Blackwell of data centres and cars. Not 12, whose only ones are mma.sync.
-WGMMA_OR_TCGEN05 = (9, 10, 11)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Known:

@@ -15,8 +15,10 @@ from torch import Tensor
 from mmkernels.costs import is_noting
 from mmkernels.kernels.call import Call
 from mmkernels.kernels.convolution.inputs import Added, Inputs
-from mmkernels.known_choices import WGMMA_OR_TCGEN05
 
+# Generations whose fast products are of a warpgroup or of tensor memory (wgmma, tcgen05), not of a warp (mma.sync):
+# 9 Hopper, 10 and 11 Blackwell of data centres and cars. Not 12, whose only ones are mma.sync.
+WGMMA_OR_TCGEN05 = (9, 10, 11)
 _CHUNK_BYTES = 1 << 28  # of the gradient by the activation where it has no place in dx
 
 
