@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -11,9 +11,6 @@ from torch.utils.checkpoint import checkpoint
 from mmkernels.blocks.segment import segment
 from mmkernels.memory.units import WHOLE, Choice, unit
 from mmkernels.scratch import DEFAULT_BYTES, scratch_within
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 
 class DropIn(nn.Module):
@@ -78,13 +75,6 @@ class FusedBlock(DropIn):
                 return within_bound(*inputs)
             with unit(WHOLE):
                 return segment(within_bound, *inputs)
-
-    @classmethod
-    def from_module(cls, original: nn.Module) -> Self:
-        """Take the place of `original`; ValueError with the reason where it is not exactly the known block."""
-        if (reason := cls.why_not(original)) is not None:
-            raise ValueError(f"cannot replace this block: {reason}")
-        return cls(original)
 
     @property
     def known(self) -> nn.Module:
