@@ -21,7 +21,7 @@ from mmkernels.kernels.call import Call
 from mmkernels.kernels.convolution.inputs import Added, Inputs
 from mmkernels.kernels.epilogue import add_into
 from mmkernels.kernels.group_norm.norm import Rows, at
-from mmkernels.rows import even_slices, num_sharing
+from mmkernels.rows import Walk, num_sharing
 from mmkernels.scratch import scratch_rows
 
 # Pixels of a chunk on the CPU: enough to pay for oneDNN's reordering of the weights and, with several threads, for
@@ -60,12 +60,12 @@ def default_chunk_rows(x: Tensor, weight: Tensor) -> int:
 def forward(inputs: Inputs, added: Added, y: Tensor, chunk_rows: int) -> None:
     """Write y."""
     x, weight = inputs.x, inputs.weight
-    dtype = product_dtype(x, weight)
-    convolution = _convolution(x, weight.to(dtype))
+    dtype, walk = product_dtype(x, weight), _walk(x, weight, chunk_rows)
+    convolution = _convolution(x, weight.to(dtype), walk)
     is_cpu, inner_bias = device_kind(x) == "cpu", None
     if is_cpu and added.bias is not None:  # its convolution adds the bias in passing
         inner_bias, added = added.bias.to(dtype), added._replace(bias=None)
-    for rows in _chunks(x, weight, chunk_rows):
+    for rows in _chunks(x, walk):
         part, target = inputs.of(rows), at(y, rows)
         is_free = not is_cpu and y.dtype == dtype and y.shape[3] == weight.shape[1] and target.is_contiguous()
         group_norm.activate(part.x, part.x2, part.norm, convolution.scratch(part.x, target if is_free else None))
@@ -79,13 +79,13 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Write dx and dx2; returns dgamma, dbeta and dweight, added up over chunks at least in float32."""
     x, x2, norm, weight = inputs
-    dtype = product_dtype(x, weight)
-    convolution = _convolution(x, weight.to(dtype))
+    dtype, walk = product_dtype(x, weight), _walk(x, weight, chunk_rows)
+    convolution = _convolution(x, weight.to(dtype), walk)
     dgamma, dbeta = (torch.zeros_like(norm.gamma) for _ in range(2))
     whole: Tensor | None = None  # a chunk of whole samples needs none: its norm is differentiated at once
-    if not _samples_at_once(x, weight, chunk_rows):
+    if _is_products(x, weight) or _columns_at_once(x, weight, chunk_rows) < x.shape[2]:
         whole = dx if x2 is None else torch.empty((*x.shape[:3], weight.shape[1]), dtype=x.dtype, device=x.device)
-    for rows in _chunks(x, weight, chunk_rows):
+    for rows in _chunks(x, walk):
         part, part_dx = inputs.of(rows), at(dx, rows)
         # A whole sample's gradient is written last: until then its place holds the activation.
         is_free = whole is None and x2 is None and dx.dtype == dtype and part_dx.is_contiguous()
@@ -104,28 +104,27 @@ def backward(
     return dgamma, dbeta, convolution.weight_gradient()
 
 
-def _samples_at_once(x: Tensor, weight: Tensor, chunk_rows: int) -> int:
-    """Whole samples of a chunk; 0 where it is columns of one."""
-    samples = chunk_rows // (x.shape[1] * x.shape[2])
+def _columns_at_once(x: Tensor, weight: Tensor, chunk_rows: int) -> int:
+    """Columns of a chunk, each with all its rows: W and more are whole samples, as many as they make."""
+    H, W = x.shape[1:3]
+    columns = max(1, chunk_rows // H)
     if weight.shape[3] == 3:
-        return max(1, samples)
-    return 0 if _is_products(x, weight) else samples
+        return max(columns, W)
+    return min(columns, W) if _is_products(x, weight) else columns
 
 
-def _chunks(x: Tensor, weight: Tensor, chunk_rows: int) -> Iterator[Rows]:
-    """Evenly split: whole samples, or columns of one sample with all its frames."""
-    M, H, W, _ = x.shape
-    if at_once := _samples_at_once(x, weight, chunk_rows):
-        for samples in even_slices(M, at_once):
-            yield samples, slice(0, H), slice(0, W)
-        return
-    for m in range(M):
-        for columns in even_slices(W, max(1, chunk_rows // H)):
-            yield slice(m, m + 1), slice(0, H), columns
+def _walk(x: Tensor, weight: Tensor, chunk_rows: int) -> Walk:
+    """Over samples and columns."""
+    return Walk(x.shape[0], x.shape[2], _columns_at_once(x, weight, chunk_rows))
 
 
-def _convolution(x: Tensor, weight: Tensor) -> _Convolution | _ShiftedProducts:
-    return _ShiftedProducts(weight) if _is_products(x, weight) else _Convolution(weight)
+def _chunks(x: Tensor, walk: Walk) -> Iterator[Rows]:
+    for samples, columns in walk:
+        yield samples, slice(0, x.shape[1]), columns
+
+
+def _convolution(x: Tensor, weight: Tensor, walk: Walk) -> _Convolution | _ShiftedProducts:
+    return (_ShiftedProducts if _is_products(x, weight) else _Convolution)(weight, walk)
 
 
 def _is_products(x: Tensor, weight: Tensor) -> bool:
@@ -140,26 +139,21 @@ class _Convolution:
     fast as its conv2d. Everything is handed over channels last, as its strides say also where an axis has length 1.
     """
 
-    def __init__(self, weight: Tensor) -> None:
-        self.is_3d = weight.shape[3] == 1
+    def __init__(self, weight: Tensor, walk: Walk) -> None:
+        self.walk, self.is_3d = walk, weight.shape[3] == 1
         self.weight = self._channels_first(weight.permute(0, 2, 3, 1).contiguous())
         self.wide = torch.promote_types(weight.dtype, torch.float32)
         self.padding = [1, 0, 0] if self.is_3d else [1, 1]
-        self.memory: Tensor | None = None
         self.activation = weight  # the chunk's scratch, once there is one
         self.dweight: Tensor | None = None
 
     def scratch(self, part: Tensor, memory: Tensor | None = None) -> Tensor:
         """An uninitialised (m, H, W, C) for the activation of a chunk: `memory`, or the same for each chunk."""
-        if memory is not None:
-            self.activation = memory
-            return memory
-        shape = (*part.shape[:3], self.weight.shape[1])
-        count = part.shape[:3].numel() * shape[3]
-        if self.memory is None or self.memory.numel() < count:
-            self.memory = torch.empty(count, dtype=self.weight.dtype, device=self.weight.device)
-        self.activation = self.memory[:count].view(shape)
-        return self.activation
+        (m, H, W), C = part.shape[:3], self.weight.shape[1]
+        if memory is None:
+            memory = self.walk.scratch("activation", m * W, H * C, self.weight).view(m, H, W, C)
+        self.activation = memory
+        return memory
 
     def forward(self, bias: Tensor | None) -> Tensor:
         """(m, H, W, K) of the chunk in the scratch."""
@@ -211,9 +205,8 @@ class _ShiftedProducts:
     """A 3x1 over frames as one product for each tap: frame f of the chunk's output reads frames f, f + 1, f + 2 of a
     scratch (H + 2, W, C) whose first and last frame are zero, so each tap is a contiguous view of it."""
 
-    def __init__(self, weight: Tensor) -> None:
-        self.taps = weight[..., 0].permute(2, 0, 1).contiguous()  # (3, K, C)
-        self.memory: dict[str, Tensor] = {}
+    def __init__(self, weight: Tensor, walk: Walk) -> None:
+        self.walk, self.taps = walk, weight[..., 0].permute(2, 0, 1).contiguous()  # (3, K, C)
         self.frames = (0, 0)
         self.dtaps = torch.zeros_like(self.taps)
 
@@ -254,19 +247,17 @@ class _ShiftedProducts:
 
     def _padded(self, name: str, width: int) -> Tensor:
         H, W = self.frames
-        padded = self._take(name, (H + 2) * W * width).view(H + 2, W, width)
+        padded = self._memory(name, H + 2, width)
         padded[0] = padded[-1] = 0
         return padded
 
     def _shifted(self, name: str, tap: int, width: int) -> Tensor:
         H, W = self.frames
-        return self.memory[name][tap * W * width : (tap + H) * W * width].view(H * W, width)
+        return self._memory(name, H + 2, width)[tap : tap + H].view(H * W, width)
 
     def _rows(self, name: str, width: int) -> Tensor:
-        rows = self.frames[0] * self.frames[1]
-        return self._take(name, rows * width).view(rows, width)
+        return self._memory(name, self.frames[0], width).view(-1, width)
 
-    def _take(self, name: str, count: int) -> Tensor:
-        if name not in self.memory or self.memory[name].numel() < count:
-            self.memory[name] = torch.empty(count, dtype=self.taps.dtype, device=self.taps.device)
-        return self.memory[name][:count]
+    def _memory(self, name: str, frames: int, width: int) -> Tensor:
+        W = self.frames[1]
+        return self.walk.scratch(name, W, frames * width, self.taps).view(frames, W, width)
