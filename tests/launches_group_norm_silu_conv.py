@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mmkernels.kernels import epilogue_triton
+from mmkernels.kernels.epilogue import triton as epilogue_triton
 from mmkernels.kernels.group_norm import triton as norm_kernels
 from mmkernels.kernels.launch import carried_out_by
 from mmkernels.ops import group_norm_silu_conv_triton

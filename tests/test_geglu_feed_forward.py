@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mmkernels import extension
 from mmkernels.kernels.geglu import geglu_backward_into, geglu_into
 from mmkernels.kernels.layer_norm import add_residual_into, layer_norm_backward_into, layer_norm_into
-from mmkernels.ops.geglu_feed_forward import Keep, geglu_feed_forward, reference, why_unsupported
+from mmkernels.ops.geglu_feed_forward import Keep, geglu_feed_forward, reference
 
 pytestmark = pytest.mark.op
 
@@ -269,15 +269,6 @@ def test_nan_and_infinity_are_not_hidden() -> None:
     assert g[0, 0].isnan()
     assert g[0, 1].isinf()
     assert relative_error(g[0, 2:], torch.nn.functional.gelu(gate[0, 2:].double())) < 1e-6
-
-
-@pytest.mark.only("cpu", "what the CPU lacks")
-def test_says_why_plain_torch_computes_it() -> None:
-    x, weight = torch.empty(1, 4, 8), torch.empty(4, 8)
-    assert why_unsupported(x, weight) is None
-    assert "float64" in str(why_unsupported(x.double(), weight))
-    assert "not contiguous" in str(why_unsupported(x.transpose(1, 2), weight))
-    assert "device meta" in str(why_unsupported(x.to("meta"), weight))
 
 
 @pytest.mark.only("cpu", "checks before any kernel")

@@ -20,9 +20,10 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install trito
 
 from torch import Tensor
 
-from mmkernels.kernels import geglu_triton, layer_norm_triton
+from mmkernels.kernels.geglu import triton as geglu_triton
 from mmkernels.kernels.group_norm import triton as norm_kernels
 from mmkernels.kernels.launch import carried_out_by
+from mmkernels.kernels.layer_norm import triton as layer_norm_triton
 from mmkernels.known_choices import KNOWN, worth_timing
 from mmkernels.ops import group_norm_silu_conv_triton as convolution
 from mmkernels.tuning import NUM_ROUNDS, Tuner

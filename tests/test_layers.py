@@ -74,8 +74,12 @@ LAYERS = [
 # Within one layer these may import each other: parts of one subject. Ops and memory are not among them.
 SUBJECTS = (
     "mmkernels.kernels.geglu",
+    "mmkernels.kernels.layer_norm",
     "mmkernels.kernels.attention",
+    "mmkernels.kernels.temporal_attention",
     "mmkernels.kernels.blend",
+    "mmkernels.kernels.column_sums",
+    "mmkernels.kernels.epilogue",
     "mmkernels.kernels.group_norm",
     "mmkernels.blocks",
     "mmkernels.memory",

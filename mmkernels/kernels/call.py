@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmkernels.costs import device_kind
-from mmkernels.kernels.launch import capability
+from mmkernels.kernels.launch import capability, shared_bytes
+from mmkernels.kernels.storage import DTYPE_NAMES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,22 +19,25 @@ class Call:
     """A family's call, without its tensors.
 
     op: the family, as `mmkernels.kernels.registry` names it. device: "cpu", "cuda", ...; is_modelled: nothing runs on
-    it, so its libraries need not be here. capability: of a GPU, (0, 0) of anything else. dtype: of the products or,
-    where there are none, of the input; others: of the other tensors that differ from it. shape: what the family says it
-    is. is_dense: the last axis of every tensor is contiguous. is_deterministic: the same bits again are asked for, by
-    `torch.use_deterministic_algorithms`. work: as `mmkernels.known_choices` names it. direction: where forward and
-    backward are chosen apart.
+    it, so its libraries need not be here. capability and shared_bytes, of a block: of a GPU, (0, 0) and 0 of anything
+    else. dtype: of the products or, where there are none, of the input; others: of the other tensors that differ from
+    it. shape: what the family says it is. is_dense: the last axis of every tensor is contiguous, and what else the
+    family wants of strides. is_aligned: rows lie at multiples of 16 bytes, where a family looks. is_deterministic: the
+    same bits again are asked for, by `torch.use_deterministic_algorithms`. work: as `mmkernels.known_choices` names it.
+    direction: where forward and backward are chosen apart.
     """
 
     op: str
     device: str
     is_modelled: bool
     capability: tuple[int, int]
+    shared_bytes: int = 0
     dtype: torch.dtype
     shape: tuple[int, ...]
     is_deterministic: bool
     others: tuple[torch.dtype, ...] = ()
     is_dense: bool = True
+    is_aligned: bool = True
     work: str = ""
     direction: str = ""
 
@@ -43,21 +48,31 @@ class Call:
         others = map(str, self.others)
         return (*named, *self.shape, str(self.dtype), *others, *(["deterministic"] if self.is_deterministic else []))
 
+    def why_not_by_pointer(self) -> str | None:
+        """Why kernels that read and write by pointer do not take its tensors, or None."""
+        for dtype in (self.dtype, *self.others):
+            if dtype not in DTYPE_NAMES:
+                return f"dtype {dtype}, the kernels take {', '.join(DTYPE_NAMES.values())}"
+        return None if self.is_dense else "an axis of a tensor is not contiguous"
+
 
 def describe(
     op: str, x: Tensor, dtype: torch.dtype, shape: tuple[int, ...], *, tensors: Sequence[Tensor | None] = (),
-    work: str = "", direction: str = "",
+    is_dense: bool = True, **others: Any,
 ) -> Call:  # fmt: skip
     """The call of an op on tensors that lie where x does, or stand for a device as x does.
 
-    tensors: all that a kernel reads or writes by pointer, whose dtypes and last axes it has to take.
+    tensors: all that a kernel reads or writes by pointer, whose dtypes and last axes it has to take. is_dense: whether
+    strides are as the family wants them beyond that. others: fields of the call.
     """
     kind, given = device_kind(x), [tensor for tensor in tensors if tensor is not None]
+    is_dense = is_dense and all(y.ndim == 0 or y.stride(-1) == 1 or y.shape[-1] <= 1 for y in given)
+    is_gpu = kind == "cuda"
     return Call(
         op=op, device=kind, is_modelled=x.device.type != kind,
-        capability=capability(x) if kind == "cuda" else (0, 0), dtype=dtype, shape=shape,
+        capability=capability(x) if is_gpu else (0, 0), shared_bytes=shared_bytes(x) if is_gpu else 0,
+        dtype=dtype, shape=shape,
         is_deterministic=torch.are_deterministic_algorithms_enabled(),
         others=tuple(dict.fromkeys(tensor.dtype for tensor in given if tensor.dtype != dtype)),
-        is_dense=all(tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 for tensor in given if tensor.ndim),
-        work=work, direction=direction,
+        is_dense=is_dense, **others,
     )  # fmt: skip

@@ -46,6 +46,8 @@ def takers(call: Call) -> list[str]:
 def preferred(call: Call) -> str:
     """The backend that a call is given to where nothing is timed: what readings of timings say, else the first."""
     able = takers(call)
+    if len(able) == 1:
+        return able[0]
     if (name := tuning.forced(call.op)) in able:
         return str(name)
     return worth_timing(call.op, call.work, "{}.{}".format(*call.capability), able)[0]

@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from mmkernels.kernels.call import Call
-from mmkernels.kernels.storage import why_no_triton
+from mmkernels.kernels.storage import why_no_cuda, why_no_native, why_no_triton
 
 FORMULA = "formula"
 
@@ -49,5 +49,37 @@ FAMILIES: dict[str, Mapping[str, Backend]] = {
     "geglu": {
         "pass": Backend("geglu_product.two_passes"),
         "epilogue": Backend("geglu_product.triton", "cuda", why_no_triton),
+    },
+    "temporal_attention": {
+        "native": Backend("temporal_attention.native", "cpu", why_no_native),
+        "triton": Backend("temporal_attention.triton", "cuda", why_no_triton),
+        "cuda": Backend("temporal_attention.cuda", "cuda", why_no_cuda),
+        FORMULA: Backend("temporal_attention.formula"),
+    },
+    "layer_norm": {
+        "native": Backend("layer_norm.native", "cpu", why_no_native),
+        "triton": Backend("layer_norm.triton", "cuda", why_no_triton),
+        FORMULA: Backend("layer_norm.formula"),
+    },
+    "geglu_pass": {
+        "native": Backend("geglu.native", "cpu", why_no_native),
+        "triton": Backend("geglu.triton", "cuda", why_no_triton),
+        FORMULA: Backend("geglu.formula"),
+    },
+    "column_sums": {
+        "triton": Backend("column_sums.triton", "cuda", why_no_triton),
+        FORMULA: Backend("column_sums.formula"),
+    },
+    "epilogue": {
+        "triton": Backend("epilogue.triton", "cuda", why_no_triton),
+        FORMULA: Backend("epilogue.formula"),
+    },
+    "blend": {
+        "triton": Backend("blend.triton", "cuda", why_no_triton),
+        FORMULA: Backend("blend.formula"),
+    },
+    "group_norm_tokens": {
+        "triton": Backend("group_norm_tokens.triton", "cuda", why_no_triton),
+        FORMULA: Backend("group_norm_tokens.formula"),
     },
 }

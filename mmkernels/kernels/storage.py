@@ -25,6 +25,11 @@ def why_no_native() -> str | None:
     return None if extension.available() else f"no native CPU kernels: {extension.why_not()}"
 
 
+def why_no_cuda() -> str | None:
+    """Why there are no native CUDA kernels here, or None."""
+    return extension.why_no_cuda()
+
+
 def why_unsupported(x: Tensor, *other_dtypes: torch.dtype) -> str | None:
     """Why plain torch would compute this instead of a kernel, given x and the other dtypes, or None."""
     for dtype in (x.dtype, *other_dtypes):

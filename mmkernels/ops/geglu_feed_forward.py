@@ -13,8 +13,7 @@ g = u[:H] * gelu(u[H:]), all of it recomputed, dg = dy Wd and
 x may be wider than the weights (float32 tokens, bfloat16 weights, as under autocast): the norm is taken in x's dtype,
 the products in the weights', the residual in x's. Gradients of parameters are summed in float32.
 
-The matrix products are torch's; between them native C++ on the CPU, Triton on CUDA, plain torch elsewhere, see
-`why_unsupported`.
+The matrix products are torch's; what is between them is in mmkernels.kernels.
 """
 
 from __future__ import annotations
@@ -32,7 +31,6 @@ from mmkernels.costs import device_kind
 from mmkernels.kernels import geglu_product as up_geglu
 from mmkernels.kernels.geglu import geglu_backward_into, geglu_into
 from mmkernels.kernels.layer_norm import add_residual_into, layer_norm_backward_into, layer_norm_into
-from mmkernels.kernels.storage import why_unsupported as why_storage_unsupported
 from mmkernels.rows import add_product, chunk_size, even_slices, num_sharing, wide_dtype, wide_vector
 from mmkernels.scratch import scratch_rows
 
@@ -262,11 +260,6 @@ def default_chunk_tokens(x: Tensor, up_weight: Tensor) -> int:
     return max(_MIN_CHUNK_TOKENS, scratch_rows(3 * up_bytes // 2 + normal_bytes))
 
 
-def why_unsupported(x: Tensor, up_weight: Tensor) -> str | None:
-    """Why plain torch would compute what is between the products instead of a kernel, or None where a kernel does."""
-    return why_storage_unsupported(x, up_weight.dtype)
-
-
 def geglu_feed_forward(
     x: Tensor, norm_weight: Tensor, norm_bias: Tensor, up_weight: Tensor, up_bias: Tensor, down_weight: Tensor,
     down_bias: Tensor, *, eps: float = 1e-5, shift: Tensor | None = None, chunk_tokens: int | None = None,
@@ -275,8 +268,7 @@ def geglu_feed_forward(
     """y = h + geglu(LayerNorm(h) Wu^T + bu) Wd^T + bd with h = x + shift; x and y (R, T, C), shift (R, 1, C).
 
     Weights are (2H, C) and (C, H), as diffusers' GEGLU projection and the Linear after it hold them. Saves x and shift,
-    and with keep="up" also the up-projection's output. Plain torch computes the chunks where `why_unsupported` names
-    a reason. Raises ValueError where shapes or dtypes do not fit.
+    and with keep="up" also the up-projection's output. Raises ValueError where shapes or dtypes do not fit.
     """
     _check(x, norm_weight, norm_bias, up_weight, up_bias, down_weight, down_bias, shift)
     if keep not in ("input", "up"):
