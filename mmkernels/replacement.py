@@ -20,10 +20,12 @@ from mmkernels.blocks.output_head import FusedOutputHead, PassThrough
 from mmkernels.blocks.resnet import FusedResBlock
 from mmkernels.blocks.transformer import FusedTransformer
 from mmkernels.blocks.up_block import FusedUpBlock
+from mmkernels.kernels import temporal_attention
+from mmkernels.kernels.dispatch import why_nobody
 from mmkernels.memory.offload import Offload
 from mmkernels.memory.transfer import CudaDevice, Device
 from mmkernels.memory.units import REST, WHOLE, Choice
-from mmkernels.ops import spatial_attention, temporal_attention
+from mmkernels.ops import spatial_attention
 from mmkernels.planning.choices import Plan
 
 PLANS = ("fused", "checkpoint")
@@ -299,7 +301,7 @@ def _why_plain_attention(block: TransformerSpatioTemporalModel) -> str:
     row = torch.empty((1, 1, 1, heads, head_dim), dtype=weight.dtype, device=weight.device)
     tokens = torch.empty((1, LEAST_PIXELS, 1), dtype=weight.dtype, device=weight.device)
     reasons = {
-        "temporal": temporal_attention.why_unsupported(row, row, row),
+        "temporal": why_nobody(temporal_attention.call_on(row)),
         "spatial": spatial_attention.why_unsupported(tokens, weight.dtype, heads, head_dim),
     }
     return "; ".join(f"{which} attention in plain torch: {why}" for which, why in reasons.items() if why is not None)

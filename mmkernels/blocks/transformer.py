@@ -27,12 +27,12 @@ from mmkernels.blocks.cross_attention import Block, attend_context, one_token_va
 from mmkernels.blocks.drop_in import PLAIN, FusedBlock
 from mmkernels.blocks.exactness import why_not_transformer
 from mmkernels.blocks.segment import segment
-from mmkernels.blocks.temporal_attention import temporal_attention_block
 from mmkernels.memory.units import WHOLE, Choice, unit
 from mmkernels.ops.blend_projection import blend_projection
 from mmkernels.ops.geglu_feed_forward import geglu_feed_forward
 from mmkernels.ops.group_norm_projection import group_norm_projection
 from mmkernels.ops.spatial_attention import spatial_attention
+from mmkernels.ops.temporal_attention_block import temporal_attention_block
 
 _KEEPS: tuple[Choice, ...] = ("keep", *PLAIN)
 _LAYER: Mapping[str, tuple[Choice, ...]] = {  # the units of one layer

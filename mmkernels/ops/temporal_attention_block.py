@@ -22,7 +22,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from mmkernels.costs import device_kind
 from mmkernels.kernels.layer_norm import add_residual_into, layer_norm_backward_into, layer_norm_into
-from mmkernels.ops.temporal_attention import temporal_attention_backward_into, temporal_attention_into
+from mmkernels.kernels.temporal_attention import temporal_attention_backward_into, temporal_attention_into
 from mmkernels.rows import add_product, check_shapes, chunk_size, num_sharing, wide_dtype, wide_vector
 from mmkernels.scratch import scratch_rows
 
@@ -149,7 +149,7 @@ def _backward(
         o, dqkv = chunk.buffer("o", pixels, C), chunk.buffer("dqkv", pixels, 3 * C)
         (do_heads,), (o_heads,) = chunk.heads(do, 1), chunk.heads(o, 1)
         q, k, v, dq, dk, dv = *chunk.heads(qkv, 3), *chunk.heads(dqkv, 3)
-        temporal_attention_backward_into(q, k, v, do_heads, dq, dk, dv, o=o_heads)
+        temporal_attention_backward_into(q, k, v, do_heads, (dq, dk, dv), o=o_heads)
         add_product(out_sum, dinner, o)
         add_product(qkv_sum, dqkv, h)
         dh = torch.mm(dqkv, qkv_weight, out=do)
