@@ -1,6 +1,6 @@
 """Run the PTX that nvcc emits for the CUDA kernels of group_norm_silu_conv on the CPU, in place of a GPU.
 
-`emulated` swaps the native entries of mmkernels.ops.group_norm_silu_conv_cuda for ones that execute PTX, so that the
+`emulated` swaps the native entries of mmkernels.kernels.convolution.cuda for ones that execute PTX, so that the
 module's scratch, flips and strides are proven with the kernels. The launches are those of
 csrc/cuda/group_norm_silu_conv.cu.
 """
@@ -26,7 +26,7 @@ from resources_group_norm_silu_conv_cuda import (
 from torch import Tensor
 
 import ptxrun
-from mmkernels.ops import group_norm_silu_conv_cuda as kernels
+from mmkernels.kernels.convolution import cuda as kernels
 
 THREADS, WARP = 256, 32
 MMA_PRODUCTS = 16 * 8 * 16
@@ -117,7 +117,7 @@ class Emulator:
 
 @contextmanager
 def emulated(emulator: Emulator) -> Iterator[None]:
-    """Run mmkernels.ops.group_norm_silu_conv_cuda on CPU tensors through `emulator`."""
+    """Run mmkernels.kernels.convolution.cuda on CPU tensors through `emulator`."""
     native_call: Callable[..., None] = kernels._call
     kernels._call = emulator.call
     try:
@@ -137,7 +137,7 @@ def count() -> list[dict[str, Any]]:
         weight, moment, affine = torch.zeros(taps, C, K, dtype=taken), torch.ones(1, 4), torch.ones(C)
         emulator = Emulator()
         with emulated(emulator):
-            kernels.forward(x, None, moment, moment, affine, affine, weight, None, None, None, y)
+            kernels.convolve(x, None, moment, moment, affine, affine, weight, None, None, None, y)
             kernels.weight_gradient(x, None, moment, moment, affine, affine, y, taps)
         # The convolution's blocks read the weights of all taps; those of the weight gradient read dy once.
         tiles = -(-H // kernels.TILE_ROWS) * -(-W // kernels.TILE_COLUMNS)

@@ -15,7 +15,7 @@ from typing import Any
 import resources
 import torch
 
-from mmkernels.ops import group_norm_silu_conv_cuda as kernels
+from mmkernels.kernels.convolution import cuda as kernels
 
 CUDA = Path(__file__).resolve().parents[1] / "csrc/cuda"
 TYPES = {torch.bfloat16: "BFloat16", torch.float16: "Float16"}

@@ -15,7 +15,7 @@ from numerics import assert_within_budget
 from torch import Tensor
 
 from mmkernels import extension
-from mmkernels.ops import group_norm_silu_conv_cuda as kernels
+from mmkernels.kernels.convolution import cuda as kernels
 
 pytest.importorskip("triton", reason="Triton's wheel brings the cuobjdump to look into cubins with")
 from ptx_group_norm_silu_conv import Emulator, emulated
@@ -95,7 +95,7 @@ class Case:
         norm = (*kernels.statistics(x, x2, self.G, 1e-5), self.gamma, self.beta)
         y, da, dx = (poisoned(self.dy, n) for n in (self.dy.shape[-1], self.weight.shape[1], x.shape[-1]))
         dx2 = poisoned(self.dy, 0 if x2 is None else x2.shape[-1])
-        kernels.forward(x, x2, *norm, self.weight, self.bias, self.shift, self.residual, y)
+        kernels.convolve(x, x2, *norm, self.weight, self.bias, self.shift, self.residual, y)
         kernels.data_gradient(self.dy, self.weight, da)
         dweight = kernels.weight_gradient(x, x2, *norm, self.dy, self.taps)
         given = None if x2 is None else dx2

@@ -82,4 +82,14 @@ FAMILIES: dict[str, Mapping[str, Backend]] = {
         "triton": Backend("group_norm_tokens.triton", "cuda", why_no_triton),
         FORMULA: Backend("group_norm_tokens.formula"),
     },
+    "group_norm": {
+        "native": Backend("group_norm.native", "cpu", why_no_native),
+        "triton": Backend("group_norm.triton", "cuda", why_no_triton),
+        FORMULA: Backend("group_norm.formula"),
+    },
+    "group_norm_silu_conv": {
+        "chunked": Backend("convolution.chunked"),
+        "triton": Backend("convolution.triton", "cuda", why_no_triton),
+        "cuda": Backend("convolution.cuda", "cuda", why_no_cuda),
+    },
 }

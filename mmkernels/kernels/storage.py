@@ -6,10 +6,8 @@ import importlib.util
 from functools import cache
 
 import torch
-from torch import Tensor
 
 from mmkernels import extension
-from mmkernels.costs import device_kind
 
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -26,20 +24,5 @@ def why_no_native() -> str | None:
 
 
 def why_no_cuda() -> str | None:
-    """Why there are no native CUDA kernels here, or None."""
+    """Why there are no kernels of CUDA C++ here, or None."""
     return extension.why_no_cuda()
-
-
-def why_unsupported(x: Tensor, *other_dtypes: torch.dtype) -> str | None:
-    """Why plain torch would compute this instead of a kernel, given x and the other dtypes, or None."""
-    for dtype in (x.dtype, *other_dtypes):
-        if dtype not in DTYPE_NAMES:
-            return f"dtype {dtype}, the kernels take {', '.join(DTYPE_NAMES.values())}"
-    if x.stride(-1) != 1:
-        return f"the last axis of {tuple(x.shape)} is not contiguous"
-    kind = device_kind(x)
-    if kind == "cpu":
-        return why_no_native()
-    if kind == "cuda":
-        return why_no_triton()
-    return f"no kernel for device {kind}"

@@ -64,7 +64,7 @@ def mix_backward_kernel(
 
 def why_unsupported(call: Call) -> str | None:
     """It takes contiguous frames."""
-    return call.why_not_by_pointer()
+    return call.why_not_stored()
 
 
 def mixed(s: Tensor, t: Tensor, alpha: Tensor, dtype: torch.dtype) -> Tensor:

@@ -42,7 +42,7 @@ def column_sums_kernel(
 
 def why_unsupported(call: Call) -> str | None:
     """It takes every layout with contiguous channels."""
-    return call.why_not_by_pointer()
+    return call.why_not_stored()
 
 
 def sums(x: Tensor) -> Tensor:

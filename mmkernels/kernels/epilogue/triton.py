@@ -45,7 +45,7 @@ def add_kernel(
 
 def why_unsupported(call: Call) -> str | None:
     """It takes every layout with contiguous channels."""
-    return call.why_not_by_pointer()
+    return call.why_not_stored()
 
 
 def add_into(inner: Tensor, bias: Tensor | None, shift: Tensor | None, residual: Tensor | None, y: Tensor) -> None:

@@ -14,7 +14,7 @@ _BLOCK_ROWS = 32  # rows that the first stage of the sum takes at once
 
 def why_unsupported(call: Call) -> str | None:
     """It takes every width."""
-    return call.why_not_by_pointer()
+    return call.why_not_stored()
 
 
 def forward(u: Tensor, bias: Tensor, g: Tensor) -> None:

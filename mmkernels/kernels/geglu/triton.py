@@ -142,7 +142,7 @@ def backward_kernel(
 
 def why_unsupported(call: Call) -> str | None:
     """It takes every width."""
-    return call.why_not_by_pointer()
+    return call.why_not_stored()
 
 
 def _tile(rows: int, H: int) -> tuple[int, dict[str, Any]]:

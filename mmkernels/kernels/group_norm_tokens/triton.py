@@ -13,7 +13,7 @@ from mmkernels.kernels.group_norm.norm import Norm
 
 def why_unsupported(call: Call) -> str | None:
     """It takes every layout with contiguous channels."""
-    return call.why_not_by_pointer()
+    return call.why_not_stored()
 
 
 def statistics(x: Tensor, num_groups: int, eps: float, chunk_frames: int) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ _BLOCK_TOKENS = 32  # tokens that the first stage of a sum takes at once
 
 def why_unsupported(call: Call) -> str | None:
     """It takes every layout with contiguous channels."""
-    return call.why_not_by_pointer()
+    return call.why_not_stored()
 
 
 def forward(

@@ -124,7 +124,7 @@ def residual_kernel(
 
 def why_unsupported(call: Call) -> str | None:
     """It takes every layout with contiguous channels."""
-    return call.why_not_by_pointer()
+    return call.why_not_stored()
 
 
 def _tile(C: int, shift: Tensor | None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The convolution half of `group_norm_silu_conv` through torch's own convolution or products, chunk by chunk.
+"""Through torch's own convolution or products, chunk by chunk.
 
 A chunk of the input is normalised and activated into a scratch of `chunk_rows` pixels, then convolved. A 3x3 walks over
 whole samples, a 3x1 too where one fits a chunk, else over columns of pixels with all their frames. On the CPU the
@@ -10,14 +10,17 @@ result where it can, and all that is added to a convolution is added in one pass
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from mmkernels.costs import device_kind
+from mmkernels.kernels import group_norm
+from mmkernels.kernels.call import Call
+from mmkernels.kernels.convolution.inputs import Added, Inputs
 from mmkernels.kernels.epilogue import add_into
-from mmkernels.kernels.group_norm.norm import Norm, Rows
+from mmkernels.kernels.group_norm.norm import Rows, at
 from mmkernels.rows import even_slices, num_sharing
 from mmkernels.scratch import scratch_rows
 
@@ -27,9 +30,10 @@ _CPU_CHUNK_ROWS = 5760
 # A 3x1 on the CPU reorders nothing: its scratch lies in the cache, and fewer rows for a thread slow the products down.
 _PRODUCTS_CHUNK_BYTES, _PRODUCTS_MIN_ROWS = 3 << 19, 1536
 
-# activate(x, x2, norm, out) and backward(x, x2, da, norm, dx, dx2) -> (dgamma, dbeta), for whatever device x is on
-Activate = Callable[[Tensor, Tensor | None, Norm, Tensor], None]
-NormBackward = Callable[[Tensor, Tensor | None, Tensor, Norm, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+
+def why_unsupported(call: Call) -> str | None:
+    """It takes everything."""
+    return None
 
 
 def product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
@@ -53,31 +57,28 @@ def default_chunk_rows(x: Tensor, weight: Tensor) -> int:
     return rows
 
 
-def forward(
-    x: Tensor, x2: Tensor | None, norm: Norm, weight: Tensor, bias: Tensor | None, shift: Tensor | None,
-    residual: Tensor | None, y: Tensor, *, chunk_rows: int, activate: Activate,
-) -> None:  # fmt: skip
-    """Write the convolution of the activated input, plus bias, shift (M, H or 1, K) and residual, into y (M,H,W,K)."""
+def forward(inputs: Inputs, added: Added, y: Tensor, chunk_rows: int) -> None:
+    """Write y."""
+    x, weight = inputs.x, inputs.weight
     dtype = product_dtype(x, weight)
     convolution = _convolution(x, weight.to(dtype))
-    is_cpu = device_kind(x) == "cpu"  # whose convolution adds the bias in passing
-    inner_bias, bias = (None if bias is None else bias.to(dtype), None) if is_cpu else (None, bias)
+    is_cpu, inner_bias = device_kind(x) == "cpu", None
+    if is_cpu and added.bias is not None:  # its convolution adds the bias in passing
+        inner_bias, added = added.bias.to(dtype), added._replace(bias=None)
     for rows in _chunks(x, weight, chunk_rows):
-        part, target = at(x, rows), at(y, rows)
+        part, target = inputs.of(rows), at(y, rows)
         is_free = not is_cpu and y.dtype == dtype and y.shape[3] == weight.shape[1] and target.is_contiguous()
-        part2 = None if x2 is None else at(x2, rows)
-        activate(part, part2, norm.of(rows), convolution.scratch(part, target if is_free else None))
+        group_norm.activate(part.x, part.x2, part.norm, convolution.scratch(part.x, target if is_free else None))
         out = convolution.forward(inner_bias)
-        part_shift, added = None if shift is None else shift[rows[0]], None if residual is None else at(residual, rows)
-        add_into(out, bias, part_shift, added, target)
+        add_into(out, *added.of(rows), target)
         del out  # or it would be there beside the next one
 
 
 def backward(
-    dy: Tensor, x: Tensor, x2: Tensor | None, norm: Norm, weight: Tensor, dx: Tensor, dx2: Tensor | None, *,
-    chunk_rows: int, activate: Activate, norm_backward: NormBackward,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    inputs: Inputs, dy: Tensor, dx: Tensor, dx2: Tensor | None, chunk_rows: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Write dx and dx2; returns dgamma, dbeta and dweight, added up over chunks at least in float32."""
+    x, x2, norm, weight = inputs
     dtype = product_dtype(x, weight)
     convolution = _convolution(x, weight.to(dtype))
     dgamma, dbeta = (torch.zeros_like(norm.gamma) for _ in range(2))
@@ -85,21 +86,21 @@ def backward(
     if not _samples_at_once(x, weight, chunk_rows):
         whole = dx if x2 is None else torch.empty((*x.shape[:3], weight.shape[1]), dtype=x.dtype, device=x.device)
     for rows in _chunks(x, weight, chunk_rows):
-        part, part2 = at(x, rows), None if x2 is None else at(x2, rows)
+        part, part_dx = inputs.of(rows), at(dx, rows)
         # A whole sample's gradient is written last: until then its place holds the activation.
-        is_free = whole is None and x2 is None and dx.dtype == dtype and at(dx, rows).is_contiguous()
-        activate(part, part2, norm.of(rows), convolution.scratch(part, at(dx, rows) if is_free else None))
+        is_free = whole is None and x2 is None and dx.dtype == dtype and part_dx.is_contiguous()
+        group_norm.activate(part.x, part.x2, part.norm, convolution.scratch(part.x, part_dx if is_free else None))
         da = convolution.backward(at(dy, rows))
         if whole is not None:
             at(whole, rows).copy_(da)
         else:
             part_dx2 = None if dx2 is None else at(dx2, rows)
-            sums = norm_backward(part, part2, da, norm.of(rows), at(dx, rows), part_dx2)
+            sums = group_norm.norm_backward(part.x, part.x2, da, part.norm, part_dx, part_dx2)
             dgamma += sums[0]
             dbeta += sums[1]
         del da
     if whole is not None:
-        dgamma, dbeta = norm_backward(x, x2, whole, norm, dx, dx2)
+        dgamma, dbeta = group_norm.norm_backward(x, x2, whole, norm, dx, dx2)
     return dgamma, dbeta, convolution.weight_gradient()
 
 
@@ -121,20 +122,6 @@ def _chunks(x: Tensor, weight: Tensor, chunk_rows: int) -> Iterator[Rows]:
     for m in range(M):
         for columns in even_slices(W, max(1, chunk_rows // H)):
             yield slice(m, m + 1), slice(0, H), columns
-
-
-def at(x: Tensor, rows: Rows) -> Tensor:
-    """Those rows of x (M, H, W, ...)."""
-    return x[rows[0], rows[1], rows[2]]
-
-
-def sample(x: Tensor, weight: Tensor, num_bytes: int) -> Rows:
-    """Rows that stand for all of x: whole samples of a 3x3, columns of one sample of a 3x1, of num_bytes about."""
-    M, H, W, _ = x.shape
-    count = num_bytes // (max(weight.shape[:2]) * x.element_size())
-    if weight.shape[3] == 3:
-        return slice(0, min(M, max(1, count // (H * W)))), slice(0, H), slice(0, W)
-    return slice(0, 1), slice(0, H), slice(0, min(W, max(1, count // H)))
 
 
 def _convolution(x: Tensor, weight: Tensor) -> _Convolution | _ShiftedProducts:
