@@ -35,6 +35,7 @@ LAYERS = [
     ("mmkernels.blocks", 3),
     ("mmkernels.planning.__init__", 3.5),
     ("mmkernels.planning.choices", 3.5),
+    ("mmkernels.reporting", 3.6),
     ("mmkernels.replacement", 4),
     ("mmkernels.planning", 4.2),
     ("mmkernels.plan", 4.4),

@@ -77,12 +77,13 @@ def describe(
             *steps, last = tensor.stride() or (1,)
             is_dense = is_dense and (last == 1 or tensor.shape[-1] <= 1)
             is_aligned = is_aligned and _is_aligned(tensor, steps)
+    others.setdefault("is_aligned", is_aligned)
     return Call(
         op=op, device=kind, is_modelled=x.device.type != kind,
         capability=capability(x) if is_gpu else (0, 0), shared_bytes=shared_bytes(x) if is_gpu else 0,
         dtype=dtype, shape=shape, is_deterministic=torch.are_deterministic_algorithms_enabled(),
         others=tuple([other for other in found if other != dtype]), is_dense=is_dense,
-        **({"is_aligned": is_aligned} | others),
+        **others,
     )  # fmt: skip
 
 

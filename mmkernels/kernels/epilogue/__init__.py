@@ -9,10 +9,15 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mmkernels.kernels.call import describe
+from mmkernels.kernels.call import Call, describe
 from mmkernels.kernels.dispatch import dispatch
 
 OP = "epilogue"
+
+
+def call_of(inner: Tensor | None, residual: Tensor | None, y: Tensor) -> Call:
+    """The sums in y of a convolution's result and a residual."""
+    return describe(OP, y, y.dtype, y.shape[-1:], tensors=(inner, residual, y))
 
 
 def add_into(inner: Tensor, bias: Tensor | None, shift: Tensor | None, residual: Tensor | None, y: Tensor) -> None:
@@ -20,5 +25,4 @@ def add_into(inner: Tensor, bias: Tensor | None, shift: Tensor | None, residual:
     if bias is None and shift is None and residual is None:
         y.copy_(inner)
     else:
-        call = describe(OP, y, y.dtype, y.shape[-1:], tensors=(inner, residual, y))
-        dispatch(call, y).add_into(inner, bias, shift, residual, y)
+        dispatch(call_of(inner, residual, y), y).add_into(inner, bias, shift, residual, y)
