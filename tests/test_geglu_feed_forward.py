@@ -276,8 +276,8 @@ def test_nan_and_infinity_are_not_hidden() -> None:
     ("change", "message"),
     [
         ({"x": torch.zeros(3, 48)}, "x has 2 dimensions, wanted 3"),
-        ({"up_weight": torch.zeros(96, 48)}, r"up_weight is \(96, 48\) on cpu, wanted \(192, 48\)"),
-        ({"shift": torch.zeros(2, 24, 48)}, r"shift is \(2, 24, 48\) on cpu, wanted \(2, 1, 48\)"),
+        ({"up_weight": torch.zeros(96, 48)}, r"up_weight is \(96, 48\), wanted \(192, 48\) for x \(2, 24, 48\)"),
+        ({"shift": torch.zeros(2, 24, 48)}, r"shift is \(2, 24, 48\), wanted \(2, 1, 48\)"),
         ({"down_weight": torch.zeros(48, 96).half()}, "down_weight torch.float16, wanted one dtype"),
         ({"x": torch.zeros(2, 24, 48).half()}, "up_weight is torch.float32, wider than x's torch.float16"),
         ({"shift": torch.zeros(2, 1, 48).double()}, "shift is torch.float64, wider"),

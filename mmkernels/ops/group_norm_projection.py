@@ -147,8 +147,8 @@ def group_norm_projection(
     C = x.shape[2]
     if C % num_groups:
         raise ValueError(f"got {C} channels and {num_groups} groups, wanted channels divisible by groups")
-    check_shapes(gamma=(gamma, (C,)), beta=(beta, (C,)))
-    check_shapes(weight=(weight, (weight.shape[0], C)), bias=(bias, (weight.shape[0],)))
+    check_shapes(x, gamma=(gamma, (C,)), beta=(beta, (C,)))
+    check_shapes(x, weight=(weight, (weight.shape[0], C)), bias=(bias, (weight.shape[0],)))
     if bias.dtype != weight.dtype:
         raise ValueError(f"bias is {bias.dtype}, wanted weight's {weight.dtype}; give both one dtype")
     chunk = chunk_size("chunk_frames", chunk_frames, even_chunk(x, 3))

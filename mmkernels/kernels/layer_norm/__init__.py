@@ -19,6 +19,7 @@ from torch import Tensor
 from mmkernels.costs import is_modelled
 from mmkernels.kernels.call import Call, describe
 from mmkernels.kernels.dispatch import dispatch
+from mmkernels.scratch import Buffers
 
 OP = "layer_norm"
 
@@ -34,6 +35,18 @@ def layer_norm_into(
     """Write the norm of x + shift into `out` (R * T, C), and its statistics into `mean` and `rstd` (R * T)."""
     if x.numel() and not is_modelled(reads=(x, shift, weight, bias), writes=(out, mean, rstd)):
         _kernels(x, out.dtype).forward(x, shift, weight, bias, eps, out, mean, rstd)
+
+
+def layer_norm_of(
+    x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, eps: float, buffers: Buffers,
+    place: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The norm of a chunk in the dtype of the buffers, its mean and rstd; place: (R * T, C) instead of a buffer."""
+    count, C = x.shape[0] * x.shape[1], x.shape[2]
+    normal = buffers.take("normal", count, C) if place is None else place
+    mean, rstd = (buffers.take(name, count, 1, weight.dtype).view(-1) for name in ("mean", "rstd"))
+    layer_norm_into(x, shift, weight, bias, eps, normal, mean, rstd)
+    return normal, mean, rstd
 
 
 def layer_norm_backward_into(
