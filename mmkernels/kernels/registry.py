@@ -46,6 +46,9 @@ FAMILIES: dict[str, Mapping[str, Backend]] = {
         "cudnn": Backend("attention.cudnn", "cuda"),
         "efficient": Backend("attention.efficient", "cuda"),
     },
+    "adamw8bit": {
+        "triton": Backend("adamw8bit.triton", "cuda", why_no_triton),
+    },
     "geglu": {
         "pass": Backend("geglu_product.two_passes"),
         "epilogue": Backend("geglu_product.triton", "cuda", why_no_triton),
