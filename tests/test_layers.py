@@ -23,7 +23,7 @@ LAYERS = [
     ("mmkernels.cards", 1.5),
     ("mmkernels.kernels.__init__", 1.8),
     ("mmkernels.kernels.launch", 1.8),
-    ("mmkernels.kernels.storage", 1.8),
+    ("mmkernels.kernels.installed", 1.8),
     ("mmkernels.kernels.call", 1.82),
     ("mmkernels.kernels.registry", 1.84),
     ("mmkernels.kernels.dispatch", 1.85),

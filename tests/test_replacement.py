@@ -26,7 +26,7 @@ from torch import nn
 import mmkernels
 from mmkernels import extension
 from mmkernels.costs import modelled_device
-from mmkernels.kernels import storage
+from mmkernels.kernels import installed
 from mmkernels.memory.trace import trace
 
 pytestmark = pytest.mark.op
@@ -274,10 +274,10 @@ def test_reports_kernels_that_are_not_installed_and_what_autocast_computes_in() 
     with modelled_device("cuda", (9, 0)), torch.autocast("cpu", torch.bfloat16):
         (backends,) = {tuple(row.backends.items()) for row in mmkernels.report(unet).rows if row.kind == TRANSFORMER}
         assert dict(backends)["attention"] == "cudnn"
-        storage.why_no_triton.cache_clear()
+        installed.why_no_triton.cache_clear()
         with mock.patch.object(importlib.util, "find_spec", lambda name: None):
             text = str(mmkernels.report(unet))
-        storage.why_no_triton.cache_clear()
+        installed.why_no_triton.cache_clear()
     assert "norm, layer norm, GEGLU, sums of biases, blend: plain torch (Triton is not installed; pip" in text
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mmkernels import extension
 from mmkernels.costs import modelled_device
-from mmkernels.kernels import blend, geglu, group_norm_tokens, layer_norm, storage
+from mmkernels.kernels import blend, geglu, group_norm_tokens, installed, layer_norm
 from mmkernels.kernels.call import Call, describe
 from mmkernels.kernels.dispatch import preferred, reasons, why_nobody
 from mmkernels.kernels.registry import FAMILIES
@@ -52,7 +52,7 @@ def test_every_reason(op: str, backend: str, changes: dict[str, Any], reason: st
 @pytest.mark.parametrize(("op", "backend"), BACKENDS)
 def test_what_is_not_installed_is_said_and_the_formula_taken(op: str, backend: str) -> None:
     call = dataclasses.replace(HERE, op=op, device=KERNELS[backend])
-    storage.why_no_triton.cache_clear()
+    installed.why_no_triton.cache_clear()
     with (
         mock.patch.object(importlib.util, "find_spec", lambda name: None),
         mock.patch.object(extension, "available", lambda: False),
@@ -61,7 +61,7 @@ def test_what_is_not_installed_is_said_and_the_formula_taken(op: str, backend: s
         said = {"cpu": "no native CPU kernels: not built here", "cuda": "Triton is not installed; pip install triton"}
         assert why_nobody(call) == said[call.device]
         assert preferred(call) == "formula"
-    storage.why_no_triton.cache_clear()
+    installed.why_no_triton.cache_clear()
 
 
 def strided(*shape: int) -> Tensor:

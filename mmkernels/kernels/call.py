@@ -12,8 +12,9 @@ from torch import Tensor
 
 from mmkernels.costs import device_kind
 from mmkernels.kernels.launch import capability, shared_bytes
-from mmkernels.kernels.storage import DTYPE_NAMES
 
+# What the kernels of this package read and write by pointer.
+DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _ALIGNED_BYTES = 16  # of one access of the widest kind
 
 

@@ -11,10 +11,12 @@ import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mmkernels.kernels.call import Call
-from mmkernels.kernels.storage import why_no_cuda, why_no_native, why_no_triton
+from mmkernels.kernels.installed import why_no_cuda, why_no_native, why_no_triton
+
+if TYPE_CHECKING:
+    from mmkernels.kernels.call import Call
 
 FORMULA = "formula"
 

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from mmkernels import extension
-from mmkernels.kernels.call import Call
-from mmkernels.kernels.storage import DTYPE_NAMES
+from mmkernels.kernels.call import DTYPE_NAMES, Call
 
 _BLOCK_ROWS = 32  # rows that the first stage of the sum takes at once
 

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from mmkernels import extension
-from mmkernels.kernels.call import Call
-from mmkernels.kernels.storage import DTYPE_NAMES
+from mmkernels.kernels.call import DTYPE_NAMES, Call
 
 _BLOCK_TOKENS = 32  # tokens that the first stage of a sum takes at once
 

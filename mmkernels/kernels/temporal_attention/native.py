@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from mmkernels import extension
-from mmkernels.kernels.call import Call
-from mmkernels.kernels.storage import DTYPE_NAMES
+from mmkernels.kernels.call import DTYPE_NAMES, Call
 from mmkernels.kernels.temporal_attention import row
 
 HAS_OUTPUT_IN_BACKWARD = True

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-from mmkernels.kernels.storage import DTYPE_NAMES
+from mmkernels.kernels.call import DTYPE_NAMES
 
 MAX_FRAMES = 128
 MAX_HEAD_DIM = 128

@@ -1,15 +1,11 @@
-"""What the kernels of this package take: storage dtypes and devices."""
+"""Which kinds of kernels can be here, and why not; asked without torch, for `python -m mmkernels`."""
 
 from __future__ import annotations
 
 import importlib.util
 from functools import cache
 
-import torch
-
 from mmkernels import extension
-
-DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 @cache
