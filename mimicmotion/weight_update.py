@@ -9,7 +9,9 @@ Bytes a weight, states included (tests/test_weight_update.py counts them on the 
 adamw: torch's fused AdamW on float32 weights. adamw8bit: torchao's AdamW8bit on bfloat16 weights. Its moments are 8-bit
 codes with a float32 scale for each 256 of them (Dettmers et al. 2021, arXiv 2110.02861); weights of fewer than 4096
 elements keep float32 moments. The update is computed in float32 and rounded stochastically to bfloat16: up with a
-probability of the share of the spacing that is cut off, so that its mean is exact and no small update is lost.
+probability of the share of the spacing that is cut off, so that its mean is exact and no small update is lost. On a GPU
+`mmkernels.kernels.adamw8bit` takes each weight in one kernel; torchao's operations, which run elsewhere, took 4.5 s of
+a step of 6.5 s on an H200.
 """
 
 import math
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from mimicmotion.config import OptimizerConfig
+from mmkernels.kernels import adamw8bit
 from mmkernels.planning.choices import PIECE_ELEMENTS, TEMPORARY_BYTES, OptimizerChoice
 from mmkernels.planning.workload import temporary_bytes
 
@@ -76,7 +79,9 @@ class WeightUpdate:
             if is_8bit:
                 zeros = _state_class().zeros
                 state[key] = zeros(weight.shape, is_signed, _BLOCK_ELEMENTS, weight.device, dtype=weight.dtype)
-            else:
+            elif self.is_8bit:
+                state[key] = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+            else:  # laid out as the weight is, which torch's fused update goes by
                 state[key] = torch.zeros_like(weight, dtype=torch.float32, requires_grad=False)
         return state
 
@@ -121,8 +126,10 @@ class WeightUpdate:
         if isinstance(weight, FakeTensor) and self.is_8bit:
             # a dry run: the memory alone, since the hundred operations of each piece would take minutes
             torch.empty(TEMPORARY_BYTES * min(weight.numel(), PIECE_ELEMENTS), dtype=torch.uint8)
+        elif self.is_8bit and adamw8bit.why_unsupported(weight) is None:
+            self._update_in_one_kernel(weight, state, self._seed_of(name, int(state["step"])))
         elif self.is_8bit:
-            with self._rounding(name, int(state["step"])):
+            with self._rounding(self._seed_of(name, int(state["step"]))):
                 self._update_pieces(weight, state)
         else:
             self._update_alone(weight, state)
@@ -142,6 +149,17 @@ class WeightUpdate:
         finally:
             self._group["params"] = everything
 
+    def _update_in_one_kernel(self, weight: Tensor, state: dict[str, Tensor], seed: int) -> None:
+        """The whole step of one weight."""
+        assert weight.grad is not None
+        state["step"] += 1
+        group = self._group
+        step = adamw8bit.Step(
+            number=int(state["step"]), learning_rate=float(group["lr"]), betas=group["betas"], eps=group["eps"],
+            weight_decay=group["weight_decay"], seed=seed,
+        )  # fmt: skip
+        adamw8bit.update(weight, weight.grad, _moment(state["exp_avg"]), _moment(state["exp_avg_sq"]), step)
+
     def _update_pieces(self, weight: Tensor, state: dict[str, Tensor]) -> None:
         """A step over rows of `weight` at a time, whole blocks of its moments each."""
         assert weight.grad is not None
@@ -153,22 +171,24 @@ class WeightUpdate:
             del self.optimizer.state[piece]
         step += 1
 
+    def _seed_of(self, name: str, num_updates: int) -> int:
+        """Of one update of one weight, below 2^63."""
+        # the last word keeps this stream apart from any other use of the same three numbers
+        words = np.random.SeedSequence([self.seed, self._places[name], num_updates, 0x524F554E])
+        return int(words.generate_state(1, np.uint64)[0]) >> 1
+
     @contextmanager
-    def _rounding(self, name: str, num_updates: int) -> Iterator[None]:
+    def _rounding(self, seed: int) -> Iterator[None]:
         """Torch's generators seeded for one update of one weight, and torchao's operations run as they are written.
 
         Compiled, as torchao would, they take minutes of compilation for the shapes of a model, some of it in the
         midst of a first backward, and a compiler on the machine.
         """
         devices = [self.device] if self.device.type == "cuda" else []
-        # the last word keeps this stream apart from any other use of the same three numbers
-        words = np.random.SeedSequence([self.seed, self._places[name], num_updates, 0x524F554E]).generate_state(
-            1, np.uint64
-        )
         with ExitStack() as stack:
             stack.enter_context(torch.random.fork_rng(devices=devices, device_type="cuda"))
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-            torch.manual_seed(int(words[0]) >> 1)
+            torch.manual_seed(seed)
             yield
 
     def resident(self) -> list[Tensor]:
@@ -215,6 +235,13 @@ def _state_class() -> Any:
         subclass_8bit.get_qmap_signed()
         subclass_8bit.get_qmap_unsigned()
     return subclass_8bit.OptimState8bit
+
+
+def _moment(state: Any) -> adamw8bit.Moment:
+    """A state as the kernel takes it."""
+    if not hasattr(state, "codes"):
+        return adamw8bit.Moment(values=state)
+    return adamw8bit.Moment(values=state.codes, scale=state.scale, table=state.qmap)
 
 
 def _parts(value: Tensor) -> dict[str, Tensor]:

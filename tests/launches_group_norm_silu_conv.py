@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mmkernels.kernels import epilogue_triton
 from mmkernels.kernels.convolution import triton as convolution
+from mmkernels.kernels.epilogue import triton as epilogue_triton
 from mmkernels.kernels.group_norm import triton as norm_kernels
 from mmkernels.kernels.launch import carried_out_by
 

@@ -13,13 +13,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from adamw8bit_program import level_0_launch
 from blend_program import check_blend, check_column_sums
 from group_norm_silu_conv_program import check_convolution, check_norm
 from triton_geglu_program import run_geglu, run_norm, run_product
 
-from mmkernels.kernels import epilogue_triton
+from mmkernels.kernels.epilogue import triton as epilogue_triton
 from mmkernels.kernels.launch import CarryOut, carried_out_by
-from mmkernels.ops import temporal_attention_triton
+from mmkernels.kernels.temporal_attention import triton as temporal_attention_triton
 
 HALF = torch.float16
 
@@ -65,6 +66,12 @@ def geglu_product(launch: CarryOut) -> None:
     run_product((3, 48, 32), HALF, lambda x: launch(*x))
 
 
+def adamw8bit(launch: CarryOut) -> None:
+    kernel, _, arguments, constants = level_0_launch(HALF)
+    whole, few = arguments[0].numel(), [x[:1024] if isinstance(x, torch.Tensor) else x for x in arguments]
+    launch(kernel, 1, [1024 if isinstance(x, int) and x == whole else x for x in few], constants)
+
+
 def epilogue(launch: CarryOut) -> None:
     inner, residual, y = torch.empty(3, 2, 35, 40, dtype=HALF)
     with carried_out_by(launch=launch):
@@ -85,6 +92,7 @@ KERNELS: dict[Callable[[CarryOut], None], tuple[str, ...]] = {
     column_sums: ("column_sums_kernel",),
     geglu_product: ("product_kernel", "product_backward_kernel"),
     epilogue: ("add_kernel",),
+    adamw8bit: ("update_kernel",),
 }  # fmt: skip
 LAUNCHES = {f"{program.__name__}/{kernel}": (program, kernel) for program, names in KERNELS.items() for kernel in names}
 

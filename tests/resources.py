@@ -19,13 +19,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import adamw8bit_program
 import blend_program
 import torch
 import triton
 from launches_group_norm_silu_conv import Recorded, launches
 from triton_geglu_program import level_0_launches
 
-from mmkernels.ops import temporal_attention_triton
+from mmkernels.kernels.temporal_attention import triton as temporal_attention_triton
 from ptxrun import compile_triton
 
 BUDGETS = Path(__file__).parent.parent / "bench/results/resources.json"
@@ -135,6 +136,19 @@ def streamed(op: str, name: str, narrow_accesses: int) -> TritonKernel:
     )  # fmt: skip
 
 
+def adamw8bit(narrow_accesses: int) -> TritonKernel:
+    """The update of a weight."""
+
+    def arguments(dtype: torch.dtype) -> tuple[list[Any], dict[str, Any]]:
+        launch = adamw8bit_program.level_0_launch(dtype)
+        return launch.positional, launch.constants
+
+    return TritonKernel(
+        "adamw8bit", "update", adamw8bit_program.level_0_launch().kernel, arguments, {"elements": 921_600},
+        has_product=False, narrow_accesses=narrow_accesses, dtypes=(torch.bfloat16,),
+    )  # fmt: skip
+
+
 def _group_norm_silu_conv(part: str, narrow_accesses: int) -> TritonKernel:
     def recorded(dtype: torch.dtype) -> Recorded:
         return next(x for x in launches(dtype) if x.part == part)
@@ -181,6 +195,8 @@ TRITON: tuple[TritonKernel, ...] = (
     streamed("blend", "mix_kernel", narrow_accesses=1),
     streamed("blend", "mix_backward_kernel", narrow_accesses=2),
     streamed("column_sums", "column_sums_kernel", narrow_accesses=1),
+    # Codes, of which a thread has 4 bytes at once; entries of a table, each thread its own.
+    adamw8bit(narrow_accesses=184),
     *(_group_norm_silu_conv(*item) for item in GROUP_NORM_SILU_CONV.items()),
 )
 # CUDA kernels of an op: the module whose measure(architecture, dtype) gives rows with the keys of TritonKernel.measure.

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from mmkernels import extension, tuning
 from mmkernels.costs import modelled_device, noting
-from mmkernels.kernels import convolution, group_norm, storage
+from mmkernels.kernels import convolution, group_norm, installed
 from mmkernels.kernels.call import Call
 from mmkernels.kernels.convolution import Inputs, chunked, implicit
 from mmkernels.kernels.dispatch import dispatch, preferred, reasons, why_nobody
@@ -97,8 +97,8 @@ def test_every_reason(backend: str, changes: dict[str, Any], reason: str) -> Non
 
 def test_what_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extension, "why_no_cuda", lambda: "no nvcc was found")
-    monkeypatch.setattr(storage, "importlib", SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: None)))
-    storage.why_no_triton.cache_clear()
+    monkeypatch.setattr(installed, "importlib", SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: None)))
+    installed.why_no_triton.cache_clear()
     try:
         assert reasons(AMPERE) == {
             "chunked": None, "triton": "Triton is not installed; pip install triton", "cuda": "no nvcc was found",
@@ -107,7 +107,7 @@ def test_what_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         assert why_nobody(call) == "Triton is not installed; pip install triton"
         assert dispatch(call, torch.empty(0)) is formula
     finally:
-        storage.why_no_triton.cache_clear()
+        installed.why_no_triton.cache_clear()
 
 
 @pytest.mark.usefixtures("everything_is_built")

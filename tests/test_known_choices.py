@@ -20,11 +20,12 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install trito
 
 from torch import Tensor
 
-from mmkernels.kernels import geglu_triton, layer_norm_triton
 from mmkernels.kernels.call import Call
 from mmkernels.kernels.convolution import triton as convolution
+from mmkernels.kernels.geglu import triton as geglu_triton
 from mmkernels.kernels.group_norm import triton as norm_kernels
 from mmkernels.kernels.launch import carried_out_by
+from mmkernels.kernels.layer_norm import triton as layer_norm_triton
 from mmkernels.kernels.registry import FAMILIES
 from mmkernels.known_choices import KNOWN, worth_timing
 from mmkernels.tuning import NUM_ROUNDS, Tuner

@@ -7,6 +7,8 @@ from mimicmotion import weight_update
 from mimicmotion.config import OptimizerConfig
 from mimicmotion.moving_average import MovingAverage
 from mimicmotion.weight_update import WeightUpdate
+from mmkernels.costs import modelled_device
+from mmkernels.kernels.launch import carried_out_by
 
 SHAPES = {"wide": (64, 24, 3, 3), "bias": (64,), "odd": (63, 67)}  # 8-bit moments; float32 ones: small, no whole blocks
 BLOCK_ELEMENTS = 256
@@ -189,3 +191,35 @@ def test_moving_average_of_bfloat16_weights_is_float32():
     weights["a"].data.fill_(2.0)
     average.step(weights)
     assert average.shadows["a"].tolist() == pytest.approx([1.0001] * 4, rel=1e-6)
+
+
+@pytest.mark.parametrize("is_on_host", [False, True])
+def test_one_kernel_for_each_weight_is_torchaos_update(is_on_host):
+    """The emitted PTX in the place of a GPU: the moments of torchao but for ties, weights of other random numbers."""
+    pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
+    from ptx_group_norm_silu_conv_triton import launcher
+
+    plain, ours = (_make("adamw8bit", is_on_host=is_on_host, weight_decay=0.1) for _ in range(2))
+    launched = []
+
+    def launch(kernel, *arguments):
+        launched.append(kernel.fn.__name__)
+        launcher()(kernel, *arguments)
+
+    for number in range(2):
+        _step(plain, number)
+        with modelled_device("cuda"), carried_out_by(launch=launch):
+            _step(ours, number)
+    assert launched == 2 * len(SHAPES) * ["update_kernel"]
+    for name, weight in ours.weights.items():
+        off = (weight.float() - plain.weights[name].float()).abs()
+        # In each of two updates one spacing, of what the weight was before it moved by the learning rate.
+        assert (off <= 2 * 2.0**-7 * (weight.abs().float() + 3e-2)).all(), name
+        assert (off > 0).any(), "rounded to the nearest"
+    wanted = plain.tensors()
+    for name, tensor in ours.tensors().items():
+        if name.endswith(".codes"):
+            assert (tensor != wanted[name]).float().mean() < 1e-3, name
+            assert (tensor.int() - wanted[name].int()).abs().max() <= 1, name
+        else:
+            torch.testing.assert_close(tensor, wanted[name], rtol=1e-5, atol=1e-9)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmkernels.blocks.segment import segment
+from mmkernels.kernels.call import Call
 from mmkernels.memory.units import WHOLE, Choice, unit
 from mmkernels.scratch import DEFAULT_BYTES, scratch_within
 
@@ -55,6 +56,10 @@ class FusedBlock(DropIn):
     def units(self) -> dict[str, tuple[Choice, ...]]:
         """Its units in the order they run, with the choices that each can have; `WHOLE`, if it has it, is the last."""
         raise NotImplementedError
+
+    def calls(self) -> Mapping[str, Call]:
+        """Its operations, as calls of the families of kernels they are built of; see mmkernels.blocks.operations."""
+        return {}
 
     def follow(
         self, name: str, choices: Mapping[str, Choice], *, is_recomputed: bool, scratch_bytes: int = DEFAULT_BYTES

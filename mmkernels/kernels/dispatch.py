@@ -46,9 +46,23 @@ def takers(call: Call) -> list[str]:
 def preferred(call: Call) -> str:
     """The backend that a call is given to where nothing is timed: what readings of timings say, else the first."""
     able = takers(call)
+    if len(able) == 1:
+        return able[0]
+    return _candidates(call, able)[0]
+
+
+def _candidates(call: Call, able: list[str]) -> list[str]:
     if (name := tuning.forced(call.op)) in able:
-        return str(name)
-    return worth_timing(call.op, call.work, "{}.{}".format(*call.capability), able)[0]
+        return [str(name)]
+    return worth_timing(call.op, call.work, "{}.{}".format(*call.capability), able)
+
+
+def named(call: Call) -> str:
+    """Who computes a call, for people: a backend, those that will be timed, or plain torch and why no kernel does."""
+    if (why := why_nobody(call)) is not None:
+        return f"plain torch ({why})"
+    names = _candidates(call, takers(call))
+    return names[0] if call.is_modelled or call.device != "cuda" else " or ".join(names)
 
 
 def dispatch(call: Call, x: Tensor, trial: Callable[[Any], None] | None = None) -> Any:

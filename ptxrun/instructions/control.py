@@ -25,5 +25,7 @@ define("activemask.b32", ">b32", "active_lanes")
 define("elect.sync", ">b32|pred u32", "elect")
 for _name, _operation in (("add", "Add"), ("min", "Minimum"), ("max", "Maximum")):
     define(f"redux.sync.{_name}.TYPE", ">TYPE TYPE u32", f"reduce<{_operation}, {{TYPE}}>", TYPE="u32 s32")
+for _name, _operation in (("min", "Minimum"), ("max", "Maximum")):
+    define(f"redux.sync.{_name}.TYPE", ">TYPE TYPE u32", f"reduce<{_operation}, {{TYPE}}>", TYPE="f32")
 for _name, _operation in (("and", "And"), ("or", "Or"), ("xor", "ExclusiveOr")):
     define(f"redux.sync.{_name}.b32", ">b32 b32 u32", f"reduce<{_operation}, b32>")

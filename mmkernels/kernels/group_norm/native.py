@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from mmkernels import extension
-from mmkernels.kernels.call import Call
+from mmkernels.kernels.call import DTYPE_NAMES, Call
 from mmkernels.kernels.group_norm.norm import Norm
-from mmkernels.kernels.storage import DTYPE_NAMES
 
 
 def why_unsupported(call: Call) -> str | None:
