@@ -59,37 +59,6 @@ def even_slices(length: int, most: int) -> list[slice]:
     return [slice(length * i // count, length * (i + 1) // count) for i in range(count)]
 
 
-class Walk:
-    """Chunks of at most `most` tokens of R rows of T, as even as can be, and the scratch that they share.
-
-    A chunk is some whole rows or, where one has more than `most` tokens, a part of one row.
-    """
-
-    def __init__(self, R: int, T: int, most: int) -> None:
-        self._rows, self._tokens = even_slices(R, most // max(1, T)), even_slices(T, most)
-        self._memory: dict[str, Tensor] = {}
-
-    def __iter__(self) -> Iterator[tuple[slice, slice]]:
-        """(rows, tokens of them) of each chunk, in order."""
-        for rows in self._rows:
-            for tokens in self._tokens:
-                yield rows, tokens
-
-    def scratch(self, name: str, count: int, width: int, like: Tensor) -> Tensor:
-        """An uninitialised (count, width) for the `count` tokens of a chunk, of like's dtype and device.
-
-        Memory is taken once for a name, for the largest chunk: the next chunk finds what this one has written there.
-        """
-        if name not in self._memory:
-            most = max(map(_length, self._rows)) * max(map(_length, self._tokens))
-            self._memory[name] = torch.empty(most * width, dtype=like.dtype, device=like.device)
-        return self._memory[name][: count * width].view(count, width)
-
-
-def _length(part: slice) -> int:
-    return part.stop - part.start
-
-
 @torch.compiler.assume_constant_result
 def num_sharing(kind: str) -> int:
     """How many threads share the rows of a chunk on this kind of device: a GPU's chunks are large enough for it.

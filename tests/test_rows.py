@@ -1,11 +1,12 @@
-"""A walk over chunks: every token once, in order, as evenly as can be; scratch is taken once for all of them."""
+"""Chunks of tokens: each token once, in order, as evenly as can be; their buffers are taken once for all of them."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from mmkernels.rows import Walk
+from mmkernels.rows import chunks_of_tokens
+from mmkernels.scratch import Buffers
 
 
 @pytest.mark.parametrize(
@@ -21,20 +22,23 @@ from mmkernels.rows import Walk
         (3, 0, 8, []),
     ],
 )
-def test_a_walk_meets_every_token_once_in_order(R: int, T: int, most: int, shapes: list[tuple[int, int]]) -> None:
-    tokens, found, met = torch.arange(R * T).view(R, T), [], []
-    for rows, columns in Walk(R, T, most):
-        found.append(tuple(tokens[rows, columns].shape))
-        met += tokens[rows, columns].flatten().tolist()
+def test_every_token_once_in_order(R: int, T: int, most: int, shapes: list[tuple[int, int]]) -> None:
+    tokens, found, met = torch.arange(R * T).view(R, T, 1), [], []
+    chunks, largest = chunks_of_tokens(tokens, most)
+    for rows, columns, flat in chunks:
+        part = tokens[rows, columns, 0]
+        found.append(tuple(part.shape))
+        met += part.flatten().tolist()
+        assert torch.equal(tokens.flatten()[flat], part.flatten())
     assert (met, found) == (list(range(R * T)), shapes)
+    assert largest == max((rows * columns for rows, columns in shapes), default=0)
 
 
-def test_scratch_is_taken_once_for_the_largest_chunk() -> None:
-    walk, like, taken = Walk(5, 4, 8), torch.empty(0, dtype=torch.float16), []
-    for rows, columns in walk:
-        count = (rows.stop - rows.start) * (columns.stop - columns.start)
-        x, other = (walk.scratch(name, count, 3, like) for name in ("x", "other"))
+def test_a_buffer_is_taken_once_for_the_largest_chunk() -> None:
+    buffers, taken = Buffers(torch.empty(0), torch.float16, 8), []
+    for count in (4, 8, 7):
+        x, other = (buffers.take(name, count, 3) for name in ("x", "other"))
         assert (x.shape, x.dtype) == ((count, 3), torch.float16)
         assert x.is_contiguous() and x.data_ptr() != other.data_ptr()
         taken.append((x.data_ptr(), x.untyped_storage().nbytes()))
-    assert len(taken) == 3 and set(taken) == {(taken[0][0], 2 * 3 * 8)}
+    assert set(taken) == {(taken[0][0], 2 * 3 * 8)}

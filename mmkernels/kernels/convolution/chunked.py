@@ -10,7 +10,6 @@ result where it can, and all that is added to a convolution is added in one pass
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -21,8 +20,8 @@ from mmkernels.kernels.call import Call
 from mmkernels.kernels.convolution.inputs import Added, Inputs
 from mmkernels.kernels.epilogue import add_into
 from mmkernels.kernels.group_norm.norm import Rows, at
-from mmkernels.rows import Walk, num_sharing
-from mmkernels.scratch import scratch_rows
+from mmkernels.rows import chunks_of_tokens, num_sharing
+from mmkernels.scratch import Buffers, scratch_rows
 
 # Pixels of a chunk on the CPU: enough to pay for oneDNN's reordering of the weights and, with several threads, for
 # adding up each one's gradient of them.
@@ -60,12 +59,13 @@ def default_chunk_rows(x: Tensor, weight: Tensor) -> int:
 def forward(inputs: Inputs, added: Added, y: Tensor, chunk_rows: int) -> None:
     """Write y."""
     x, weight = inputs.x, inputs.weight
-    dtype, walk = product_dtype(x, weight), _walk(x, weight, chunk_rows)
-    convolution = _convolution(x, weight.to(dtype), walk)
+    dtype = product_dtype(x, weight)
+    chunks, most_columns = _chunks(x, weight, chunk_rows)
+    convolution = _convolution(x, weight.to(dtype), most_columns)
     is_cpu, inner_bias = device_kind(x) == "cpu", None
     if is_cpu and added.bias is not None:  # its convolution adds the bias in passing
         inner_bias, added = added.bias.to(dtype), added._replace(bias=None)
-    for rows in _chunks(x, walk):
+    for rows in chunks:
         part, target = inputs.of(rows), at(y, rows)
         is_free = not is_cpu and y.dtype == dtype and y.shape[3] == weight.shape[1] and target.is_contiguous()
         group_norm.activate(part.x, part.x2, part.norm, convolution.scratch(part.x, target if is_free else None))
@@ -79,13 +79,14 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Write dx and dx2; returns dgamma, dbeta and dweight, added up over chunks at least in float32."""
     x, x2, norm, weight = inputs
-    dtype, walk = product_dtype(x, weight), _walk(x, weight, chunk_rows)
-    convolution = _convolution(x, weight.to(dtype), walk)
+    dtype = product_dtype(x, weight)
+    chunks, most_columns = _chunks(x, weight, chunk_rows)
+    convolution = _convolution(x, weight.to(dtype), most_columns)
     dgamma, dbeta = (torch.zeros_like(norm.gamma) for _ in range(2))
     whole: Tensor | None = None  # a chunk of whole samples needs none: its norm is differentiated at once
     if _is_products(x, weight) or _columns_at_once(x, weight, chunk_rows) < x.shape[2]:
         whole = dx if x2 is None else torch.empty((*x.shape[:3], weight.shape[1]), dtype=x.dtype, device=x.device)
-    for rows in _chunks(x, walk):
+    for rows in chunks:
         part, part_dx = inputs.of(rows), at(dx, rows)
         # A whole sample's gradient is written last: until then its place holds the activation.
         is_free = whole is None and x2 is None and dx.dtype == dtype and part_dx.is_contiguous()
@@ -113,18 +114,15 @@ def _columns_at_once(x: Tensor, weight: Tensor, chunk_rows: int) -> int:
     return min(columns, W) if _is_products(x, weight) else columns
 
 
-def _walk(x: Tensor, weight: Tensor, chunk_rows: int) -> Walk:
-    """Over samples and columns."""
-    return Walk(x.shape[0], x.shape[2], _columns_at_once(x, weight, chunk_rows))
+def _chunks(x: Tensor, weight: Tensor, chunk_rows: int) -> tuple[list[Rows], int]:
+    """Samples and columns of each chunk, with all rows; and the columns of the largest, of all its samples."""
+    found, most_columns = chunks_of_tokens(x[:, 0], _columns_at_once(x, weight, chunk_rows))
+    return [(samples, slice(0, x.shape[1]), columns) for samples, columns, _ in found], most_columns
 
 
-def _chunks(x: Tensor, walk: Walk) -> Iterator[Rows]:
-    for samples, columns in walk:
-        yield samples, slice(0, x.shape[1]), columns
-
-
-def _convolution(x: Tensor, weight: Tensor, walk: Walk) -> _Convolution | _ShiftedProducts:
-    return (_ShiftedProducts if _is_products(x, weight) else _Convolution)(weight, walk)
+def _convolution(x: Tensor, weight: Tensor, most_columns: int) -> _Convolution | _ShiftedProducts:
+    buffers = Buffers(x, weight.dtype, most_columns)  # a row of them is a column of the picture
+    return (_ShiftedProducts if _is_products(x, weight) else _Convolution)(weight, buffers)
 
 
 def _is_products(x: Tensor, weight: Tensor) -> bool:
@@ -139,8 +137,8 @@ class _Convolution:
     fast as its conv2d. Everything is handed over channels last, as its strides say also where an axis has length 1.
     """
 
-    def __init__(self, weight: Tensor, walk: Walk) -> None:
-        self.walk, self.is_3d = walk, weight.shape[3] == 1
+    def __init__(self, weight: Tensor, buffers: Buffers) -> None:
+        self.buffers, self.is_3d = buffers, weight.shape[3] == 1
         self.weight = self._channels_first(weight.permute(0, 2, 3, 1).contiguous())
         self.wide = torch.promote_types(weight.dtype, torch.float32)
         self.padding = [1, 0, 0] if self.is_3d else [1, 1]
@@ -151,7 +149,7 @@ class _Convolution:
         """An uninitialised (m, H, W, C) for the activation of a chunk: `memory`, or the same for each chunk."""
         (m, H, W), C = part.shape[:3], self.weight.shape[1]
         if memory is None:
-            memory = self.walk.scratch("activation", m * W, H * C, self.weight).view(m, H, W, C)
+            memory = self.buffers.take("activation", m * W, H * C).view(m, H, W, C)
         self.activation = memory
         return memory
 
@@ -205,8 +203,8 @@ class _ShiftedProducts:
     """A 3x1 over frames as one product for each tap: frame f of the chunk's output reads frames f, f + 1, f + 2 of a
     scratch (H + 2, W, C) whose first and last frame are zero, so each tap is a contiguous view of it."""
 
-    def __init__(self, weight: Tensor, walk: Walk) -> None:
-        self.walk, self.taps = walk, weight[..., 0].permute(2, 0, 1).contiguous()  # (3, K, C)
+    def __init__(self, weight: Tensor, buffers: Buffers) -> None:
+        self.buffers, self.taps = buffers, weight[..., 0].permute(2, 0, 1).contiguous()  # (3, K, C)
         self.frames = (0, 0)
         self.dtaps = torch.zeros_like(self.taps)
 
@@ -260,4 +258,4 @@ class _ShiftedProducts:
 
     def _memory(self, name: str, frames: int, width: int) -> Tensor:
         W = self.frames[1]
-        return self.walk.scratch(name, W, frames * width, self.taps).view(frames, W, width)
+        return self.buffers.take(name, W, frames * width).view(frames, W, width)
