@@ -133,7 +133,7 @@ ELEMENTWISE_PARTS: Mapping[tuple[str, str], int] = {
 
 # Of a kernel that does a part of group_norm_silu_conv: tensors of tokens that it moves, taps of its convolution.
 CONVOLUTION_PARTS: Mapping[str, tuple[int, int]] = {
-    "partial_statistics_kernel": (1, 0), "partial_moments": (1, 0),
+    "partial_statistics_kernel": (1, 0),
     "normalise_kernel": (2, 0),
     "partial_backward_kernel": (2, 0), "norm_backward_sums": (2, 0),
     "input_gradient_kernel": (3, 0), "norm_backward_inputs": (3, 0),

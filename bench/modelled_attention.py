@@ -20,9 +20,9 @@ from bench.limits import LEVEL_0
 from bench.shapes import TemporalShape
 from bench.temporal_attention import Core
 from bench.temporal_attention_block import SubBlock
-from mmkernels.blocks.temporal_attention import default_chunk_pixels
 from mmkernels.costs import modelled_device
 from mmkernels.memory.trace import Trace, trace
+from mmkernels.ops.temporal_attention_block import default_chunk_pixels
 
 SHAPE = TemporalShape(**LEVEL_0)
 DTYPE, DEVICE = torch.bfloat16, "none: fake tensors that stand for a GPU's"

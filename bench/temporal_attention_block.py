@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from bench import harness
 from bench.harness import Outputs, Provider
 from bench.shapes import TemporalShape
-from mmkernels.blocks.temporal_attention import Keep, default_chunk_pixels, temporal_attention_block
+from mmkernels.ops.temporal_attention_block import Keep, default_chunk_pixels, temporal_attention_block
 
 Function = Callable[[torch.Tensor], torch.Tensor]
 

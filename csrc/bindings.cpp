@@ -46,7 +46,6 @@ PYBIND11_MODULE(_native, m) {
   m.def("group_norm_silu_activate", mm::group_norm_silu_activate, no_gil);
   m.def("group_norm_silu_backward", mm::group_norm_silu_backward, no_gil);
 #ifdef MM_WITH_CUDA
-  m.def("group_norm_silu_conv_statistics_cuda", mm::group_norm_silu_conv_statistics_cuda, no_gil);
   m.def("group_norm_silu_conv_forward_cuda", mm::group_norm_silu_conv_forward_cuda, no_gil);
   m.def("group_norm_silu_conv_weight_gradient_cuda", mm::group_norm_silu_conv_weight_gradient_cuda, no_gil);
   m.def("group_norm_silu_conv_norm_backward_cuda", mm::group_norm_silu_conv_norm_backward_cuda, no_gil);

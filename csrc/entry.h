@@ -50,9 +50,6 @@ void group_norm_silu_backward(uintptr_t x, uintptr_t x2, uintptr_t grad, uintptr
                               const std::string& dtype, const std::string& activation, int num_threads);
 
 // csrc/entry/group_norm_silu_conv_cuda.cpp, built only with nvcc; the order of the tensors is told there.
-void group_norm_silu_conv_statistics_cuda(const std::vector<uintptr_t>& tensors, const std::vector<int64_t>& shape,
-                                          const std::vector<int64_t>& strides, int splits, double epsilon,
-                                          const std::string& dtype, int device, uintptr_t stream);
 void group_norm_silu_conv_forward_cuda(const std::vector<uintptr_t>& tensors, const std::vector<int64_t>& shape,
                                        const std::vector<int64_t>& strides, const std::vector<int64_t>& shift_strides,
                                        const std::string& dtype, int device, uintptr_t stream);

@@ -35,9 +35,15 @@ def put_kernels(
     return mmkernels.replace(model.unet, plan=plan or kernels, device=device)
 
 
-def describe(model: MimicMotionModel, kernels: str) -> str:
-    """Which block of a model with these kernels runs how."""
-    return "torch: plain diffusers, nothing replaced" if kernels == "torch" else str(mmkernels.report(model.unet))
+def describe(
+    model: MimicMotionModel, kernels: str, precision: Precision = "fp32", *, is_deterministic: bool = False
+) -> str:
+    """Which block of a model with these kernels runs how, in this precision and where the same bits are asked for."""
+    if kernels == "torch":
+        return "torch: plain diffusers, nothing replaced"
+    weight = next(model.unet.parameters())
+    with same_bits(is_deterministic), autocast(weight.device, precision, weight.dtype):
+        return str(mmkernels.report(model.unet))
 
 
 @contextmanager

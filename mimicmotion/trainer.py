@@ -332,7 +332,9 @@ class Trainer:
     def _put_kernels(self) -> None:
         device = None if self.fitting is None else self.fitting.device
         self._undo = put_kernels(self.model, self.config.kernels, self.plan, device)
-        self.kernels = describe(self.model, self.config.kernels)
+        settings = self.config.trainer
+        is_deterministic = settings.deterministic
+        self.kernels = describe(self.model, self.config.kernels, settings.precision, is_deterministic=is_deterministic)
 
     def _check_skipped(self) -> None:
         """Raise after too many steps in a row that were not finite."""

@@ -89,6 +89,22 @@ def _choice_lines() -> list[str]:
     return lines
 
 
+def _family_lines() -> list[str]:
+    """The backends of every family of kernels in their order, and why those that cannot be here are not."""
+    from mmkernels.kernels.registry import FAMILIES
+
+    lines = [
+        "backends of each family of kernels, in their order where no clock decides; mmkernels.report says more"
+    ]
+    for op, backends in FAMILIES.items():
+        parts = []
+        for name, backend in backends.items():
+            why = backend.why_absent()
+            parts.append(f"{name}{f' on {backend.device}' if backend.device else ''}{f' (no: {why})' if why else ''}")
+        lines.append(f"  {op:<22}{', '.join(parts)}")
+    return lines
+
+
 def main() -> None:
     """Print the table."""
     _, triton_row = _load("triton", "on Linux `pip install triton`")
@@ -103,6 +119,7 @@ def main() -> None:
     print(f"mmkernels {version()}")
     for name, text in rows:
         print(f"  {name:<20}{text}")
+    print("\n".join(_family_lines()))
     if torch is not None:
         print("\n".join(_choice_lines()))
 

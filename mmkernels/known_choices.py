@@ -10,10 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# Generations whose fast products are of a warpgroup or of tensor memory (wgmma, tcgen05), not of a warp (mma.sync):
-# 9 Hopper, 10 and 11 Blackwell of data centres and cars. Not 12, whose only ones are mma.sync.
-WGMMA_OR_TCGEN05 = (9, 10, 11)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Known:
@@ -28,11 +24,6 @@ class Known:
 
 
 KNOWN = (
-    Known(
-        op="group_norm_silu_conv", kind="3x3", best="chunked", slower=("cuda", "triton"), majors=WGMMA_OR_TCGEN05,
-        reading="forward + backward, chunked / cuda / triton: 320 at 128x72 18.5 / 19.9 / 30.1, 640 at 64x36 "
-        "7.6 / 21.4 / 32.4, 1280 at 32x18 6.6 / 27.5 / 36.7. mma.sync reaches 130 to 215 TFLOP/s, cuDNN 640 to 740",
-    ),
     Known(
         op="group_norm_silu_conv", kind="3x3 to few channels", best="triton", slower=("chunked",), majors=(9,),
         reading="320 to 4 at 128x72, forward and backward, triton / chunked: 1.79 / 5.22 and 7.40 / 13.2",

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
 from diffusers.models.attention import BasicTransformerBlock, TemporalBasicTransformerBlock
 from diffusers.models.resnet import SpatioTemporalResBlock
 from diffusers.models.transformers.transformer_temporal import TransformerSpatioTemporalModel
@@ -23,8 +21,8 @@ from mmkernels.blocks.up_block import FusedUpBlock
 from mmkernels.memory.offload import Offload
 from mmkernels.memory.transfer import CudaDevice, Device
 from mmkernels.memory.units import REST, WHOLE, Choice
-from mmkernels.ops import spatial_attention, temporal_attention
 from mmkernels.planning.choices import Plan
+from mmkernels.reporting import DEAD, Report, Row, backends_of
 
 PLANS = ("fused", "checkpoint")
 _FUSED: dict[type[nn.Module], type[FusedBlock]] = {
@@ -34,47 +32,10 @@ _FUSED: dict[type[nn.Module], type[FusedBlock]] = {
     UpBlockSpatioTemporal: FusedUpBlock,
 }
 LEAST_BYTES = 1 << 20  # smaller storages do not move: a copy has its fixed cost
-LEAST_PIXELS = 2  # of a row whose attention is asked about
 _STAGES = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2, "conv_out": 3}
 _HEAD = ("conv_norm_out", "conv_act", "conv_out")  # of a UNet, in the order they run; the last stands for all
-_DEAD = ("norm2", "attn2.to_q", "attn2.to_k")  # of a transformer block whose attn2 reads one token
 _CHECKPOINTED = (SpatioTemporalResBlock, TransformerSpatioTemporalModel)
 _Swap = tuple[nn.Module, str, DropIn]  # a parent, a name in it, and what is put there
-
-
-@dataclass(frozen=True)
-class Row:
-    """One block: its dotted name, its class in diffusers, how it runs (fused, checkpoint or torch) and why so."""
-
-    name: str
-    kind: str
-    how: str
-    why: str
-
-
-@dataclass(frozen=True)
-class Report:
-    """How every spatio-temporal block of a UNet runs, and its output head as "conv_out"; str() is a table.
-
-    without_gradient: parameters that require a gradient and get none (None) while the context is one token, since a
-        fused block does not run what cannot change the result; see `dead_parameters`.
-    """
-
-    rows: tuple[Row, ...]
-    without_gradient: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        cells = [("block", "kind", "how", "why"), *((row.name, row.kind, row.how, row.why) for row in self.rows)]
-        widths = [max(len(row[i]) for row in cells) for i in range(3)]
-        lines = ["  ".join([*(row[i].ljust(widths[i]) for i in range(3)), row[3]]).rstrip() for row in cells]
-        if self.without_gradient:
-            parts = sorted({part for name in self.without_gradient for part in _DEAD if f".{part}." in name})
-            lines.append(
-                f"no gradient while the context is one token: {len(self.without_gradient)} parameters "
-                f"({', '.join(parts)}; mmkernels.dead_parameters names them). DistributedDataParallel needs "
-                "find_unused_parameters=True, or requires_grad_(False) for them before it wraps the model."
-            )
-        return "\n".join(lines)
 
 
 def replace(unet: nn.Module, plan: str | Plan = "fused", device: Device | None = None) -> Callable[[], None]:
@@ -195,7 +156,11 @@ def _undo_of(swaps: list[_Swap], stop_moving: Callable[[], None]) -> Callable[[]
 
 
 def report(unet: nn.Module) -> Report:
-    """Which block of `unet` runs how, why it is not fused where it is not, and what gets no gradient."""
+    """Which block of `unet` runs how, why it is not fused where it is not, and what gets no gradient.
+
+    Of a fused block also who computes each operation, and where plain torch does on a GPU, why: for parameters as they
+    are, under autocast as it is on where this is called.
+    """
     rows, sites = [], _sites(unet)
     dead = [name for name in sorted(dead_parameters(unet)) if unet.get_parameter(name).requires_grad]
     is_checkpointed = any(isinstance(site.block, CheckpointedBlock) for site in sites)
@@ -206,13 +171,12 @@ def report(unet: nn.Module) -> Report:
         how = block.how if isinstance(block, DropIn) else "torch"
         if how == "fused":
             why = _how_planned(block) if isinstance(block, FusedBlock) else ""
-            if isinstance(original, TransformerSpatioTemporalModel):
-                why = "; ".join(filter(None, (why, _why_plain_attention(original))))
         elif how == "checkpoint":
             why = 'replaced with plan="checkpoint"'
         else:
             why = _why_not(site) or remains
-        rows.append(Row(site.name, type(original).__name__, how, why))
+        backends = backends_of(block) if isinstance(block, FusedBlock) else {}
+        rows.append(Row(site.name, type(original).__name__, how, why, backends))
     kind = TransformerSpatioTemporalModel.__name__
     fused = tuple(f"{row.name}." for row in rows if (row.how, row.kind) == ("fused", kind))
     return Report(tuple(rows), tuple(name for name in dead if name.startswith(fused)))
@@ -229,7 +193,7 @@ def dead_parameters(unet: nn.Module) -> set[str]:
         if isinstance(module, (BasicTransformerBlock, TemporalBasicTransformerBlock)) and module.attn2 is not None:
             if not module.attn2.is_cross_attention:
                 continue
-            for part in _DEAD:
+            for part in DEAD:
                 prefix = f"{name}.{part}" if name else part
                 dead |= {f"{prefix}.{key}" for key, _ in module.get_submodule(part).named_parameters()}
     return dead
@@ -291,15 +255,3 @@ def _how_planned(block: FusedBlock) -> str:
         return "recomputed whole, its input moves" if moves else "recomputed whole"
     parts = [f"{verb} {count} of {units} units" for verb, count in (("keeps", keeps), ("moves", moves)) if count]
     return ", ".join(parts)
-
-
-def _why_plain_attention(block: TransformerSpatioTemporalModel) -> str:
-    """Of attention over frames and over pixels, which plain torch computes and why; "" where neither."""
-    weight, heads, head_dim = block.proj_in.weight, block.num_attention_heads, block.attention_head_dim
-    row = torch.empty((1, 1, 1, heads, head_dim), dtype=weight.dtype, device=weight.device)
-    tokens = torch.empty((1, LEAST_PIXELS, 1), dtype=weight.dtype, device=weight.device)
-    reasons = {
-        "temporal": temporal_attention.why_unsupported(row, row, row),
-        "spatial": spatial_attention.why_unsupported(tokens, weight.dtype, heads, head_dim),
-    }
-    return "; ".join(f"{which} attention in plain torch: {why}" for which, why in reasons.items() if why is not None)

@@ -17,11 +17,13 @@ _CPU_CHUNK_BYTES = 1 << 22  # of one (R, C) tensor of a chunk: within the cache
 _MIN_CHUNK_TOKENS = 576  # fewer rows slow the products down
 
 
-def check_shapes(**wanted: tuple[Tensor, tuple[int, ...]]) -> None:
-    """Raise ValueError for the first tensor, by its argument's name, that has not the shape beside it."""
+def check_shapes(x: Tensor, /, **wanted: tuple[Tensor, tuple[int, ...]]) -> None:
+    """Raise ValueError for the first tensor, by its name, that has not the shape beside it or is not where x is."""
     for name, (tensor, shape) in wanted.items():
         if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} is {tuple(tensor.shape)}, wanted {shape}")
+            raise ValueError(f"{name} is {tuple(tensor.shape)}, wanted {shape} for x {tuple(x.shape)}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}, wanted x's {x.device}; move it there")
 
 
 def chunk_size(name: str, given: int | None, default: int) -> int:
@@ -72,6 +74,21 @@ def chunks(tokens: Tensor, size: int) -> Iterator[slice]:
     if tokens.numel():
         for begin in range(0, tokens.shape[0], size):
             yield slice(begin, min(begin + size, tokens.shape[0]))
+
+
+def chunks_of_tokens(tokens: Tensor, most: int) -> tuple[list[tuple[slice, slice, slice]], int]:
+    """Chunks of about `most` tokens of (R, T, C): pieces of one row, or whole rows; and the tokens of the largest.
+
+    Each is (rows, tokens of them, those in the flat order r * T + t), in the flat order.
+    """
+    R, T, _ = tokens.shape
+    found, largest = [], 0
+    for rows in even_slices(R, most // max(1, T)):
+        for part in even_slices(T, most):
+            count = (rows.stop - rows.start) * (part.stop - part.start)
+            first, largest = rows.start * T + part.start, max(largest, count)
+            found.append((rows, part, slice(first, first + count)))
+    return found, largest
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:

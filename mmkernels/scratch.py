@@ -1,9 +1,15 @@
-"""How much memory an operation may take for one chunk on a GPU: one bound for all of them, which a plan can lower."""
+"""Memory that an operation takes for one chunk: one bound for all operations on a GPU, which a plan can lower.
+
+And buffers that are taken once and used by every chunk.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+import torch
+from torch import Tensor
 
 # Of a chunk, beside the operation's inputs and outputs. 72 frames of 128x72 pixels and 320 channels are 405 MiB.
 DEFAULT_BYTES = 1 << 29
@@ -26,3 +32,18 @@ def scratch_within(num_bytes: int) -> Iterator[None]:
         yield
     finally:
         _bytes = outer
+
+
+class Buffers:
+    """Uninitialised (rows, width) tensors where x lies, by name: every chunk has the same memory for the same name."""
+
+    def __init__(self, x: Tensor, dtype: torch.dtype, most_rows: int) -> None:
+        self.x, self.dtype, self.most_rows = x, dtype, most_rows
+        self._memory: dict[str, Tensor] = {}
+
+    def take(self, name: str, rows: int, width: int, dtype: torch.dtype | None = None) -> Tensor:
+        """The first rows of the buffer of this name; by default in the dtype of all."""
+        if name not in self._memory:
+            size = self.most_rows * width
+            self._memory[name] = torch.empty(size, dtype=dtype or self.dtype, device=self.x.device)
+        return self._memory[name][: rows * width].view(rows, width)

@@ -14,8 +14,8 @@ import torch
 from numerics import assert_within_budget
 from torch import Tensor
 
-from mmkernels.kernels import column_sums_triton
 from mmkernels.kernels.blend import triton as kernels
+from mmkernels.kernels.column_sums import triton as column_sums_triton
 from mmkernels.kernels.launch import CarryOut, Launch, carried_out_by
 
 # (R, P, C): one element, several programs a frame of which the last is not full, one that is not.
@@ -31,8 +31,8 @@ def check_blend(shape: tuple[int, int, int], dtype: torch.dtype, launch: CarryOu
     t, dm, alpha = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype), torch.rand(shape[0])
     ds, m, dt, dalpha = wide_s.copy_(dm), torch.full_like(t, torch.nan), torch.full_like(t, torch.nan), alpha.clone()
     with carried_out_by(launch=launch):
-        kernels.mix(s, t, alpha, m)
-        kernels.backward(ds, s, t, alpha, ds, dt, dalpha)
+        kernels.mix_into(s, t, alpha, m)
+        kernels.backward_into(ds, s, t, alpha, ds, dt, dalpha)
 
     def by_torch(wide: torch.dtype) -> dict[str, Tensor]:
         leaves = [x.to(wide).detach().requires_grad_() for x in (s, t, alpha)]
@@ -61,8 +61,8 @@ def level_0_launches(dtype: torch.dtype) -> dict[tuple[str, str], Launch]:
     streams, alpha = torch.empty(5, 2, 33, 320, dtype=dtype), torch.empty(2)
     with carried_out_by(launch=lambda *launch: made.append(Launch(*launch))):
         s, t, m, ds, dt = streams
-        kernels.mix(s, t, alpha, m)
-        kernels.backward(s, t, m, alpha, ds, dt, alpha)
+        kernels.mix_into(s, t, alpha, m)
+        kernels.backward_into(s, t, m, alpha, ds, dt, alpha)
         column_sums_triton.sums(streams[0, 0][None])
     ops = ("blend", "blend", "column_sums")
     return {(op, launch.kernel.__name__): launch for op, launch in zip(ops, made, strict=True)}

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from numerics import assert_within_budget
 from torch import Tensor
 
+from mmkernels.kernels.convolution import triton as convolution
 from mmkernels.kernels.group_norm import triton as norm_kernels
 from mmkernels.kernels.launch import carried_out_by
-from mmkernels.ops import group_norm_silu_conv_triton
 
 # (M, H, W, C, C2, G): C/G = 10, 30 and 20, a group across two inputs, several splits of rows, one pixel.
 NORMS = ((2, 5, 7, 40, 0, 4), (1, 3, 150, 50, 40, 3), (2, 3, 4, 80, 20, 5), (1, 1, 1, 16, 0, 1))
@@ -71,11 +71,11 @@ def check_convolution(
     mean, rstd = moments["mean"].float(), moments["rstd"].float()
     weight_tck = weight.permute(2, 3, 1, 0).reshape(3 * KW, C + C2, K).contiguous()
     y, da = torch.full_like(dy, float("nan")), torch.full_like(joined, float("nan"))
-    kernels = group_norm_silu_conv_triton
+    kernels = convolution
     norm = (mean, rstd, gamma, beta)
     added = (None, None, None) if is_plain else (bias, shift, residual)
     with carried_out_by(launch=launch):
-        kernels.forward(x, x2, *norm, weight_tck, *added, y)
+        kernels.convolve(x, x2, *norm, weight_tck, *added, y)
         kernels.data_gradient(dy, weight_tck, da)
         dweight = kernels.weight_gradient(x, x2, *norm, dy, 3 * KW)
 

@@ -196,8 +196,8 @@ TRITON: dict[tuple[str, str], Callable[[Arguments], None]] = {
     ("group_norm", "merge_backward_kernel"): _merge_backward,
     ("group_norm", "input_gradient_kernel"): _input_gradient,
     **rows.TRITON,
-    ("group_norm_silu_conv", "convolve_kernel"): _convolve,
-    ("group_norm_silu_conv", "weight_gradient_kernel"): _weight_gradient,
+    ("convolution", "convolve_kernel"): _convolve,
+    ("convolution", "weight_gradient_kernel"): _weight_gradient,
     ("temporal_attention", "forward_kernel"): _attention,
     ("temporal_attention", "backward_kernel"): _attention_backward,
 }

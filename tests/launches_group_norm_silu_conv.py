@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mmkernels.kernels import epilogue_triton
+from mmkernels.kernels.convolution import triton as convolution
+from mmkernels.kernels.epilogue import triton as epilogue_triton
 from mmkernels.kernels.group_norm import triton as norm_kernels
 from mmkernels.kernels.launch import carried_out_by
-from mmkernels.ops import group_norm_silu_conv_triton
 
 C, K, GROUPS = 320, 320, 32
 SHAPE = (1, 16, 16, C)
@@ -52,15 +52,15 @@ def launches(dtype: torch.dtype) -> list[Recorded]:
     with recording(suffix=" without silu"):
         norm_kernels.normalise(x, None, *norm, x, has_silu=False)
         norm_kernels.backward(x, None, x, *norm, x, None, has_silu=False)
-    kernels = group_norm_silu_conv_triton
+    kernels = convolution
     for num_taps, name in ((9, "3x3"), (3, "3x1x1")):
         weight = torch.zeros(num_taps, C, K, dtype=dtype)
         with recording(f"forward_{name}", "forward"):
-            kernels.forward(x, None, *norm, weight, gamma, x[:, :, 0], x, x)
+            kernels.convolve(x, None, *norm, weight, gamma, x[:, :, 0], x, x)
         if num_taps == 9:  # the up blocks' first convolution; none over frames has a second input
             joined = torch.zeros(2 * C, dtype=dtype)
             with recording(f"forward_{name}_two_inputs", "forward"):
-                kernels.forward(x, x, *norm[:2], joined, joined, weight.repeat(1, 2, 1), gamma, x[:, :, 0], x, x)
+                kernels.convolve(x, x, *norm[:2], joined, joined, weight.repeat(1, 2, 1), gamma, x[:, :, 0], x, x)
         with recording(f"data_gradient_{name}", "backward"):
             kernels.data_gradient(x, weight, x)
         with recording(f"weight_gradient_{name}", "backward"):

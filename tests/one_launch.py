@@ -18,9 +18,9 @@ from blend_program import check_blend, check_column_sums
 from group_norm_silu_conv_program import check_convolution, check_norm
 from triton_geglu_program import run_geglu, run_norm, run_product
 
-from mmkernels.kernels import epilogue_triton
+from mmkernels.kernels.epilogue import triton as epilogue_triton
 from mmkernels.kernels.launch import CarryOut, carried_out_by
-from mmkernels.ops import temporal_attention_triton
+from mmkernels.kernels.temporal_attention import triton as temporal_attention_triton
 
 HALF = torch.float16
 

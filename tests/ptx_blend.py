@@ -9,7 +9,7 @@ from blend_program import check_blend, check_column_sums
 from ptx_group_norm_silu_conv_triton import launcher
 
 import ptxrun
-from mmkernels.kernels.column_sums_triton import SPLIT_ROWS
+from mmkernels.kernels.column_sums.triton import SPLIT_ROWS
 
 SHAPE, ROWS = (2, 32, 128), (512, 128)  # four programs of a blend, eight splits of rows
 

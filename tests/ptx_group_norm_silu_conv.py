@@ -1,6 +1,6 @@
 """Run the PTX that nvcc emits for the CUDA kernels of group_norm_silu_conv on the CPU, in place of a GPU.
 
-`emulated` swaps the native entries of mmkernels.ops.group_norm_silu_conv_cuda for ones that execute PTX, so that the
+`emulated` swaps the native entries of mmkernels.kernels.convolution.cuda for ones that execute PTX, so that the
 module's scratch, flips and strides are proven with the kernels. The launches are those of
 csrc/cuda/group_norm_silu_conv.cu.
 """
@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from resources_group_norm_silu_conv_cuda import (
     CUDA,
-    FORWARD,
     compile_cuda,
     conv_shared_bytes,
     gradient_shared_bytes,
@@ -26,7 +25,7 @@ from resources_group_norm_silu_conv_cuda import (
 from torch import Tensor
 
 import ptxrun
-from mmkernels.ops import group_norm_silu_conv_cuda as kernels
+from mmkernels.kernels.convolution import cuda as kernels
 
 THREADS, WARP = 256, 32
 MMA_PRODUCTS = 16 * 8 * 16
@@ -77,7 +76,7 @@ class Emulator:
         frames = [Frames(0 if t is None else t.data_ptr(), *kernels.frame_strides(t)) for t in strided]
         at = [0 if t is None else t.data_ptr() for t in tensors]
         M, H, W, C, C2, G = shape[:6]
-        norm = NormInput(frames[0], frames[1], M, H, W, C, C2, G, *((0,) * 4 if operation == "statistics" else at[2:6]))
+        norm = NormInput(frames[0], frames[1], M, H, W, C, C2, G, *at[2:6])
         slabs = M * -(-(C + C2) // kernels.SLAB_CHANNELS)
         tiles = M * -(-H // kernels.TILE_ROWS) * -(-W // kernels.TILE_COLUMNS)
 
@@ -92,11 +91,7 @@ class Emulator:
                 ptx, entry, (grid,), (threads,), shared, packed, order=self.order, buffers=buffers
             )
 
-        if operation == "statistics":
-            splits, eps = rest
-            launch("partial_moments", slabs * splits, norm, splits, at[2], shared=slab_bytes())
-            launch("group_statistics", M * G, norm, splits, at[2], eps, *at[3:5], threads=WARP)
-        elif operation == "forward":
+        if operation == "forward":
             K, taps = shape[6:]
             conv = Convolution(K, taps, *at[6:9], *rest[0], frames[2], frames[3])
             launch("convolve", tiles * -(-K // kernels.TILE_OUTPUTS), norm, conv, shared=conv_shared_bytes(taps))
@@ -117,7 +112,7 @@ class Emulator:
 
 @contextmanager
 def emulated(emulator: Emulator) -> Iterator[None]:
-    """Run mmkernels.ops.group_norm_silu_conv_cuda on CPU tensors through `emulator`."""
+    """Run mmkernels.kernels.convolution.cuda on CPU tensors through `emulator`."""
     native_call: Callable[..., None] = kernels._call
     kernels._call = emulator.call
     try:
@@ -137,7 +132,7 @@ def count() -> list[dict[str, Any]]:
         weight, moment, affine = torch.zeros(taps, C, K, dtype=taken), torch.ones(1, 4), torch.ones(C)
         emulator = Emulator()
         with emulated(emulator):
-            kernels.forward(x, None, moment, moment, affine, affine, weight, None, None, None, y)
+            kernels.convolve(x, None, moment, moment, affine, affine, weight, None, None, None, y)
             kernels.weight_gradient(x, None, moment, moment, affine, affine, y, taps)
         # The convolution's blocks read the weights of all taps; those of the weight gradient read dy once.
         tiles = -(-H // kernels.TILE_ROWS) * -(-W // kernels.TILE_COLUMNS)
@@ -155,10 +150,9 @@ def count() -> list[dict[str, Any]]:
     x = torch.ones(1, 72, 64, 320, dtype=taken)
     emulator = Emulator()
     with emulated(emulator):
-        mean, rstd = kernels.statistics(x, None, 32, 1e-5)
-        gamma, dx = torch.ones(320), torch.empty_like(x)
-        kernels.group_norm_silu_backward(x, None, x, mean, rstd, gamma, gamma, dx, None)
-    for name, tensors in (("partial_moments", 1), ("norm_backward_sums", 2), ("norm_backward_inputs", 3)):
+        moment, gamma, dx = torch.ones(1, 32), torch.ones(320), torch.empty_like(x)
+        kernels.group_norm_silu_backward(x, None, x, moment, moment, gamma, gamma, dx, None)
+    for name, tensors in (("norm_backward_sums", 2), ("norm_backward_inputs", 3)):
         rows.append(_row(name, x, None, emulator.counts[name], tensors * _sectors(x)))
     return rows
 
@@ -178,7 +172,7 @@ def _row(part: str, x: Tensor, K: int | None, counts: ptxrun.Counts, least: int)
         "backend": "cuda",
         "part": part,
         "arch": 80,
-        "direction": "forward" if part.startswith(FORWARD) else "backward",
+        "direction": "forward" if part.startswith("convolve") else "backward",
         "shape": dict(zip("MHWC", x.shape, strict=True)) | ({} if K is None else {"K": K}),
         "dtype": "bfloat16",
         "sectors": counts.sectors,

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 import ptxrun
+from mmkernels.kernels.convolution import triton as convolution
 from mmkernels.kernels.group_norm import triton as norm_kernels
 from mmkernels.kernels.group_norm.segments import segments
 from mmkernels.kernels.launch import CarryOut, carried_out_by
-from mmkernels.ops import group_norm_silu_conv_triton
 from ptxrun.launching import Mutation
 
 MMA_PRODUCTS = 16 * 8 * 16
@@ -82,11 +82,11 @@ def _count_convolution(num_taps: int) -> list[dict[str, Any]]:
     x, weight, dy = _random(1, H, W, CHANNELS), _random(num_taps, CHANNELS, OUTPUTS), _random(1, H, W, OUTPUTS)
     mean, rstd, gamma = torch.zeros(1, GROUPS), torch.ones(1, GROUPS), _random(CHANNELS)
     norm = (mean, rstd, gamma, gamma)
-    y, da, kernels = torch.empty_like(dy), torch.empty_like(x), group_norm_silu_conv_triton
+    y, da, kernels = torch.empty_like(dy), torch.empty_like(x), convolution
     tiles = kernels.tiles(num_taps // 3, x.dtype, is_activated=True)
     assert tiles["TILE_K"] == OUTPUTS, "more than one tile of output channels"
     runs: dict[str, Callable[[], Any]] = {
-        "forward": lambda: kernels.forward(x, None, *norm, weight, None, None, None, y),
+        "forward": lambda: kernels.convolve(x, None, *norm, weight, None, None, None, y),
         "data_gradient": lambda: kernels.data_gradient(dy, weight, da),
         "weight_gradient": lambda: kernels.weight_gradient(x, None, *norm, dy, num_taps),
     }

@@ -9,7 +9,7 @@ import torch
 from temporal_attention_gradients import gradients
 
 import ptxrun
-from mmkernels.ops import temporal_attention_triton as kernels
+from mmkernels.kernels.temporal_attention import triton as kernels
 from ptxrun.launching import Mutation
 
 MMA_PRODUCTS = 16 * 8 * 16

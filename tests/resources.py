@@ -26,7 +26,7 @@ import triton
 from launches_group_norm_silu_conv import Recorded, launches
 from triton_geglu_program import level_0_launches
 
-from mmkernels.ops import temporal_attention_triton
+from mmkernels.kernels.temporal_attention import triton as temporal_attention_triton
 from ptxrun import compile_triton
 
 BUDGETS = Path(__file__).parent.parent / "bench/results/resources.json"

@@ -15,18 +15,15 @@ from typing import Any
 import resources
 import torch
 
-from mmkernels.ops import group_norm_silu_conv_cuda as kernels
+from mmkernels.kernels.convolution import cuda as kernels
 
 CUDA = Path(__file__).resolve().parents[1] / "csrc/cuda"
 TYPES = {torch.bfloat16: "BFloat16", torch.float16: "Float16"}
-FORWARD = ("convolve", "partial_moments", "group_statistics")
-ONE_WARP = ("group_statistics", "norm_backward_groups", "norm_backward_parameters")
+ONE_WARP = ("norm_backward_groups", "norm_backward_parameters")
 # Static accesses of fewer than 128 bits: mean, rstd, gamma and beta of a channel, and sums of one channel or group.
 NARROW_ACCESSES = {
     "convolve": 8,
     "weight_gradient": 8,
-    "partial_moments": 2,
-    "group_statistics": 12,
     "norm_backward_sums": 18,
     "norm_backward_inputs": 32,
     "norm_backward_groups": 23,
@@ -43,7 +40,6 @@ KERNELS = {
         "weight_gradient<{T}, 3>(NormInput, WeightGradient)",
     ],
     "group_norm_silu_backward.cuh": [
-        "partial_moments<{T}>(NormInput, int, Pair*)",
         "norm_backward_sums<{T}>(NormInput, NormBackward, int)",
         "norm_backward_inputs<{T}>(NormInput, NormBackward, int)",
     ],
@@ -82,8 +78,8 @@ def gradient_shared_bytes(taps: int) -> int:
 
 
 def slab_bytes() -> int:
-    """Shared memory of a block of the reductions: a pair of sums a channel and a count for each of eight warps."""
-    return 8 * (kernels.SLAB_CHANNELS * 8 + 4)
+    """Shared memory of a block of the reductions: a pair of sums a channel for each of eight warps."""
+    return 8 * kernels.SLAB_CHANNELS * 8
 
 
 def shared_bytes(part: str) -> int:
@@ -91,7 +87,7 @@ def shared_bytes(part: str) -> int:
     if part.startswith(("convolve", "weight_gradient")):
         taps = int(part[-2])
         return conv_shared_bytes(taps) if part.startswith("convolve") else gradient_shared_bytes(taps)
-    return slab_bytes() if part in ("partial_moments", "norm_backward_sums") else 0
+    return slab_bytes() if part == "norm_backward_sums" else 0
 
 
 def measure(architecture: int, dtype: torch.dtype) -> list[dict[str, Any]]:
@@ -109,7 +105,7 @@ def _measure_file(file: str, architecture: int, dtype: torch.dtype) -> list[dict
             "kernel": "group_norm_silu_conv",
             "backend": "cuda",
             "part": part,
-            "direction": "forward" if name in FORWARD else "backward",
+            "direction": "forward" if name == "convolve" else "backward",
             "arch": architecture,
             "dtype": str(dtype).removeprefix("torch."),
             "shape": {},

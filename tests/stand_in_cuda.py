@@ -85,7 +85,9 @@ class Cuda:
 def stand_in_cuda() -> Iterator[Cuda]:
     """A GPU of 80 GiB, 70 of them free, for which nothing of torch.cuda's Python is replaced but what is C."""
     cuda = Cuda()
-    properties = SimpleNamespace(name="stand-in", major=9, minor=0, total_memory=80 * GIB)
+    properties = SimpleNamespace(
+        name="stand-in", major=9, minor=0, total_memory=80 * GIB, shared_memory_per_block_optin=227 << 10
+    )
     replaced = {
         "_initialized": True, "_lazy_init": lambda: None, "is_available": lambda: True, "device_count": lambda: 1,
         "cudart": lambda: cuda.runtime, "Stream": Stream, "stream": lambda stream: nullcontext(),

@@ -28,7 +28,7 @@ def check(kind, original: nn.Module, inputs: dict[str, Tensor], marks: Tensor) -
     """Three draws of the inputs: the error of the few scalars is chance in one."""
     dead = dead_parameters(original) if inputs.get("encoder_hidden_states", marks).shape[1] == 1 else set()
     draws = [inputs, *({name: torch.randn_like(x) for name, x in inputs.items()} for _ in range(2))]
-    block = kind.from_module(original)
+    block = kind(original)
     fp64 = [run_in_float64(original, x, lambda m, **x: m(**x, image_only_indicator=marks)) for x in draws]
     plain, fused = (
         [run(original, x, partial(module, image_only_indicator=marks)) for x in draws] for module in (original, block)
@@ -46,7 +46,7 @@ def test_transformer(num_heads: int, num_tokens: int, dtype: torch.dtype) -> Non
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_the_transformer_keeps_the_layout_of_its_input(memory_format: torch.memory_format) -> None:
-    fused = FusedTransformer.from_module(transformer())
+    fused = FusedTransformer(transformer())
     inputs = transformer_inputs()
     x = inputs["hidden_states"].to(memory_format=memory_format).requires_grad_()
     output = fused(x, inputs["encoder_hidden_states"], indicator()).sample
@@ -66,7 +66,7 @@ def test_what_is_kept_for_backward(num_tokens: int, units: int, is_autocast: boo
     A context of several tokens adds the streams after it: one over pixels and one over frames.
     """
     dtype = torch.float32 if is_autocast else torch.bfloat16
-    fused = FusedTransformer.from_module(transformer().to(dtype))
+    fused = FusedTransformer(transformer().to(dtype))
     x, context = (x.to(torch.bfloat16).requires_grad_() for x in transformer_inputs(num_tokens).values())
     kept: dict[int, Tensor] = {}
     known = {p.untyped_storage().data_ptr() for p in fused.parameters()}
@@ -88,7 +88,7 @@ def test_what_is_kept_for_backward(num_tokens: int, units: int, is_autocast: boo
 
 
 def test_a_second_backward_through_a_kept_graph() -> None:
-    fused, inputs = FusedTransformer.from_module(transformer()), transformer_inputs(num_tokens=3)
+    fused, inputs = FusedTransformer(transformer()), transformer_inputs(num_tokens=3)
     leaves = {name: x.requires_grad_() for name, x in inputs.items()}
     output = fused(**leaves, image_only_indicator=indicator()).sample
     wanted = [*leaves.values(), *fused.parameters()]
@@ -117,7 +117,7 @@ def check_resnet(original: nn.Module, several_inputs: list[dict[str, Tensor]]) -
     for inputs in several_inputs:
         fp64 = run_in_float64(original, inputs, lambda m, **x: m(**x, image_only_indicator=marks))
         plain = run(original, inputs, partial(original, image_only_indicator=marks))
-        fused = run(original, inputs, partial(FusedResBlock.from_module(original), image_only_indicator=marks))
+        fused = run(original, inputs, partial(FusedResBlock(original), image_only_indicator=marks))
         blends.append([found.pop("time_mixer.mix_factor") for found in (fused, plain, fp64)])
         assert_within_budget(fused, plain, fp64)
     assert_within_budget(*({"blends": torch.cat(found)} for found in zip(*blends, strict=True)))
@@ -126,7 +126,7 @@ def check_resnet(original: nn.Module, several_inputs: list[dict[str, Tensor]]) -
 def test_resnet_in_channels_last_keeps_its_strides_and_five_tensors() -> None:
     original, inputs = resnet(), resnet_inputs()
     hidden = inputs["hidden_states"].contiguous(memory_format=torch.channels_last).requires_grad_()
-    fused, saved = FusedResBlock.from_module(original), {}
+    fused, saved = FusedResBlock(original), {}
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.update({x.data_ptr(): x}) or x, lambda x: x):
         output = fused(hidden, inputs["temb"], indicator())
     assert output.is_contiguous(memory_format=torch.channels_last)
@@ -143,7 +143,7 @@ def test_resnet_with_a_skip_beside_it_is_that_of_their_concatenation(out_channel
     original = placed(SpatioTemporalResBlock(C + 32, out_channels, temb_channels=32, eps=1e-6))
     # Four draws: the error of the one blend factor is chance in one.
     draws = [resnet_inputs() | {"skip": torch.randn(B * F, 32, H, W)} for _ in range(4)]
-    fused = FusedResBlock.from_module(original)
+    fused = FusedResBlock(original)
 
     def joined(module: nn.Module, hidden_states: Tensor, skip: Tensor, temb: Tensor) -> Tensor:
         return module(torch.cat([hidden_states, skip], 1), temb, image_only_indicator=indicator())
@@ -173,21 +173,21 @@ class Counter(TorchDispatchMode):
 @pytest.mark.only("cpu", "the names of torch's CPU kernels")
 def test_what_is_computed_again_in_backward() -> None:
     with Counter() as transformer_ops:
-        block = FusedTransformer.from_module(transformer())
+        block = FusedTransformer(transformer())
         run(block, transformer_inputs(), partial(block, image_only_indicator=indicator()))
     for name in ("spatial_attention", "temporal_attention_block", "group_norm_projection", "blend_projection"):
         assert transformer_ops.calls[f"mmkernels::{name}"] == 1, name
         assert transformer_ops.calls[f"mmkernels::{name}_backward"] == 1, name
     assert not any("scaled_dot_product" in name for name in transformer_ops.calls)
     with Counter() as resnet_ops:
-        block = FusedResBlock.from_module(resnet())
+        block = FusedResBlock(resnet())
         run(block, resnet_inputs(), partial(block, image_only_indicator=indicator()))
     assert resnet_ops.calls["mmkernels::group_norm_silu_conv"] == 4, "no convolution is run again"
 
 
 def test_inference_and_return_types() -> None:
     original, inputs = transformer().eval(), transformer_inputs()
-    fused = FusedTransformer.from_module(original)
+    fused = FusedTransformer(original)
     with torch.no_grad():
         plain = original(**inputs, image_only_indicator=indicator(), return_dict=False)
         values = fused(**inputs, image_only_indicator=indicator(), return_dict=False)
@@ -201,7 +201,7 @@ def test_inside_an_outer_checkpoint(make) -> None:
     original = make()
     inputs = transformer_inputs() if make is transformer else resnet_inputs()
     kind = FusedTransformer if make is transformer else FusedResBlock
-    fused = partial(kind.from_module(original), image_only_indicator=indicator())
+    fused = partial(kind(original), image_only_indicator=indicator())
     alone = run(original, inputs, fused)
     nested = run(original, inputs, lambda **x: checkpoint(fused, use_reentrant=False, **x))
     assert alone.keys() == nested.keys()
@@ -222,14 +222,14 @@ def test_autocast(make, device: torch.device) -> None:
     dead = dead_parameters(original)
     fp64 = run_in_float64(original, inputs, lambda m, **x: m(**x, image_only_indicator=indicator()))
     plain = run(original, inputs, partial(under_autocast, original))
-    fused = run(original, inputs, partial(under_autocast, kind.from_module(original)))
+    fused = run(original, inputs, partial(under_autocast, kind(original)))
     assert fused["output"].dtype == plain["output"].dtype
     assert_within_budget(*(pool_scalars(without(x, dead)) for x in (fused, plain, fp64)))
 
 
 def test_missing_inputs_are_named() -> None:
-    fused = FusedTransformer.from_module(transformer())
+    fused = FusedTransformer(transformer())
     with pytest.raises(ValueError, match="encoder_hidden_states or image_only_indicator is None"):
         fused(torch.randn(B * F, C, H, W), None, indicator())
     with pytest.raises(ValueError, match="image_only_indicator is None"):
-        FusedResBlock.from_module(resnet())(torch.randn(B * F, C, H, W), torch.randn(B * F, 32))
+        FusedResBlock(resnet())(torch.randn(B * F, C, H, W), torch.randn(B * F, 32))

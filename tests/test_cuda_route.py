@@ -35,14 +35,15 @@ from kernel_formulas import call_formula, launch_formula
 from stand_in_gpu import stand_in_gpu
 
 from mmkernels import extension
-from mmkernels.blocks.temporal_attention import temporal_attention_block
 from mmkernels.kernels import launch
+from mmkernels.kernels.temporal_attention import formula
 from mmkernels.ops import blend, temporal_attention
 from mmkernels.ops.blend_projection import blend_projection
 from mmkernels.ops.geglu_feed_forward import Keep, geglu_feed_forward
 from mmkernels.ops.group_norm_projection import group_norm_projection
 from mmkernels.ops.group_norm_silu_conv import group_norm_silu_conv
 from mmkernels.ops.spatial_attention import spatial_attention
+from mmkernels.ops.temporal_attention_block import temporal_attention_block
 
 F = 3  # frames
 
@@ -74,7 +75,7 @@ def _temporal_attention(level: Level, dtype: torch.dtype) -> Run:
     inputs = {name: torch.randn(shape).to(dtype) for name in ("q", "k", "v")}
 
     def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return temporal_attention._permuted(q, k, v, None)
+        return formula.permuted(q, k, v, None)
 
     return Run(fused=temporal_attention.temporal_attention, plain=plain, inputs=inputs, dy=torch.randn(shape).to(dtype))
 

@@ -15,13 +15,13 @@ import torch
 from numerics import assert_within_budget
 from torch import Tensor
 
-from mmkernels.blocks.temporal_attention import temporal_attention_block
 from mmkernels.ops.blend_projection import blend_projection
 from mmkernels.ops.geglu_feed_forward import geglu_feed_forward
 from mmkernels.ops.group_norm_projection import group_norm_projection
 from mmkernels.ops.group_norm_silu_conv import group_norm_silu_conv
 from mmkernels.ops.spatial_attention import spatial_attention
 from mmkernels.ops.temporal_attention import temporal_attention
+from mmkernels.ops.temporal_attention_block import temporal_attention_block
 
 pytestmark = pytest.mark.op
 on_a_gpu = pytest.mark.only("cuda", "streams, devices and sizes of a GPU")

@@ -13,8 +13,9 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmkernels import extension
+from mmkernels.kernels import group_norm
 from mmkernels.kernels.group_norm import formula
-from mmkernels.ops import group_norm_silu_conv as module
+from mmkernels.kernels.group_norm.norm import Norm
 from mmkernels.ops.group_norm_silu_conv import group_norm_silu_conv, reference, why_unsupported
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -146,13 +147,13 @@ def test_statistics_far_from_zero() -> None:
     """Mean 1e4, deviation 1, and a first row that is no sample of it: E[x^2] - mean^2 has no digit left."""
     x = 1e4 + torch.randn(2, 30, 50, 40)
     x[:, 0] = 0
-    mean, rstd = module._statistics(x, None, 4, 1e-5)
+    mean, rstd = group_norm.statistics(x, None, 4, 1e-5)
     groups = x.double().unflatten(-1, (4, 10))
     variance, expected = torch.var_mean(groups, (1, 2, 4), correction=0)
     torch.testing.assert_close(mean.double(), expected, rtol=2e-7, atol=0)
     torch.testing.assert_close(rstd.double(), (variance + 1e-5).rsqrt(), rtol=1e-6, atol=0)
     flat = x[:, 1:]
-    _, rstd = module._statistics(flat, None, 4, 1e-5)
+    _, rstd = group_norm.statistics(flat, None, 4, 1e-5)
     expected = (flat.double().unflatten(-1, (4, 10)).var((1, 2, 4), correction=0) + 1e-5).rsqrt()
     torch.testing.assert_close(rstd.double(), expected, rtol=1e-5, atol=0)
 
@@ -163,8 +164,8 @@ def test_every_output_is_written_and_nothing_else(dtype: torch.dtype) -> None:
     case = CASES["3x3, two inputs, one group over both"]
     tensors, _, _ = build(case, dtype)
     x, x2 = tensors["x"], tensors["x2"]
-    mean, rstd = module._statistics(x, x2, case.G, 1e-5)
-    norm = module._norm(mean, rstd, tensors["norm_weight"], tensors["norm_bias"])
+    mean, rstd = group_norm.statistics(x, x2, case.G, 1e-5)
+    norm = Norm.of_parameters(mean, rstd, tensors["norm_weight"], tensors["norm_bias"])
 
     def poisoned(like: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         wide = torch.full((*like.shape[:3], like.shape[3] + 9), float("nan"), dtype=dtype)
@@ -173,9 +174,9 @@ def test_every_output_is_written_and_nothing_else(dtype: torch.dtype) -> None:
     wide_a, a = poisoned(torch.cat([x, x2], -1), torch.float32)
     wide_dx, dx = poisoned(x, dtype)
     wide_dx2, dx2 = poisoned(x2, dtype)
-    module._activate(x, x2, norm, a)
+    group_norm.activate(x, x2, norm, a)
     da = torch.randn(a.shape)
-    dgamma, dbeta = module._norm_backward(x, x2, da, norm, dx, dx2)
+    dgamma, dbeta = group_norm.norm_backward(x, x2, da, norm, dx, dx2)
     for wide, view in ((wide_a, a), (wide_dx, dx), (wide_dx2, dx2)):
         assert not view.isnan().any()
         assert wide[..., view.shape[3] :].isnan().all()

@@ -15,7 +15,8 @@ from numerics import assert_within_budget
 from torch import Tensor
 
 from mmkernels import extension
-from mmkernels.ops import group_norm_silu_conv_cuda as kernels
+from mmkernels.kernels.convolution import cuda as kernels
+from mmkernels.kernels.group_norm import formula
 
 pytest.importorskip("triton", reason="Triton's wheel brings the cuobjdump to look into cubins with")
 from ptx_group_norm_silu_conv import Emulator, emulated
@@ -49,8 +50,7 @@ MUTATIONS = {
     "gradient without a barrier": (WEIGHT_GRADIENT, GRADIENT_BARRIER, GRADIENT_BARRIER.rsplit("\n", 1)[0]),
     "gradient with a loosened wait": (WEIGHT_GRADIENT, GRADIENT_BARRIER, GRADIENT_BARRIER.replace("0", "1")),
     "gradient with a shifted mask": (WEIGHT_GRADIENT, "x < in.W && k < op.K", "x <= in.W && k < op.K"),
-    "reduction without a barrier": (REDUCTIONS, "= total;\n  __syncthreads();", "= total;"),
-    "statistics with a shifted mask": (REDUCTIONS, "p < share.last", "p <= share.last"),
+    "reduction without a barrier": (REDUCTIONS, "= own[j];\n  }\n  __syncthreads();", "= own[j];\n  }"),
     "backward with a shifted mask": (BACKWARD, BACKWARD_LOOP, BACKWARD_LOOP.replace("<", "<=")),
 }
 
@@ -92,10 +92,10 @@ class Case:
     def fused(self) -> dict[str, Tensor]:
         """By the kernels, outputs poisoned with NaN."""
         x, x2 = self.x, self.x2
-        norm = (*kernels.statistics(x, x2, self.G, 1e-5), self.gamma, self.beta)
+        norm = (*formula.statistics(x, x2, self.G, 1e-5), self.gamma, self.beta)
         y, da, dx = (poisoned(self.dy, n) for n in (self.dy.shape[-1], self.weight.shape[1], x.shape[-1]))
         dx2 = poisoned(self.dy, 0 if x2 is None else x2.shape[-1])
-        kernels.forward(x, x2, *norm, self.weight, self.bias, self.shift, self.residual, y)
+        kernels.convolve(x, x2, *norm, self.weight, self.bias, self.shift, self.residual, y)
         kernels.data_gradient(self.dy, self.weight, da)
         dweight = kernels.weight_gradient(x, x2, *norm, self.dy, self.taps)
         given = None if x2 is None else dx2
@@ -200,18 +200,9 @@ def test_bad_arguments_are_named(change: dict, message: str) -> None:
         entry(*(arguments | change).values())
 
 
-def test_what_is_unsupported_is_said() -> None:
-    x = torch.zeros(1, 2, 2, 16, dtype=torch.bfloat16)
-    assert kernels.why_unsupported(x, None, 8) is None
-    assert "float32" in (kernels.why_unsupported(x.float(), None, 8) or "")
-    assert "K = 4" in (kernels.why_unsupported(x, None, 4) or "")
-    assert "x2" in (kernels.why_unsupported(x, x[..., 1:9], 8) or "")
-    assert "contiguous" in (kernels.why_unsupported(x.transpose(-1, -2), None, 8) or "")
-
-
 def test_unaligned_tensors_are_refused() -> None:
     x = torch.zeros(1, 2, 2, 16, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="8 contiguous channels"):
         kernels.data_gradient(x.transpose(-1, -2), torch.zeros(9, 8, 2, dtype=x.dtype), x)
     with pytest.raises(ValueError, match="16-byte alignment"):
-        kernels.statistics(torch.zeros(1, 2, 2, 9, dtype=x.dtype)[..., :8], None, 1, 1e-5)
+        kernels.data_gradient(torch.zeros(1, 2, 2, 9, dtype=x.dtype)[..., :8], torch.zeros(9, 16, 8, dtype=x.dtype), x)

@@ -8,7 +8,8 @@ from test_group_norm_silu_conv import CASES, DTYPES, check
 from test_native import INSTRUCTION_SETS, instruction_set
 
 from mmkernels import extension
-from mmkernels.ops import group_norm_silu_conv as module
+from mmkernels.kernels import group_norm
+from mmkernels.kernels.group_norm.norm import Norm
 
 __all__ = ["instruction_set"]  # the fixture
 
@@ -27,11 +28,11 @@ def test_native_bits_are_the_same_for_each_number_of_threads() -> None:
     try:
         for threads in (1, 1, 2):
             torch.set_num_threads(threads)
-            mean, rstd = module._statistics(x, x2, 4, 1e-5)
-            norm = module._norm(mean, rstd, torch.linspace(0, 2, 32), torch.linspace(1, -1, 32))
+            mean, rstd = group_norm.statistics(x, x2, 4, 1e-5)
+            norm = Norm.of_parameters(mean, rstd, torch.linspace(0, 2, 32), torch.linspace(1, -1, 32))
             a, dx, dx2 = torch.empty_like(da), torch.empty_like(x), torch.empty_like(x2)
-            module._activate(x, x2, norm, a)
-            runs.append((mean, rstd, a, dx, dx2, *module._norm_backward(x, x2, da, norm, dx, dx2)))
+            group_norm.activate(x, x2, norm, a)
+            runs.append((mean, rstd, a, dx, dx2, *group_norm.norm_backward(x, x2, da, norm, dx, dx2)))
     finally:
         torch.set_num_threads(threads_before)
     assert all(torch.equal(value, first) for run in runs[1:] for value, first in zip(run, runs[0], strict=True))

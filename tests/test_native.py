@@ -16,7 +16,8 @@ import torch
 from numerics import assert_within_budget
 
 from mmkernels import extension
-from mmkernels.ops.temporal_attention import reference, temporal_attention_backward_into, temporal_attention_into
+from mmkernels.kernels.temporal_attention import temporal_attention_backward_into, temporal_attention_into
+from mmkernels.ops.temporal_attention import reference
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = sorted(set((ROOT / "csrc/cpu").glob("*.cpp")) - {ROOT / "csrc/cpu/instruction_set.cpp"})
@@ -61,7 +62,7 @@ def test_every_instruction_set_against_fp64(instruction_set: str, dtype: torch.d
     temporal_attention_into(q, k, v, actual["o"])
     names = ("dq", "dk", "dv")
     dq, dk, dv = (actual[name] for name in names)
-    temporal_attention_backward_into(q, k, v, do, dq, dk, dv, o=actual["o_again"])
+    temporal_attention_backward_into(q, k, v, do, (dq, dk, dv), o=actual["o_again"])
 
     def differentiate(wide: torch.dtype) -> dict[str, torch.Tensor]:
         leaves = [x.detach().to(wide).requires_grad_() for x in (q, k, v)]
@@ -83,7 +84,7 @@ def test_outputs_larger_than_the_caches_have_the_same_bits() -> None:
             q_part, k_part, v_part, do_part = (x[:, :, part] for x in (q, k, v, do))
             o, dq, dk, dv = (x[:, :, part] for x in out)
             temporal_attention_into(q_part, k_part, v_part, o)
-            temporal_attention_backward_into(q_part, k_part, v_part, do_part, dq, dk, dv)
+            temporal_attention_backward_into(q_part, k_part, v_part, do_part, (dq, dk, dv))
     assert torch.equal(whole, halves)
 
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench import harness
-from mmkernels.blocks.temporal_attention import temporal_attention_block
 from mmkernels.cards import card
 from mmkernels.costs import device_kind, modelled_device
 from mmkernels.memory.clock import Clock
@@ -28,6 +27,7 @@ from mmkernels.ops.group_norm_projection import group_norm_projection
 from mmkernels.ops.group_norm_silu_conv import group_norm_silu_conv
 from mmkernels.ops.spatial_attention import spatial_attention
 from mmkernels.ops.temporal_attention import temporal_attention
+from mmkernels.ops.temporal_attention_block import temporal_attention_block
 
 F, P, C, N = 16, 1600, 64, 4
 MIB = 1 << 20

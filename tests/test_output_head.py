@@ -55,7 +55,7 @@ def under_autocast(call: Any, *args: Any, hidden_states: Tensor) -> Tensor:
 def test_against_torch(precision: str, layout: torch.memory_format) -> None:
     original = head().to(torch.bfloat16 if precision == "bfloat16" else torch.float32)
     x = (2 * torch.randn(M, C, H, W) + 1).to(memory_format=layout)
-    inputs, fused = {"hidden_states": x}, FusedOutputHead.from_module(original)
+    inputs, fused = {"hidden_states": x}, FusedOutputHead(original)
     around = under_autocast if precision == "autocast" else lambda call, *args, **kwargs: call(*args, **kwargs)
     expected = run(original, inputs, partial(around, plain, original))
     actual = run(original, inputs, partial(around, fused))
@@ -66,7 +66,7 @@ def test_against_torch(precision: str, layout: torch.memory_format) -> None:
 
 @pytest.mark.parametrize("is_autocast", [False, True])
 def test_saves_its_input_as_it_lies_and_the_statistics(is_autocast: bool) -> None:
-    fused = FusedOutputHead.from_module(head())
+    fused = FusedOutputHead(head())
     x = torch.randn(M, C, H, W).to(memory_format=torch.channels_last).requires_grad_()
     known, saved = {p.data_ptr() for p in fused.known.parameters()}, {}
     with torch.autograd.graph.saved_tensors_hooks(lambda s: saved.update({s.data_ptr(): s}) or s, lambda s: s):

@@ -94,6 +94,7 @@ def test_torch_of_every_kind(tmp_path: Path, packages: dict[str, str], row: str,
     found = rows(printed)
     assert wanted in found[row]
     assert found["Triton"] == "yes: 3.8.0"
+    assert "\n  layer_norm            native on cpu, triton on cuda, formula\n" in printed
     has_torch = found["torch"] == "yes: 2.14.1"
     assert has_torch == ("no kernel variants chosen yet" in printed) == (found["GPU"][:7] != "unknown")
 
@@ -111,6 +112,9 @@ def test_no_triton_no_native_module_and_nothing_installed(tmp_path: Path) -> Non
     printed = overview(tmp_path, torch(None), has_native=False)
     found = rows(printed)
     assert found["Triton"] == "no: not installed; on Linux `pip install triton`"
+    (family,) = (line for line in printed.splitlines() if line.startswith("  layer_norm "))
+    assert "native on cpu (no: no native CPU kernels: the native module is not built (" in family
+    assert family.endswith("triton on cuda (no: Triton is not installed; pip install triton), formula")
     for name in ("native CPU kernels", "native CUDA code"):
         assert found[name].startswith("no: the native module is not built (")
         assert "build it with `pip install -e .`" in found[name]

@@ -29,7 +29,7 @@ def check_temporal_attention(row: dict[str, Any]) -> None:
 
 
 def check_group_norm_silu_conv(row: dict[str, Any]) -> None:
-    if row["part"] in ("partial_moments", "partial_statistics_kernel"):
+    if row["part"] == "partial_statistics_kernel":
         assert row["sectors"] <= 1.05 * row["least_sectors"]  # x is read once
     if "x_sectors" in row:
         assert row["x_sectors"] <= 1.5 * row["least_x_sectors"]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import io
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -22,7 +24,9 @@ from spatio_temporal import (
 from torch import nn
 
 import mmkernels
+from mmkernels import extension
 from mmkernels.costs import modelled_device
+from mmkernels.kernels import installed
 from mmkernels.memory.trace import trace
 
 pytestmark = pytest.mark.op
@@ -182,7 +186,10 @@ def test_a_block_that_is_not_the_known_one_stays_and_says_why() -> None:
     table = str(mmkernels.report(unet))
     assert row.why in table
     *lines, about_gradients = table.splitlines()
-    assert len(lines) == 1 + len(rows)
+    kernels = lines[1 + len(rows) :]
+    assert [line.split(":")[0] for line in kernels] == [
+        f"kernels of {kind}" for kind in ("8 SpatioTemporalResBlock", "3 TransformerSpatioTemporalModel", "1 Conv2d")
+    ]
     assert about_gradients.startswith("no gradient while the context is one token: 24 parameters (attn2.to_k, attn2.")
     fused = run(unet, inputs)
     assert "mid_block.attentions.0.temporal_transformer_blocks.0.attn1.to_q.down.weight" in fused
@@ -207,17 +214,80 @@ def test_reports_what_gets_no_gradient(plan: str) -> None:
     assert mmkernels.report(unet).without_gradient == ()
 
 
-def test_reports_attention_that_no_kernel_takes() -> None:
-    unet = small_unet().double()
+TRANSFORMER, RESIDUAL = "TransformerSpatioTemporalModel", "SpatioTemporalResBlock"
+on_a_modelled_gpu = pytest.mark.only("cpu", "stands for a GPU of another kind")
+
+
+def backends_of_a_modelled_gpu(dtype: torch.dtype, num_heads: tuple[int, int] = (1, 2)) -> dict[str, dict[str, str]]:
+    """Of each kind of block on a Hopper, where all blocks of a kind have the same; heads are of 64 by default."""
+    unet = small_unet(num_heads)
+    for parameter in unet.parameters():
+        parameter.data = parameter.data.to(dtype)
     mmkernels.replace(unet)
-    with modelled_device("cuda"):
-        rows = mmkernels.report(unet).rows
-    for row in rows:
-        if row.kind == "TransformerSpatioTemporalModel":
-            assert "temporal attention in plain torch: dtype torch.float64" in row.why
-            assert "spatial attention in plain torch" in row.why and "products in torch.float64" in row.why
-        else:
-            assert row.why == ""
+    with modelled_device("cuda", (9, 0)):
+        found = mmkernels.report(unet)
+    kinds = {row.kind: dict(row.backends) for row in found.rows if row.backends}
+    assert all(row.backends == kinds.get(row.kind, {}) for row in found.rows)
+    assert all(f"{operation}" in str(found) for kind in kinds.values() for operation in kind)
+    return kinds
+
+
+@on_a_modelled_gpu
+def test_reports_who_computes_each_operation_of_each_block() -> None:
+    kinds = backends_of_a_modelled_gpu(torch.bfloat16)
+    assert kinds[TRANSFORMER] == {
+        **dict.fromkeys(("norm", "layer norm", "GEGLU", "sums of biases", "blend"), "triton"), "attention": "cudnn",
+        "temporal attention": "triton" if extension.why_no_cuda() else "cuda", "up-projection": "pass",
+    }  # fmt: skip
+    named = ("convolution over pixels", "convolution over frames")
+    convolutions = {f"{prefix}{name}" for prefix in ("", "backward of ") for name in named}
+    assert kinds[RESIDUAL].keys() == {"norm", "additions", "sums of biases", "blend", *convolutions}
+    assert {kinds[RESIDUAL][name] for name in convolutions} == {"chunked"}
+    assert {kinds[RESIDUAL][name] for name in kinds[RESIDUAL].keys() - convolutions} == {"triton"}
+    assert set(kinds["Conv2d"].values()) == {"triton"}, "the head's few channels"
+
+
+@on_a_modelled_gpu
+@pytest.mark.parametrize(
+    ("dtype", "num_heads", "operation", "said"),
+    [
+        (torch.float32, (1, 2), "attention", "efficient"),
+        (torch.float32, (16, 32), "attention", "efficient"),
+        (torch.float64, (1, 2), "attention", "plain torch (products in torch.float64, torch's flash attention on CUDA"),
+        (torch.float64, (1, 2), "temporal attention", "plain torch (dtype torch.float64, the kernels take float32"),
+        (torch.float64, (1, 2), "layer norm", "plain torch (dtype torch.float64"),
+        (torch.bfloat16, (16, 32), "temporal attention", "plain torch (head dim 4, the kernels take multiples of 16"),
+        (torch.bfloat16, (16, 32), "attention", "plain torch (head dim 4, torch's flash attention on CUDA takes"),
+        (torch.bfloat16, (16, 32), "layer norm", "triton"),
+    ],
+)
+def test_reports_plain_torch_on_a_gpu_with_its_reason(
+    dtype: torch.dtype, num_heads: tuple[int, int], operation: str, said: str
+) -> None:
+    assert backends_of_a_modelled_gpu(dtype, num_heads)[TRANSFORMER][operation].startswith(said)
+
+
+@on_a_modelled_gpu
+def test_reports_kernels_that_are_not_installed_and_what_autocast_computes_in() -> None:
+    unet = small_unet((1, 2))
+    mmkernels.replace(unet)
+    with modelled_device("cuda", (9, 0)), torch.autocast("cpu", torch.bfloat16):
+        (backends,) = {tuple(row.backends.items()) for row in mmkernels.report(unet).rows if row.kind == TRANSFORMER}
+        assert dict(backends)["attention"] == "cudnn"
+        installed.why_no_triton.cache_clear()
+        with mock.patch.object(importlib.util, "find_spec", lambda name: None):
+            text = str(mmkernels.report(unet))
+        installed.why_no_triton.cache_clear()
+    assert "norm, layer norm, GEGLU, sums of biases, blend: plain torch (Triton is not installed; pip" in text
+
+
+def test_reports_blocks_that_differ_by_their_names() -> None:
+    unet = small_unet((1, 2))
+    unet.get_submodule("mid_block.attentions.0").double()
+    mmkernels.replace(unet)
+    text = str(mmkernels.report(unet))
+    assert f"kernels of 1 {TRANSFORMER} (mid_block.attentions.0): " in text
+    assert f"kernels of 3 {TRANSFORMER} (down_blocks.0.attentions.0, up_blocks.1.attentions.0, " in text
 
 
 def test_reports_what_is_not_replaced_and_why() -> None:

@@ -14,13 +14,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmkernels.blocks.temporal_attention import temporal_attention_block
 from mmkernels.costs import modelled_device
 from mmkernels.memory.operator_body import Bodies
 from mmkernels.memory.operator_cost import OperatorCosts
 from mmkernels.memory.workspace import PARTIAL_SUM_BYTES
 from mmkernels.ops.geglu_feed_forward import geglu_feed_forward
 from mmkernels.ops.group_norm_silu_conv import group_norm_silu_conv
+from mmkernels.ops.temporal_attention_block import temporal_attention_block
 from mmkernels.planning.choices import OptimizerChoice, Plan
 from mmkernels.planning.search import scratch_of
 from mmkernels.planning.workload import trace_way

@@ -12,13 +12,13 @@ from kernel_formulas import launch_formula
 from stand_in_gpu import stand_in_gpu
 from torch import Tensor
 
-from mmkernels.blocks.temporal_attention import temporal_attention_block
 from mmkernels.kernels.layer_norm import layer_norm_backward_into
 from mmkernels.ops.blend_projection import blend_projection
 from mmkernels.ops.geglu_feed_forward import geglu_feed_forward
 from mmkernels.ops.group_norm_projection import group_norm_projection
 from mmkernels.ops.group_norm_silu_conv import group_norm_silu_conv
 from mmkernels.ops.spatial_attention import spatial_attention
+from mmkernels.ops.temporal_attention_block import temporal_attention_block
 
 C, R, P = 16, 3, 70
 VECTORS = {"norm_weight": C, "norm_bias": C, "gamma": C, "beta": C, "up_bias": 8 * C, "down_bias": C, "out_bias": C,

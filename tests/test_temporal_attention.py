@@ -10,13 +10,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmkernels import extension
-from mmkernels.ops.temporal_attention import (
-    reference,
-    temporal_attention,
-    temporal_attention_backward_into,
-    temporal_attention_into,
-    why_unsupported,
-)
+from mmkernels.kernels.dispatch import why_nobody
+from mmkernels.kernels.temporal_attention import call_on, temporal_attention_backward_into, temporal_attention_into
+from mmkernels.ops.temporal_attention import reference, temporal_attention
 
 pytestmark = pytest.mark.op
 
@@ -137,7 +133,7 @@ def test_every_output_is_written_and_nothing_else(case: str) -> None:
     wide = {name: torch.full((B, F, P, 2, N, D), float("nan")) for name in NAMES}
     views = {name: x[:, :, :, 0] for name, x in wide.items()}
     temporal_attention_into(q, k, v, views["o"])
-    temporal_attention_backward_into(q, k, v, do, views["dq"], views["dk"], views["dv"])
+    temporal_attention_backward_into(q, k, v, do, (views["dq"], views["dk"], views["dv"]))
     expected = gradients(temporal_attention, q, k, v, do)
     for name, x in wide.items():
         assert torch.equal(views[name], expected[name])
@@ -148,7 +144,7 @@ def test_backward_writes_the_output_too_where_asked() -> None:
     q, k, v, do = tensors((1, 72, 3, 2, 64), False, torch.float32)
     dq, dk, dv, o, expected = (torch.full_like(q, float("nan")) for _ in range(5))
     temporal_attention_into(q, k, v, expected)
-    temporal_attention_backward_into(q, k, v, do, dq, dk, dv, o=o)
+    temporal_attention_backward_into(q, k, v, do, (dq, dk, dv), o=o)
     assert_within_budget({"o": o}, {"o": expected}, {"o": reference(q.double(), k.double(), v.double())})
 
 
@@ -182,6 +178,9 @@ def test_flop_formula() -> None:
 
 
 def test_says_why_plain_torch_computes_it() -> None:
+    def why_unsupported(*tensors: torch.Tensor) -> str | None:
+        return why_nobody(call_on(*tensors))
+
     q = torch.empty(1, 72, 1, 1, 64)
     assert "129 frames" in str(why_unsupported(*[torch.empty(1, 129, 1, 1, 64)] * 3))
     assert "head dim 24" in str(why_unsupported(*[torch.empty(1, 2, 1, 1, 24)] * 3))

@@ -12,8 +12,8 @@ from numerics import assert_within_budget, differentiate
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmkernels.blocks.temporal_attention import Keep, temporal_attention_block
 from mmkernels.memory.trace import trace
+from mmkernels.ops.temporal_attention_block import Keep, temporal_attention_block
 
 pytestmark = pytest.mark.op
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,8 +20,11 @@ from numerics import assert_within_budget
 from temporal_attention_gradients import gradients
 
 from mmkernels import extension, tuning
-from mmkernels.kernels import launch
-from mmkernels.ops import temporal_attention, temporal_attention_cuda
+from mmkernels.kernels import temporal_attention
+from mmkernels.kernels.call import Call
+from mmkernels.kernels.dispatch import reasons
+from mmkernels.kernels.registry import FAMILIES
+from mmkernels.kernels.temporal_attention import cuda
 
 pytest.importorskip("triton", reason="Triton's wheel brings the cuobjdump to look into cubins with")
 import ptx_temporal_attention_cuda as ptx
@@ -190,52 +198,95 @@ def test_shared_memory_of_every_shape(cuda_build) -> None:
 
 
 def test_which_build_runs_on_which_gpu() -> None:
-    runs = temporal_attention_cuda.has_code_for
+    runs = cuda.has_code_for
     assert runs(80, "80-real 90") and runs(86, "80-real 90") and runs(90, "80-real 90") and runs(120, "80-real 90")
     assert not runs(75, "80-real 90") and not runs(100, "80-real 90-real") and not runs(80, "86-real")
     assert runs(100, "80-virtual") and not runs(90, "90a")
 
 
-def test_what_the_kernels_do_not_take(cuda_build, monkeypatch: pytest.MonkeyPatch) -> None:
-    a100 = SimpleNamespace(major=8, minor=0, shared_memory_per_block_optin=SHARED_LIMIT_BYTES[80])
-    ada = SimpleNamespace(major=8, minor=9, shared_memory_per_block_optin=SHARED_LIMIT_BYTES[89])
-    turing = SimpleNamespace(major=7, minor=5, shared_memory_per_block_optin=65_536)
+HERE = Call(
+    op="temporal_attention", device="cuda", is_modelled=False, capability=(8, 0), shared_bytes=SHARED_LIMIT_BYTES[80],
+    dtype=torch.bfloat16, shape=(1, 72, 1, 1, 64), is_deterministic=False,
+)  # fmt: skip
+ADA = {"capability": (8, 9), "shared_bytes": SHARED_LIMIT_BYTES[89]}
+# Of both kernels: what is changed of the call, and each one's reason.
+REASONS = [
+    ({}, "None", "None"),
+    ({"is_deterministic": True}, "None", "None"),
+    (ADA | {"shape": (1, 72, 1, 1, 128)}, "None", "None"),
+    (ADA | {"shape": (1, 64, 3, 1, 16)}, "None", "None"),
+    (ADA | {"shape": (1, 128, 1, 1, 64)}, "None", "bytes of shared memory"),
+    (ADA | {"shape": (1, 128, 1, 1, 128)}, "a block here has 101376", "bytes of shared memory"),
+    ({"shape": (1, 129, 1, 1, 64)}, "129 frames", "129 frames"),
+    ({"shape": (1, 72, 1, 1, 24)}, "head dim 24", "head dim 24"),
+    ({"shape": (1, 72, 1, 1, 144)}, "head dim 144", "head dim 144"),
+    ({"dtype": torch.float32, "shape": (1, 16, 1, 1, 64)}, "None", "dtype torch.float32, the CUDA C++ kernels take"),
+    ({"dtype": torch.float64}, "dtype torch.float64", "dtype torch.float64"),
+    ({"is_dense": False}, "not contiguous", "not contiguous"),
+    ({"is_aligned": False}, "None", "aligned to 16 bytes"),
+    ({"shape": (2**10, 72, 2**18, 2**4, 64)}, "None", "rows of frames, one launch takes"),
+    ({"capability": (7, 5), "shared_bytes": 65_536, "shape": (1, 16, 1, 1, 64)}, "None", "this GPU is sm_75"),
+    ({"device": "mps"}, "for cuda, the tensors are on mps", "for cuda, the tensors are on mps"),
+]
 
-    def why(gpu: SimpleNamespace, shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16, offset: int = 0) -> str:
-        monkeypatch.setattr(launch, "capability", lambda _: (gpu.major, gpu.minor))
-        monkeypatch.setattr(launch, "shared_bytes", lambda _: gpu.shared_memory_per_block_optin)
-        row = torch.empty(256, dtype=dtype)[offset:].as_strided(shape, (0, 0, 0, 0, 1))
-        return str(temporal_attention_cuda.why_unsupported([row] * 4))
 
-    assert why(a100, (1, 72, 1, 1, 64)) == why(ada, (1, 72, 1, 1, 128)) == why(ada, (1, 64, 3, 1, 16)) == "None"
-    assert "dtype torch.float32" in why(a100, (1, 72, 1, 1, 64), torch.float32)
-    assert "aligned to 16 bytes" in why(a100, (1, 72, 1, 1, 64), offset=4)
-    assert "rows of frames" in why(a100, (2**10, 72, 2**18, 2**4, 64))
-    assert "this GPU is sm_75" in why(turing, (1, 16, 1, 1, 64))
-    assert "bytes of shared memory" in why(ada, (1, 128, 1, 1, 64))
+@pytest.mark.parametrize(("changes", "triton", "native"), REASONS, ids=str)
+def test_every_reason(changes: dict[str, Any], triton: str, native: str) -> None:
+    with as_built_with_cuda():
+        found = reasons(dataclasses.replace(HERE, **changes))
+    assert triton in str(found["triton"]) and native in str(found["cuda"])
+
+
+@contextmanager
+def as_built_with_cuda() -> Iterator[None]:
+    """A native module with code for sm_80 and sm_90, and the real one's numbers of bytes."""
+
+    def shared_bytes(F: int, D: int) -> int:
+        return Instance.of(torch.bfloat16, F, D).shared_bytes("backward", F)
+
+    native = SimpleNamespace(cuda_architectures="80-real 90", temporal_attention_shared_bytes_cuda=shared_bytes)
+    with (
+        mock.patch.object(extension, "native", lambda: native),
+        mock.patch.object(extension, "why_no_cuda", lambda: None),
+    ):
+        yield
+
+
+def test_alignment_is_looked_at() -> None:
+    row = torch.empty(256, dtype=torch.bfloat16)
+    shape = (1, 2, 1, 1, 64)
+    assert temporal_attention.call_on(row.as_strided(shape, (64, 64, 64, 64, 1))).is_aligned
+    assert not temporal_attention.call_on(row[4:].as_strided(shape, (64, 64, 64, 64, 1))).is_aligned
+    assert not temporal_attention.call_on(row.as_strided(shape, (64, 68, 64, 64, 1))).is_aligned
+
+
+def test_without_a_cuda_build_triton_is_taken_and_the_reason_said() -> None:
+    with mock.patch.object(extension, "why_no_cuda", lambda: "no nvcc"):
+        assert reasons(HERE)["cuda"] == "no nvcc"
 
 
 def test_variants_are_timed_on_outputs_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
     def variant(name: str) -> SimpleNamespace:
-        def forward(q, k, v, o, scale) -> None:
-            calls.append((name, o.data_ptr()))
-            o.fill_(scale)
+        def forward(inputs, outputs, scale) -> None:
+            calls.append((name, outputs[0].data_ptr()))
+            outputs[0].fill_(scale)
 
-        return SimpleNamespace(forward=forward)
+        loaded = SimpleNamespace(forward=forward, HAS_OUTPUT_IN_BACKWARD=False)
+        return SimpleNamespace(why_unsupported=lambda call: None, loaded=loaded)
 
     def fastest(op, key, variants, device, kind) -> str:
-        assert (op, key[:2], device.type) == ("temporal_attention", ("forward", (1, 2, 1, 1, 16)), "cpu")
+        assert (op, key[:6], device.type) == ("temporal_attention", ("forward", 1, 2, 1, 1, 16), "cpu")
         for call in variants.values():
             call()
         return "b"
 
     q = torch.zeros(1, 2, 1, 1, 16)
     o = torch.empty_like(q)
-    monkeypatch.setattr(temporal_attention, "_gpu_variants", lambda _: ({"a": variant("a"), "b": variant("b")}, {}))
+    monkeypatch.setitem(FAMILIES, "temporal_attention", {name: variant(name) for name in "ab"})
     monkeypatch.setattr(tuning, "fastest", fastest)
-    temporal_attention._launch_fastest("forward", (q, q, q), (o,), 3.0)
+    temporal_attention.temporal_attention_into(q, q, q, o, 3.0)
     assert [name for name, _ in calls] == ["a", "b", "b"]
     assert [where == o.data_ptr() for _, where in calls] == [False, False, True]
     assert (o == 3.0).all()

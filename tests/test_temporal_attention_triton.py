@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install trito
 
 import resources
 
-from mmkernels.ops import temporal_attention_triton
+from mmkernels.kernels.temporal_attention import triton as temporal_attention_triton
 
 HERE = Path(__file__).parent
 

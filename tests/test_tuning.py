@@ -264,14 +264,14 @@ def test_what_is_known_to_be_slower_is_timed_where_that_is_asked(
     monkeypatch.setattr(tuning, "_tuner", lambda _: tuner)
     monkeypatch.setattr(tuning.torch.cuda, "device", lambda _: nullcontext())
     monkeypatch.setattr(tuning.torch.cuda, "current_device", lambda: 0)
-    ask = partial(tuning.fastest, "group_norm_silu_conv", ("forward",), machine.variants(), CUDA, "3x3")
+    ask = partial(tuning.fastest, "group_norm_silu_conv", ("forward",), machine.variants(), CUDA, "3x1x1")
     assert (ask(), machine.calls) == ("chunked", [])
     monkeypatch.setenv("MMKERNELS_TIME_ALL", "1")
     assert ask() == "cuda"
     monkeypatch.delenv("MMKERNELS_TIME_ALL")
     assert (
         Tuner(tmp_path / "x.json", MACHINE, machine.clock).fastest(
-            "group_norm_silu_conv", ("forward",), machine.variants(), "3x3"
+            "group_norm_silu_conv", ("forward",), machine.variants(), "3x1x1"
         )
         == "chunked"
     )

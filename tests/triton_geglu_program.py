@@ -16,9 +16,10 @@ from numerics import assert_within_budget
 from torch import Tensor
 from torch.nn.functional import gelu, layer_norm
 
-from mmkernels.kernels import geglu_triton, layer_norm_triton
+from mmkernels.kernels.geglu import triton as geglu_triton
 from mmkernels.kernels.geglu_product import triton as geglu_product_triton
 from mmkernels.kernels.launch import Launch
+from mmkernels.kernels.layer_norm import triton as layer_norm_triton
 
 DTYPES = {
     "float32": (torch.float32, torch.float32),

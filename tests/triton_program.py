@@ -14,7 +14,7 @@ import torch
 from numerics import assert_within_budget
 from temporal_attention_gradients import gradients
 
-from mmkernels.ops import temporal_attention_triton as kernels
+from mmkernels.kernels.temporal_attention import triton as kernels
 
 # (B, F, P, N, D): one frame, the real length, odd lengths and pixels, head dims that are no power of two.
 SHAPES = ((1, 1, 2, 1, 16), (1, 72, 1, 2, 64), (2, 35, 3, 1, 48), (1, 100, 1, 1, 16))

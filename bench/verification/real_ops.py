@@ -13,7 +13,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mmkernels.blocks.temporal_attention import temporal_attention_block
 from mmkernels.ops import (
     blend,
     blend_projection,
@@ -23,6 +22,7 @@ from mmkernels.ops import (
     spatial_attention,
     temporal_attention,
 )
+from mmkernels.ops.temporal_attention_block import temporal_attention_block
 
 Tensors = dict[str, Tensor]
 Sizes = Mapping[str, int]

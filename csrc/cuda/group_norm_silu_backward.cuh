@@ -48,18 +48,16 @@ __global__ void __launch_bounds__(slabs::kThreads) norm_backward_sums(NormInput 
       }
     }
   }
-  merge_rows<Sums>(in, share, splits, own, 0, op.partial);
+  add_rows(in, share, splits, own, op.partial);
 }
 
 // group_sums[m][g] = sums of gamma dz and gamma dz xhat over a group, one warp a block.
 static __global__ void __launch_bounds__(32) norm_backward_groups(NormInput in, NormBackward op, int splits) {
   const int channels = in.C + in.C2, of_group = channels / in.G, c0 = blockIdx.x % in.G * of_group;
   const int64_t m = blockIdx.x / in.G;
-  float total;
-  const Pair sums = merge_items<Sums>(splits * of_group, total, [&](int i, float& count) {
+  const Pair sums = add_items(splits * of_group, [&](int i) {
     const int c = c0 + i % of_group;
     const Pair sum = op.partial[(m * splits + i / of_group) * channels + c];
-    count = 0;
     return Pair{sum.first * in.gamma[c], sum.second * in.gamma[c]};
   });
   if (lane() == 0) op.group_sums[blockIdx.x] = sums;
@@ -68,11 +66,8 @@ static __global__ void __launch_bounds__(32) norm_backward_groups(NormInput in, 
 // dgamma, dbeta of a channel from all frames and splits, one warp a block.
 static __global__ void __launch_bounds__(32) norm_backward_parameters(NormInput in, NormBackward op, int splits) {
   const int64_t channels = in.C + in.C2;
-  float total;
-  const Pair sums = merge_items<Sums>(static_cast<int>(in.M * splits), total, [&](int i, float& count) {
-    count = 0;
-    return op.partial[i * channels + blockIdx.x];
-  });
+  const Pair sums =
+      add_items(static_cast<int>(in.M * splits), [&](int i) { return op.partial[i * channels + blockIdx.x]; });
   if (lane() != 0) return;
   op.dbeta[blockIdx.x] = sums.first, op.dgamma[blockIdx.x] = sums.second;
 }

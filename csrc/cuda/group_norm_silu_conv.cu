@@ -24,15 +24,6 @@ void with_type(DataType dtype, Action action) {
 
 }  // namespace
 
-void group_norm_statistics(const NormInput& in, int splits, Pair* partial, float epsilon, float* mean, float* rstd,
-                           const Execution& on) {
-  with_type(on.dtype, [&](auto type) {
-    launch(partial_moments<decltype(type)>, slabs::count(in) * splits, slabs::kThreads, slabs::kSharedBytes, on, in,
-           splits, partial);
-  });
-  launch(group_statistics, in.M * in.G, 32, 0, on, in, splits, partial, epsilon, mean, rstd);
-}
-
 void group_norm_silu_conv(const NormInput& in, const Convolution& conv, const Execution& on) {
   with_type(on.dtype, [&](auto type) {
     using T = decltype(type);

@@ -45,7 +45,7 @@ struct WeightGradient {
   float* partial;
 };
 
-// Two sums, or a mean and a sum of squared distances from it, of some values.
+// Two sums of some values.
 struct Pair {
   float first, second;
 };
@@ -91,7 +91,7 @@ inline int64_t gradient_blocks(const NormInput& in, const WeightGradient& op) {
 // The reductions' blocks: 64 channels, and a split of the pixels of one frame.
 namespace slabs {
 constexpr int kChannels = 64, kRows = 32, kThreads = kChannels / 8 * kRows;
-constexpr int kSharedBytes = kThreads / 32 * (kChannels * 8 + 4);
+constexpr int kSharedBytes = kThreads / 32 * kChannels * 8;
 
 inline int64_t count(const NormInput& in) { return in.M * tiling::tiles(in.C + in.C2, kChannels); }
 }  // namespace slabs
@@ -105,8 +105,6 @@ struct Execution {
 // The launchers; a launch that fails is a std::runtime_error.
 namespace cuda {
 
-void group_norm_statistics(const NormInput& in, int splits, Pair* partial, float epsilon, float* mean, float* rstd,
-                           const Execution& on);
 void group_norm_silu_conv(const NormInput& in, const Convolution& conv, const Execution& on);
 // dweight (taps, C + C2, K) is the sum of the partial sums; with one split they are the same memory.
 void group_norm_silu_weight_gradient(const NormInput& in, const WeightGradient& op, float* dweight,

@@ -39,8 +39,8 @@ Frames frames(const Pointers& tensors, int i, const Integers& strides, int strid
   return {at<void>(tensors, i), s[0], s[1], s[2]};
 }
 
-// shape starts with (M, H, W, C, C2, G); x and x2 come first among the tensors and strides.
-NormInput parse_input(const Pointers& tensors, const Integers& shape, const Integers& strides, bool has_affine) {
+// shape starts with (M, H, W, C, C2, G), tensors with x, x2, mean, rstd, gamma, beta, strides with those of x and x2.
+NormInput parse_input(const Pointers& tensors, const Integers& shape, const Integers& strides) {
   const int64_t M = shape[0], H = shape[1], W = shape[2], C = shape[3], C2 = shape[4], G = shape[5];
   MM_CHECK(C > 0 && C % 8 == 0 && C2 % 8 == 0, "got C = " << C << ", C2 = " << C2 << ", wanted multiples of 8");
   MM_CHECK(G > 0 && (C + C2) % G == 0, "got " << C + C2 << " channels, wanted a multiple of G = " << G);
@@ -49,11 +49,9 @@ NormInput parse_input(const Pointers& tensors, const Integers& shape, const Inte
   NormInput in{};
   in.x = frames(tensors, 0, strides, 0), in.x2 = frames(tensors, 1, strides, 1);
   in.M = M, in.H = int(H), in.W = int(W), in.C = int(C), in.C2 = int(C2), in.G = int(G);
-  if (has_affine) {
-    in.mean = at<const float>(tensors, 2), in.rstd = at<const float>(tensors, 3);
-    in.gamma = at<const float>(tensors, 4), in.beta = at<const float>(tensors, 5);
-    MM_CHECK(tensors[4] % 16 == 0 && tensors[5] % 16 == 0, "got gamma or beta at an address that is no multiple of 16");
-  }
+  in.mean = at<const float>(tensors, 2), in.rstd = at<const float>(tensors, 3);
+  in.gamma = at<const float>(tensors, 4), in.beta = at<const float>(tensors, 5);
+  MM_CHECK(tensors[4] % 16 == 0 && tensors[5] % 16 == 0, "got gamma or beta at an address that is no multiple of 16");
   MM_CHECK(tiling::picture_tiles(in) < INT32_MAX, "got M = " << M << " frames, wanted fewer than 2^31 tiles in all");
   return in;
 }
@@ -67,19 +65,6 @@ bool is_empty(const NormInput& in) { return in.M * in.H * in.W == 0; }
 
 }  // namespace
 
-// x, x2, partial, mean, rstd; strides of x, x2
-void group_norm_silu_conv_statistics_cuda(const Pointers& tensors, const Integers& shape, const Integers& strides,
-                                          int splits, double epsilon, const std::string& dtype, int device,
-                                          uintptr_t stream) {
-  check_counts(tensors, 5, shape, 6, strides, 6);
-  const Execution on = parse_execution(dtype, device, stream);
-  const NormInput in = parse_input(tensors, shape, strides, false);
-  MM_CHECK(splits >= 1, "got " << splits << " splits, wanted at least 1");
-  if (is_empty(in)) return;
-  cuda::group_norm_statistics(in, splits, at<Pair>(tensors, 2), float(epsilon), at<float>(tensors, 3),
-                              at<float>(tensors, 4), on);
-}
-
 // x, x2, mean, rstd, gamma, beta, weight, bias, shift, residual, y; strides of x, x2, residual, y; shape ends with K,
 // taps; shift_strides (m, h). A null mean convolves x as it is.
 void group_norm_silu_conv_forward_cuda(const Pointers& tensors, const Integers& shape, const Integers& strides,
@@ -88,7 +73,7 @@ void group_norm_silu_conv_forward_cuda(const Pointers& tensors, const Integers& 
   check_counts(tensors, 11, shape, 8, strides, 12);
   MM_CHECK(shift_strides.size() == 2, "got " << shift_strides.size() << " strides of shift, wanted 2: m, h");
   const Execution on = parse_execution(dtype, device, stream);
-  const NormInput in = parse_input(tensors, shape, strides, true);
+  const NormInput in = parse_input(tensors, shape, strides);
   check_outputs(shape[6], shape[7]);
   for (int i = 6; i < 9; i++)
     MM_CHECK(tensors[i] % 16 == 0, "got weight, bias or shift at an address that is no multiple of 16");
@@ -110,7 +95,7 @@ void group_norm_silu_conv_weight_gradient_cuda(const Pointers& tensors, const In
                                                int splits, const std::string& dtype, int device, uintptr_t stream) {
   check_counts(tensors, 9, shape, 8, strides, 9);
   const Execution on = parse_execution(dtype, device, stream);
-  const NormInput in = parse_input(tensors, shape, strides, true);
+  const NormInput in = parse_input(tensors, shape, strides);
   check_outputs(shape[6], shape[7]);
   MM_CHECK(!is_empty(in), "got no pixels to sum over, wanted at least one (the gradient is zero)");
   MM_CHECK(splits >= 1 && splits <= tiling::picture_tiles(in),
@@ -124,7 +109,7 @@ void group_norm_silu_conv_norm_backward_cuda(const Pointers& tensors, const Inte
                                              int splits, const std::string& dtype, int device, uintptr_t stream) {
   check_counts(tensors, 13, shape, 6, strides, 15);
   const Execution on = parse_execution(dtype, device, stream);
-  const NormInput in = parse_input(tensors, shape, strides, true);
+  const NormInput in = parse_input(tensors, shape, strides);
   MM_CHECK(splits >= 1, "got " << splits << " splits, wanted at least 1");
   MM_CHECK(!is_empty(in), "got no pixels to sum over, wanted at least one (the gradients are zero)");
   const NormBackward op{frames(tensors, 6, strides, 2), frames(tensors, 7, strides, 3), frames(tensors, 8, strides, 4),

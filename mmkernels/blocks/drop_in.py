@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmkernels.blocks.segment import segment
+from mmkernels.kernels.call import Call
 from mmkernels.memory.units import WHOLE, Choice, unit
 from mmkernels.scratch import DEFAULT_BYTES, scratch_within
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 
 class DropIn(nn.Module):
@@ -59,6 +57,10 @@ class FusedBlock(DropIn):
         """Its units in the order they run, with the choices that each can have; `WHOLE`, if it has it, is the last."""
         raise NotImplementedError
 
+    def calls(self) -> Mapping[str, Call]:
+        """Its operations, as calls of the families of kernels they are built of; see mmkernels.blocks.operations."""
+        return {}
+
     def follow(
         self, name: str, choices: Mapping[str, Choice], *, is_recomputed: bool, scratch_bytes: int = DEFAULT_BYTES
     ) -> None:
@@ -78,13 +80,6 @@ class FusedBlock(DropIn):
                 return within_bound(*inputs)
             with unit(WHOLE):
                 return segment(within_bound, *inputs)
-
-    @classmethod
-    def from_module(cls, original: nn.Module) -> Self:
-        """Take the place of `original`; ValueError with the reason where it is not exactly the known block."""
-        if (reason := cls.why_not(original)) is not None:
-            raise ValueError(f"cannot replace this block: {reason}")
-        return cls(original)
 
     @property
     def known(self) -> nn.Module:

@@ -5,6 +5,7 @@ Kept for backward are its input, read as it lies where that is channels last, an
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 
 from mmkernels.blocks.drop_in import PLAIN, DropIn, FusedBlock
 from mmkernels.blocks.exactness import is_hooked, why_not_output_head
+from mmkernels.blocks.operations import of_output_head
 from mmkernels.blocks.resnet import channels_last, norm_silu_conv
+from mmkernels.kernels.call import Call
 from mmkernels.memory.units import Choice, unit
 
 
@@ -36,6 +39,10 @@ class FusedOutputHead(FusedBlock):
     def units(self) -> dict[str, tuple[Choice, ...]]:
         """The one operation."""
         return {"output": PLAIN}
+
+    def calls(self) -> Mapping[str, Call]:
+        """Of the one operation."""
+        return of_output_head(self.known)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """hidden_states (B*F, C, H, W), not yet normalised -> (B*F, C_out, H, W), contiguous."""

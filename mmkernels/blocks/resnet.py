@@ -7,6 +7,8 @@ channels-last strides is read as it lies; any other is brought into that order o
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from diffusers.models.resnet import AlphaBlender, ResnetBlock2D, TemporalResnetBlock
 from torch import Tensor, nn
@@ -14,6 +16,8 @@ from torch.nn import functional
 
 from mmkernels.blocks.drop_in import PLAIN, FusedBlock
 from mmkernels.blocks.exactness import why_not_resnet
+from mmkernels.blocks.operations import of_residual_block
+from mmkernels.kernels.call import Call
 from mmkernels.memory.units import WHOLE, Choice, unit
 from mmkernels.ops.blend import blend
 from mmkernels.ops.group_norm_silu_conv import group_norm_silu_conv
@@ -31,6 +35,10 @@ class FusedResBlock(FusedBlock):
         """One for each convolution, and the mixing of both halves."""
         names = ("spatial_first", "spatial_second", "temporal_first", "temporal_second", "blend", WHOLE)
         return dict.fromkeys(names, PLAIN)
+
+    def calls(self) -> Mapping[str, Call]:
+        """Of every operation."""
+        return of_residual_block(self)
 
     def forward(
         self,

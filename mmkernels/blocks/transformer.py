@@ -26,13 +26,15 @@ from torch import Tensor, nn
 from mmkernels.blocks.cross_attention import Block, attend_context, one_token_value
 from mmkernels.blocks.drop_in import PLAIN, FusedBlock
 from mmkernels.blocks.exactness import why_not_transformer
+from mmkernels.blocks.operations import of_transformer, product_dtype
 from mmkernels.blocks.segment import segment
-from mmkernels.blocks.temporal_attention import temporal_attention_block
+from mmkernels.kernels.call import Call
 from mmkernels.memory.units import WHOLE, Choice, unit
 from mmkernels.ops.blend_projection import blend_projection
 from mmkernels.ops.geglu_feed_forward import geglu_feed_forward
 from mmkernels.ops.group_norm_projection import group_norm_projection
 from mmkernels.ops.spatial_attention import spatial_attention
+from mmkernels.ops.temporal_attention_block import temporal_attention_block
 
 _KEEPS: tuple[Choice, ...] = ("keep", *PLAIN)
 _LAYER: Mapping[str, tuple[Choice, ...]] = {  # the units of one layer
@@ -65,6 +67,10 @@ class FusedTransformer(FusedBlock):
             for name, choices in _LAYER.items()
         }
         return {"norm_projection": PLAIN, **layers, "blend_projection": PLAIN, WHOLE: PLAIN}
+
+    def calls(self) -> Mapping[str, Call]:
+        """Of every operation."""
+        return of_transformer(self)
 
     def forward(
         self,
@@ -112,7 +118,7 @@ class FusedTransformer(FusedBlock):
 
     def _embed_frames(self, B: int, F: int, like: Tensor) -> Tensor:
         sinusoid = self.time_proj(torch.arange(F, device=like.device))  # (F, C), always float32
-        return self.time_pos_embed(sinusoid.to(_product_dtype(like))).repeat(B, 1)[:, None]
+        return self.time_pos_embed(sinusoid.to(product_dtype(like))).repeat(B, 1)[:, None]
 
     def _alpha(self, image_only_indicator: Tensor) -> Tensor:
         """The share of the spatial stream, one number for each frame (B*F)."""
@@ -183,18 +189,12 @@ def _feed_forward(
 
 def _projections(attention: Block, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The weights of query, key, value and output, and the output's bias, in the dtype of the products."""
-    dtype = _product_dtype(like)
+    dtype = product_dtype(like)
     q, k, v = (layer.weight.to(dtype) for layer in (attention.to_q, attention.to_k, attention.to_v))
     return q, k, v, *_linear(attention.to_out[0], like)
 
 
 def _linear(layer: nn.Linear, like: Tensor) -> tuple[Tensor, Tensor]:
     """Weight and bias in the dtype that torch would compute the layer in."""
-    dtype = _product_dtype(like)
+    dtype = product_dtype(like)
     return layer.weight.to(dtype), layer.bias.to(dtype)
-
-
-def _product_dtype(x: Tensor) -> torch.dtype:
-    """What torch's linear layers would compute in for an operand x: autocast's dtype where it is on."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype

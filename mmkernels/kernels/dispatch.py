@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from mmkernels import tuning
-from mmkernels.costs import device_of
+from mmkernels.costs import device_of, is_noting
 from mmkernels.kernels.call import Call
 from mmkernels.kernels.registry import FAMILIES, FORMULA, Backend
 from mmkernels.known_choices import worth_timing
@@ -46,9 +46,23 @@ def takers(call: Call) -> list[str]:
 def preferred(call: Call) -> str:
     """The backend that a call is given to where nothing is timed: what readings of timings say, else the first."""
     able = takers(call)
+    if len(able) == 1:
+        return able[0]
+    return _candidates(call, able)[0]
+
+
+def _candidates(call: Call, able: list[str]) -> list[str]:
     if (name := tuning.forced(call.op)) in able:
-        return str(name)
-    return worth_timing(call.op, call.work, "{}.{}".format(*call.capability), able)[0]
+        return [str(name)]
+    return worth_timing(call.op, call.work, "{}.{}".format(*call.capability), able)
+
+
+def named(call: Call) -> str:
+    """Who computes a call, for people: a backend, those that will be timed, or plain torch and why no kernel does."""
+    if (why := why_nobody(call)) is not None:
+        return f"plain torch ({why})"
+    names = _candidates(call, takers(call))
+    return names[0] if call.is_modelled or call.device != "cuda" else " or ".join(names)
 
 
 def dispatch(call: Call, x: Tensor, trial: Callable[[Any], None] | None = None) -> Any:
@@ -59,7 +73,7 @@ def dispatch(call: Call, x: Tensor, trial: Callable[[Any], None] | None = None) 
     """
     backends, able = FAMILIES[call.op], takers(call)
     is_forced = tuning.forced(call.op) is not None
-    if trial is None or (not is_forced and (call.is_modelled or len(able) == 1)):
+    if trial is None or is_noting() or (not is_forced and (call.is_modelled or len(able) == 1)):
         return backends[preferred(call)].loaded
     trials = {name: partial(_try, trial, backends[name]) for name in able}
     return backends[tuning.fastest(call.op, call.key, trials, device_of(x), call.work)].loaded

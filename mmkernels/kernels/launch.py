@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -59,16 +60,19 @@ def call(entry: str, tensors: Sequence[Tensor | None], *arguments: object) -> No
 
 def capability(x: Tensor) -> tuple[int, int]:
     """The compute capability of the GPU that x lies on or stands for."""
-    if x.is_cuda:
-        return torch.cuda.get_device_capability(x.device)
-    return modelled_capability() or _MODELLED_CAPABILITY
+    return _properties(x.get_device())[0] if x.is_cuda else modelled_capability() or _MODELLED_CAPABILITY
 
 
 def shared_bytes(x: Tensor) -> int:
     """The shared memory that a block may ask for on the GPU that x lies on or stands for."""
-    if not x.is_cuda:
-        return _MODELLED_SHARED_BYTES
-    return torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
+    return _properties(x.get_device())[1] if x.is_cuda else _MODELLED_SHARED_BYTES
+
+
+@cache  # asked before every launch, and a GPU stays what it is
+def _properties(index: int) -> tuple[tuple[int, int], int]:
+    """Compute capability and shared memory of a block of the GPU with this number."""
+    found = torch.cuda.get_device_properties(index)
+    return (found.major, found.minor), found.shared_memory_per_block_optin
 
 
 def _launch_triton(kernel: Any, num_programs: int, positional: list[Any], constants: dict[str, Any]) -> None:

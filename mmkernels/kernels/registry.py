@@ -11,10 +11,12 @@ import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mmkernels.kernels.call import Call
-from mmkernels.kernels.storage import why_no_triton
+from mmkernels.kernels.installed import why_no_cuda, why_no_native, why_no_triton
+
+if TYPE_CHECKING:
+    from mmkernels.kernels.call import Call
 
 FORMULA = "formula"
 
@@ -52,5 +54,47 @@ FAMILIES: dict[str, Mapping[str, Backend]] = {
     "geglu": {
         "pass": Backend("geglu_product.two_passes"),
         "epilogue": Backend("geglu_product.triton", "cuda", why_no_triton),
+    },
+    "temporal_attention": {
+        "native": Backend("temporal_attention.native", "cpu", why_no_native),
+        "triton": Backend("temporal_attention.triton", "cuda", why_no_triton),
+        "cuda": Backend("temporal_attention.cuda", "cuda", why_no_cuda),
+        FORMULA: Backend("temporal_attention.formula"),
+    },
+    "layer_norm": {
+        "native": Backend("layer_norm.native", "cpu", why_no_native),
+        "triton": Backend("layer_norm.triton", "cuda", why_no_triton),
+        FORMULA: Backend("layer_norm.formula"),
+    },
+    "geglu_pass": {
+        "native": Backend("geglu.native", "cpu", why_no_native),
+        "triton": Backend("geglu.triton", "cuda", why_no_triton),
+        FORMULA: Backend("geglu.formula"),
+    },
+    "column_sums": {
+        "triton": Backend("column_sums.triton", "cuda", why_no_triton),
+        FORMULA: Backend("column_sums.formula"),
+    },
+    "epilogue": {
+        "triton": Backend("epilogue.triton", "cuda", why_no_triton),
+        FORMULA: Backend("epilogue.formula"),
+    },
+    "blend": {
+        "triton": Backend("blend.triton", "cuda", why_no_triton),
+        FORMULA: Backend("blend.formula"),
+    },
+    "group_norm_tokens": {
+        "triton": Backend("group_norm_tokens.triton", "cuda", why_no_triton),
+        FORMULA: Backend("group_norm_tokens.formula"),
+    },
+    "group_norm": {
+        "native": Backend("group_norm.native", "cpu", why_no_native),
+        "triton": Backend("group_norm.triton", "cuda", why_no_triton),
+        FORMULA: Backend("group_norm.formula"),
+    },
+    "group_norm_silu_conv": {
+        "chunked": Backend("convolution.chunked"),
+        "triton": Backend("convolution.triton", "cuda", why_no_triton),
+        "cuda": Backend("convolution.cuda", "cuda", why_no_cuda),
     },
 }

@@ -144,8 +144,8 @@ def blend_projection(
         raise ValueError(f"spatial has {spatial.ndim} dimensions, wanted 3: (R, P, C); flatten the pixels")
     R, P, C = spatial.shape
     K = weight.shape[0]
-    check_shapes(temporal=(temporal, (R, P, C)), residual=(residual, (R, P, K)), alpha=(alpha, (R,)))
-    check_shapes(weight=(weight, (K, C)), bias=(bias, (K,)))
+    check_shapes(spatial, temporal=(temporal, (R, P, C)), residual=(residual, (R, P, K)), alpha=(alpha, (R,)))
+    check_shapes(spatial, weight=(weight, (K, C)), bias=(bias, (K,)))
     for name, tensor, like in (("temporal", temporal, spatial), ("bias", bias, weight)):
         if tensor.dtype != like.dtype:
             raise ValueError(f"{name} is {tensor.dtype}, wanted {like.dtype}; give both one dtype")

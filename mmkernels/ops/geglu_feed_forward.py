@@ -12,14 +12,11 @@ g = u[:H] * gelu(u[H:]), all of it recomputed, dg = dy Wd and
 
 x may be wider than the weights (float32 tokens, bfloat16 weights, as under autocast): the norm is taken in x's dtype,
 the products in the weights', the residual in x's. Gradients of parameters are summed in float32.
-
-The matrix products are torch's; between them native C++ on the CPU, Triton on CUDA, plain torch elsewhere, see
-`why_unsupported`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -31,10 +28,9 @@ from torch.utils.flop_counter import register_flop_formula
 from mmkernels.costs import device_kind
 from mmkernels.kernels import geglu_product as up_geglu
 from mmkernels.kernels.geglu import geglu_backward_into, geglu_into
-from mmkernels.kernels.layer_norm import add_residual_into, layer_norm_backward_into, layer_norm_into
-from mmkernels.kernels.storage import why_unsupported as why_storage_unsupported
-from mmkernels.rows import add_product, chunk_size, even_slices, num_sharing, wide_dtype, wide_vector
-from mmkernels.scratch import scratch_rows
+from mmkernels.kernels.layer_norm import add_residual_into, layer_norm_backward_into, layer_norm_of
+from mmkernels.rows import add_product, check_shapes, chunk_size, chunks_of_tokens, num_sharing, wide_dtype, wide_vector
+from mmkernels.scratch import Buffers, scratch_rows
 
 Keep = Literal["input", "up"]
 
@@ -56,58 +52,17 @@ def reference(
     return h + linear(hidden * gelu(gate), down_weight, down_bias)
 
 
-# --- chunks
+# --- forward
 
 
-class _Chunks:
-    """Chunks of about `chunk_tokens` tokens: pieces of one row, or whole rows; and buffers they all reuse."""
-
-    def __init__(self, x: Tensor, dtype: torch.dtype, chunk_tokens: int) -> None:
-        R, T, _ = x.shape
-        self.x, self.dtype = x, dtype
-        self.tokens = even_slices(T, chunk_tokens)
-        self.rows = even_slices(R, chunk_tokens // max(1, T))
-        self._buffers: dict[str, Tensor] = {}
-
-    def __iter__(self) -> Iterator[tuple[slice, slice, slice]]:
-        """(rows, tokens of them, those in the flat order r * T + t) of each chunk, in that order."""
-        T = self.x.shape[1]
-        for rows in self.rows:
-            for tokens in self.tokens:
-                first = rows.start * T + tokens.start
-                yield rows, tokens, slice(first, first + _length(rows) * _length(tokens))
-
-    def buffer(self, name: str, count: int, width: int, dtype: torch.dtype | None = None) -> Tensor:
-        """An uninitialised (count, width) buffer, by default in the products' dtype; the same memory for a name."""
-        if name not in self._buffers:
-            size = width * max(map(_length, self.rows)) * max(map(_length, self.tokens))
-            self._buffers[name] = torch.empty(size, dtype=dtype or self.dtype, device=self.x.device)
-        return self._buffers[name][: count * width].view(count, width)
-
-    def norm(
-        self, x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, eps: float, result: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """LayerNorm of a chunk of tokens (count, C) in the products' dtype, with mean and rstd (count).
-
-        result: where the chunk's result of x's shape will lie, contiguous; the norm takes its place if it can.
-        """
-        count, C = x.shape[0] * x.shape[1], x.shape[2]
-        normal = result.view(count, C) if _has_place(x, self.dtype) else self.buffer("normal", count, C)
-        mean, rstd = (self.buffer(name, count, 1, weight.dtype).view(-1) for name in ("mean", "rstd"))
-        layer_norm_into(x, shift, weight, bias, eps, normal, mean, rstd)
-        return normal, mean, rstd
+def _place(result: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Where what lies inside a chunk's norm and residual takes the place of its result, as (rows, C), if it can."""
+    return result.view(-1, result.shape[2]) if _has_place(result, dtype) else None
 
 
 def _has_place(x: Tensor, dtype: torch.dtype) -> bool:
-    """Whether what lies inside a chunk's norm and residual can take the place of its result: x's dtype, on a GPU."""
+    """Whether it can: in x's dtype, on a GPU."""
     return dtype == x.dtype and device_kind(x) != "cpu"
-
-
-def _length(part: slice) -> int:
-    return part.stop - part.start
-
-
-# --- forward
 
 
 @torch.library.custom_op("mmkernels::geglu_feed_forward", mutates_args=())
@@ -120,16 +75,18 @@ def _forward(
     saved = torch.empty(_saved_shape(x, up_weight, keep_up), dtype=up_weight.dtype, device=x.device)
     vectors = [wide_vector(vector, x) for vector in (norm_weight, norm_bias, up_bias, down_bias)]
     shifts = _flat_shift(x, shift)
-    chunks = _Chunks(x, up_weight.dtype, chunk_tokens)
+    chunks, largest = chunks_of_tokens(x, chunk_tokens)
+    buffers = Buffers(x, up_weight.dtype, largest)
     for rows, tokens, flat in chunks:
         count, part = flat.stop - flat.start, x[rows, tokens]
         chunk_shift = None if shifts is None else shifts[rows]
-        normal, _, _ = chunks.norm(part, chunk_shift, vectors[0], vectors[1], eps, y[rows, tokens])
-        g = chunks.buffer("g", count, H)
+        place = _place(y[rows, tokens], up_weight.dtype)
+        normal, _, _ = layer_norm_of(part, chunk_shift, vectors[0], vectors[1], eps, buffers, place)
+        g = buffers.take("g", count, H)
         if keep_up:
             geglu_into(torch.mm(normal, up_weight.t(), out=saved[flat]), vectors[2], g)
         else:
-            up_geglu.forward_into(normal, up_weight, vectors[2], g, partial(chunks.buffer, "u", count, 2 * H))
+            up_geglu.forward_into(normal, up_weight, vectors[2], g, partial(buffers.take, "u", count, 2 * H))
         inner = torch.mm(g, down_weight.t(), out=normal)
         add_residual_into(part, chunk_shift, inner, vectors[3], y[rows, tokens])
     return y, saved
@@ -183,14 +140,16 @@ def _backward(
     shifts = _flat_shift(x, shift)
     up_sum, down_sum = (torch.zeros_like(w, dtype=wide_dtype(w.dtype)) for w in (up_weight, down_weight))
     up_bias_sum, vector_sums = torch.zeros_like(up_bias), torch.zeros((3, C), dtype=up_bias.dtype, device=x.device)
-    chunks = _Chunks(x, up_weight.dtype, chunk_tokens)
+    chunks, largest = chunks_of_tokens(x, chunk_tokens)
+    buffers = Buffers(x, up_weight.dtype, largest)
     for rows, tokens, flat in chunks:
         count, part = flat.stop - flat.start, x[rows, tokens]
         chunk_shift = None if shifts is None else shifts[rows]
-        normal, mean, rstd = chunks.norm(part, chunk_shift, norm_weight, norm_bias, eps, dx[rows, tokens])
-        du = chunks.buffer("u", count, 2 * H)
+        place = _place(dx[rows, tokens], up_weight.dtype)
+        normal, mean, rstd = layer_norm_of(part, chunk_shift, norm_weight, norm_bias, eps, buffers, place)
+        du = buffers.take("u", count, 2 * H)
         dinner = dy[rows, tokens].reshape(count, C).to(up_weight.dtype)
-        g = torch.mm(dinner, down_weight, out=chunks.buffer("g", count, H))  # dg first
+        g = torch.mm(dinner, down_weight, out=buffers.take("g", count, H))  # dg first
         if saved.numel():
             up_bias_sum += geglu_backward_into(saved[flat], up_bias, g, du, g)
         else:
@@ -243,14 +202,13 @@ def _differentiate(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None,
     saved = ctx.saved_tensors  # read once: under an outer checkpoint a second time is an error
     dx, dshift, dup, dup_bias, ddown, vectors = _backward(dy, *saved, ctx.eps, ctx.chunk_tokens)
     dweight, dbias, ddown_bias = vectors.unbind()
-    shift_gradient = None if saved[1] is None else dshift
-    return dx, shift_gradient, dweight, dbias, dup, dup_bias, ddown, ddown_bias, None, None, None
+    return dx, None if saved[1] is None else dshift, dweight, dbias, dup, dup_bias, ddown, ddown_bias, None, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
 
 
-# --- what is supported
+# --- public
 
 
 def default_chunk_tokens(x: Tensor, up_weight: Tensor) -> int:
@@ -262,11 +220,6 @@ def default_chunk_tokens(x: Tensor, up_weight: Tensor) -> int:
     return max(_MIN_CHUNK_TOKENS, scratch_rows(3 * up_bytes // 2 + normal_bytes))
 
 
-def why_unsupported(x: Tensor, up_weight: Tensor) -> str | None:
-    """Why plain torch would compute what is between the products instead of a kernel, or None where a kernel does."""
-    return why_storage_unsupported(x, up_weight.dtype)
-
-
 def geglu_feed_forward(
     x: Tensor, norm_weight: Tensor, norm_bias: Tensor, up_weight: Tensor, up_bias: Tensor, down_weight: Tensor,
     down_bias: Tensor, *, eps: float = 1e-5, shift: Tensor | None = None, chunk_tokens: int | None = None,
@@ -275,40 +228,23 @@ def geglu_feed_forward(
     """y = h + geglu(LayerNorm(h) Wu^T + bu) Wd^T + bd with h = x + shift; x and y (R, T, C), shift (R, 1, C).
 
     Weights are (2H, C) and (C, H), as diffusers' GEGLU projection and the Linear after it hold them. Saves x and shift,
-    and with keep="up" also the up-projection's output. Plain torch computes the chunks where `why_unsupported` names
-    a reason. Raises ValueError where shapes or dtypes do not fit.
+    and with keep="up" also the up-projection's output. Raises ValueError where shapes or dtypes do not fit.
     """
-    _check(x, norm_weight, norm_bias, up_weight, up_bias, down_weight, down_bias, shift)
-    if keep not in ("input", "up"):
-        raise ValueError(f"got keep={keep!r}, wanted 'input' or 'up'")
-    chunk = chunk_size("chunk_tokens", chunk_tokens, default_chunk_tokens(x, up_weight))
-    y, _ = _forward(
-        x, shift, norm_weight, norm_bias, up_weight, up_bias, down_weight, down_bias, eps, chunk, keep == "up"
-    )
-    return y
-
-
-def _check(
-    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, up_weight: Tensor, up_bias: Tensor, down_weight: Tensor,
-    down_bias: Tensor, shift: Tensor | None,
-) -> None:  # fmt: skip
     if x.ndim != 3:
         raise ValueError(f"x has {x.ndim} dimensions, wanted 3: (R, T, C); view the tokens so first")
     R, C, H = x.shape[0], x.shape[2], down_weight.shape[-1]
-    wanted = {
-        "norm_weight": (norm_weight, (C,)), "norm_bias": (norm_bias, (C,)), "up_weight": (up_weight, (2 * H, C)),
-        "up_bias": (up_bias, (2 * H,)), "down_weight": (down_weight, (C, H)), "down_bias": (down_bias, (C,)),
-    }  # fmt: skip
-    if shift is not None:
-        wanted["shift"] = (shift, (R, 1, C))
-    for name, (tensor, shape) in wanted.items():
-        if tuple(tensor.shape) != shape or tensor.device != x.device:
-            raise ValueError(
-                f"{name} is {tuple(tensor.shape)} on {tensor.device}, wanted {shape} on {x.device} for x "
-                f"{tuple(x.shape)} and {H} hidden channels"
-            )
+    check_shapes(
+        x, norm_weight=(norm_weight, (C,)), norm_bias=(norm_bias, (C,)), up_weight=(up_weight, (2 * H, C)),
+        up_bias=(up_bias, (2 * H,)), down_weight=(down_weight, (C, H)), down_bias=(down_bias, (C,)),
+        **({} if shift is None else {"shift": (shift, (R, 1, C))}),
+    )  # fmt: skip
     if up_weight.dtype != down_weight.dtype:
         raise ValueError(f"up_weight is {up_weight.dtype} and down_weight {down_weight.dtype}, wanted one dtype")
     for name, tensor in (("up_weight", up_weight), ("shift", shift)):
         if tensor is not None and torch.promote_types(x.dtype, tensor.dtype) != x.dtype:
             raise ValueError(f"{name} is {tensor.dtype}, wider than x's {x.dtype}; cast one of them")
+    if keep not in ("input", "up"):
+        raise ValueError(f"got keep={keep!r}, wanted 'input' or 'up'")
+    chunk = chunk_size("chunk_tokens", chunk_tokens, default_chunk_tokens(x, up_weight))
+    parameters = (norm_weight, norm_bias, up_weight, up_bias, down_weight, down_bias)
+    return _forward(x, shift, *parameters, eps, chunk, keep == "up")[0]

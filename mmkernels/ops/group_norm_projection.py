@@ -5,8 +5,7 @@
 Each of the R frames has its own mean and variance per group, over its P pixels and the C / G channels of the group.
 x may lie channels first: it is read by stride. Saved for backward are x and, in float32, mean and rstd (R, G); h is
 computed again. Forward and backward walk over chunks of frames. As under autocast, x may have another dtype than W: the
-norm is taken at least in float32, the product in W's dtype, which y has. The norm and its gradient are Triton's on CUDA
-where channels are contiguous, plain torch elsewhere.
+norm is taken at least in float32, the product in W's dtype, which y has.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from mmkernels.kernels import group_norm_tokens
 from mmkernels.kernels.column_sums import column_sums
-from mmkernels.kernels.group_norm import tokens as kernels
 from mmkernels.kernels.group_norm.norm import Norm
 from mmkernels.rows import ParameterSums, check_shapes, chunk_size, chunks, even_chunk, rows_of, wide_dtype
 
@@ -37,58 +36,6 @@ def reference(
     return torch.nn.functional.linear(h.to(weight.dtype), weight, bias)
 
 
-# --- one chunk: x (r, P, C), statistics (r, G)
-
-
-def _statistics(x: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
-    """mean and rstd, of a first pass and of the centred values."""
-    mean = _over_groups(x.mean(1), num_groups)
-    variance = _over_groups((x - _per_channel(mean, x)).square_().mean(1), num_groups)
-    return mean, (variance + eps).rsqrt_()
-
-
-def _over_groups(channels: Tensor, num_groups: int) -> Tensor:
-    """Mean over the channels of each group: (r, C) to (r, G)."""
-    return channels.unflatten(1, (num_groups, -1)).mean(2)
-
-
-def _per_channel(groups: Tensor, x: Tensor) -> Tensor:
-    """(r, G) as (r, 1, C): each group's value for all of its channels."""
-    return groups.repeat_interleave(x.shape[2] // groups.shape[1], 1)[:, None]
-
-
-def _normalise(x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-    return (x - _per_channel(mean, x)).mul_(_per_channel(rstd, x))
-
-
-def _norm_backward(dh: Tensor, normed: Tensor, rstd: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """dx (r, P, C), dgamma and dbeta (C), of h = normed * gamma + beta and normed = (x - mean) * rstd."""
-    G = rstd.shape[1]
-    dbeta, dgamma = dh.sum(1), (dh * normed).sum(1)  # (r, C), summed over pixels
-    offset = _per_channel(_over_groups(dbeta * gamma, G), dh) / dh.shape[1]
-    slope = _per_channel(_over_groups(dgamma * gamma, G), dh) / dh.shape[1]
-    dx = (dh * gamma).sub_(offset).sub_(normed * slope).mul_(_per_channel(rstd, dh))
-    return dx, dgamma.sum(0), dbeta.sum(0)
-
-
-def _normalised_by_kernels(x: Tensor, norm: Norm, dtype: torch.dtype) -> Tensor:
-    """h (r, P, C)."""
-    h = torch.empty(x.shape, dtype=dtype, device=x.device)
-    kernels.normalise_into(x, norm, h)
-    return h
-
-
-def _differentiate_by_kernels(
-    dy_rows: Tensor, x: Tensor, norm: Norm, weight: Tensor, dx: Tensor, sums: ParameterSums
-) -> None:
-    """Write dx and add to the sums of gamma, beta and weight."""
-    h = _normalised_by_kernels(x, norm, weight.dtype)
-    sums.add_product(2, dy_rows, rows_of(h))
-    dh = torch.mm(dy_rows, weight, out=rows_of(h)).view(x.shape)
-    for index, value in enumerate(kernels.backward_into(x, dh, norm, dx)):
-        sums.add(index, value)
-
-
 # --- forward
 
 
@@ -96,17 +43,11 @@ def _differentiate_by_kernels(
 def _forward(
     x: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, chunk_frames: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    y, mean, rstd = _outputs(x, weight, num_groups)
-    has_kernels, gamma, beta = kernels.has_kernels(x, weight.dtype), gamma.contiguous(), beta.contiguous()
-    if has_kernels:
-        mean, rstd = kernels.statistics(x, num_groups, eps)
+    y, _, _ = _outputs(x, weight, num_groups)
+    kernels, gamma, beta = group_norm_tokens.choose(x, weight.dtype), gamma.contiguous(), beta.contiguous()
+    mean, rstd = kernels.statistics(x, num_groups, eps, chunk_frames)
     for chunk in chunks(x, chunk_frames):
-        if has_kernels:
-            h = _normalised_by_kernels(x[chunk], Norm(mean[chunk], rstd[chunk], gamma, beta), weight.dtype)
-        else:
-            part = x[chunk].to(mean.dtype)
-            mean[chunk], rstd[chunk] = _statistics(part, num_groups, eps)
-            h = _normalise(part, mean[chunk], rstd[chunk]).mul_(gamma).add_(beta).to(weight.dtype)
+        h = kernels.normalised(x[chunk], Norm(mean[chunk], rstd[chunk], gamma, beta), weight.dtype)
         torch.addmm(bias, rows_of(h), weight.t(), out=rows_of(y[chunk]))
         del h  # before the next one is there
     return y, mean, rstd
@@ -138,20 +79,16 @@ def _backward(
     dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor, chunk_frames: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dx, gamma, beta = torch.empty_like(x), gamma.contiguous(), beta.contiguous()
-    sums = ParameterSums(gamma, beta, weight, weight[:, 0])
+    kernels, sums = group_norm_tokens.choose(x, weight.dtype), ParameterSums(gamma, beta, weight, weight[:, 0])
     for chunk in chunks(x, chunk_frames):
-        dy_rows = rows_of(dy[chunk]).to(weight.dtype)
+        dy_rows, norm = rows_of(dy[chunk]).to(weight.dtype), Norm(mean[chunk], rstd[chunk], gamma, beta)
         sums.add(3, column_sums(dy_rows[None])[0])
-        if kernels.has_kernels(x, weight.dtype):
-            norm = Norm(mean[chunk], rstd[chunk], gamma, beta)
-            _differentiate_by_kernels(dy_rows, x[chunk], norm, weight, dx[chunk], sums)
-            continue
-        normed = _normalise(x[chunk].to(mean.dtype), mean[chunk], rstd[chunk])
-        sums.add_product(2, dy_rows, rows_of((normed * gamma).add_(beta).to(weight.dtype)))
-        dh = (dy_rows @ weight).view(normed.shape).to(normed.dtype)
-        dx[chunk], dgamma, dbeta = _norm_backward(dh, normed, rstd[chunk], gamma.to(normed.dtype))
-        sums.add(0, dgamma)
-        sums.add(1, dbeta)
+        h, kept = kernels.normalised_again(x[chunk], norm, weight.dtype)
+        sums.add_product(2, dy_rows, rows_of(h))
+        dh = torch.mm(dy_rows, weight, out=rows_of(h)).view(h.shape)
+        for index, value in enumerate(kernels.backward_into(kept, dh, norm, dx[chunk])):
+            sums.add(index, value)
+        del h, kept, dh  # before the next ones are there
     dgamma, dbeta, dweight, dbias = sums.gradients()
     return dx, dgamma, dbeta, dweight, dbias
 
@@ -210,8 +147,8 @@ def group_norm_projection(
     C = x.shape[2]
     if C % num_groups:
         raise ValueError(f"got {C} channels and {num_groups} groups, wanted channels divisible by groups")
-    check_shapes(gamma=(gamma, (C,)), beta=(beta, (C,)))
-    check_shapes(weight=(weight, (weight.shape[0], C)), bias=(bias, (weight.shape[0],)))
+    check_shapes(x, gamma=(gamma, (C,)), beta=(beta, (C,)))
+    check_shapes(x, weight=(weight, (weight.shape[0], C)), bias=(bias, (weight.shape[0],)))
     if bias.dtype != weight.dtype:
         raise ValueError(f"bias is {bias.dtype}, wanted weight's {weight.dtype}; give both one dtype")
     chunk = chunk_size("chunk_frames", chunk_frames, even_chunk(x, 3))

@@ -14,13 +14,13 @@ x, dz = da * silu'(z), and over the n elements of a group
     dx = rstd * (gamma * dz - (sum(gamma * dz) + u * sum(gamma * dz * u)) / n)
     dgamma = sum(dz * u)     dbeta = sum(dz)     dweight = dy * a     dbias, dshift = sums of dy     dresidual = dy
 
-Statistics and sums are float32 and merged in a fixed order, never E[x^2] - mean^2. On the CPU native C++ normalises
-chunks that torch (oneDNN, MKL) convolves; on CUDA Triton normalises them; see `why_unsupported` for the rest.
+Statistics and sums are float32 and merged in a fixed order, never E[x^2] - mean^2. Who computes what, and why, say
+mmkernels.kernels.group_norm and mmkernels.kernels.convolution.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,20 +28,11 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.flop_counter import register_flop_formula
 
-from mmkernels import extension, tuning
-from mmkernels.costs import device_kind, device_of, is_modelled, is_noting
+from mmkernels.kernels import convolution, group_norm
 from mmkernels.kernels.column_sums import column_sums
-from mmkernels.kernels.group_norm import formula, native
-from mmkernels.kernels.group_norm.norm import Norm, Rows
-from mmkernels.kernels.storage import DTYPE_NAMES, why_no_triton
-from mmkernels.ops import group_norm_silu_conv_chunked as chunked
-from mmkernels.ops import group_norm_silu_conv_implicit as implicit
-from mmkernels.ops.group_norm_silu_conv_chunked import at
-from mmkernels.ops.group_norm_silu_conv_implicit import Kernels
+from mmkernels.kernels.convolution import Added, Inputs
+from mmkernels.kernels.group_norm.norm import Norm
 from mmkernels.rows import chunk_size
-
-_FEW_CHANNELS = 16  # fewer outputs fill no tile of a matrix product
-_ALL: Rows = (slice(None), slice(None), slice(None))
 
 # --- reference
 
@@ -58,103 +49,6 @@ def reference(
     return y if residual is None else y + residual
 
 
-# --- kernels, by device
-
-
-def _statistics(x: Tensor, x2: Tensor | None, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
-    """mean and rstd, (M, G), at least float32."""
-    if is_modelled(reads=(x, x2), writes=()):
-        like = x.new_empty((x.shape[0], num_groups), dtype=torch.promote_types(x.dtype, torch.float32))
-        return like, torch.empty_like(like)
-    if why_unsupported(x, x2) is not None:
-        return formula.statistics(x, x2, num_groups, eps)
-    if device_kind(x) == "cuda":
-        from mmkernels.kernels.group_norm import triton
-
-        return triton.statistics(x, x2, num_groups, eps)
-    return native.statistics(x, x2, num_groups, eps)
-
-
-def _activate(x: Tensor, x2: Tensor | None, norm: Norm, out: Tensor) -> None:
-    """Write silu of the normalised input into out (M, H, W, C + C2)."""
-    if is_modelled(reads=(x, x2), writes=(out,)):
-        return
-    if why_unsupported(x, x2) is not None:
-        formula.activate(x, x2, norm, out)
-    elif device_kind(x) == "cuda":
-        from mmkernels.kernels.group_norm import triton
-
-        triton.normalise(x, x2, *norm, out, has_silu=True)
-    else:
-        native.activate(x, x2, norm, out)
-
-
-def _norm_backward(
-    x: Tensor, x2: Tensor | None, da: Tensor, norm: Norm, dx: Tensor, dx2: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Write dx and dx2 for the gradient da of the activation (it may be dx where there is no x2): dgamma, dbeta."""
-    # Sums over a group first, then the gradient, which depends on them: everything is read twice.
-    if is_modelled(reads=(x, x2, da) * 2, writes=(dx, dx2)):
-        return torch.empty_like(norm.gamma), torch.empty_like(norm.beta)
-    if why_unsupported(x, x2) is not None:
-        return formula.norm_backward(x, x2, da, norm, dx, dx2)
-    if device_kind(x) == "cuda":
-        from mmkernels.kernels.group_norm import triton
-
-        return triton.backward(x, x2, da, *norm, dx, dx2, has_silu=True)
-    return native.norm_backward(x, x2, da, norm, dx, dx2)
-
-
-def _variants(x: Tensor, x2: Tensor | None, weight: Tensor, others: Sequence[Tensor]) -> dict[str, Kernels | None]:
-    """Ways to run the op on x's device, None for the chunked one; the others take tensors of one dtype."""
-    found: dict[str, Kernels | None] = {"chunked": None}
-    if device_kind(x) != "cuda" or why_unsupported(x, x2) or any(v.dtype != x.dtype for v in (weight, *others)):
-        return found
-    from mmkernels.ops import group_norm_silu_conv_cuda, group_norm_silu_conv_triton
-
-    found["triton"] = group_norm_silu_conv_triton
-    has_cuda = extension.available() and extension.native().cuda_architectures
-    if has_cuda and group_norm_silu_conv_cuda.why_unsupported(x, x2, weight.shape[0]) is None:
-        found["cuda"] = group_norm_silu_conv_cuda
-    return found
-
-
-def _fastest(
-    direction: str, run: Callable[..., Any], x: Tensor, x2: Tensor | None, weight: Tensor, outputs: Sequence[Tensor],
-    *others: Tensor,
-) -> Kernels | None:  # fmt: skip
-    """The kernels that run(kernels, rows, *outputs) is fastest with, None for the chunked way.
-
-    Where this shape was not seen before they are timed, on some of its rows and scratch outputs of those.
-    """
-    if is_noting():
-        return None  # a modelled step takes the chunked way
-    variants = _variants(x, x2, weight, (*outputs, *others))
-    rows = chunked.sample(x, weight, tuning.SAMPLE_BYTES)
-
-    def call(kernels: Kernels | None) -> Callable[[], None]:
-        return lambda: run(kernels, rows, *(torch.empty_like(at(y, rows)) if y.ndim == 4 else y for y in outputs))
-
-    calls = {name: call(kernels) for name, kernels in variants.items()}
-    channels_2 = 0 if x2 is None else x2.shape[3]
-    key = (direction, *at(x, rows).shape, channels_2, *weight.shape, str(x.dtype))
-    name = tuning.fastest("group_norm_silu_conv", key, calls, device_of(x), _kind(weight))
-    return variants[name]
-
-
-def _kind(weight: Tensor) -> str:
-    """The work as mmkernels/known_choices.py names it: its reading is of 2-byte dtypes."""
-    if weight.element_size() != 2:
-        return ""
-    if weight.shape[3] == 1:
-        return "3x1x1"
-    return "3x3 to few channels" if weight.shape[0] < _FEW_CHANNELS else "3x3"
-
-
-def _norm(mean: Tensor, rstd: Tensor, norm_weight: Tensor, norm_bias: Tensor) -> Norm:
-    return Norm(mean, rstd, norm_weight.to(mean.dtype).contiguous(), norm_bias.to(mean.dtype).contiguous())
-
-
 # --- forward
 
 
@@ -165,20 +59,10 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     y, mean, rstd = _outputs(x, weight, residual, num_groups)
     if x.shape[:3].numel():
-        mean, rstd = _statistics(x, x2, num_groups, eps)
-        norm = _norm(mean, rstd, norm_weight, norm_bias)
-
-        def run(kernels: Kernels | None, rows: Rows, y: Tensor) -> None:
-            part2, added = (None if value is None else at(value, rows) for value in (x2, residual))
-            part_shift = None if shift is None else shift[rows[0]]
-            inputs = (at(x, rows), part2, norm.of(rows), weight, bias, part_shift, added, y)
-            if kernels is not None:
-                implicit.forward(kernels, *inputs)
-            else:
-                chunked.forward(*inputs, chunk_rows=chunk_rows, activate=_activate)
-
+        mean, rstd = group_norm.statistics(x, x2, num_groups, eps)
+        inputs = Inputs(x, x2, Norm.of_parameters(mean, rstd, norm_weight, norm_bias), weight)
         with torch.autocast(x.device.type, enabled=False):  # the dtypes of the products are chosen by hand
-            run(_fastest("forward", run, x, x2, weight, (y,)), _ALL, y)
+            convolution.forward(inputs, Added(bias, shift, residual), y, chunk_rows)
     return y, mean, rstd
 
 
@@ -220,17 +104,9 @@ def _backward(
         return dx, dx2, dgamma, dbeta, dweight, sums
     if sum_rows:
         sums = column_sums(dy.reshape(dy.shape[0] * sum_rows, -1, dy.shape[3])).view(sums.shape)
-    norm = _norm(mean, rstd, norm_weight, norm_bias)
-
-    def run(kernels: Kernels | None, rows: Rows, dx: Tensor, dx2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        part2, second = (None, None) if x2 is None else (at(x2, rows), dx2)
-        inputs = (at(dy, rows), at(x, rows), part2, norm.of(rows), weight, dx, second)
-        if kernels is not None:
-            return implicit.backward(kernels, *inputs)
-        return chunked.backward(*inputs, chunk_rows=chunk_rows, activate=_activate, norm_backward=_norm_backward)
-
+    inputs = Inputs(x, x2, Norm.of_parameters(mean, rstd, norm_weight, norm_bias), weight)
     with torch.autocast(x.device.type, enabled=False):
-        found = run(_fastest("backward", run, x, x2, weight, (dx, dx2), dy), _ALL, dx, dx2)
+        found = convolution.backward(inputs, dy, dx, None if x2 is None else dx2, chunk_rows)
     # Into outputs of their own: what the kernels return may view one tensor, or lie in another order.
     dgamma, dbeta, dweight = (target.copy_(value) for target, value in zip(parameters, found, strict=True))
     return dx, dx2, dgamma, dbeta, dweight, sums
@@ -288,21 +164,12 @@ def _differentiate(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...
 torch.library.register_autograd("mmkernels::group_norm_silu_conv", _differentiate, setup_context=_save)
 
 
-# --- what is supported
+# --- public
 
 
 def why_unsupported(x: Tensor, x2: Tensor | None = None) -> str | None:
     """Why plain torch would take the statistics and the activation of each chunk, or None where a kernel does."""
-    if x.dtype not in DTYPE_NAMES:
-        return f"dtype {x.dtype}, the kernels take {', '.join(DTYPE_NAMES.values())}"
-    if any(value is not None and value.stride(3) != 1 and value.shape[3] > 1 for value in (x, x2)):
-        return "the channels of x or x2 are not contiguous"
-    kind = device_kind(x)
-    if kind == "cpu":
-        return None if extension.available() else f"no native CPU kernels: {extension.why_not()}"
-    if kind == "cuda":
-        return why_no_triton()
-    return f"no kernel for device {kind}"
+    return group_norm.why_unsupported(x, x2)
 
 
 def group_norm_silu_conv(
@@ -315,15 +182,15 @@ def group_norm_silu_conv(
     The result has the weights' dtype, or the residual's if that is wider. chunk_rows: pixels normalised and convolved
     at a time. Raises ValueError for tensors that do not fit together.
     """
-    _check_fit(x, norm_weight, norm_bias, weight, bias, num_groups, x2, shift, residual)
-    chunk = chunk_size("chunk_rows", chunk_rows, chunked.default_chunk_rows(x, weight))
+    others = {"norm_weight": norm_weight, "norm_bias": norm_bias, "bias": bias, "shift": shift, "residual": residual}
+    _check_fit(x, x2, weight, num_groups, others)
+    chunk = chunk_size("chunk_rows", chunk_rows, convolution.default_chunk_rows(x, weight))
     return _forward(x, x2, norm_weight, norm_bias, weight, bias, shift, residual, num_groups, eps, chunk)[0]
 
 
 def _check_fit(
-    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor | None, num_groups: int,
-    x2: Tensor | None, shift: Tensor | None, residual: Tensor | None,
-) -> None:  # fmt: skip
+    x: Tensor, x2: Tensor | None, weight: Tensor, num_groups: int, others: Mapping[str, Tensor | None]
+) -> None:
     if x.ndim != 4:
         raise ValueError(f"x has {x.ndim} dimensions, wanted 4: (M, H, W, C); reshape the tokens first")
     if x2 is not None and (x2.shape[:3] != x.shape[:3] or x2.dtype != x.dtype):
@@ -334,15 +201,12 @@ def _check_fit(
         raise ValueError(f"{C} channels in {num_groups} groups, wanted a multiple of the groups")
     if weight.ndim != 4 or weight.shape[1] != C or tuple(weight.shape[2:]) not in ((3, 3), (3, 1)):
         raise ValueError(f"weight is {tuple(weight.shape)}, wanted (K, {C}, 3, 3) or (K, {C}, 3, 1)")
-    K = weight.shape[0]
+    K, shift = weight.shape[0], others["shift"]
     shift_rows = 1 if shift is not None and shift.ndim == 3 and shift.shape[1] == 1 else H
-    for name, value, shape in (
-        ("norm_weight", norm_weight, (C,)),
-        ("norm_bias", norm_bias, (C,)),
-        ("bias", bias, (K,)),
-        ("shift", shift, (M, shift_rows, K)),
-        ("residual", residual, (M, H, W, K)),
-    ):
-        if value is not None and value.shape != shape:
+    shapes = {
+        "norm_weight": (C,), "norm_bias": (C,), "bias": (K,), "shift": (M, shift_rows, K), "residual": (M, H, W, K),
+    }  # fmt: skip
+    for name, value in others.items():
+        if value is not None and value.shape != shapes[name]:
             also = f" or {(M, 1, K)}" if name == "shift" else ""
-            raise ValueError(f"{name} is {tuple(value.shape)}, wanted {shape}{also}")
+            raise ValueError(f"{name} is {tuple(value.shape)}, wanted {shapes[name]}{also}")

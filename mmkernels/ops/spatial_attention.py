@@ -22,7 +22,7 @@ from torch.utils.flop_counter import register_flop_formula, sdpa_backward_flop_c
 
 from mmkernels.kernels import attention
 from mmkernels.kernels.launch import MOST_GRID_YZ
-from mmkernels.kernels.layer_norm import add_residual_into, layer_norm_backward_into, layer_norm_into
+from mmkernels.kernels.layer_norm import add_residual_into, layer_norm_backward_into, layer_norm_of
 from mmkernels.rows import (
     add_product,
     check_shapes,
@@ -33,6 +33,7 @@ from mmkernels.rows import (
     wide_dtype,
     wide_vector,
 )
+from mmkernels.scratch import Buffers
 
 Backend = Literal["torch", "xformers", "flash-attn"]
 BACKENDS = ("torch", *attention.LIBRARIES)
@@ -71,9 +72,10 @@ def _forward(
     y, o, logsumexp = _outputs(x, qkv_weight, num_heads)
     norm_weight, norm_bias, out_bias = (wide_vector(vector, x) for vector in (norm_weight, norm_bias, out_bias))
     attend = _attention(x, qkv_weight, num_heads, backend)
+    buffers = Buffers(x, qkv_weight.dtype, min(chunk_frames, x.shape[0]) * x.shape[1])
     for chunk in chunks(x, chunk_frames):
         part = x[chunk]
-        h, _, _ = _norm(part, norm_weight, norm_bias, eps, qkv_weight.dtype)
+        h, _, _ = layer_norm_of(part, None, norm_weight, norm_bias, eps, buffers)
         q, k, v = _heads((h @ qkv_weight.t()).view(*part.shape[:2], -1), 3, num_heads)
         attended, logsumexp[chunk] = attend.forward(q, k, v)
         o[chunk] = attended.flatten(2)
@@ -89,18 +91,8 @@ def _attention(x: Tensor, qkv_weight: Tensor, num_heads: int, backend: str) -> A
     return attention.choose(x, qkv_weight.dtype, x.shape[1], num_heads, qkv_weight.shape[0] // 3 // num_heads)
 
 
-def _norm(part: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """LayerNorm of a chunk (r, P, C) as rows (r * P, C) of `dtype`, with mean and rstd (r * P)."""
-    rows = part.shape[0] * part.shape[1]
-    h = torch.empty((rows, part.shape[2]), dtype=dtype, device=part.device)
-    mean, rstd = (torch.empty(rows, dtype=weight.dtype, device=part.device) for _ in range(2))
-    layer_norm_into(part, None, weight, bias, eps, h, mean, rstd)
-    return h, mean, rstd
-
-
 def _outputs(x: Tensor, qkv_weight: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    R, P, _ = x.shape
-    dtype = qkv_weight.dtype
+    (R, P, _), dtype = x.shape, qkv_weight.dtype
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     o = torch.empty((R, P, qkv_weight.shape[0] // 3), dtype=dtype, device=x.device)
     return y, o, torch.empty((R, num_heads, P), dtype=wide_dtype(dtype), device=x.device)
@@ -160,9 +152,10 @@ def _backward(
     qkv_sum, out_sum = (torch.zeros_like(w, dtype=wide_dtype(w.dtype)) for w in (qkv_weight, out_weight))
     vector_sums = torch.zeros((3, x.shape[2]), dtype=wide, device=x.device)
     attend = _attention(x, qkv_weight, num_heads, backend)
+    buffers = Buffers(x, qkv_weight.dtype, min(chunk_frames, x.shape[0]) * x.shape[1])
     for chunk in chunks(x, chunk_frames):
         part, o_part = x[chunk], o[chunk]
-        h, mean, rstd = _norm(part, norm_weight, norm_bias, eps, qkv_weight.dtype)
+        h, mean, rstd = layer_norm_of(part, None, norm_weight, norm_bias, eps, buffers)
         dout = rows_of(dy[chunk]).to(out_weight.dtype)
         packed = _packed_gradient(h, dout, o_part, logsumexp[chunk], qkv_weight, out_weight, num_heads, attend)
         add_product(qkv_sum, packed, h)
@@ -213,33 +206,17 @@ def _differentiate(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None
 _forward.register_autograd(_differentiate, setup_context=_save)
 
 
-# --- what is supported
-
-
-def why_unsupported(x: Tensor, dtype: torch.dtype, num_heads: int, head_dim: int) -> str | None:
-    """Why none of torch's attentions takes heads of `head_dim` in `dtype` on x's device, or None where one does."""
-    return attention.why_unsupported(attention.call_of(x, dtype, x.shape[1], num_heads, head_dim))
+# --- public
 
 
 def spatial_attention(
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    to_q: Tensor,
-    to_k: Tensor,
-    to_v: Tensor,
-    out_weight: Tensor,
-    out_bias: Tensor,
-    num_heads: int,
-    *,
-    eps: float = 1e-5,
-    chunk_frames: int | None = None,
-    backend: Backend = "torch",
-) -> Tensor:
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, to_q: Tensor, to_k: Tensor, to_v: Tensor, out_weight: Tensor,
+    out_bias: Tensor, num_heads: int, *, eps: float = 1e-5, chunk_frames: int | None = None, backend: Backend = "torch",
+) -> Tensor:  # fmt: skip
     """y = x + attention(LayerNorm(x)) Wo^T + bo over pixels; x, y (R, P, C), to_q etc. (N * D, C), Wo (C, N * D).
 
-    Saves x, the output of attention and its logsumexp. Where `why_unsupported` gives a reason, plain torch computes it
-    and saves what autograd wants. Raises ValueError where shapes do not fit or the backend is not installed.
+    Saves x, the output of attention and its logsumexp. Where none of torch's attentions takes it, plain torch computes
+    it and saves what autograd wants. Raises ValueError where shapes do not fit or the backend is not installed.
     """
     _check_fit(x, to_q, to_k, to_v, out_weight, out_bias, num_heads)
     if backend not in BACKENDS:
@@ -250,7 +227,8 @@ def spatial_attention(
     chunk = min(chunk, max(1, MOST_GRID_YZ // num_heads))  # batch and heads lie on one axis of a grid
     qkv_weight = torch.cat((to_q, to_k, to_v))  # (3 * N * D, C)
     parameters = (norm_weight, norm_bias, qkv_weight, out_weight, out_bias)
-    if backend == "torch" and why_unsupported(x, qkv_weight.dtype, num_heads, to_q.shape[0] // num_heads) is not None:
+    call = attention.call_of(x, qkv_weight.dtype, x.shape[1], num_heads, to_q.shape[0] // num_heads)
+    if backend == "torch" and attention.why_unsupported(call) is not None:
         return torch.cat([reference(part, *parameters, num_heads, eps) for part in x.split(chunk)])
     y, _, _ = _forward(x, *parameters, num_heads, eps, chunk, backend)
     return y
@@ -266,7 +244,7 @@ def _check_fit(
         raise ValueError(f"got {inner} channels and {num_heads} heads, wanted channels divisible by heads")
     wanted = {"to_q": (to_q, (inner, C)), "to_k": (to_k, (inner, C)), "to_v": (to_v, (inner, C))}
     wanted |= {"out_weight": (out_weight, (C, inner)), "out_bias": (out_bias, (C,))}
-    check_shapes(**wanted)
+    check_shapes(x, **wanted)
     for name, (weight, _) in wanted.items():
         if weight.dtype != to_q.dtype:
             raise ValueError(f"{name} is {weight.dtype}, wanted to_q's {to_q.dtype}; give all of them one dtype")

@@ -5,7 +5,6 @@
 #include "entry.h"
 
 PYBIND11_MODULE(cuda_route, m) {
-  m.def("group_norm_silu_conv_statistics_cuda", mm::group_norm_silu_conv_statistics_cuda);
   m.def("group_norm_silu_conv_forward_cuda", mm::group_norm_silu_conv_forward_cuda);
   m.def("group_norm_silu_conv_weight_gradient_cuda", mm::group_norm_silu_conv_weight_gradient_cuda);
   m.def("group_norm_silu_conv_norm_backward_cuda", mm::group_norm_silu_conv_norm_backward_cuda);

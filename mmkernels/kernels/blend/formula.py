@@ -14,6 +14,11 @@ def mix(s: Tensor, t: Tensor, alpha: Tensor) -> Tensor:
     return torch.lerp(t.to(dtype), s.to(dtype), alpha.to(dtype)[:, None, None])
 
 
+def mixed(s: Tensor, t: Tensor, alpha: Tensor, dtype: torch.dtype) -> Tensor:
+    """m in `dtype`."""
+    return mix(s, t, alpha).to(dtype)
+
+
 def mix_into(s: Tensor, t: Tensor, alpha: Tensor, m: Tensor) -> None:
     """Write m."""
     for chunk in chunks(s, default_chunk(s)):

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmkernels.costs import is_modelled
+from mmkernels.kernels.call import Call
 from mmkernels.kernels.launch import launch
 
 _BLOCK = 2048  # elements of a program: 16 bytes of each tensor a thread, twice
@@ -60,15 +62,31 @@ def mix_backward_kernel(
     tl.store(partial + r * blocks + block, tl.sum(gradient * (first - second), 0))
 
 
-def mix(s: Tensor, t: Tensor, alpha: Tensor, m: Tensor) -> None:
+def why_unsupported(call: Call) -> str | None:
+    """It takes contiguous frames."""
+    return call.why_not_stored()
+
+
+def mixed(s: Tensor, t: Tensor, alpha: Tensor, dtype: torch.dtype) -> Tensor:
+    """m in `dtype`."""
+    m = torch.empty(s.shape, dtype=dtype, device=s.device)
+    mix_into(s, t, alpha, m)
+    return m
+
+
+def mix_into(s: Tensor, t: Tensor, alpha: Tensor, m: Tensor) -> None:
     """Write m."""
+    if is_modelled(reads=(s, t, alpha), writes=(m,)):
+        return
     elements, blocks = _runs(s)
     strides = [x.stride(0) for x in (s, t, m)]
     launch(mix_kernel, s.shape[0] * blocks, [s, t, alpha.contiguous(), m, *strides, elements, blocks], _TILE)
 
 
-def backward(dm: Tensor, s: Tensor, t: Tensor, alpha: Tensor, ds: Tensor, dt: Tensor, dalpha: Tensor) -> None:
+def backward_into(dm: Tensor, s: Tensor, t: Tensor, alpha: Tensor, ds: Tensor, dt: Tensor, dalpha: Tensor) -> None:
     """Write ds and dt, each of which may be dm, and dalpha."""
+    if is_modelled(reads=(dm, s, t, alpha), writes=(ds, dt, dalpha)):
+        return
     elements, blocks = _runs(s)
     partial = torch.empty((s.shape[0], blocks), dtype=torch.float32, device=s.device)
     strides = [x.stride(0) for x in (dm, s, t, ds, dt)]

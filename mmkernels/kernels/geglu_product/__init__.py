@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mmkernels import tuning
-from mmkernels.kernels.call import describe
+from mmkernels.kernels.call import Call, describe
 from mmkernels.kernels.dispatch import dispatch
 
 
@@ -47,8 +47,12 @@ def _sample(g: Tensor) -> slice:
     return slice(0, max(1, tuning.SAMPLE_BYTES // (2 * g.shape[1] * g.element_size())))
 
 
-def _way(direction: str, x: Tensor, g: Tensor, trial: Callable[[Any], None]) -> Any:
+def call_of(x: Tensor, dtype: torch.dtype, channels: int, hidden: int, rows: int = 1, direction: str = "") -> Call:
+    """The product of about so many rows in `dtype`, where x lies."""
     # What wins on few rows, where launches count, need not on many: sizes apart by a power of two are timed apart.
-    scale = g[_sample(g)].shape[0].bit_length()
-    call = describe("geglu", x, x.dtype, (x.shape[1], g.shape[1], scale), direction=direction)
+    return describe("geglu", x, dtype, (channels, hidden, rows.bit_length()), direction=direction)
+
+
+def _way(direction: str, x: Tensor, g: Tensor, trial: Callable[[Any], None]) -> Any:
+    call = call_of(x, x.dtype, x.shape[1], g.shape[1], g[_sample(g)].shape[0], direction)
     return dispatch(call, x, trial)

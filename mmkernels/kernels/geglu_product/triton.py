@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mmkernels.costs import is_modelled
 from mmkernels.kernels.call import Call
-from mmkernels.kernels.geglu_triton import normal_distribution
+from mmkernels.kernels.geglu.triton import normal_distribution
 from mmkernels.kernels.launch import Launch
 
 HALF = (torch.bfloat16, torch.float16)

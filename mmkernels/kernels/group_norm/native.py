@@ -6,8 +6,13 @@ import torch
 from torch import Tensor
 
 from mmkernels import extension
+from mmkernels.kernels.call import DTYPE_NAMES, Call
 from mmkernels.kernels.group_norm.norm import Norm
-from mmkernels.kernels.storage import DTYPE_NAMES
+
+
+def why_unsupported(call: Call) -> str | None:
+    """Every dtype of the kernels, each tensor in its own; contiguous channels."""
+    return call.why_not_stored()
 
 
 def statistics(x: Tensor, x2: Tensor | None, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:

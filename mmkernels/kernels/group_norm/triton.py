@@ -22,11 +22,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmkernels.kernels.call import Call
+from mmkernels.kernels.group_norm.norm import Norm
 from mmkernels.kernels.group_norm.segments import BLOCK_C, BLOCK_ROWS, segments
 from mmkernels.kernels.group_norm.statistics_triton import merge_statistics_kernel, partial_statistics_kernel, place
 from mmkernels.kernels.launch import launch
 
 _TILE = {"BLOCK_C": BLOCK_C, "BLOCK_ROWS": BLOCK_ROWS, "STAGES": 3, "num_warps": 4}
+
+
+def why_unsupported(call: Call) -> str | None:
+    """Every dtype of the kernels, each tensor in its own; contiguous channels."""
+    return call.why_not_stored()
 
 
 # --- kernels
@@ -238,6 +245,18 @@ def backward(
         arguments = [side, da, *normalisation, means, target, *sizes]
         launch(input_gradient_kernel, split.programs(side), arguments, constants | {"maxnreg": registers})
     return partial[:, :, 0].sum((0, 1)), partial[:, :, 1].sum((0, 1))
+
+
+def activate(x: Tensor, x2: Tensor | None, norm: Norm, out: Tensor) -> None:
+    """`normalise` with silu."""
+    normalise(x, x2, *norm, out, has_silu=True)
+
+
+def norm_backward(
+    x: Tensor, x2: Tensor | None, da: Tensor, norm: Norm, dx: Tensor, dx2: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`backward` with silu."""
+    return backward(x, x2, da, *norm, dx, dx2, has_silu=True)
 
 
 def _sides(x: Tensor, x2: Tensor | None) -> list[tuple[Tensor, int]]:

@@ -12,6 +12,7 @@ Frames past F are loaded as zeros, given no probability as keys, and not stored.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,9 +20,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmkernels.kernels.call import Call
 from mmkernels.kernels.launch import launch
-from mmkernels.kernels.launch import shared_bytes as most_shared_bytes
+from mmkernels.kernels.temporal_attention import row as rows
 
+HAS_OUTPUT_IN_BACKWARD = False
 _LOG2_E = 1.4426950408889634
 
 
@@ -219,26 +222,25 @@ def shared_bytes(F: int, D: int, dtype: torch.dtype) -> int:
     return (shape["FIRST"] + shape["REST"]) * (4 * shape["D_TILE"] + 104) * dtype.itemsize
 
 
-def why_too_large(q: Tensor) -> str | None:
-    """Why q's device cannot hold a row of frames of backward on chip, or None where it can."""
-    F, D = q.shape[1], q.shape[-1]
-    needed = shared_bytes(F, D, q.dtype)
-    limit = most_shared_bytes(q)
+def why_unsupported(call: Call) -> str | None:
+    """What every kernel takes, where a block can hold a row of frames of backward on chip."""
+    _, F, _, _, D = call.shape
+    if (reason := rows.why_not(F, D, call.dtype, call.is_dense)) is not None:
+        return reason
+    needed, limit = shared_bytes(F, D, call.dtype), call.shared_bytes
     if needed <= limit:
         return None
-    return f"{F} frames of head dim {D} in {q.dtype} need {needed} bytes of shared memory, a block here has {limit}"
+    return f"{F} frames of head dim {D} in {call.dtype} need {needed} bytes of shared memory, a block here has {limit}"
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, o: Tensor, scale: float) -> None:
-    """Write the attention of q, k, v into o; all (B, F, P, N, D) on one device, D contiguous."""
-    _launch(forward_kernel, (q, k, v, o), scale)
+def forward(inputs: Sequence[Tensor], outputs: Sequence[Tensor], scale: float) -> None:
+    """Write o."""
+    _launch(forward_kernel, (*inputs, *outputs), scale)
 
 
-def backward(
-    q: Tensor, k: Tensor, v: Tensor, do: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, scale: float
-) -> None:  # fmt: skip
-    """Write the gradients by q, k, v into dq, dk, dv; layouts as in `forward`."""
-    _launch(backward_kernel, (q, k, v, do, dq, dk, dv), scale)
+def backward(inputs: Sequence[Tensor], outputs: Sequence[Tensor], scale: float) -> None:
+    """Write dq, dk, dv."""
+    _launch(backward_kernel, (*inputs, *outputs), scale)
 
 
 def arguments(tensors: tuple[Tensor, ...], scale: float) -> tuple[list[Any], dict[str, Any]]:

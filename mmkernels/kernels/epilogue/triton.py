@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmkernels.costs import is_modelled
+from mmkernels.kernels.call import Call
 from mmkernels.kernels.launch import launch
 
 BLOCK_ROWS, BLOCK_C = 64, 64  # four accesses of 16 bytes a thread to each tensor in 2-byte dtypes
@@ -39,6 +41,25 @@ def add_kernel(
         source = residual + r * residual_r + (t * residual_t)[:, None] + c[None, :]
         value += tl.load(source, mask=mask, other=0.0).to(tl.float32)
     tl.store(y + r * y_r + (t * y_t)[:, None] + c[None, :], value.to(y.dtype.element_ty), mask=mask)
+
+
+def why_unsupported(call: Call) -> str | None:
+    """It takes every layout with contiguous channels."""
+    return call.why_not_stored()
+
+
+def add_into(inner: Tensor, bias: Tensor | None, shift: Tensor | None, residual: Tensor | None, y: Tensor) -> None:
+    """Write inner + bias + shift + residual into y (m, H, W, K); shift (m, H or 1, K)."""
+    if is_modelled(reads=(inner, bias, shift, residual), writes=(y,)):
+        return
+    # Rows that share a row of the shift stand together, as many as the strides allow.
+    m, H, W, K = y.shape
+    is_whole = y.is_contiguous() and (shift is None or shift.shape[1] == 1)
+    shape = (m, H * W, K) if is_whole else (m * H, W, K)
+    inner, residual = inner.reshape(shape), None if residual is None else residual.reshape(shape)
+    if shift is not None:
+        shift = (shift if is_whole else shift.expand(m, H, K)).reshape(shape[0], K)
+    add(inner, bias, shift, residual, y.view(shape))
 
 
 def add(inner: Tensor, bias: Tensor | None, shift: Tensor | None, residual: Tensor | None, y: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The convolution half of `group_norm_silu_conv` through torch's own convolution or products, chunk by chunk.
+"""Through torch's own convolution or products, chunk by chunk.
 
 A chunk of the input is normalised and activated into a scratch of `chunk_rows` pixels, then convolved. A 3x3 walks over
 whole samples, a 3x1 too where one fits a chunk, else over columns of pixels with all their frames. On the CPU the
@@ -10,16 +10,18 @@ result where it can, and all that is added to a convolution is added in one pass
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from mmkernels.costs import device_kind
+from mmkernels.kernels import group_norm
+from mmkernels.kernels.call import Call
+from mmkernels.kernels.convolution.inputs import Added, Inputs
 from mmkernels.kernels.epilogue import add_into
-from mmkernels.kernels.group_norm.norm import Norm, Rows
-from mmkernels.rows import even_slices, num_sharing
-from mmkernels.scratch import scratch_rows
+from mmkernels.kernels.group_norm.norm import Rows, at
+from mmkernels.rows import chunks_of_tokens, num_sharing
+from mmkernels.scratch import Buffers, scratch_rows
 
 # Pixels of a chunk on the CPU: enough to pay for oneDNN's reordering of the weights and, with several threads, for
 # adding up each one's gradient of them.
@@ -27,9 +29,10 @@ _CPU_CHUNK_ROWS = 5760
 # A 3x1 on the CPU reorders nothing: its scratch lies in the cache, and fewer rows for a thread slow the products down.
 _PRODUCTS_CHUNK_BYTES, _PRODUCTS_MIN_ROWS = 3 << 19, 1536
 
-# activate(x, x2, norm, out) and backward(x, x2, da, norm, dx, dx2) -> (dgamma, dbeta), for whatever device x is on
-Activate = Callable[[Tensor, Tensor | None, Norm, Tensor], None]
-NormBackward = Callable[[Tensor, Tensor | None, Tensor, Norm, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+
+def why_unsupported(call: Call) -> str | None:
+    """It takes everything."""
+    return None
 
 
 def product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
@@ -53,92 +56,73 @@ def default_chunk_rows(x: Tensor, weight: Tensor) -> int:
     return rows
 
 
-def forward(
-    x: Tensor, x2: Tensor | None, norm: Norm, weight: Tensor, bias: Tensor | None, shift: Tensor | None,
-    residual: Tensor | None, y: Tensor, *, chunk_rows: int, activate: Activate,
-) -> None:  # fmt: skip
-    """Write the convolution of the activated input, plus bias, shift (M, H or 1, K) and residual, into y (M,H,W,K)."""
+def forward(inputs: Inputs, added: Added, y: Tensor, chunk_rows: int) -> None:
+    """Write y."""
+    x, weight = inputs.x, inputs.weight
     dtype = product_dtype(x, weight)
-    convolution = _convolution(x, weight.to(dtype))
-    is_cpu = device_kind(x) == "cpu"  # whose convolution adds the bias in passing
-    inner_bias, bias = (None if bias is None else bias.to(dtype), None) if is_cpu else (None, bias)
-    for rows in _chunks(x, weight, chunk_rows):
-        part, target = at(x, rows), at(y, rows)
+    chunks, most_columns = _chunks(x, weight, chunk_rows)
+    convolution = _convolution(x, weight.to(dtype), most_columns)
+    is_cpu, inner_bias = device_kind(x) == "cpu", None
+    if is_cpu and added.bias is not None:  # its convolution adds the bias in passing
+        inner_bias, added = added.bias.to(dtype), added._replace(bias=None)
+    for rows in chunks:
+        part, target = inputs.of(rows), at(y, rows)
         is_free = not is_cpu and y.dtype == dtype and y.shape[3] == weight.shape[1] and target.is_contiguous()
-        part2 = None if x2 is None else at(x2, rows)
-        activate(part, part2, norm.of(rows), convolution.scratch(part, target if is_free else None))
+        group_norm.activate(part.x, part.x2, part.norm, convolution.scratch(part.x, target if is_free else None))
         out = convolution.forward(inner_bias)
-        part_shift, added = None if shift is None else shift[rows[0]], None if residual is None else at(residual, rows)
-        add_into(out, bias, part_shift, added, target)
+        add_into(out, *added.of(rows), target)
         del out  # or it would be there beside the next one
 
 
 def backward(
-    dy: Tensor, x: Tensor, x2: Tensor | None, norm: Norm, weight: Tensor, dx: Tensor, dx2: Tensor | None, *,
-    chunk_rows: int, activate: Activate, norm_backward: NormBackward,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    inputs: Inputs, dy: Tensor, dx: Tensor, dx2: Tensor | None, chunk_rows: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Write dx and dx2; returns dgamma, dbeta and dweight, added up over chunks at least in float32."""
+    x, x2, norm, weight = inputs
     dtype = product_dtype(x, weight)
-    convolution = _convolution(x, weight.to(dtype))
+    chunks, most_columns = _chunks(x, weight, chunk_rows)
+    convolution = _convolution(x, weight.to(dtype), most_columns)
     dgamma, dbeta = (torch.zeros_like(norm.gamma) for _ in range(2))
     whole: Tensor | None = None  # a chunk of whole samples needs none: its norm is differentiated at once
-    if not _samples_at_once(x, weight, chunk_rows):
+    if _is_products(x, weight) or _columns_at_once(x, weight, chunk_rows) < x.shape[2]:
         whole = dx if x2 is None else torch.empty((*x.shape[:3], weight.shape[1]), dtype=x.dtype, device=x.device)
-    for rows in _chunks(x, weight, chunk_rows):
-        part, part2 = at(x, rows), None if x2 is None else at(x2, rows)
+    for rows in chunks:
+        part, part_dx = inputs.of(rows), at(dx, rows)
         # A whole sample's gradient is written last: until then its place holds the activation.
-        is_free = whole is None and x2 is None and dx.dtype == dtype and at(dx, rows).is_contiguous()
-        activate(part, part2, norm.of(rows), convolution.scratch(part, at(dx, rows) if is_free else None))
+        is_free = whole is None and x2 is None and dx.dtype == dtype and part_dx.is_contiguous()
+        group_norm.activate(part.x, part.x2, part.norm, convolution.scratch(part.x, part_dx if is_free else None))
         da = convolution.backward(at(dy, rows))
         if whole is not None:
             at(whole, rows).copy_(da)
         else:
             part_dx2 = None if dx2 is None else at(dx2, rows)
-            sums = norm_backward(part, part2, da, norm.of(rows), at(dx, rows), part_dx2)
+            sums = group_norm.norm_backward(part.x, part.x2, da, part.norm, part_dx, part_dx2)
             dgamma += sums[0]
             dbeta += sums[1]
         del da
     if whole is not None:
-        dgamma, dbeta = norm_backward(x, x2, whole, norm, dx, dx2)
+        dgamma, dbeta = group_norm.norm_backward(x, x2, whole, norm, dx, dx2)
     return dgamma, dbeta, convolution.weight_gradient()
 
 
-def _samples_at_once(x: Tensor, weight: Tensor, chunk_rows: int) -> int:
-    """Whole samples of a chunk; 0 where it is columns of one."""
-    samples = chunk_rows // (x.shape[1] * x.shape[2])
+def _columns_at_once(x: Tensor, weight: Tensor, chunk_rows: int) -> int:
+    """Columns of a chunk, each with all its rows: W and more are whole samples, as many as they make."""
+    H, W = x.shape[1:3]
+    columns = max(1, chunk_rows // H)
     if weight.shape[3] == 3:
-        return max(1, samples)
-    return 0 if _is_products(x, weight) else samples
+        return max(columns, W)
+    return min(columns, W) if _is_products(x, weight) else columns
 
 
-def _chunks(x: Tensor, weight: Tensor, chunk_rows: int) -> Iterator[Rows]:
-    """Evenly split: whole samples, or columns of one sample with all its frames."""
-    M, H, W, _ = x.shape
-    if at_once := _samples_at_once(x, weight, chunk_rows):
-        for samples in even_slices(M, at_once):
-            yield samples, slice(0, H), slice(0, W)
-        return
-    for m in range(M):
-        for columns in even_slices(W, max(1, chunk_rows // H)):
-            yield slice(m, m + 1), slice(0, H), columns
+def _chunks(x: Tensor, weight: Tensor, chunk_rows: int) -> tuple[list[Rows], int]:
+    """Samples and columns of each chunk, with all rows; and the columns of the largest, of all its samples."""
+    found, most_columns = chunks_of_tokens(x[:, 0], _columns_at_once(x, weight, chunk_rows))
+    return [(samples, slice(0, x.shape[1]), columns) for samples, columns, _ in found], most_columns
 
 
-def at(x: Tensor, rows: Rows) -> Tensor:
-    """Those rows of x (M, H, W, ...)."""
-    return x[rows[0], rows[1], rows[2]]
-
-
-def sample(x: Tensor, weight: Tensor, num_bytes: int) -> Rows:
-    """Rows that stand for all of x: whole samples of a 3x3, columns of one sample of a 3x1, of num_bytes about."""
-    M, H, W, _ = x.shape
-    count = num_bytes // (max(weight.shape[:2]) * x.element_size())
-    if weight.shape[3] == 3:
-        return slice(0, min(M, max(1, count // (H * W)))), slice(0, H), slice(0, W)
-    return slice(0, 1), slice(0, H), slice(0, min(W, max(1, count // H)))
-
-
-def _convolution(x: Tensor, weight: Tensor) -> _Convolution | _ShiftedProducts:
-    return _ShiftedProducts(weight) if _is_products(x, weight) else _Convolution(weight)
+def _convolution(x: Tensor, weight: Tensor, most_columns: int) -> _Convolution | _ShiftedProducts:
+    buffers = Buffers(x, weight.dtype, most_columns)  # a row of them is a column of the picture
+    return (_ShiftedProducts if _is_products(x, weight) else _Convolution)(weight, buffers)
 
 
 def _is_products(x: Tensor, weight: Tensor) -> bool:
@@ -153,26 +137,21 @@ class _Convolution:
     fast as its conv2d. Everything is handed over channels last, as its strides say also where an axis has length 1.
     """
 
-    def __init__(self, weight: Tensor) -> None:
-        self.is_3d = weight.shape[3] == 1
+    def __init__(self, weight: Tensor, buffers: Buffers) -> None:
+        self.buffers, self.is_3d = buffers, weight.shape[3] == 1
         self.weight = self._channels_first(weight.permute(0, 2, 3, 1).contiguous())
         self.wide = torch.promote_types(weight.dtype, torch.float32)
         self.padding = [1, 0, 0] if self.is_3d else [1, 1]
-        self.memory: Tensor | None = None
         self.activation = weight  # the chunk's scratch, once there is one
         self.dweight: Tensor | None = None
 
     def scratch(self, part: Tensor, memory: Tensor | None = None) -> Tensor:
         """An uninitialised (m, H, W, C) for the activation of a chunk: `memory`, or the same for each chunk."""
-        if memory is not None:
-            self.activation = memory
-            return memory
-        shape = (*part.shape[:3], self.weight.shape[1])
-        count = part.shape[:3].numel() * shape[3]
-        if self.memory is None or self.memory.numel() < count:
-            self.memory = torch.empty(count, dtype=self.weight.dtype, device=self.weight.device)
-        self.activation = self.memory[:count].view(shape)
-        return self.activation
+        (m, H, W), C = part.shape[:3], self.weight.shape[1]
+        if memory is None:
+            memory = self.buffers.take("activation", m * W, H * C).view(m, H, W, C)
+        self.activation = memory
+        return memory
 
     def forward(self, bias: Tensor | None) -> Tensor:
         """(m, H, W, K) of the chunk in the scratch."""
@@ -224,9 +203,8 @@ class _ShiftedProducts:
     """A 3x1 over frames as one product for each tap: frame f of the chunk's output reads frames f, f + 1, f + 2 of a
     scratch (H + 2, W, C) whose first and last frame are zero, so each tap is a contiguous view of it."""
 
-    def __init__(self, weight: Tensor) -> None:
-        self.taps = weight[..., 0].permute(2, 0, 1).contiguous()  # (3, K, C)
-        self.memory: dict[str, Tensor] = {}
+    def __init__(self, weight: Tensor, buffers: Buffers) -> None:
+        self.buffers, self.taps = buffers, weight[..., 0].permute(2, 0, 1).contiguous()  # (3, K, C)
         self.frames = (0, 0)
         self.dtaps = torch.zeros_like(self.taps)
 
@@ -267,19 +245,17 @@ class _ShiftedProducts:
 
     def _padded(self, name: str, width: int) -> Tensor:
         H, W = self.frames
-        padded = self._take(name, (H + 2) * W * width).view(H + 2, W, width)
+        padded = self._memory(name, H + 2, width)
         padded[0] = padded[-1] = 0
         return padded
 
     def _shifted(self, name: str, tap: int, width: int) -> Tensor:
         H, W = self.frames
-        return self.memory[name][tap * W * width : (tap + H) * W * width].view(H * W, width)
+        return self._memory(name, H + 2, width)[tap : tap + H].view(H * W, width)
 
     def _rows(self, name: str, width: int) -> Tensor:
-        rows = self.frames[0] * self.frames[1]
-        return self._take(name, rows * width).view(rows, width)
+        return self._memory(name, self.frames[0], width).view(-1, width)
 
-    def _take(self, name: str, count: int) -> Tensor:
-        if name not in self.memory or self.memory[name].numel() < count:
-            self.memory[name] = torch.empty(count, dtype=self.taps.dtype, device=self.taps.device)
-        return self.memory[name][:count]
+    def _memory(self, name: str, frames: int, width: int) -> Tensor:
+        W = self.frames[1]
+        return self.buffers.take(name, W, frames * width).view(frames, W, width)

@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from mmkernels.costs import device_kind
-from mmkernels.kernels.layer_norm import add_residual_into, layer_norm_backward_into, layer_norm_into
-from mmkernels.ops.temporal_attention import temporal_attention_backward_into, temporal_attention_into
+from mmkernels.kernels.layer_norm import add_residual_into, layer_norm_backward_into, layer_norm_of
+from mmkernels.kernels.temporal_attention import temporal_attention_backward_into, temporal_attention_into
 from mmkernels.rows import add_product, check_shapes, chunk_size, num_sharing, wide_dtype, wide_vector
-from mmkernels.scratch import scratch_rows
+from mmkernels.scratch import Buffers, scratch_rows
 
 Keep = Literal["input", "qkv"]
 
@@ -46,8 +46,8 @@ class _Chunk:
     """The tensors of one chunk of pixels, in buffers that every chunk of a call reuses; R = F * pixels rows."""
 
     def __init__(self, x: Tensor, dtype: torch.dtype, num_heads: int, chunk_pixels: int) -> None:
-        self.x, self.dtype, self.num_heads, self.chunk_pixels = x, dtype, num_heads, chunk_pixels
-        self._buffers: dict[str, Tensor] = {}
+        self.x, self.num_heads, self.chunk_pixels = x, num_heads, chunk_pixels
+        self.buffers = Buffers(x, dtype, x.shape[1] * min(chunk_pixels, x.shape[2]))
 
     def __iter__(self) -> Iterator[tuple[int, slice]]:
         """(clip, slice of pixels) of each chunk, in order."""
@@ -56,14 +56,9 @@ class _Chunk:
             for begin in range(0, P, self.chunk_pixels):
                 yield b, slice(begin, min(begin + self.chunk_pixels, P))
 
-    def buffer(self, name: str, pixels: slice, width: int, dtype: torch.dtype | None = None) -> Tensor:
-        """An uninitialised (R, width) buffer, by default in the products' dtype; the same memory for the same name."""
-        F = self.x.shape[1]
-        if name not in self._buffers:
-            rows = F * min(self.chunk_pixels, self.x.shape[2])
-            self._buffers[name] = torch.empty(rows * width, dtype=dtype or self.dtype, device=self.x.device)
-        rows = F * (pixels.stop - pixels.start)
-        return self._buffers[name][: rows * width].view(rows, width)
+    def buffer(self, name: str, pixels: slice, width: int) -> Tensor:
+        """An uninitialised (R, width) of the products' dtype."""
+        return self.buffers.take(name, self.x.shape[1] * (pixels.stop - pixels.start), width)
 
     def heads(self, packed: Tensor, parts: int) -> tuple[Tensor, ...]:
         """(R, parts * C) as `parts` views (1, F, pixels, N, D)."""
@@ -77,15 +72,6 @@ class _Chunk:
         begin = b * self.x.shape[2] + pixels.start
         return saved[3 * C * F * begin : 3 * C * F * (begin + pixels.stop - pixels.start)].view(-1, 3 * C)
 
-    def norm(
-        self, b: int, pixels: slice, weight: Tensor, bias: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """LayerNorm of the chunk (R, C) in the dtype of the products; with mean and rstd (R)."""
-        h = self.buffer("h", pixels, self.x.shape[3])
-        mean, rstd = (self.buffer(name, pixels, 1, weight.dtype).view(-1) for name in ("mean", "rstd"))
-        layer_norm_into(self.x[b, :, pixels], None, weight, bias, eps, h, mean, rstd)
-        return h, mean, rstd
-
 
 @torch.library.custom_op("mmkernels::temporal_attention_block", mutates_args=())
 def _forward(
@@ -98,7 +84,7 @@ def _forward(
     norm_weight, norm_bias, out_bias = (wide_vector(vector, x) for vector in (norm_weight, norm_bias, out_bias))
     chunk = _Chunk(x, qkv_weight.dtype, num_heads, chunk_pixels)
     for b, pixels in chunk:
-        h, _, _ = chunk.norm(b, pixels, norm_weight, norm_bias, eps)
+        h, _, _ = layer_norm_of(x[b, :, pixels], None, norm_weight, norm_bias, eps, chunk.buffers)
         target = chunk.saved(saved, b, pixels) if keep_qkv else chunk.buffer("qkv", pixels, 3 * C)
         qkv = torch.mm(h, qkv_weight.t(), out=target)
         o = chunk.buffer("o", pixels, C)
@@ -138,7 +124,7 @@ def _backward(
     vector_sums = torch.zeros((3, C), dtype=wide, device=x.device)
     chunk = _Chunk(x, qkv_weight.dtype, num_heads, chunk_pixels)
     for b, pixels in chunk:
-        h, mean, rstd = chunk.norm(b, pixels, norm_weight, norm_bias, eps)
+        h, mean, rstd = layer_norm_of(x[b, :, pixels], None, norm_weight, norm_bias, eps, chunk.buffers)
         if saved.numel():
             qkv = chunk.saved(saved, b, pixels)
         else:
@@ -149,7 +135,7 @@ def _backward(
         o, dqkv = chunk.buffer("o", pixels, C), chunk.buffer("dqkv", pixels, 3 * C)
         (do_heads,), (o_heads,) = chunk.heads(do, 1), chunk.heads(o, 1)
         q, k, v, dq, dk, dv = *chunk.heads(qkv, 3), *chunk.heads(dqkv, 3)
-        temporal_attention_backward_into(q, k, v, do_heads, dq, dk, dv, o=o_heads)
+        temporal_attention_backward_into(q, k, v, do_heads, (dq, dk, dv), o=o_heads)
         add_product(out_sum, dinner, o)
         add_product(qkv_sum, dqkv, h)
         dh = torch.mm(dqkv, qkv_weight, out=do)
@@ -233,7 +219,7 @@ def temporal_attention_block(
     if C % num_heads:
         raise ValueError(f"got {C} channels and {num_heads} heads, wanted channels divisible by heads")
     matrices = {"to_q": to_q, "to_k": to_k, "to_v": to_v, "out_weight": out_weight}
-    check_shapes(**{name: (weight, (C, C)) for name, weight in matrices.items()}, out_bias=(out_bias, (C,)))
+    check_shapes(x, **{name: (weight, (C, C)) for name, weight in matrices.items()}, out_bias=(out_bias, (C,)))
     if keep not in ("input", "qkv"):
         raise ValueError(f"got keep={keep!r}, wanted 'input' or 'qkv'")
     chunk = chunk_size("chunk_pixels", chunk_pixels, default_chunk_pixels(x))

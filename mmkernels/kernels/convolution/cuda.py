@@ -1,4 +1,4 @@
-"""CUDA C++ kernels of group_norm_silu_conv: the tensors, scratch and launches of csrc/cuda/group_norm_silu_conv.cu.
+"""CUDA C++ kernels: the tensors, scratch and launches of csrc/cuda/group_norm_silu_conv.cu.
 
 x (M, H, W, C) and x2 (M, H, W, C2) or None stand side by side on the channel axis; y (M, H, W, K). All are bfloat16 or
 float16 of one dtype with contiguous channels and addresses and strides of whole 16 bytes, so C, C2 and K are multiples
@@ -14,37 +14,31 @@ import torch
 from torch import Tensor
 
 from mmkernels.kernels import launch
+from mmkernels.kernels.call import Call
+from mmkernels.kernels.convolution import implicit
+from mmkernels.kernels.convolution.implicit import Kernels
+from mmkernels.kernels.convolution.inputs import Added, Inputs
 
 # The kernels' tiles (csrc/cuda/group_norm_silu_conv.h).
 TILE_ROWS, TILE_COLUMNS, STEP_CHANNELS, TILE_OUTPUTS = 8, 16, 32, 160
 SLAB_CHANNELS = 64
 
 
-def why_unsupported(x: Tensor, x2: Tensor | None, num_outputs: int) -> str | None:
-    """Why these kernels cannot take inputs x and x2 and K = num_outputs, or None where they can."""
-    if x.dtype not in (torch.bfloat16, torch.float16):
-        return f"the CUDA kernels take bfloat16 and float16, since they use the tensor cores; got {x.dtype}"
-    if (capability := launch.capability(x)) < (8, 0):
-        return f"the CUDA kernels need compute capability 8.0; this device has {'.'.join(map(str, capability))}"
-    for name, tensor in (("x", x), ("x2", x2)):
-        if tensor is not None and (why := _why_unaligned(tensor)):
-            return f"{name}: {why}"
-    if num_outputs % 8:
-        return f"the CUDA kernels copy 8 channels at a time; got K = {num_outputs}"
-    return None
+def why_unsupported(call: Call) -> str | None:
+    """Half precision, whole 16 bytes of channels, Ampere and later."""
+    if call.dtype not in (torch.bfloat16, torch.float16):
+        return f"the CUDA kernels take bfloat16 and float16, since they use the tensor cores; got {call.dtype}"
+    if call.capability < (8, 0):
+        return f"the CUDA kernels need compute capability 8.0; this device has {'.'.join(map(str, call.capability))}"
+    *_, C, C2, K, _, _, _ = call.shape
+    if C % 8 or C2 % 8 or K % 8:
+        return f"the CUDA kernels copy 8 channels at a time; got C = {C}, C2 = {C2}, K = {K}"
+    if not call.is_aligned:
+        return "the CUDA kernels need 16-byte alignment; x or x2 begins or steps by less"
+    return implicit.why_unsupported(call)
 
 
-def statistics(x: Tensor, x2: Tensor | None, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
-    """Mean and 1 / sqrt(variance + eps) over (H, W, C / G) of each frame and group, float32 (M, G); x is read once."""
-    M, C = x.shape[0], _channels(x, x2)
-    splits = slab_splits(x, x2)
-    partial = x.new_empty((M, splits, C, 2), dtype=torch.float32)
-    mean, rstd = (x.new_empty((M, num_groups), dtype=torch.float32) for _ in range(2))
-    _call("statistics", (x, x2, partial, mean, rstd), _shape(x, x2, num_groups), (x, x2), splits, eps, x=x)
-    return mean, rstd
-
-
-def forward(
+def convolve(
     x: Tensor, x2: Tensor | None, mean: Tensor, rstd: Tensor, gamma: Tensor, beta: Tensor, weight_tck: Tensor,
     bias: Tensor | None, shift: Tensor | None, residual: Tensor | None, out: Tensor,
 ) -> None:  # fmt: skip
@@ -162,3 +156,20 @@ def _call(operation: str, tensors: Sequence[Tensor | None], shape: list[int], st
     strides = [stride for tensor in strided for stride in frame_strides(tensor)]
     dtype = str(x.dtype).removeprefix("torch.")
     launch.call(f"group_norm_silu_conv_{operation}", tensors, shape, strides, *rest, dtype)
+
+
+# --- the backend
+
+_KERNELS = Kernels(convolve, data_gradient, weight_gradient, group_norm_silu_backward)
+
+
+def forward(inputs: Inputs, added: Added, y: Tensor, chunk_rows: int) -> None:
+    """Write y, all of it at once."""
+    implicit.forward(_KERNELS, inputs, added, y)
+
+
+def backward(
+    inputs: Inputs, dy: Tensor, dx: Tensor, dx2: Tensor | None, chunk_rows: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Write dx and dx2; returns dgamma, dbeta and dweight."""
+    return implicit.backward(_KERNELS, inputs, dy, dx, dx2)

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmkernels.kernels.call import Call
 from mmkernels.kernels.launch import Launch
 
 _COLUMNS = 256  # of a tile: a warp reads a row of it in 2-byte dtypes
@@ -139,6 +140,11 @@ def backward_kernel(
 # --- launches
 
 
+def why_unsupported(call: Call) -> str | None:
+    """It takes every width."""
+    return call.why_not_stored()
+
+
 def _tile(rows: int, H: int) -> tuple[int, dict[str, Any]]:
     """The number of programs and the compile-time arguments."""
     constants = {"H": H, "COLUMNS": _COLUMNS, "ROWS": _ROWS, "BLOCK": _BLOCK_ROWS, "num_warps": 4}
@@ -159,12 +165,12 @@ def backward_launch(u: Tensor, bias: Tensor, dg: Tensor, du: Tensor, g: Tensor) 
 
 
 def forward(u: Tensor, bias: Tensor, g: Tensor) -> None:
-    """Write g; layouts as in mmkernels.kernels.geglu."""
+    """Write g."""
     forward_launch(u, bias, g).run()
 
 
 def backward(u: Tensor, bias: Tensor, dg: Tensor, du: Tensor, g: Tensor) -> Tensor:
-    """Write du and g; returns the sums (blocks, 2H) of du over rows, to be added over blocks."""
+    """Write du and g; returns the gradient of bias."""
     launch, sums = backward_launch(u, bias, dg, du, g)
     launch.run()
-    return sums
+    return sums.sum(0)

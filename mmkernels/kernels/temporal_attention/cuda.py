@@ -15,28 +15,29 @@ from torch import Tensor
 
 from mmkernels import extension
 from mmkernels.kernels import launch
+from mmkernels.kernels.call import Call
+from mmkernels.kernels.temporal_attention import row
 
 DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
+HAS_OUTPUT_IN_BACKWARD = False
 _MAX_ROWS = 2**31 - 1  # CUDA's limit on grid x
 
 
-def why_unsupported(tensors: Sequence[Tensor]) -> str | None:
-    """Why these kernels do not take tensors (B, F, P, N, D) of one dtype, D contiguous, on their device; else None."""
-    if (reason := extension.why_no_cuda()) is not None:
+def why_unsupported(call: Call) -> str | None:
+    """What every kernel takes, in half precision, aligned, where this build has code for the GPU."""
+    B, F, P, N, D = call.shape
+    if (reason := row.why_not(F, D, call.dtype, call.is_dense)) is not None:
         return reason
-    native, first = extension.native(), tensors[0]
-    if first.dtype not in DTYPE_NAMES:
-        return f"dtype {first.dtype}, the CUDA C++ kernels take {' and '.join(map(str, DTYPE_NAMES))}"
-    if any(x.data_ptr() % 16 or any(stride % 8 for stride in x.stride()[:4]) for x in tensors):
+    if call.dtype not in DTYPE_NAMES:
+        return f"dtype {call.dtype}, the CUDA C++ kernels take {' and '.join(map(str, DTYPE_NAMES))}"
+    if not call.is_aligned:
         return "a tensor has rows that are not aligned to 16 bytes"
-    B, F, P, N, D = first.shape
     if B * P * N > _MAX_ROWS:
         return f"{B * P * N} rows of frames, one launch takes {_MAX_ROWS}"
-    major, minor = launch.capability(first)
-    capability = 10 * major + minor
+    native, capability = extension.native(), 10 * call.capability[0] + call.capability[1]
     if not has_code_for(capability, native.cuda_architectures):
         return f"built for {native.cuda_architectures}, this GPU is sm_{capability}; set MMKERNELS_CUDA_ARCHITECTURES"
-    needed, limit = native.temporal_attention_shared_bytes_cuda(F, D), launch.shared_bytes(first)
+    needed, limit = native.temporal_attention_shared_bytes_cuda(F, D), call.shared_bytes
     if needed > limit:
         return f"{F} frames of head dim {D} need {needed} bytes of shared memory, a block here has {limit}"
     return None
@@ -59,16 +60,14 @@ def has_code_for(capability: int, architectures: str) -> bool:
     return False
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, o: Tensor, scale: float) -> None:
-    """Write the attention of q, k, v into o; all (B, F, P, N, D) on one device, D contiguous."""
-    _call("forward", (q, k, v, o), scale)
+def forward(inputs: Sequence[Tensor], outputs: Sequence[Tensor], scale: float) -> None:
+    """Write o."""
+    _call("forward", (*inputs, *outputs), scale)
 
 
-def backward(
-    q: Tensor, k: Tensor, v: Tensor, do: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, scale: float
-) -> None:  # fmt: skip
-    """Write the gradients by q, k, v into dq, dk, dv; layouts as in `forward`."""
-    _call("backward", (q, k, v, do, dq, dk, dv), scale)
+def backward(inputs: Sequence[Tensor], outputs: Sequence[Tensor], scale: float) -> None:
+    """Write dq, dk, dv."""
+    _call("backward", (*inputs, *outputs), scale)
 
 
 def _call(direction: str, tensors: Sequence[Tensor], scale: float) -> None:

@@ -1,4 +1,4 @@
-"""Triton kernels of group_norm_silu_conv: implicit GEMMs that normalise and activate what they load.
+"""Triton kernels: implicit GEMMs that normalise and activate what they load.
 
     y = conv(a) + bias + shift + residual,  a = silu(scale * x + offset),  scale and offset by (m, c)
 
@@ -23,14 +23,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmkernels.kernels.group_norm.triton import backward, sigmoid
+from mmkernels.kernels.call import Call
+from mmkernels.kernels.convolution import implicit
+from mmkernels.kernels.convolution.implicit import Kernels
+from mmkernels.kernels.convolution.inputs import Added, Inputs
+from mmkernels.kernels.group_norm import triton as group_norm
+from mmkernels.kernels.group_norm.triton import sigmoid
 from mmkernels.kernels.launch import launch
 
 WEIGHT_PROGRAMS = 512  # of a weight gradient, where each still has this many tiles of pixels:
 LEAST_SPLIT_TILES = 16
 MOST_REGISTERS = 248  # said where ptxas would else spill to fit more programs on a processor
 
-group_norm_silu_backward = partial(backward, has_silu=True)
+group_norm_silu_backward = partial(group_norm.backward, has_silu=True)
+
+
+def why_unsupported(call: Call) -> str | None:
+    """What both take."""
+    return implicit.why_unsupported(call)
 
 
 # --- kernels
@@ -192,7 +202,7 @@ def weight_gradient_kernel(
 # --- launches
 
 
-def forward(
+def convolve(
     x: Tensor, x2: Tensor | None, mean: Tensor, rstd: Tensor, gamma: Tensor, beta: Tensor, weight_tck: Tensor,
     bias: Tensor | None, shift: Tensor | None, residual: Tensor | None, out: Tensor,
 ) -> None:  # fmt: skip
@@ -283,3 +293,20 @@ def tiles(KW: int, dtype: torch.dtype, *, is_activated: bool) -> dict[str, Any]:
 
 def _precision(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32 else "tf32"
+
+
+# --- the backend
+
+_KERNELS = Kernels(convolve, data_gradient, weight_gradient, group_norm_silu_backward)
+
+
+def forward(inputs: Inputs, added: Added, y: Tensor, chunk_rows: int) -> None:
+    """Write y, all of it at once."""
+    implicit.forward(_KERNELS, inputs, added, y)
+
+
+def backward(
+    inputs: Inputs, dy: Tensor, dx: Tensor, dx2: Tensor | None, chunk_rows: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Write dx and dx2; returns dgamma, dbeta and dweight."""
+    return implicit.backward(_KERNELS, inputs, dy, dx, dx2)

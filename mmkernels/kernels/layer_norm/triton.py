@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmkernels.kernels.call import Call
 from mmkernels.kernels.launch import Launch
 
 _TILE_ELEMENTS = 2048  # of one tile of tokens by channels: 16 a thread
@@ -121,6 +122,11 @@ def residual_kernel(
 # --- launches
 
 
+def why_unsupported(call: Call) -> str | None:
+    """It takes every layout with contiguous channels."""
+    return call.why_not_stored()
+
+
 def _tile(C: int, shift: Tensor | None) -> dict[str, Any]:
     c_tile = triton.next_power_of_2(C)
     num_warps = min(16, max(4, c_tile * 4 // _TILE_ELEMENTS))
@@ -166,17 +172,17 @@ def residual_launch(x: Tensor, shift: Tensor | None, inner: Tensor, inner_bias: 
 def forward(
     x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, eps: float, out: Tensor, mean: Tensor, rstd: Tensor
 ) -> None:  # fmt: skip
-    """Write the norm of x + shift, and its statistics; layouts as in mmkernels.kernels.layer_norm."""
+    """Write the norm of x + shift, and its statistics."""
     forward_launch(x, shift, weight, bias, eps, out, mean, rstd).run()
 
 
 def backward(
     dout: Tensor, x: Tensor, shift: Tensor | None, weight: Tensor, mean: Tensor, rstd: Tensor, dy: Tensor, dx: Tensor
 ) -> Tensor:  # fmt: skip
-    """Write dx; returns the sums (blocks, 3, C) for weight, bias and residual, to be added over blocks."""
+    """Write dx; returns the sums (3, C) for weight, bias and residual."""
     launch, sums = backward_launch(dout, x, shift, weight, mean, rstd, dy, dx)
     launch.run()
-    return sums
+    return sums.sum(0)
 
 
 def add_residual(x: Tensor, shift: Tensor | None, inner: Tensor, inner_bias: Tensor, y: Tensor) -> None:

@@ -1,0 +1,93 @@
+"""What fused blocks are built of, as calls of families of kernels on made-up tokens, for `mmkernels.report`.
+
+Shapes are as few as tell one kernel from another: two pixels of a frame, one frame of a clip.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmkernels.kernels import (
+    attention,
+    blend,
+    column_sums,
+    convolution,
+    epilogue,
+    geglu,
+    geglu_product,
+    group_norm,
+    group_norm_tokens,
+    layer_norm,
+    temporal_attention,
+)
+from mmkernels.kernels.call import Call
+from mmkernels.kernels.group_norm.norm import Norm
+
+PIXELS = 2
+Calls = dict[str, Call]
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """What torch's linear layers and convolutions compute in for an operand x: autocast's dtype where it is on."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def of_transformer(block: Any) -> Calls:
+    """Of a TransformerSpatioTemporalModel."""
+    x = _pictures(block.proj_in.weight, block.proj_in.weight.shape[1])[0]  # (1, P, C)
+    attending = block.transformer_blocks[0].attn1
+    C, heads = attending.to_q.weight.shape[0], attending.heads
+    hidden = block.transformer_blocks[0].ff.net[2].weight.shape[1]
+    tokens, dtype = x.new_empty((1, PIXELS, C)), product_dtype(x)
+    products = tokens.to(dtype)
+    return {
+        "norm": group_norm_tokens.call_of(x, dtype),
+        "layer norm": layer_norm.call_of(tokens, dtype),
+        "attention": attention.call_of(tokens, dtype, PIXELS, heads, C // heads),
+        "temporal attention": temporal_attention.call_of(tokens, dtype, (1, 1, PIXELS, heads, C // heads)),
+        "up-projection": geglu_product.call_of(tokens, dtype, C, hidden),
+        "GEGLU": geglu.call_of(products.new_empty((PIXELS, 2 * hidden))),
+        "sums of biases": column_sums.call_of(products),
+        "blend": blend.call_of(tokens, dtype),
+    }
+
+
+def of_residual_block(block: Any) -> Calls:
+    """Of a SpatioTemporalResBlock."""
+    spatial, temporal = block.spatial_res_block, block.temporal_res_block
+    x = _pictures(spatial.conv2.weight, spatial.conv2.weight.shape[0])
+    return {
+        "norm": group_norm.call_of(x, None),
+        **of_convolution("convolution over pixels", spatial.conv2.weight),
+        **of_convolution("convolution over frames", temporal.conv2.weight),
+        "additions": epilogue.call_of(None, None, x.to(product_dtype(x))),
+        "sums of biases": column_sums.call_of(x[0].to(product_dtype(x))),
+        "blend": blend.call_of(x[0], x.dtype),
+    }
+
+
+def of_output_head(head: nn.ModuleDict) -> Calls:
+    """Of a UNet's last norm and convolution."""
+    weight = head["conv_out"].get_parameter("weight")
+    x = _pictures(weight, weight.shape[1])
+    return {"norm": group_norm.call_of(x, None), **of_convolution("convolution over pixels", weight)}
+
+
+def of_convolution(name: str, weight: Tensor) -> Calls:
+    """Of one with this weight (K, C, 3, 3) or (K, C, 3, 1, 1), forward and backward."""
+    x = _pictures(weight, weight.shape[1])
+    like = torch.empty(weight.shape[:4], dtype=product_dtype(x), device="meta")
+    inputs = convolution.Inputs(x, None, Norm(*(x.new_empty(0) for _ in range(4))), like)
+    return {
+        name: convolution.call_of("forward", inputs, like.dtype),
+        f"backward of {name}": convolution.call_of("backward", inputs, like.dtype),
+    }
+
+
+def _pictures(weight: Tensor, channels: int) -> Tensor:
+    """(1, 1, P, channels) where a weight lies."""
+    return weight.new_empty((1, 1, PIXELS, channels))
