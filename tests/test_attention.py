@@ -19,7 +19,7 @@ from mmkernels.cards import card
 from mmkernels.costs import modelled_device
 from mmkernels.kernels.attention import call_of, choose, cudnn, efficient, flash, why_unsupported
 from mmkernels.kernels.call import Call
-from mmkernels.kernels.dispatch import dispatch, reasons
+from mmkernels.kernels.dispatch import dispatch, named, reasons
 from mmkernels.kernels.registry import FAMILIES
 from mmkernels.memory.clock import Clock
 from mmkernels.memory.trace import trace
@@ -124,6 +124,18 @@ def test_nobody_is_said_with_every_reason() -> None:
     assert why_unsupported(call) == "no kernel for device meta"
     with pytest.raises(ValueError, match="nothing computes attention: no kernel for device meta"):
         choose(x, torch.float32, 64, 5, 64)
+
+
+def test_what_a_report_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    on_a_gpu = dataclasses.replace(HOPPER, is_modelled=False)
+    ada = dataclasses.replace(on_a_gpu, capability=(8, 9))
+    assert (named(on_a_gpu), named(ada)) == ("cudnn", "flash or cudnn"), "what is timed is not known before"
+    assert named(dataclasses.replace(ada, is_modelled=True)) == "flash"
+    assert named(dataclasses.replace(ada, dtype=torch.float32)) == "efficient"
+    assert named(dataclasses.replace(ada, device="mps")) == "plain torch (no kernel for device mps)"
+    monkeypatch.setenv("MMKERNELS_VARIANT", "attention=cudnn")
+    assert named(ada) == "cudnn"
 
 
 def test_where_no_reading_knows_both_are_timed_once_forward_and_backward_together(tmp_path: Path) -> None:

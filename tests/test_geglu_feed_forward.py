@@ -281,6 +281,7 @@ def test_nan_and_infinity_are_not_hidden() -> None:
         ({"down_weight": torch.zeros(48, 96).half()}, "down_weight torch.float16, wanted one dtype"),
         ({"x": torch.zeros(2, 24, 48).half()}, "up_weight is torch.float32, wider than x's torch.float16"),
         ({"shift": torch.zeros(2, 1, 48).double()}, "shift is torch.float64, wider"),
+        ({"up_bias": torch.zeros(192, device="meta")}, "up_bias is on meta, wanted x's cpu"),
         ({"chunk_tokens": 0}, "chunk_tokens=0"),
         ({"keep": "all"}, "keep='all'"),
     ],
