@@ -16,7 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mmkernels
 from bench import placements, train_step
-from bench.compiled import COMPILED, KINDS, Compiled, CompileError, Compiler, compiling, use_compiled
+from bench.compiled import COMPILED, KINDS, Compiled, CompileError, compiling, use_compiled
+from bench.largest_clip import why_no_room
 from bench.training_step import TrainingStep, why_refused
 from bench.verification.device import StandIn
 from bench.verification.step import step_config
@@ -120,12 +121,13 @@ def _without_a_compiler(graph: Any, inputs: Any) -> Any:
         return compile_fx(graph, inputs)
 
 
-@pytest.mark.parametrize("compiler", [_without_a_compiler])
-def test_what_does_not_compile_is_named_in_one_line(compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
-    training = TrainingStep(step_config(StandIn()), torch.device("cpu"))
-    monkeypatch.setattr(placements, "use_compiled", lambda unet, way: use_compiled(unet, way, compiler))
+def test_what_does_not_compile_is_named_in_one_line_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = StandIn()
+    training = TrainingStep(step_config(gpu), gpu.device)
+    monkeypatch.setattr(placements, "use_compiled", lambda unet, way: use_compiled(unet, way, _without_a_compiler))
     reason = why_refused(training, "compiled-checkpoint", {}, {})
     assert reason is not None and reason.startswith("does not compile here: ") and "\n" not in reason
+    assert why_no_room(training, "compiled-checkpoint") == reason
     with training.running("torch"):
         training.step()
 
