@@ -83,6 +83,7 @@ modelled: $(VENV)/.installed
 	cp runs/plan/memory.png docs/plan_memory.png
 	cp runs/plan/front.png docs/plan_front.png
 	$(BIN)/python bench/train_step.py --json bench/results/train_step-modelled.json --picture docs/train_step.png
+	$(BIN)/python bench/predicted_step.py --json bench/results/h200-predicted.json
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check

@@ -20,7 +20,7 @@ import torch
 import tyro
 from rich.console import Console
 
-from bench import harness, modelled_attention, report, sub_block
+from bench import harness, modelled_attention, reached, report, sub_block
 from bench.environment import chosen_device, tune_allocator
 from bench.harness import Results
 from bench.shapes import TemporalShape
@@ -86,7 +86,7 @@ def main(settings: Settings) -> int:
     core, block = Core(shape, dtype, device), SubBlock(shape, dtype, device)
     for section, mode in ((section, mode) for section in ("core", "sub-block") for mode in MODES):
         if section == "core":
-            subject, providers, baseline = core, core.providers(mode), "torch"
+            subject, providers, baseline = core, core.providers(mode, settings.compile_limit_s), "torch"
         else:
             providers = block.providers(
                 mode,
@@ -101,9 +101,13 @@ def main(settings: Settings) -> int:
         )  # fmt: skip
         found[section, mode] = results
         title = f"temporal attention {section}, {mode}"
-        report.print_results(title, results, console)
-        rows += report.rows_of(results, bench=f"{BENCH}/{section}", mode=mode, shape=shape.as_row(), setting=setting)
-    for name, reason in block.skipped.items():
+        bench = f"{BENCH}/{section}"
+        shares = reached.shares(results, bench, mode, shape.as_row(), setting.dtype, device)
+        report.print_results(title, results, console, shares)
+        rows += report.rows_of(
+            results, bench=bench, mode=mode, shape=shape.as_row(), setting=setting, shares=shares
+        )  # fmt: skip
+    for name, reason in (core.skipped | block.skipped).items():
         console.print(f"left out: {name}: {reason}", markup=False)
     at_real_shape = modelled_attention.costs()
     modelled_attention.print_costs(at_real_shape, console)

@@ -19,7 +19,7 @@ import tyro
 
 from bench import modelled_step, report
 from bench.modelled_step import StepCost, model_step
-from bench.placements import WAYS, Way
+from bench.placements import MODELLED, Way
 from mmkernels.cards import card
 from mmkernels.planning.choices import GIB, OptimizerKind, Plan
 from mmkernels.planning.search import make_plan
@@ -98,7 +98,7 @@ def compare(budget: Budget) -> Comparison:
     workload, target = svd_workload(budget.kind, has_guide=True), card(budget.card)
     plan = make_plan(workload, target, budget.plan_gib, kind=budget.kind)
     own = model_step(plan, workload, target, plan.optimizer)
-    ways: list[Way] = [way for way in WAYS if way not in (*TOO_LARGE, "fused")]
+    ways: list[Way] = [way for way in MODELLED if way not in (*TOO_LARGE, "fused")]
     others = {way: model_step(way, workload, target, plan.optimizer) for way in ways}
     return Comparison(budget=budget, plan=plan, own=own, others=others)
 

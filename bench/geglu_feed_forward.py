@@ -22,7 +22,7 @@ from rich.console import Console
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from bench import harness, report, sub_block
+from bench import harness, reached, report, sub_block
 from bench.environment import chosen_device, tune_allocator
 from bench.harness import Outputs, Provider, Results
 from bench.shapes import TemporalShape
@@ -175,8 +175,11 @@ def main(settings: Settings) -> int:
             block.providers(mode, settings), block.plain(mode), block.exact(mode), baseline="checkpoint",
             device=device, num_rounds=settings.rounds, num_warm_ups=settings.warm_ups,
         )  # fmt: skip
-        report.print_results(f"GEGLU feed-forward, {mode}", found[mode], console)
-        rows += report.rows_of(found[mode], bench=BENCH, mode=mode, shape=shape.as_row(), setting=setting)
+        shares = reached.shares(found[mode], BENCH, mode, shape.as_row(), setting.dtype, device)
+        report.print_results(f"GEGLU feed-forward, {mode}", found[mode], console, shares)
+        rows += report.rows_of(
+            found[mode], bench=BENCH, mode=mode, shape=shape.as_row(), setting=setting, shares=shares
+        )  # fmt: skip
     for name, reason in block.skipped.items():
         console.print(f"left out: {name}: {reason}", markup=False)
     is_held = shape == Settings().shape() and (device.type, settings.dtype) == ("cpu", "float32")

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 
+from bench.compiled import CompileError
 from bench.fused_plan import StepWay
 from bench.training_step import TrainingStep
 from mmkernels.planning.search import BudgetTooSmallError
@@ -34,14 +35,15 @@ def largest_clip(training: TrainingStep, way: StepWay, most: int) -> int:
 def why_no_room(training: TrainingStep, way: StepWay) -> str | None:
     """Run two steps this way; in words where the memory of the device or the host ends, None where it does not.
 
-    A clip that no plan fits has no room for fused-plan. All is freed again.
+    A clip that no plan fits has no room for fused-plan, and what does not compile at this size none for its way. All is
+    freed again.
     """
     reason = None
     try:
         with training.running(way):
             for _ in range(2):
                 training.step()
-    except (torch.OutOfMemoryError, MemoryError, BudgetTooSmallError) as error:
+    except (torch.OutOfMemoryError, MemoryError, BudgetTooSmallError, CompileError) as error:
         reason = str(error).strip().splitlines()[0]
     training.model.zero_grad(set_to_none=True)
     if training.device.type == "cuda":

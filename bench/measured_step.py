@@ -17,12 +17,13 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import harness, report
+from bench.compiled import COMPILED
 from bench.fused_plan import INCLUDES, Plans, StepWay
 from bench.harness import Provider, Results, Spread
 from bench.largest_clip import largest_clip, why_no_room
 from bench.placements import Way
 from bench.resident_peak import resident_peak_bytes
-from bench.training_step import TrainingStep, why_wrong_step
+from bench.training_step import TrainingStep, why_refused
 from mimicmotion import config as presets
 from mmkernels import tuning
 from mmkernels.planning.choices import Plan
@@ -78,11 +79,12 @@ def measure(
     if not accepted:
         raise ValueError(f"no way of {ways} gives the gradients of float64 here: {refused | no_room}")
     training = TrainingStep(config, device, part, plans)
-    if device.type == "cuda":
-        no_room |= {way: why for way in accepted if (why := why_no_room(training, way)) is not None}
-    else:
+    if device.type == "cpu":
         with training.running(accepted[0]):
             training.step()  # the first step of a process is slower than any other
+    # A compiled way compiles here for this size, on a CPU as well.
+    tried: list[StepWay] = [way for way in accepted if device.type == "cuda" or way in COMPILED]
+    no_room |= {way: why for way in tried if (why := why_no_room(training, way)) is not None}
     fitting: list[StepWay] = [way for way in accepted if way not in no_room]
     providers = [
         Provider(
@@ -101,7 +103,8 @@ def measure(
         most = MOST_TIMES * config.data.num_frames
         others = {
             "reserved_bytes": {way: reserved_bytes(training, way) for way in fitting},
-            "largest_frames": {way: largest_clip(training, way, most) for way in accepted},
+            # A compiled way would compile anew for each number of frames.
+            "largest_frames": {way: largest_clip(training, way, most) for way in accepted if way not in COMPILED},
         }
     else:
         threads = torch.get_num_threads()
@@ -114,12 +117,15 @@ def measure(
 def refused_ways(
     ways: Sequence[StepWay], config: presets.Config, device: torch.device, part: str, plans: Plans | None = None
 ) -> dict[str, str]:
-    """Why each way that fails the gate does, on a clip of few pixels; fused-plan follows the plan of the whole size."""
+    """Why each way that fails the gate does, or does not compile, on a clip of few pixels.
+
+    fused-plan follows the plan of the whole size.
+    """
     data = config.data
     small = dataclasses.replace(data, height=min(data.height, GATE_PIXELS), width=min(data.width, GATE_PIXELS))
     gate = TrainingStep(dataclasses.replace(config, data=small), device, part, plans)
     plain, exact = gate.gradients("torch"), gate.exact()
-    reasons = {way: why_wrong_step(gate.gradients(way), plain, exact) for way in ways}
+    reasons = {way: why_refused(gate, way, plain, exact) for way in ways}
     return {way: reason for way, reason in reasons.items() if reason is not None}
 
 
@@ -156,7 +162,7 @@ def print_measured(found: Measured, words: str, console: Console) -> None:
     if found.plan is not None:
         console.print(f"fused-plan follows: {found.plan}", markup=False, soft_wrap=True)
     for way, reason in found.no_room.items():
-        console.print(f"no room: {way}: {reason}", markup=False)
+        console.print(f"cannot run at this size: {way}: {reason}", markup=False)
     for metric, values in found.others.items():
         unit, size = UNITS[metric]
         cells = ", ".join(f"{way} {value / size:,.0f}" for way, value in values.items())
@@ -181,15 +187,16 @@ def print_bars(results: Results, console: Console, *, resident_bytes: int) -> No
     The share of the peak is given of all of it and of what is above the weights, optimizer states and batch.
     """
     measured = results.measured
-    for way, least_speed, most_peak in BARS:
+    for way, least_speed, most_peak in (*BARS, *((way, None, None) for way in COMPILED)):
         if "fused" in measured and way in measured:
             speed = measured["fused"].speed_over(measured[way]).median
             peak = measured["fused"].peak_share_of(measured[way])
             above = (measured["fused"].peak_bytes - resident_bytes) / (measured[way].peak_bytes - resident_bytes)
-            bar = f"at least {least_speed:.2f}x" + ("" if most_peak is None else f" at most {most_peak} of the peak")
+            bar = "" if least_speed is None else f"   bar: at least {least_speed:.2f}x"
+            bar += "" if most_peak is None else f" at most {most_peak} of the peak"
             console.print(
                 f"fused against {way}: {speed:.2f}x at {peak:.3f} of the peak, {above:.3f} of what is above the weights"
-                f"   bar: {bar}"
+                f"{bar}"
             )
     if {"fine-grained", "fine-grained-one-token"} <= measured.keys():
         share = measured["fine-grained-one-token"].speed_over(measured["fine-grained"]).median

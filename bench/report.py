@@ -67,8 +67,11 @@ class Setting:
         return cls(dtype=name, threads=torch.get_num_threads(), device=environment.device_name(device))
 
 
-def rows_of(results: Results, *, bench: str, mode: str, shape: Mapping[str, object], setting: Setting) -> list[Row]:
-    """Two rows for each provider: time_ms and peak_bytes, measured."""
+def rows_of(
+    results: Results, *, bench: str, mode: str, shape: Mapping[str, object], setting: Setting,
+    shares: Mapping[str, float] | None = None,
+) -> list[Row]:  # fmt: skip
+    """Two rows for each provider: time_ms and peak_bytes, measured; and share_of_card of those in `shares`."""
     rows, baseline = [], results.measured[results.baseline]
     for name, found in results.measured.items():
         peak = Spread(median=found.peak_bytes, low=found.peak_bytes, high=found.peak_bytes)
@@ -94,6 +97,13 @@ def rows_of(results: Results, *, bench: str, mode: str, shape: Mapping[str, obje
                     **asdict(setting),
                 )
             )
+        if (value := (shares or {}).get(name)) is not None:
+            rows.append(
+                Row(
+                    bench=bench, provider=name, mode=mode, metric="share_of_card", kind="measured", shape=shape,
+                    median=value, low=value, high=value, includes=found.provider.includes, **asdict(setting),
+                )
+            )  # fmt: skip
     return rows
 
 
@@ -103,12 +113,17 @@ def write_json(rows: Sequence[Row], path: Path) -> None:
     path.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
 
 
-def print_results(title: str, results: Results, console: Console) -> None:
-    """Print one table: time and its spread, speed against the baseline, peak bytes, what the time covers."""
+def print_results(title: str, results: Results, console: Console, shares: Mapping[str, float] | None = None) -> None:
+    """Print one table: time and its spread, speed against the baseline, peak bytes, what the time covers.
+
+    shares: by provider, of what the card could do (bench.reached); a column where there are any.
+    """
     table = Table(title=title, title_justify="left", title_style="bold")
     table.add_column("provider", no_wrap=True)
     for heading in ("time, ms", "0.2 to 0.8", "speed", "peak, MiB", "of peak"):
         table.add_column(heading, justify="right", no_wrap=True)
+    if shares:
+        table.add_column("of the card", justify="right", no_wrap=True)
     table.add_column("includes")
     baseline = results.measured[results.baseline]
     for name, found in results.measured.items():
@@ -119,6 +134,7 @@ def print_results(title: str, results: Results, console: Console) -> None:
             f"{found.speed_over(baseline).median:.2f}x",
             f"{found.peak_bytes / MIB:.1f}",
             f"{found.peak_share_of(baseline):.2f}",
+            *([f"{shares[name]:.0%}"] if shares else []),
             found.provider.includes,
         )
     console.print(table)

@@ -11,7 +11,8 @@ from rich.console import Console
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from bench import harness, report
+from bench import harness, reached, report
+from bench.attention_libraries import libraries
 from bench.environment import chosen_device
 from bench.harness import Outputs, Provider, Results
 from bench.shapes import TemporalShape
@@ -91,7 +92,10 @@ class SubBlock:
         self.dy = torch.randn(size).to(self.device, dtype)
         self.compiled = torch.compile(self.module)
         first_call = functools.partial(self._run, self.compiled, "both")
-        self.compile_s, self.why_not_compiled = harness.compile_time_s(first_call, settings.compile_limit_s)
+        self.compile_s, why_not_compiled = harness.compile_time_s(first_call, settings.compile_limit_s)
+        self.skipped = {} if why_not_compiled is None else {"compile": why_not_compiled}
+        self.libraries, left_out = libraries(self.module, self.device, dtype)
+        self.skipped |= left_out
 
     def measure(self, mode: str) -> Results:
         """Gate, count and time every way; the baseline is checkpoint."""
@@ -103,9 +107,10 @@ class SubBlock:
             chunked = functools.partial(self._checkpointed_in_pieces, self.pieces)
             words = f"a checkpoint per {self.pieces.size} {self.pieces.unit}, split and cat"
             found["checkpoint-chunked"] = (chunked, words)
-        if self.why_not_compiled is None:
+        if "compile" not in self.skipped:
             words = f"torch.compile of torch; compiled in {self.compile_s:.0f} s"
             found["compile"] = (self.compiled, words)
+        found |= self.libraries
         found |= self.ways(self.module)
         providers = [
             Provider(name=name, includes=words, step=lambda way=way: self._run(way, mode))
@@ -153,13 +158,15 @@ def run(
     setting = report.Setting.of(sub_block.device, sub_block.x.dtype)
     conditions = f"{sub_block.shape}, {setting.dtype}, {setting.threads} thread(s)"
     console.print(f"{name}, measured: {conditions}, {setting.device}; commit {setting.commit}")
-    if sub_block.why_not_compiled is not None:
-        console.print(f"left out: compile: {sub_block.why_not_compiled}")
+    for way, reason in sub_block.skipped.items():
+        console.print(f"left out: {way}: {reason}", markup=False)
     found = {mode: sub_block.measure(mode) for mode in MODES}
     rows: list[report.Row] = []
     for mode, results in found.items():
-        report.print_results(f"{name}, {mode}", results, console)
-        rows += report.rows_of(results, bench=name, mode=mode, shape=sub_block.shape.as_row(), setting=setting)
+        shape = sub_block.shape.as_row()
+        shares = reached.shares(results, name, mode, shape, setting.dtype, sub_block.device)
+        report.print_results(f"{name}, {mode}", results, console, shares)
+        rows += report.rows_of(results, bench=name, mode=mode, shape=shape, setting=setting, shares=shares)
     print_bars(found["both"], bars, console)
     if settings.json:
         report.write_json(rows, settings.json)

@@ -5,7 +5,6 @@ its permutes to (B*P, F, C) and back included. diffusers permutes once for the w
 three more sub-blocks; so the `-no-permute` ways start and end in (B*P, F, C) and pay for none of it.
 """
 
-import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -15,6 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from bench import harness
+from bench.attention_libraries import libraries
 from bench.harness import Outputs, Provider
 from bench.shapes import TemporalShape
 from mmkernels.ops.temporal_attention_block import Keep, default_chunk_pixels, temporal_attention_block
@@ -38,18 +38,6 @@ class DiffusersSubBlock(nn.Module):
         tokens = x.permute(0, 2, 1, 3).reshape(B * P, F, C)
         tokens = self.attn1(self.norm1(tokens), encoder_hidden_states=None) + tokens
         return tokens.reshape(B, P, F, C).permute(0, 2, 1, 3).reshape(B * F, P, C).view(B, F, P, C)
-
-
-class FlashAttentionProcessor:
-    """diffusers' Attention through flash_attn_func, which reads (B*P, F, N, D) as the projections write it."""
-
-    def __call__(self, attn: Any, hidden_states: torch.Tensor, **_: object) -> torch.Tensor:
-        """Attention of hidden_states (B*P, F, C) over F, as diffusers calls a processor."""
-        flash_attention = importlib.import_module("flash_attn").flash_attn_func
-        rows, frames, _channels = hidden_states.shape
-        projections = (attn.to_q, attn.to_k, attn.to_v)
-        q, k, v = (projection(hidden_states).view(rows, frames, attn.heads, -1) for projection in projections)
-        return attn.to_out[0](flash_attention(q, k, v).reshape(rows, frames, -1))
 
 
 class SubBlock:
@@ -100,12 +88,9 @@ class SubBlock:
         if self.compiled is not None:
             function, compile_s = self.compiled
             found.append(provider("compile", function, f"torch.compile of torch; compiled in {compile_s:.0f} s"))
-        for name in ("xformers", "flash-attn"):
-            reason = self._why_no_library(name)
-            if reason is None:
-                found.append(provider(name, self._with_library(name), f"torch with {name}'s attention"))
-            else:
-                self.skipped[name] = reason
+        others, left_out = libraries(self.module, self.device, self.dtype)
+        found += [provider(name, function, includes) for name, (function, includes) in others.items()]
+        self.skipped |= left_out
         for chunk in chunk_pixels or (default_chunk_pixels(self.x),):
             saving = self._fused(keep="input", chunk_pixels=chunk)
             name = f"fused-{chunk}" if chunk_pixels else "fused"
@@ -157,26 +142,6 @@ class SubBlock:
             self.skipped["compile"] = reason
             return None
         return function, took_s
-
-    def _why_no_library(self, name: str) -> str | None:
-        if importlib.util.find_spec(name.replace("-", "_")) is None:
-            return f"{name} is not installed"
-        if self.device.type != "cuda":
-            return f"{name} has no kernels for {self.device.type}"
-        if name == "flash-attn" and self.dtype == torch.float32:
-            return "flash-attn takes float16 and bfloat16 only, this run is float32"
-        return None
-
-    def _with_library(self, name: str) -> Function:
-        module = DiffusersSubBlock(self.shape.channels, self.shape.heads).to(self.device, self.dtype)
-        if name == "xformers":
-            module.attn1.set_use_memory_efficient_attention_xformers(True)
-        else:
-            module.attn1.set_processor(FlashAttentionProcessor())  # pyright: ignore[reportArgumentType]
-        # The very same parameters, so that their gradients are asked for by the same names.
-        for owner, own in zip(module.modules(), self.module.modules(), strict=True):
-            owner._parameters.update(own._parameters)
-        return module
 
     def _run(self, function: Function, mode: str) -> Outputs:
         return self._gradients(function(self.x), self.x, dict(self.module.named_parameters()), self.dy, mode)

@@ -3,6 +3,7 @@
     python bench/train_step.py [--frames 72] [--size 1024x576] [--card "RTX 4090"] [--ways torch checkpoint fused]
     python bench/train_step.py --measure [--preset demo] [--out runs/demo]
     python bench/train_step.py --measure --part unet --ways torch checkpoint fine-grained fine-grained-one-token fused
+    python bench/train_step.py --measure --ways checkpoint fused compiled-checkpoint compiled-fine-grained budget-0.3
 
 Modelled, on any machine: the released 1.5B UNet's forward, backward and update on a card, everything on the device
 included (bench/modelled_step.py); about ten seconds a way. Writes modelled_step.json and .png.
@@ -15,6 +16,9 @@ process for each way as well. On a GPU the preset is the full size (the gate alo
 fused-plan follows a plan made for the step, the GPU's measured rates and its memory; ways that have no room are named,
 the most frames that each has room for are found, a plan for each number of frames, and the kernel variants that were
 chosen are shown with their timings.
+The strongest that torch has without kernels of ours are compiled-* and budget-* (bench/compiled.py): regions under
+torch.compile, everything channels last, on a GPU part of every run. They compile before the clock starts, for the gate
+and for the size, minutes in all; what does not compile is named in one line, and the most frames are not looked for.
 Nothing is timed before its loss and every gradient pass the gate against float64, on a clip of as many frames and at
 most 64x64 pixels (float64 at full size would take longer than the measurement). Writes step_cost.json and .png.
 """
@@ -34,6 +38,7 @@ import tyro
 from rich.console import Console
 
 from bench import measured_step, modelled_step, report
+from bench.compiled import COMPILED
 from bench.environment import chosen_device, tune_allocator
 from bench.fused_plan import Plans, StepWay
 from mimicmotion import config as presets
@@ -48,7 +53,7 @@ MEASURED_WAYS: tuple[StepWay, ...] = ("torch", "checkpoint", "fused")
 MEASURED_ON_A_GPU: tuple[StepWay, ...] = (
     "torch", "diffusers-checkpoint", "checkpoint", "checkpoint-nested-blocks", "checkpoint-nested-feed-forwards",
     "fine-grained", "fine-grained-one-token", "checkpoint+save-on-cpu", "fused",
-    "fused-plan",
+    "fused-plan", *COMPILED,
 )  # fmt: skip
 LEAST_GIB_OF_ADAMW = 40  # memory of a card from which float32 weights and moments are the usual choice
 
@@ -120,6 +125,10 @@ def model(settings: Settings, console: Console) -> int:
             kind, frames=frames, height=height, width=width, has_guide=True, guide_recomputes=guide_recomputes
         )
 
+    if unseen := [way for way in settings.ways if way in COMPILED]:
+        raise SystemExit(
+            f"{BENCH}: {', '.join(unseen)} can only be measured: a trace sees no compiled kernel; add --measure"
+        )
     words = f"{frames} frames of {width}x{height}, {target.name}, {kind}"
     console.print(f"{BENCH}, modelled: {words}")
     found, plan = modelled_step.model_ways(settings.ways or modelled_step.WAYS, make, target, kind)

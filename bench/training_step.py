@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from bench import harness
+from bench.compiled import CompileError, compiling
 from bench.fused_plan import Plans, StepWay
 from bench.harness import Outputs
 from bench.placements import use
@@ -54,7 +55,7 @@ class TrainingStep:
         """The model runs this way inside.
 
         Where a plan moves, forward and backward run once before: the offload learns the order in which to prefetch.
-        Raises as Plans.of, and MemoryError where the host has no room for what moves.
+        Raises as Plans.of, MemoryError where the host has no room for what moves, and CompileError.
         """
         plan = None
         if way != "fused-plan":
@@ -69,7 +70,8 @@ class TrainingStep:
             if plan is not None and plan.moves:
                 self._loss(self.model, self.batch).backward()
                 self.model.zero_grad(set_to_none=True)
-            yield
+            with compiling():
+                yield
         finally:
             undo()
 
@@ -121,6 +123,14 @@ class TrainingStep:
             return sum(tensor.nbytes for tensor in [*self.model.unet.parameters(), *inputs])
         states = self.optimization.resident()
         return sum(tensor.nbytes for tensor in [*self.model.parameters(), *states, *self.batch.values()])
+
+
+def why_refused(training: TrainingStep, way: StepWay, plain: Outputs, exact: Outputs) -> str | None:
+    """Why a way fails the gate or does not compile, or None."""
+    try:
+        return why_wrong_step(training.gradients(way), plain, exact)
+    except CompileError as error:
+        return str(error)
 
 
 def why_wrong_step(actual: Outputs, plain: Outputs, exact: Outputs) -> str | None:

@@ -107,6 +107,7 @@ def environment_of(part: str, kept: Path) -> dict[str, str]:
     own = {
         "MMKERNELS_CACHE": str(choices),
         "TRITON_CACHE_DIR": os.environ.get("TRITON_CACHE_DIR", str(kept / "triton")),
+        "TORCHINDUCTOR_CACHE_DIR": os.environ.get("TORCHINDUCTOR_CACHE_DIR", str(kept / "inductor")),
     }
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH", ""))))
     quiet = {"KINETO_LOG_LEVEL": "99", "PYTHONWARNINGS": os.environ.get("PYTHONWARNINGS", "ignore")}

@@ -1,8 +1,9 @@
-"""Part `step`: the trainer's whole step in four ways, and where its time goes on the GPU.
+"""Part `step`: the trainer's whole step in four ways, and where its time goes on the GPU; then in compiled ways.
 
 The released model with PoseNet, 72 frames of 1024x576, batch 1, without a moving average. Each way's gradients are
 first held to float64 on a clip of few pixels; a way that fails, or has no room, is named and the others go on. The plan
-of fused-plan and the modelled figures are made meanwhile in another process: they need no GPU.
+of fused-plan and the modelled figures are made meanwhile in another process: they need no GPU. The strongest of plain
+torch come last, one after the other, since each compiles for minutes: what the part's time cuts off is then theirs.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from bench.fused_plan import INCLUDES, Plans, StepWay
 from bench.measured_step import GATE_PIXELS
 from bench.modelled_step import model_step
 from bench.placements import Way
-from bench.training_step import TrainingStep, why_wrong_step
+from bench.training_step import TrainingStep, why_refused
 from bench.verification.device import Gpu
 from bench.verification.record import Record
 from mimicmotion import config as presets
@@ -29,6 +30,7 @@ from mmkernels.planning.device import SAMPLES
 from mmkernels.planning.svd import svd_workload
 
 WAYS: tuple[StepWay, ...] = ("fused", "checkpoint", "fine-grained-one-token", "fused-plan")  # most telling first
+PEERS: tuple[StepWay, ...] = ("compiled-fine-grained-one-token", "compiled-checkpoint", "budget-0.3")
 STEPS = 3  # timed, after one that compiles and warms up
 LEAST_GIB_OF_ADAMW = 40  # memory of a card from which float32 weights and moments are the usual choice
 SMALL = {"num_frames": 8, "height": 64, "width": 64}  # of a dry pass
@@ -98,23 +100,30 @@ def run(gpu: Gpu, record: Record, seconds: float) -> None:
             way: pool.submit(model, way, config, card) for way in ways if way != "fused-plan"
         }
         training = TrainingStep(config, gpu.device, plans=MadePlan(plan))
-        refused = refused_ways(training, ways[:-1])
-        for way in ways:
-            if way in refused:
-                record.fail(way, refused[way])
-                continue
-            try:
-                measure_way(gpu, record, training, way)
-            except Exception as error:  # whatever a way ends with is its result; the others go on
-                record.fail(way, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
-            training.model.zero_grad(set_to_none=True)
-            gpu.release()
+        measure_ways(gpu, record, training, ways)
         shape = shape_of(config)
         for way, cost in costs.items():
             record.figures("step", way, cost.result(), kind="modelled", shape=shape, includes=INCLUDES[way])
         if (modelled := plan.result().modelled) is not None:
             figures = {"step_s": modelled.step_s, "peak_gib": modelled.peak_gib}
             record.figures("step", "fused-plan", figures, kind="modelled", shape=shape, includes=INCLUDES["fused-plan"])
+    for way in PEERS if gpu.is_full_size else ():
+        measure_ways(gpu, record, training, (way,))
+
+
+def measure_ways(gpu: Gpu, record: Record, training: TrainingStep, ways: Sequence[StepWay]) -> None:
+    """Gate all but fused-plan, then measure each; what one ends with does not stop the others."""
+    refused = refused_ways(training, [way for way in ways if way != "fused-plan"])
+    for way in ways:
+        if way in refused:
+            record.fail(way, refused[way])
+            continue
+        try:
+            measure_way(gpu, record, training, way)
+        except Exception as error:  # whatever a way ends with is its result; the others go on
+            record.fail(way, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
+        training.model.zero_grad(set_to_none=True)
+        gpu.release()
 
 
 def write_rates(card: Card, record: Record) -> None:
@@ -136,13 +145,13 @@ def shape_of(config: presets.Config) -> dict[str, object]:
 
 
 def refused_ways(training: TrainingStep, ways: Sequence[StepWay]) -> dict[StepWay, str]:
-    """Why each way that fails the gate does, on a clip of as many frames and few pixels, of the same model."""
+    """Why each way that fails the gate does, or does not compile, on a clip of few pixels, of the same model."""
     whole = training.config
     small = dataclasses.replace(whole.data, height=GATE_PIXELS, width=GATE_PIXELS)
     training.config = dataclasses.replace(whole, data=small)
     training.take_clip(whole.data.num_frames)
     plain, exact = training.gradients("torch"), training.exact()
-    reasons: dict[StepWay, str | None] = {way: why_wrong_step(training.gradients(way), plain, exact) for way in ways}
+    reasons: dict[StepWay, str | None] = {way: why_refused(training, way, plain, exact) for way in ways}
     training.config = whole
     training.take_clip(whole.data.num_frames)
     return {way: reason for way, reason in reasons.items() if reason is not None}
