@@ -1,9 +1,9 @@
 """Part `step`: the trainer's whole step in four ways, and where its time goes on the GPU; then in compiled ways.
 
-The released model with PoseNet, 72 frames of 1024x576, batch 1, without a moving average. Each way's gradients are
-first held to float64 on a clip of few pixels; a way that fails, or has no room, is named and the others go on. The plan
-of fused-plan and the modelled figures are made meanwhile in another process: they need no GPU. The strongest of plain
-torch come last, one after the other, since each compiles for minutes: what the part's time cuts off is then theirs.
+The released model with PoseNet, 72 frames of 1024x576, batch 1, without a moving average. Before it is timed each way's
+gradients are held to float64 on a clip of few pixels; one that fails, or has no room, is named and the others go on.
+The plan of fused-plan and the modelled figures are made meanwhile in another process: they need no GPU. The strongest
+of plain torch come last, since each compiles for minutes: what the part's time cuts off is then theirs.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import multiprocessing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from typing import get_args
 
@@ -100,26 +101,25 @@ def run(gpu: Gpu, record: Record, seconds: float) -> None:
             way: pool.submit(model, way, config, card) for way in ways if way != "fused-plan"
         }
         training = TrainingStep(config, gpu.device, plans=MadePlan(plan))
-        measure_ways(gpu, record, training, ways)
+        gate = Gate(training)
+        measure_ways(gpu, record, training, gate, ways)
         shape = shape_of(config)
         for way, cost in costs.items():
             record.figures("step", way, cost.result(), kind="modelled", shape=shape, includes=INCLUDES[way])
         if (modelled := plan.result().modelled) is not None:
             figures = {"step_s": modelled.step_s, "peak_gib": modelled.peak_gib}
             record.figures("step", "fused-plan", figures, kind="modelled", shape=shape, includes=INCLUDES["fused-plan"])
-    for way in PEERS if gpu.is_full_size else ():
-        measure_ways(gpu, record, training, (way,))
+    measure_ways(gpu, record, training, gate, PEERS if gpu.is_full_size else ())
 
 
-def measure_ways(gpu: Gpu, record: Record, training: TrainingStep, ways: Sequence[StepWay]) -> None:
-    """Gate all but fused-plan, then measure each; what one ends with does not stop the others."""
-    refused = refused_ways(training, [way for way in ways if way != "fused-plan"])
+def measure_ways(gpu: Gpu, record: Record, training: TrainingStep, gate: Gate, ways: Sequence[StepWay]) -> None:
+    """Gate and measure one after the other; what one ends with does not stop the others."""
     for way in ways:
-        if way in refused:
-            record.fail(way, refused[way])
-            continue
         try:
-            measure_way(gpu, record, training, way)
+            if (reason := gate.why_refused(way)) is None:
+                measure_way(gpu, record, training, way)
+            else:
+                record.fail(way, reason)
         except Exception as error:  # whatever a way ends with is its result; the others go on
             record.fail(way, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
         training.model.zero_grad(set_to_none=True)
@@ -144,17 +144,40 @@ def shape_of(config: presets.Config) -> dict[str, object]:
     return {**size, "batch": 1, "optimizer": config.optimizer.kind}
 
 
-def refused_ways(training: TrainingStep, ways: Sequence[StepWay]) -> dict[StepWay, str]:
-    """Why each way that fails the gate does, or does not compile, on a clip of few pixels, of the same model."""
-    whole = training.config
-    small = dataclasses.replace(whole.data, height=GATE_PIXELS, width=GATE_PIXELS)
-    training.config = dataclasses.replace(whole, data=small)
-    training.take_clip(whole.data.num_frames)
-    plain, exact = training.gradients("torch"), training.exact()
-    reasons: dict[StepWay, str | None] = {way: why_refused(training, way, plain, exact) for way in ways}
-    training.config = whole
-    training.take_clip(whole.data.num_frames)
-    return {way: reason for way, reason in reasons.items() if reason is not None}
+class Gate:
+    """Gradients of plain torch and in float64 on a clip of as many frames and few pixels, of the same model."""
+
+    def __init__(self, training: TrainingStep) -> None:
+        self._training = training
+        whole, batch, draws = training.config, training.batch, training.draws
+        training.config = dataclasses.replace(
+            whole, data=dataclasses.replace(whole.data, height=GATE_PIXELS, width=GATE_PIXELS)
+        )
+        training.take_clip(whole.data.num_frames)
+        self._small = training.config, training.batch, training.draws
+        training.config, training.batch, training.draws = whole, batch, draws
+        with self._few_pixels():
+            self._plain, self._exact = training.gradients("torch"), training.exact()
+
+    def why_refused(self, way: StepWay) -> str | None:
+        """Why a way's gradients are wrong, or it does not compile; None of one that passes, and of fused-plan.
+
+        What a plan does not keep is computed again, or moved: its gradients are the fused way's.
+        """
+        if way == "fused-plan":
+            return None
+        with self._few_pixels():
+            return why_refused(self._training, way, self._plain, self._exact)
+
+    @contextmanager
+    def _few_pixels(self) -> Iterator[None]:
+        training = self._training
+        whole = training.config, training.batch, training.draws
+        training.config, training.batch, training.draws = self._small
+        try:
+            yield
+        finally:
+            training.config, training.batch, training.draws = whole
 
 
 def measure_way(gpu: Gpu, record: Record, training: TrainingStep, way: StepWay) -> None:
