@@ -1,13 +1,15 @@
 """What every test needs: the same random numbers each time, and for the tests of ops the device that they run on.
 
 `pytest -m op --device cuda` runs every op's tests on the GPU. An op's test module says `pytestmark = pytest.mark.op`;
-tensors and modules it makes are then made on the device, and `device` names it where a test must know.
+tensors and modules it makes are then made on the device, and `device` names it where a test must know. There float32
+means float32 and the same input gives the same bits, as on a CPU: what a GPU's libraries do otherwise by default is off.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -43,13 +45,37 @@ def on_device(request: pytest.FixtureRequest, device: torch.device) -> Iterator[
         yield
         return
     if device.type != "cpu":
-        with device:
+        with device, exact_libraries():
             yield
     elif only is not None:
         yield
     else:
         with StandInDevice():
             yield
+
+
+# What a GPU's libraries do otherwise by default: round a convolution's float32 to 10 bits, which is an error of 1e-3, take
+# a way whose bits differ from run to run, and add up parts of a bfloat16 or float16 product in its own dtype, which they
+# do for one shape and not for another.
+EXACT = (
+    (torch.backends.cudnn, "allow_tf32", False),
+    (torch.backends.cudnn, "deterministic", True),
+    (torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", False),
+    (torch.backends.cuda.matmul, "allow_fp16_reduced_precision_reduction", False),
+)
+
+
+@contextmanager
+def exact_libraries() -> Iterator[None]:
+    """Inside, what plain torch and ours are held to each other by does not hang on which kernel a library picks."""
+    before = [getattr(place, name) for place, name, _ in EXACT]
+    try:
+        for place, name, value in EXACT:
+            setattr(place, name, value)
+        yield
+    finally:
+        for (place, name, _), value in zip(EXACT, before, strict=True):
+            setattr(place, name, value)
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import inspect
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -281,3 +282,43 @@ def test_variants_are_forced_once_each() -> None:
 
 def test_a_device_s_name_as_that_of_a_file() -> None:
     assert stem_of(H100) == "nvidia-h100-80gb-hbm3"
+
+
+# Three tests of an op: one fails, one is fine, the last takes no interrupt and does not end.
+OF_AN_OP = """
+import signal, time
+import pytest
+pytestmark = pytest.mark.op
+def test_first():
+    assert 1 == 2, "made up"
+def test_second():
+    pass
+def test_third():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("is_full_size", [True, False])  # of several processes, and of one
+def test_a_failing_test_is_written_though_pytest_had_to_be_killed(
+    is_full_size: bool, record: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "conftest.py").write_text("def pytest_addoption(parser): parser.addoption('--device')\n")
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests/test_blend.py").write_text(OF_AN_OP)
+    monkeypatch.setattr(tests, "ROOT", tmp_path)
+    monkeypatch.setattr(tests, "END_S", 1.0)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    begin_s = time.monotonic()
+    gpu: Any = SimpleNamespace(is_full_size=is_full_size, device=torch.device("cpu"), choices=lambda: [])
+    tests.run(gpu, replace(record, part="tests"), 10 + 1 + tests.MARGIN_S)
+    assert time.monotonic() - begin_s < 13
+    rows = record.rows()
+    found = {row["provider"]: row["includes"] for row in failures_of(rows, ["tests"])}
+    assert found == {
+        "tests/test_blend.py::test_first with chosen variants": "AssertionError: made up assert 1 == 2",
+        "tests, chosen variants": "not done in the time of the part: 2 had ended",
+        "tests, every variant timed": "there was no time for it",
+    }
+    counts = {row["metric"]: row["median"] for row in rows if row["bench"] == "tests"}
+    assert (counts["passed_tests"], counts["failed_tests"]) == (1, 1)
