@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mmkernels.costs import device_kind
+from mmkernels.costs import device_kind, is_noting
 from mmkernels.kernels.launch import capability
 
 
@@ -54,7 +54,7 @@ def describe(
     """
     kind, given = device_kind(x), [tensor for tensor in tensors if tensor is not None]
     return Call(
-        op=op, device=kind, is_modelled=x.device.type != kind,
+        op=op, device=kind, is_modelled=is_noting() or x.device.type != kind,
         capability=capability(x) if kind == "cuda" else (0, 0), dtype=dtype, shape=shape,
         is_deterministic=torch.are_deterministic_algorithms_enabled(),
         others=tuple(dict.fromkeys(tensor.dtype for tensor in given if tensor.dtype != dtype)),
