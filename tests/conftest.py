@@ -55,7 +55,7 @@ def on_device(request: pytest.FixtureRequest, device: torch.device) -> Iterator[
 
 
 # What a GPU's libraries do otherwise by default, for one shape and not for another: round a convolution's float32 to 10
-# bits, an error of 1e-3; take a way whose bits differ from run to run; add up parts of a product in bfloat16 or float16.
+# bits, an error of 1e-3; take a way whose bits differ from run to run; add up parts of a product in its narrow dtype.
 EXACT = (
     (torch.backends.cudnn, "allow_tf32", False),
     (torch.backends.cudnn, "deterministic", True),
