@@ -2,7 +2,7 @@
 
 `pytest -m op --device cuda` runs every op's tests on the GPU. An op's test module says `pytestmark = pytest.mark.op`;
 tensors and modules it makes are then made on the device, and `device` names it where a test must know. There float32
-means float32 and the same input gives the same bits, as on a CPU: what a GPU's libraries do otherwise by default is off.
+means float32 and the same input gives the same bits, as on a CPU: see `exact_libraries`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from mmkernels import tuning
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--device", default="cpu", choices=("cpu", "cuda"), help="where the tests marked `op` run; default: cpu"
+    )
+    parser.addoption(
+        "--draws", default=0, type=int, help="other random numbers for each N: a test that holds for 0 alone is chance"
     )
 
 
@@ -54,9 +57,8 @@ def on_device(request: pytest.FixtureRequest, device: torch.device) -> Iterator[
             yield
 
 
-# What a GPU's libraries do otherwise by default: round a convolution's float32 to 10 bits, which is an error of 1e-3, take
-# a way whose bits differ from run to run, and add up parts of a bfloat16 or float16 product in its own dtype, which they
-# do for one shape and not for another.
+# What a GPU's libraries do otherwise by default, for one shape and not for another: round a convolution's float32 to 10
+# bits, an error of 1e-3; take a way whose bits differ from run to run; add up parts of a product in its narrow dtype.
 EXACT = (
     (torch.backends.cudnn, "allow_tf32", False),
     (torch.backends.cudnn, "deterministic", True),
@@ -93,7 +95,11 @@ def own_environment() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def seed() -> None:
+def seed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same random numbers each time; with --draws others, as a GPU draws others than a CPU from the same seed."""
+    own, shift = torch.manual_seed, 1000 * int(str(request.config.getoption("--draws")))
+    if shift:
+        monkeypatch.setattr(torch, "manual_seed", lambda seed: own(seed + shift))
     torch.manual_seed(0)
 
 

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmkernels import tuning
 from mmkernels.cards import card
-from mmkernels.costs import modelled_device
+from mmkernels.costs import modelled_device, noting
 from mmkernels.kernels.attention import call_of, choose, cudnn, efficient, flash, why_unsupported
 from mmkernels.kernels.call import Call
 from mmkernels.kernels.dispatch import dispatch, named, reasons
@@ -192,3 +192,11 @@ def kinds_of_a_step(name: str) -> set[str]:
 
         trace(step, [x, vector, q, k, v, out], clock=clock)
     return seen & {"flash", "flash backward", "attention", "attention backward"}
+
+
+def test_a_traced_body_of_a_gpus_tensors_is_modelled_too() -> None:
+    """They lie on the device that is asked for and have no memory: timing kernels on them would say nothing."""
+    x = torch.empty(2, 64, 320)
+    assert not call_of(x, torch.bfloat16, 64, 5, 64).is_modelled
+    with noting(lambda *_: None):
+        assert call_of(x, torch.bfloat16, 64, 5, 64).is_modelled

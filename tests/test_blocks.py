@@ -24,10 +24,15 @@ from mmkernels.replacement import dead_parameters
 pytestmark = pytest.mark.op
 
 
+# Of the inputs: of few draws the errors of a blend factor's gradient are chance, and in bfloat16 those of a fused
+# resnet, smaller in the mean than plain torch's, passed twice its in 16% of threes and 8% of fours; of eights in none.
+NUM_DRAWS = 8
+
+
 def check(kind, original: nn.Module, inputs: dict[str, Tensor], marks: Tensor) -> None:
-    """Three draws of the inputs: the error of the few scalars is chance in one."""
+    """Over several draws of the inputs."""
     dead = dead_parameters(original) if inputs.get("encoder_hidden_states", marks).shape[1] == 1 else set()
-    draws = [inputs, *({name: torch.randn_like(x) for name, x in inputs.items()} for _ in range(2))]
+    draws = [inputs, *redrawn(inputs)]
     block = kind(original)
     fp64 = [run_in_float64(original, x, lambda m, **x: m(**x, image_only_indicator=marks)) for x in draws]
     plain, fused = (
@@ -36,6 +41,11 @@ def check(kind, original: nn.Module, inputs: dict[str, Tensor], marks: Tensor) -
     assert not dead & set(fused[0]), "a dead parameter has a gradient"
     pooled = ([pool_scalars(without(draw, dead)) for draw in found] for found in (fused, plain, fp64))
     assert_within_budget(*(pool_draws(found) for found in pooled))
+
+
+def redrawn(inputs: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """The other draws."""
+    return [{name: torch.randn_like(x) for name, x in inputs.items()} for _ in range(NUM_DRAWS - 1)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -104,11 +114,11 @@ def test_transformer_of_two_layers_with_an_image_among_the_frames() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("out_channels", [C, 96])
 def test_resnet(out_channels: int, dtype: torch.dtype) -> None:
-    check_resnet(resnet(out_channels).to(dtype), [resnet_inputs() for _ in range(4)])
+    check_resnet(resnet(out_channels).to(dtype), [resnet_inputs() for _ in range(NUM_DRAWS)])
 
 
 def test_resnet_without_a_time_embedding() -> None:
-    check_resnet(resnet(temb_channels=None), [{"hidden_states": torch.randn(B * F, C, H, W)} for _ in range(4)])
+    check_resnet(resnet(temb_channels=None), redrawn({"hidden_states": torch.randn(B * F, C, H, W)}))
 
 
 def check_resnet(original: nn.Module, several_inputs: list[dict[str, Tensor]]) -> None:
@@ -141,8 +151,7 @@ def test_resnet_in_channels_last_keeps_its_strides_and_five_tensors() -> None:
 def test_resnet_with_a_skip_beside_it_is_that_of_their_concatenation(out_channels: int) -> None:
     torch.manual_seed(0)
     original = placed(SpatioTemporalResBlock(C + 32, out_channels, temb_channels=32, eps=1e-6))
-    # Four draws: the error of the one blend factor is chance in one.
-    draws = [resnet_inputs() | {"skip": torch.randn(B * F, 32, H, W)} for _ in range(4)]
+    draws = [resnet_inputs() | {"skip": torch.randn(B * F, 32, H, W)} for _ in range(NUM_DRAWS)]
     fused = FusedResBlock(original)
 
     def joined(module: nn.Module, hidden_states: Tensor, skip: Tensor, temb: Tensor) -> Tensor:
@@ -219,12 +228,13 @@ def test_autocast(make, device: torch.device) -> None:
             output = module(**x, image_only_indicator=indicator())
         return getattr(output, "sample", output)
 
-    dead = dead_parameters(original)
-    fp64 = run_in_float64(original, inputs, lambda m, **x: m(**x, image_only_indicator=indicator()))
-    plain = run(original, inputs, partial(under_autocast, original))
-    fused = run(original, inputs, partial(under_autocast, kind(original)))
-    assert fused["output"].dtype == plain["output"].dtype
-    assert_within_budget(*(pool_scalars(without(x, dead)) for x in (fused, plain, fp64)))
+    dead, draws, block = dead_parameters(original), [inputs, *redrawn(inputs)], kind(original)
+    fp64 = [run_in_float64(original, x, lambda m, **x: m(**x, image_only_indicator=indicator())) for x in draws]
+    plain = [run(original, x, partial(under_autocast, original)) for x in draws]
+    fused = [run(original, x, partial(under_autocast, block)) for x in draws]
+    assert fused[0]["output"].dtype == plain[0]["output"].dtype
+    pooled = ([pool_scalars(without(draw, dead)) for draw in found] for found in (fused, plain, fp64))
+    assert_within_budget(*(pool_draws(found) for found in pooled))
 
 
 def test_missing_inputs_are_named() -> None:

@@ -6,7 +6,8 @@ on them alone: an offset of 32 bits would read elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import fcntl
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -175,8 +176,18 @@ def test_a_long_shape(op: Op) -> None:
     compare_last_rows(op, op.make(op.huge_rows // 200))
 
 
+@pytest.fixture
+def whole_gpu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Of several test processes one after the other: two that see the same free memory would run out of it."""
+    with (tmp_path_factory.getbasetemp().parent / "whole_gpu").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+        torch.cuda.empty_cache()
+
+
 @on_a_gpu
 @every_op
+@pytest.mark.usefixtures("whole_gpu")
 def test_tensors_past_2_to_the_31(op: Op) -> None:
     num_tensors = 2 * (2 * len(op.long) + 2)  # inputs, gradients, output and its gradient; as much again for scratch
     needed_bytes = num_tensors * HUGE_ELEMENTS * 2

@@ -11,6 +11,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from conftest import EXACT, exact_libraries
 from diffusers.models.resnet import AlphaBlender
 from placed import placed
 from stand_in_device import StandInDevice
@@ -104,3 +105,14 @@ def test_autocast_in_tests_of_ops_names_the_device_of_the_test() -> None:
     ]
     assert len(modules) >= 15
     assert [path.name for path in modules if re.search(r"autocast\(\s*[\"']", path.read_text())] == []
+
+
+def test_on_a_gpu_libraries_are_exact_and_afterwards_as_they_were() -> None:
+    def switches() -> list[bool]:
+        return [getattr(place, name) for place, name, _ in EXACT]
+
+    before = switches()
+    with pytest.raises(RuntimeError, match="made up"), exact_libraries():
+        assert switches() == [False, True, False, False] != before
+        raise RuntimeError("made up")
+    assert switches() == before

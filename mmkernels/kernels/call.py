@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkernels.costs import device_kind
+from mmkernels.costs import device_kind, is_noting
 from mmkernels.kernels.launch import capability, shared_bytes
 
 # What the kernels of this package read and write by pointer.
@@ -80,7 +80,7 @@ def describe(
             is_aligned = is_aligned and _is_aligned(tensor, steps)
     others.setdefault("is_aligned", is_aligned)
     return Call(
-        op=op, device=kind, is_modelled=x.device.type != kind,
+        op=op, device=kind, is_modelled=is_noting() or x.device.type != kind,
         capability=capability(x) if is_gpu else (0, 0), shared_bytes=shared_bytes(x) if is_gpu else 0,
         dtype=dtype, shape=shape, is_deterministic=torch.are_deterministic_algorithms_enabled(),
         others=tuple([other for other in found if other != dtype]), is_dense=is_dense,
