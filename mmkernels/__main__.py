@@ -93,9 +93,7 @@ def _family_lines() -> list[str]:
     """The backends of every family of kernels in their order, and why those that cannot be here are not."""
     from mmkernels.kernels.registry import FAMILIES
 
-    lines = [
-        "backends of each family of kernels, in their order where no clock decides; mmkernels.report says more"
-    ]
+    lines = ["backends of each family of kernels, in their order where no clock decides; mmkernels.report says more"]
     for op, backends in FAMILIES.items():
         parts = []
         for name, backend in backends.items():
