@@ -121,26 +121,13 @@ def test_resnet_without_a_time_embedding() -> None:
     check_resnet(resnet(temb_channels=None), redrawn({"hidden_states": torch.randn(B * F, C, H, W)}))
 
 
-<<<<<<< HEAD
-def check_resnet(original: nn.Module, several_inputs: list[dict[str, Tensor]]) -> None:
-    """Several inputs, so that the blend factor's gradients make a vector: the error of one number is chance."""
-    marks, blends = indicator(is_image=True), []
-    for inputs in several_inputs:
-        fp64 = run_in_float64(original, inputs, lambda m, **x: m(**x, image_only_indicator=marks))
-        plain = run(original, inputs, partial(original, image_only_indicator=marks))
-        fused = run(original, inputs, partial(FusedResBlock(original), image_only_indicator=marks))
-        blends.append([found.pop("time_mixer.mix_factor") for found in (fused, plain, fp64)])
-        assert_within_budget(fused, plain, fp64)
-    assert_within_budget(*({"blends": torch.cat(found)} for found in zip(*blends, strict=True)))
-=======
 def check_resnet(original: nn.Module, draws: list[dict[str, Tensor]]) -> None:
-    marks, block = indicator(is_image=True), FusedResBlock.from_module(original)
+    marks, block = indicator(is_image=True), FusedResBlock(original)
     fp64 = [run_in_float64(original, x, lambda m, **x: m(**x, image_only_indicator=marks)) for x in draws]
     plain = [run(original, x, partial(original, image_only_indicator=marks)) for x in draws]
     fused = [run(original, x, partial(block, image_only_indicator=marks)) for x in draws]
     pooled = ([pool_scalars(draw) for draw in found] for found in (fused, plain, fp64))
     assert_within_budget(*(pool_draws(found) for found in pooled))
->>>>>>> cudatests
 
 
 def test_resnet_in_channels_last_keeps_its_strides_and_five_tensors() -> None:
