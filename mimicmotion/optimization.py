@@ -91,6 +91,7 @@ class Optimization:
         elif is_finite:
             self.weight_update.update_all()
         if is_finite:
+            self.weight_update.tell_schedule()
             self.schedule.step()
             if self.average is not None:
                 self.average.step(self.live)

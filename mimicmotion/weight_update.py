@@ -118,6 +118,13 @@ class WeightUpdate:
             if weight.grad is not None:
                 self.update(name)
 
+    def tell_schedule(self) -> None:
+        """Let torch's schedule know of a step: it counts the optimizer's, which one kernel a weight goes round."""
+        if self.is_8bit:
+            everything, self._group["params"] = self._group["params"], []
+            self.optimizer.step()
+            self._group["params"] = everything
+
     @torch.no_grad()
     def update(self, name: str) -> None:
         """Move one weight by its gradient."""

@@ -270,10 +270,10 @@ def test_reports_plain_torch_on_a_gpu_with_its_reason(
 
 
 @on_a_modelled_gpu
-def test_reports_kernels_that_are_not_installed_and_what_autocast_computes_in() -> None:
+def test_reports_kernels_that_are_not_installed_and_what_autocast_computes_in(device: torch.device) -> None:
     unet = small_unet((1, 2))
     mmkernels.replace(unet)
-    with modelled_device("cuda", (9, 0)), torch.autocast("cpu", torch.bfloat16):
+    with modelled_device("cuda", (9, 0)), torch.autocast(device.type, torch.bfloat16):
         (backends,) = {tuple(row.backends.items()) for row in mmkernels.report(unet).rows if row.kind == TRANSFORMER}
         assert dict(backends)["attention"] == "cudnn"
         installed.why_no_triton.cache_clear()

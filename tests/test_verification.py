@@ -161,8 +161,8 @@ def test_rows_of_no_part_stay(record: Record) -> None:
     record.path.write_text(first.read_text())
     record.begin("begun")
     record.figures("step", "fused", {"step_s": 2.5})
-    rows = json.loads(first.read_text())
-    assert record.rows()[: len(rows)] == rows
+    by_hand = [row for row in json.loads(first.read_text()) if "part" not in row]
+    assert [row for row in record.rows() if "part" not in row] == by_hand != []
     assert "## Rows that were there before, of no part\n\n### " in page_text(record)
     assert failures_of(record.rows(), ["step"]) == []
 

@@ -6,6 +6,7 @@ import torch
 from mimicmotion import weight_update
 from mimicmotion.config import OptimizerConfig
 from mimicmotion.moving_average import MovingAverage
+from mimicmotion.optimization import Optimization
 from mimicmotion.weight_update import WeightUpdate
 from mmkernels.costs import modelled_device
 from mmkernels.kernels.launch import carried_out_by
@@ -223,3 +224,15 @@ def test_one_kernel_for_each_weight_is_torchaos_update(is_on_host):
             assert (tensor.int() - wanted[name].int()).abs().max() <= 1, name
         else:
             torch.testing.assert_close(tensor, wanted[name], rtol=1e-5, atol=1e-9)
+
+
+def test_the_schedule_knows_of_steps_that_went_round_the_optimizer(recwarn):
+    pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
+    model = torch.nn.Linear(8, 4)
+    settings = OptimizerConfig(kind="adamw8bit", ema="off", warmup_steps=0)
+    optimization = Optimization(model, settings, num_steps=4, dead=set(), scales_loss=False)
+    model.weight.grad, model.bias.grad = torch.ones(4, 8).bfloat16(), torch.ones(4).bfloat16()
+    with modelled_device("cuda"), carried_out_by(launch=lambda *launch: None):
+        optimization.step(is_finite=True)
+    assert [str(each.message) for each in recwarn if "lr_scheduler" in str(each.message)] == []
+    assert optimization.weight_update.optimizer.param_groups[0]["params"] == [model.weight, model.bias]
