@@ -137,7 +137,7 @@ def test_rows_and_page_are_written_with_each_result(record: Record) -> None:
     assert all(set(row) == KEYS for row in rows) and {row["commit"] for row in rows} == {"abc"}
     text = page_text(record)
     assert (
-        "| step | a whole training step in four ways: time, memory, and where the time goes | done | 50 | 100 | abc |"
+        "| step | a whole training step in several ways: time, memory, and where the time goes | done | 50 | 100 | abc |"
         in text
     )
     assert "| bits | " in text and "| not reached | 0 | 0 | abc |" in text

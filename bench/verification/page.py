@@ -10,7 +10,7 @@ Rows = list[dict[str, Any]]
 
 STATE, FAILURE = "verify_gpu", "verify_gpu/failure"  # benches of the rows that say what became of a part
 PARTS: Mapping[str, str] = {
-    "step": "a whole training step in four ways: time, memory, and where the time goes",
+    "step": "a whole training step in several ways: time, memory, and where the time goes",
     "memory": "plans run under a cap: the peak of each step beside the modelled one",
     "ops": "one real shape of each op and variant, against float64 and against the clock",
     "variants": "every kernel variant on each shape of the real step, timed anew",

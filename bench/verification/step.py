@@ -1,4 +1,4 @@
-"""Part `step`: the trainer's whole step in four ways, and where its time goes on the GPU; then in compiled ways.
+"""Part `step`: the trainer's whole step in several ways, and where its time goes on the GPU; then in compiled ways.
 
 The released model with PoseNet, 72 frames of 1024x576, batch 1, without a moving average. Before it is timed each way's
 gradients are held to float64 on a clip of few pixels; one that fails, or has no room, is named and the others go on.
