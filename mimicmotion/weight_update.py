@@ -11,7 +11,7 @@ codes with a float32 scale for each 256 of them (Dettmers et al. 2021, arXiv 211
 elements keep float32 moments. The update is computed in float32 and rounded stochastically to bfloat16: up with a
 probability of the share of the spacing that is cut off, so that its mean is exact and no small update is lost. On a GPU
 `mmkernels.kernels.adamw8bit` takes each weight in one kernel. torchao's operations, which run elsewhere, are about 200
-for each 2 million weights and 250,000 a step of the released model: planned steps took 4.5 s longer with them on an
+for each 2 million weights and 250,000 a step of the released model: with them planned steps took 4.5 s longer on an
 H200 than modelled.
 """
 
