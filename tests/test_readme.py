@@ -47,6 +47,8 @@ HOW = {
     "python bench/budgets.py": "--help",
     "python bench/train_step.py": "--ways checkpoint fused --frames 2 --size 64x64 --out {tmp}",
     "python bench/train_step.py --measure": SHORT_STEP,
+    "python bench/train_step.py --measure --ways checkpoint fused compiled-fine-grained-one-token": "--help",
+    "python bench/predicted_step.py": "as typed",
     "python mimicmotion/train.py --preset mimicmotion-72 --dry-run": "as typed",
     "python mimicmotion/prepare.py --preset mimicmotion-72 --videos my_videos": "--help",
 }
