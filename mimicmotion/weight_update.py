@@ -31,7 +31,6 @@ from mmkernels.planning.choices import PIECE_ELEMENTS, TEMPORARY_BYTES, Optimize
 from mmkernels.planning.workload import temporary_bytes
 
 SMALL_BYTES = 16 << 20  # of a GPU: norms, steps, and what its allocator rounds up
-_BLOCK_ELEMENTS = 256  # that share a scale
 _LEAST_ELEMENTS = 4096  # below it moments stay float32, as in bitsandbytes
 
 
@@ -58,7 +57,7 @@ class WeightUpdate:
         parameters = list(self.weights.values())
         if self.is_8bit:
             kind = _torchao().AdamW8bit
-            self.optimizer = kind(parameters, bf16_stochastic_round=True, block_size=_BLOCK_ELEMENTS, **settings)
+            self.optimizer = kind(parameters, bf16_stochastic_round=True, block_size=adamw8bit.BLOCK, **settings)
             # the schedule multiplies this one: in Python, so that it is the same after a resume
             self._group["initial_lr"] = config.learning_rate
         else:
@@ -73,13 +72,13 @@ class WeightUpdate:
 
     def _fresh_state(self, weight: Tensor) -> dict[str, Tensor]:
         """Moments of zeros, 8-bit where the kind has them so."""
-        is_8bit = self.is_8bit and weight.numel() >= _LEAST_ELEMENTS and weight.numel() % _BLOCK_ELEMENTS == 0
+        is_8bit = self.is_8bit and weight.numel() >= _LEAST_ELEMENTS and weight.numel() % adamw8bit.BLOCK == 0
         step = torch.zeros((), device="cpu" if self.is_8bit else weight.device)
         state = {"step": step}
         for key, is_signed in (("exp_avg", True), ("exp_avg_sq", False)):
             if is_8bit:
                 zeros = _state_class().zeros
-                state[key] = zeros(weight.shape, is_signed, _BLOCK_ELEMENTS, weight.device, dtype=weight.dtype)
+                state[key] = zeros(weight.shape, is_signed, adamw8bit.BLOCK, weight.device, dtype=weight.dtype)
             elif self.is_8bit:
                 state[key] = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
             else:  # laid out as the weight is, which torch's fused update goes by
@@ -121,9 +120,7 @@ class WeightUpdate:
     def tell_schedule(self) -> None:
         """Let torch's schedule know of a step: it counts the optimizer's, which one kernel a weight goes round."""
         if self.is_8bit:
-            everything, self._group["params"] = self._group["params"], []
-            self.optimizer.step()
-            self._group["params"] = everything
+            self._step_of([])
 
     @torch.no_grad()
     def update(self, name: str) -> None:
@@ -149,9 +146,13 @@ class WeightUpdate:
 
     def _update_alone(self, weight: Tensor, state: dict[str, Tensor]) -> None:
         """The optimizer's step with its one group narrowed to `weight`."""
-        everything = self._group["params"]
-        self._group["params"] = [weight]
         self.optimizer.state[weight] = state
+        self._step_of([weight])
+
+    def _step_of(self, weights: list[Tensor]) -> None:
+        """The optimizer's own step, of these alone."""
+        everything = self._group["params"]
+        self._group["params"] = weights
         try:
             self.optimizer.step()
         finally:
@@ -276,11 +277,11 @@ def _pieces(weight: Tensor, state: dict[str, Any]) -> Iterator[tuple[slice, dict
         yield slice(None), moments
         return
     row = weight[0].numel()
-    least = _BLOCK_ELEMENTS // math.gcd(row, _BLOCK_ELEMENTS)  # rows that fill whole blocks
+    least = adamw8bit.BLOCK // math.gcd(row, adamw8bit.BLOCK)  # rows that fill whole blocks
     rows = max(least, PIECE_ELEMENTS // row // least * least)
     for begin in range(0, len(weight), rows):
         taken = slice(begin, begin + rows)
-        scales = slice(begin * row // _BLOCK_ELEMENTS, (begin + rows) * row // _BLOCK_ELEMENTS)
+        scales = slice(begin * row // adamw8bit.BLOCK, (begin + rows) * row // adamw8bit.BLOCK)
         yield (
             taken,
             {key: type(v)(v.codes[taken], v.scale[scales], v.qmap, v.signed, v.dtype) for key, v in moments.items()},

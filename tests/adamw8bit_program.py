@@ -6,9 +6,8 @@ bits, so it cannot. Fails where a result is past the budget.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
+from blend_program import launch_directly
 from torch import Tensor
 
 from mmkernels.kernels.adamw8bit import triton as kernels
@@ -91,11 +90,6 @@ def _check_moment(found: Moment, wanted: Tensor) -> None:
     entries, part = found.table.double(), (wanted.view(-1, BLOCK) / largest[:, None]).flatten()
     nearest = (part[:, None] - entries).abs().amin(1)
     assert ((part - entries[found.values.int()]).abs() <= nearest + 16 * ROUNDING).all(), "not the nearest code"
-
-
-def launch_directly(kernel: Any, num_programs: int, arguments: list[Any], constants: dict[str, Any]) -> None:
-    """What mmkernels does on a GPU, without asking for the device."""
-    kernel[(num_programs,)](*arguments, **constants)
 
 
 if __name__ == "__main__":

@@ -199,13 +199,8 @@ class PlainKernels:
     """A backend of kernels as Triton and CUDA C++ offer them, in plain torch."""
 
     def __init__(self) -> None:
-        self._kernels = implicit.Kernels(self.convolve, self.data_gradient, self.weight_gradient, self.norm_backward)
-
-    def forward(self, inputs, added, y, chunk_rows) -> None:
-        implicit.forward(self._kernels, inputs, added, y)
-
-    def backward(self, inputs, dy, dx, dx2, chunk_rows) -> tuple[Tensor, Tensor, Tensor]:
-        return implicit.backward(self._kernels, inputs, dy, dx, dx2)
+        kernels = implicit.Kernels(self.convolve, self.data_gradient, self.weight_gradient, self.norm_backward)
+        self.forward, self.backward = kernels.forward, kernels.backward
 
     def _weight(self, weight_tck: Tensor) -> Tensor:
         kw = 3 if weight_tck.shape[0] == 9 else 1

@@ -17,7 +17,6 @@ from mmkernels.kernels import launch
 from mmkernels.kernels.call import Call
 from mmkernels.kernels.convolution import implicit
 from mmkernels.kernels.convolution.implicit import Kernels
-from mmkernels.kernels.convolution.inputs import Added, Inputs
 
 # The kernels' tiles (csrc/cuda/group_norm_silu_conv.h).
 TILE_ROWS, TILE_COLUMNS, STEP_CHANNELS, TILE_OUTPUTS = 8, 16, 32, 160
@@ -161,15 +160,4 @@ def _call(operation: str, tensors: Sequence[Tensor | None], shape: list[int], st
 # --- the backend
 
 _KERNELS = Kernels(convolve, data_gradient, weight_gradient, group_norm_silu_backward)
-
-
-def forward(inputs: Inputs, added: Added, y: Tensor, chunk_rows: int) -> None:
-    """Write y, all of it at once."""
-    implicit.forward(_KERNELS, inputs, added, y)
-
-
-def backward(
-    inputs: Inputs, dy: Tensor, dx: Tensor, dx2: Tensor | None, chunk_rows: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Write dx and dx2; returns dgamma, dbeta and dweight."""
-    return implicit.backward(_KERNELS, inputs, dy, dx, dx2)
+forward, backward = _KERNELS.forward, _KERNELS.backward

@@ -23,7 +23,9 @@ _CHUNK_BYTES = 1 << 28  # of the gradient by the activation where it has no plac
 
 
 class Kernels(NamedTuple):
-    """What a backend offers; norm: mean, rstd, gamma, beta; every result is written or returned on their device.
+    """What a backend offers, and the op's forward and backward made of it.
+
+    norm: mean, rstd, gamma, beta; every result is written or returned on their device.
 
     convolve(x, x2, *norm, weight_tck, bias, shift, residual, out)       writes out (M, H, W, K)
     data_gradient(dy, weight_tck, da)                                    writes da (M, H, W, C + C2)
@@ -35,6 +37,33 @@ class Kernels(NamedTuple):
     data_gradient: Callable[[Tensor, Tensor, Tensor], None]
     weight_gradient: Callable[..., Tensor]
     norm_backward: Callable[..., tuple[Tensor, Tensor]]
+
+    def forward(self, inputs: Inputs, added: Added, y: Tensor, chunk_rows: int) -> None:
+        """Write the op into y (M, H, W, K), all of it at once."""
+        x, x2, norm, weight = inputs
+        laid_out = (None if value is None else value.contiguous() for value in added)
+        self.convolve(x, x2, *norm, by_taps(weight), *laid_out, y)
+
+    def backward(
+        self, inputs: Inputs, dy: Tensor, dx: Tensor, dx2: Tensor | None, chunk_rows: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Write dx and dx2; dgamma, dbeta and dweight (K, C + C2, kh, kw) in float32."""
+        x, x2, norm, weight = inputs
+        K, C, kh, kw = weight.shape
+        dy = dy.contiguous()
+        by_tap = self.weight_gradient(x, x2, *norm, dy, kh * kw)
+        weight_tck = by_taps(weight)
+        dgamma, dbeta = (torch.zeros_like(norm.gamma) for _ in range(2))
+        for samples in _samples(x, x2):
+            part = inputs.of((samples, slice(None), slice(None)))
+            # Of one input the gradient is written last, element by element: until then its place holds da.
+            da = dx[samples] if x2 is None else torch.empty((*part.x.shape[:3], C), dtype=x.dtype, device=x.device)
+            self.data_gradient(dy[samples], weight_tck, da)
+            part_dx2 = None if dx2 is None else dx2[samples]
+            sums = self.norm_backward(part.x, part.x2, da, *part.norm, dx[samples], part_dx2)
+            dgamma += sums[0]
+            dbeta += sums[1]
+        return dgamma, dbeta, by_tap.view(kh, kw, C, K).permute(3, 2, 0, 1)
 
 
 def why_unsupported(call: Call) -> str | None:
@@ -67,32 +96,3 @@ def _samples(x: Tensor, x2: Tensor | None) -> Iterator[slice]:
         step = max(1, _CHUNK_BYTES // max(1, sample_bytes))
     for begin in range(0, M, step):
         yield slice(begin, min(begin + step, M))
-
-
-def forward(kernels: Kernels, inputs: Inputs, added: Added, y: Tensor) -> None:
-    """Write the op into y (M, H, W, K)."""
-    x, x2, norm, weight = inputs
-    laid_out = (None if value is None else value.contiguous() for value in added)
-    kernels.convolve(x, x2, *norm, by_taps(weight), *laid_out, y)
-
-
-def backward(
-    kernels: Kernels, inputs: Inputs, dy: Tensor, dx: Tensor, dx2: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Write dx and dx2; dgamma, dbeta and dweight (K, C + C2, kh, kw) in float32."""
-    x, x2, norm, weight = inputs
-    K, C, kh, kw = weight.shape
-    dy = dy.contiguous()
-    by_tap = kernels.weight_gradient(x, x2, *norm, dy, kh * kw)
-    weight_tck = by_taps(weight)
-    dgamma, dbeta = (torch.zeros_like(norm.gamma) for _ in range(2))
-    for samples in _samples(x, x2):
-        part = inputs.of((samples, slice(None), slice(None)))
-        # Of one input the gradient is written last, element by element: until then its place holds da.
-        da = dx[samples] if x2 is None else torch.empty((*part.x.shape[:3], C), dtype=x.dtype, device=x.device)
-        kernels.data_gradient(dy[samples], weight_tck, da)
-        part_dx2 = None if dx2 is None else dx2[samples]
-        sums = kernels.norm_backward(part.x, part.x2, da, *part.norm, dx[samples], part_dx2)
-        dgamma += sums[0]
-        dbeta += sums[1]
-    return dgamma, dbeta, by_tap.view(kh, kw, C, K).permute(3, 2, 0, 1)

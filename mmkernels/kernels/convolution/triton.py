@@ -26,7 +26,6 @@ from torch import Tensor
 from mmkernels.kernels.call import Call
 from mmkernels.kernels.convolution import implicit
 from mmkernels.kernels.convolution.implicit import Kernels
-from mmkernels.kernels.convolution.inputs import Added, Inputs
 from mmkernels.kernels.group_norm import triton as group_norm
 from mmkernels.kernels.group_norm.triton import sigmoid
 from mmkernels.kernels.launch import launch
@@ -298,15 +297,4 @@ def _precision(dtype: torch.dtype) -> str:
 # --- the backend
 
 _KERNELS = Kernels(convolve, data_gradient, weight_gradient, group_norm_silu_backward)
-
-
-def forward(inputs: Inputs, added: Added, y: Tensor, chunk_rows: int) -> None:
-    """Write y, all of it at once."""
-    implicit.forward(_KERNELS, inputs, added, y)
-
-
-def backward(
-    inputs: Inputs, dy: Tensor, dx: Tensor, dx2: Tensor | None, chunk_rows: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Write dx and dx2; returns dgamma, dbeta and dweight."""
-    return implicit.backward(_KERNELS, inputs, dy, dx, dx2)
+forward, backward = _KERNELS.forward, _KERNELS.backward
