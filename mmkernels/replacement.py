@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from diffusers.models.unets.unet_3d_blocks import CrossAttnUpBlockSpatioTemporal
 from diffusers.models.unets.unet_spatio_temporal_condition import UNetSpatioTemporalConditionModel
 from torch import nn
 
-from mmkernels.blocks.drop_in import PLAIN, CheckpointedBlock, DropIn, FusedBlock
+from mmkernels.blocks.drop_in import CHECKPOINTING, PLAIN, CheckpointedBlock, DropIn, FusedBlock
 from mmkernels.blocks.output_head import FusedOutputHead, PassThrough
 from mmkernels.blocks.resnet import FusedResBlock
 from mmkernels.blocks.transformer import FusedTransformer
@@ -35,6 +36,10 @@ LEAST_BYTES = 1 << 20  # smaller storages do not move: a copy has its fixed cost
 _STAGES = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2, "conv_out": 3}
 _HEAD = ("conv_norm_out", "conv_act", "conv_out")  # of a UNet, in the order they run; the last stands for all
 _CHECKPOINTED = (SpatioTemporalResBlock, TransformerSpatioTemporalModel)
+_CHECKPOINTED_AS = {
+    True: "takes no part in diffusers' gradient checkpointing, which is on",
+    False: "diffusers' gradient checkpointing is on and runs it again",
+}
 _Swap = tuple[nn.Module, str, DropIn]  # a parent, a name in it, and what is put there
 
 
@@ -82,7 +87,21 @@ def replace(unet: nn.Module, plan: str | Plan = "fused", device: Device | None =
     stop_moving = _move(unet, chosen, device) if chosen.moves else lambda: None
     for parent, child_name, drop_in in swaps:
         parent._modules[child_name] = drop_in
+    _take_out_of_checkpointing(unet)
     return _undo_of(swaps, stop_moving)
+
+
+def _take_out_of_checkpointing(unet: nn.Module) -> None:
+    """Tell drop-ins whose owner checkpoints them, as later diffusers will by the flag that they have."""
+    for site in _sites(unet):
+        if _is_checkpointed(site.owner) and isinstance(site.block, DropIn):
+            site.block.gradient_checkpointing = True
+    if any(_is_checkpointed(site.block) for site in _sites(unet)):
+        warnings.warn(CHECKPOINTING, stacklevel=3)
+
+
+def _is_checkpointed(module: nn.Module) -> bool:
+    return bool(getattr(module, "gradient_checkpointing", False))
 
 
 def _follow(unet: nn.Module, fused: Mapping[str, FusedBlock], plan: Plan) -> None:
@@ -146,7 +165,6 @@ def _undo_of(swaps: list[_Swap], stop_moving: Callable[[], None]) -> Callable[[]
             if parent._modules.get(child_name) is not drop_in:
                 raise RuntimeError(f"{child_name} of a {type(parent).__name__} was changed after replace(); undo that")
         for parent, child_name, drop_in in swaps:
-            drop_in.original.training = drop_in.training
             parent._modules[child_name] = drop_in.original
         if swaps:
             stop_moving()
@@ -175,6 +193,8 @@ def report(unet: nn.Module) -> Report:
             why = 'replaced with plan="checkpoint"'
         else:
             why = _why_not(site) or remains
+        if _is_checkpointed(site.owner) or _is_checkpointed(block):
+            why = f"{why}; " * bool(why) + _CHECKPOINTED_AS[isinstance(block, DropIn)]
         backends = backends_of(block) if isinstance(block, FusedBlock) else {}
         rows.append(Row(site.name, type(original).__name__, how, why, backends))
     kind = TransformerSpatioTemporalModel.__name__
@@ -229,8 +249,10 @@ def _fused_kind(parent: nn.Module, child_name: str, child: nn.Module) -> type[Fu
 
 
 def _why_not(site: _Site) -> str | None:
-    if getattr(site.owner, "gradient_checkpointing", False):
-        return "diffusers' gradient checkpointing is on; call disable_gradient_checkpointing() first"
+    if "forward" in vars(site.block):
+        return "has a replaced forward"
+    if getattr(site.block, "_compiled_call_impl", None) is not None:
+        return "is compiled by itself; replace first, then compile"
     if site.kind is FusedOutputHead and type(site.owner).forward is not UNetSpatioTemporalConditionModel.forward:
         return f"{type(site.owner).__name__} has a forward of its own, which may use {_HEAD[0]} in another way"
     return site.kind.why_not(_known(site))

@@ -28,8 +28,6 @@ def why_not_transformer(module: Any) -> str | None:
     """Why `module` is not exactly a TransformerSpatioTemporalModel as SVD has it, or None where it is."""
     if type(module) is not TransformerSpatioTemporalModel:
         return f"is a {type(module).__name__}, not a TransformerSpatioTemporalModel"
-    if module.gradient_checkpointing:
-        return "diffusers' gradient checkpointing is on; call disable_gradient_checkpointing() first"
     reason = _why_not_built_of(module, _transformer_kinds(len(module.transformer_blocks)))
     if reason is not None:
         return reason
@@ -82,15 +80,13 @@ def why_not_up_block(module: Any) -> str | None:
     """Why `module` is not exactly an up block as SVD has it, its residual blocks and transformers aside, or None."""
     if type(module) not in (CrossAttnUpBlockSpatioTemporal, UpBlockSpatioTemporal):
         return f"is a {type(module).__name__}, not a CrossAttnUpBlockSpatioTemporal or UpBlockSpatioTemporal"
-    if module.gradient_checkpointing:
-        return "diffusers' gradient checkpointing is on; call disable_gradient_checkpointing() first"
     names = {"resnets", "attentions", "upsamplers"}
     for name, child in (("", module), *module.named_children()):
         if name and name not in names:
             return f"has an extra module {name}, {type(child).__name__}"
-        reason = _why_not_called(child)
+        reason = _why_not_called(child) if name else None
         if reason is not None:
-            return f"{name or 'it'} {reason}"
+            return f"{name} {reason}"
     for i, upsampler in enumerate(module.upsamplers or ()):
         if type(upsampler) is not Upsample2D:
             return f"upsamplers.{i} is {type(upsampler).__name__}, not Upsample2D"
@@ -186,9 +182,9 @@ def _why_not_built_of(module: nn.Module, kinds: dict[str, type]) -> str | None:
     for name, child in found.items():
         if name not in kinds:
             return f"has an extra module {name}, {type(child).__name__}"
-        reason = _why_not_called(child)
+        reason = _why_not_called(child) if name else None  # the block itself is called, with its hooks
         if reason is not None:
-            return f"{name or 'it'} {reason}"
+            return f"{name} {reason}"
     return None
 
 

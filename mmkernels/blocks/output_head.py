@@ -27,6 +27,11 @@ class FusedOutputHead(FusedBlock):
 
     why_not = staticmethod(why_not_output_head)
 
+    __slots__ = ("_head",)
+
+    def __new__(cls, head: nn.ModuleDict) -> FusedOutputHead:
+        return super().__new__(cls, head["conv_out"])  # pyright: ignore[reportReturnType]  a class of both
+
     def __init__(self, head: nn.ModuleDict) -> None:
         super().__init__(head["conv_out"])
         self._head = (head,)  # in a tuple: the norm's parameters keep the place that they have in the UNet
@@ -70,6 +75,8 @@ class _Planes(torch.autograd.Function):
 
 class PassThrough(DropIn):
     """Stands for a module that a later one computes: keeps its parameters and returns what it is given."""
+
+    __slots__ = ()
 
     def forward(self, x: Any) -> Any:
         """x itself. Raises RuntimeError where a hook would see that and not what the original gives."""

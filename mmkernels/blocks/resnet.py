@@ -27,6 +27,7 @@ class FusedResBlock(FusedBlock):
     """Same equation, parameters and state_dict as diffusers' SpatioTemporalResBlock."""
 
     why_not = staticmethod(why_not_resnet)
+    __slots__ = ()
     spatial_res_block: ResnetBlock2D
     temporal_res_block: TemporalResnetBlock
     time_mixer: AlphaBlender

@@ -50,6 +50,7 @@ class FusedTransformer(FusedBlock):
     """Same equation, parameters and state_dict as diffusers' TransformerSpatioTemporalModel."""
 
     why_not = staticmethod(why_not_transformer)
+    __slots__ = ()
     norm: nn.GroupNorm
     proj_in: nn.Linear
     transformer_blocks: nn.ModuleList

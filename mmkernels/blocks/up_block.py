@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mmkernels.blocks.drop_in import PLAIN, FusedBlock
-from mmkernels.blocks.exactness import why_not_up_block
+from mmkernels.blocks.exactness import is_hooked, why_not_up_block
 from mmkernels.blocks.resnet import FusedResBlock
 from mmkernels.blocks.segment import segment
 from mmkernels.memory.units import Choice, unit
@@ -25,11 +25,7 @@ class FusedUpBlock(FusedBlock):
     attentions: nn.ModuleList
     upsamplers: nn.ModuleList | None
 
-    def __init__(self, original: nn.Module) -> None:
-        super().__init__(original)
-        self.has_cross_attention = getattr(original, "has_cross_attention", False)  # the UNet asks for it
-        if "upsamplers" not in self._modules:
-            self.upsamplers = None
+    __slots__ = ()
 
     def units(self) -> dict[str, tuple[Choice, ...]]:
         """The upsampler; the blocks inside have units of their own."""
@@ -47,10 +43,10 @@ class FusedUpBlock(FusedBlock):
     ) -> Tensor:
         """hidden_states (B*F, C, H, W) and one skip (B*F, C_skip, H, W) for each residual block, the last one first."""
         self.check_unchanged()
-        attentions = list(self.attentions) if self.has_cross_attention else [None] * len(self.resnets)
+        attentions = list(self.attentions) if getattr(self, "has_cross_attention", False) else [None] * len(self.resnets)
         skips = reversed(res_hidden_states_tuple)
         for resnet, attention, skip in zip(self.resnets, attentions, skips, strict=False):
-            if isinstance(resnet, FusedResBlock):
+            if isinstance(resnet, FusedResBlock) and not is_hooked(resnet):  # a hook sees what diffusers gives it
                 hidden_states = resnet(hidden_states, temb, image_only_indicator, skip=skip)
             else:
                 joined = torch.cat([hidden_states, skip], dim=1)
