@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_PLAIN: Any = Tensor
+
 
 def why_not_linear(layer: Any) -> str | None:
     """Why a fused operation cannot read what `layer` computes with, or None where it can."""
@@ -43,11 +45,11 @@ def _why_not_weight(weight: Any, shape: tuple[int, int]) -> str | None:
 
 def _is_dense(weight: Tensor) -> bool:
     """Whether operations take its numbers as they lie; torch's own kinds (fake, distributed) are seen to by torch."""
-    kind = type(weight)
+    kind: Any = type(weight)
     if kind.__module__.startswith("torch.sparse") or weight.layout is not torch.strided:
         return False
     is_torchs = kind.__module__ == "torch" or kind.__module__.startswith("torch.")
-    return is_torchs or kind.__torch_dispatch__ is Tensor.__torch_dispatch__
+    return is_torchs or kind.__torch_dispatch__ is _PLAIN.__torch_dispatch__
 
 
 def _class_path(value: Any) -> str:
