@@ -36,7 +36,8 @@ class DropIn(nn.Module):
     gradient_checkpointing = False  # as diffusers sets it, also on a block that had no such flag
     __slots__ = ("_original",)
 
-    def __new__(cls, original: nn.Module, *_: Any) -> DropIn:
+    def __new__(cls, original: nn.Module) -> DropIn:
+        """One of a class that is this one and the original's."""
         return object.__new__(_class_of(cls, type(original)))
 
     def __init__(self, original: nn.Module) -> None:
@@ -56,7 +57,7 @@ class DropIn(nn.Module):
         if not (self.gradient_checkpointing and torch.is_grad_enabled()):
             return nullcontext()
         warnings.warn(CHECKPOINTING, stacklevel=2)
-        return saved_tensors_hooks(_as_it_is, _as_it_is)
+        return saved_tensors_hooks(_as_it_is, _as_it_is) if _is_in_checkpoint() else nullcontext()
 
     def extra_repr(self) -> str:
         """What repr() shows beside the children: the class is named as the original's."""
@@ -72,7 +73,7 @@ class DropIn(nn.Module):
 def _class_of(kind: type[DropIn], known: type[nn.Module]) -> type[DropIn]:
     """A drop-in of this kind that is a `known` as well, by name too."""
     names = {"__module__": known.__module__, "__qualname__": known.__qualname__, "__doc__": kind.__doc__}
-    return type(known.__name__, (kind, known), {"__slots__": (), "kind": kind, **names})
+    return type(known.__name__, (kind, known), {"__slots__": (), "kind": kind, "known_class": known, **names})
 
 
 def _made_again(kind: type[DropIn], original: nn.Module, own: dict[str, Any]) -> DropIn:
@@ -92,12 +93,14 @@ class FusedBlock(DropIn):
 
     name: dotted, within the UNet; its units are named below it. choices: for its units, "recompute" where not named.
     is_recomputed: its only unit is `WHOLE`; nothing but its inputs is saved and it runs whole again in backward.
-    scratch_bytes: what a chunk inside its operations may take.
+    scratch_bytes: what a chunk inside its operations may take. plain: the parts that are called as they are.
     """
 
     how = "fused"
     why_not: ClassVar[Callable[[Any], str | None]]
-    __slots__ = ("choices", "is_recomputed", "name", "scratch_bytes")
+    probe_inputs: ClassVar[Callable[..., dict[str, Any]] | None] = None  # (module, B, F, H, W, T), where one can decide
+    plain_parts: ClassVar[Callable[[Any], Mapping[str, str]]] = staticmethod(lambda _: {})  # and why each is not fused
+    __slots__ = ("choices", "is_recomputed", "name", "plain", "scratch_bytes")
 
     def __init__(self, original: nn.Module) -> None:
         super().__init__(original)
@@ -105,6 +108,7 @@ class FusedBlock(DropIn):
         self.choices: Mapping[str, Choice] = {}
         self.is_recomputed = False
         self.scratch_bytes = DEFAULT_BYTES
+        self.plain = frozenset(type(self).plain_parts(original))
 
     def units(self) -> dict[str, tuple[Choice, ...]]:
         """Its units in the order they run, with the choices that each can have; `WHOLE`, if it has it, is the last."""
@@ -141,8 +145,21 @@ class FusedBlock(DropIn):
 
     def check_unchanged(self) -> None:
         """Raise RuntimeError with the reason where the block is no longer what replace() found."""
-        if (reason := type(self).why_not(self.known)) is not None:
+        reason = type(self).why_not(self.known)
+        if reason is None:
+            parts = type(self).plain_parts(self.known).items()
+            reason = next((f"{name}: {why}" for name, why in parts if name not in self.plain), None)
+        if reason is not None:
             raise RuntimeError(f"the block has changed since replace(): {reason}; undo(), change it, replace again")
+
+
+def _is_in_checkpoint() -> bool:
+    """Whether what is saved now goes to a checkpoint; torch before 2.8 cannot tell, then it may."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    if top is None:
+        return True
+    hooks = top(True)  # (pack, unpack), or None
+    return hooks is not None and "_checkpoint_hook" in hooks[0].__qualname__
 
 
 def _as_it_is(x: Tensor) -> Tensor:
@@ -157,16 +174,7 @@ class CheckpointedBlock(DropIn):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Takes and returns what the original takes and returns."""
-        with self.outside_of_checkpoint():
-            return checkpoint(self._whole, *args, use_reentrant=False, **kwargs)
-
-    def _whole(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The original's forward, which checkpoints nothing inside a second time."""
-        is_on = self.gradient_checkpointing
-        try:
-            if is_on:
-                self.gradient_checkpointing = False
+        if self.gradient_checkpointing:  # then diffusers runs it again
+            warnings.warn(CHECKPOINTING, stacklevel=2)
             return self.original.forward(*args, **kwargs)
-        finally:
-            if is_on:
-                self.gradient_checkpointing = True
+        return checkpoint(self.original.forward, *args, use_reentrant=False, **kwargs)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from mmkernels.blocks.drop_in import PLAIN, DropIn, FusedBlock
-from mmkernels.blocks.exactness import is_hooked, why_not_output_head
 from mmkernels.blocks.operations import of_output_head
+from mmkernels.blocks.recognition.resnet import why_not_output_head
+from mmkernels.blocks.recognition.structure import is_hooked
 from mmkernels.blocks.resnet import channels_last, norm_silu_conv
 from mmkernels.kernels.call import Call
 from mmkernels.memory.units import Choice, unit
@@ -30,6 +31,7 @@ class FusedOutputHead(FusedBlock):
     __slots__ = ("_head",)
 
     def __new__(cls, head: nn.ModuleDict) -> FusedOutputHead:
+        """One of a class that is conv_out's too."""
         return super().__new__(cls, head["conv_out"])  # pyright: ignore[reportReturnType]  a class of both
 
     def __init__(self, head: nn.ModuleDict) -> None:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
+
+from torch import nn
 
 from mmkernels.blocks.recognition.syntax import digest_of
 
@@ -103,22 +105,58 @@ FORMS: Mapping[str, Mapping[str, Mapping[str, str]]] = {  # role: method: digest
 }
 
 
+class Form(NamedTuple):
+    """A class in a role, and the settings of an instance that its methods may ask for."""
+
+    kind: type
+    role: str
+    settings: tuple[tuple[str, Any], ...]
+
+
+by_probe: set[Form] = set()  # what reads like no known one, and a probe has found to compute the same
+missed: list[Form] = []  # what `why_not_known` has given a reason against, for who would ask a probe
+relied_on: list[Form] = []  # what it has let pass since a probe has
+
+
+def why_not_known(module: nn.Module, role: str) -> str | None:
+    """Why a module's class does not read as one of the known ones in this role, or None where it does."""
+    kind = known_class(module)
+    reason = _why_not(kind, role)
+    if reason is None:
+        return None
+    form = Form(kind, role, _settings(module))
+    (relied_on if form in by_probe else missed).append(form)
+    return None if form in by_probe else reason
+
+
+def _settings(module: nn.Module) -> tuple[tuple[str, Any], ...]:
+    plain = ((name, x) for name, x in vars(module).items() if isinstance(x, (bool, float, str, type(None))))
+    return tuple(sorted((name, x) for name, x in plain if not name.startswith("_") and name not in _NOT_SETTINGS))
+
+
+_NOT_SETTINGS = ("training", "gradient_checkpointing", "dropout")
+
+
 @functools.cache
-def why_not_known(kind: type, role: str) -> str | None:
-    """Why a class does not read as one of the known ones in this role, or None where it does."""
+def _why_not(kind: type, role: str) -> str | None:
     for method, known in FORMS[role].items():
         function = getattr(kind, method, None)
         if function is None:
             return f"is {class_path(kind)}, which has no {method} as a {role} has"
         if (digest := digest_of(function)) not in known:
-            seen = "cannot be read" if digest is None else "is not the known one"
-            return f"is {class_path(kind)}, whose {method} {seen} of a {role}"
+            seen = "cannot be read" if digest is None else "is not known"
+            return f"is {class_path(kind)}, whose {method} {seen} as a {role}'s"
     return None
 
 
 def digest_of_form(module: Any) -> str | None:
     """The digest of a module's forward."""
-    return _digest(type(module))
+    return _digest(known_class(module))
+
+
+def known_class(module: nn.Module) -> type:
+    """The class of a module, of a drop-in the one that it had before."""
+    return getattr(type(module), "known_class", type(module))
 
 
 @functools.cache

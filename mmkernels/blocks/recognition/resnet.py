@@ -21,7 +21,7 @@ def why_not_resnet(module: Any) -> str | None:
     """Why `module` is not a SpatioTemporalResBlock as SVD has it, or None where it is."""
     spatial, temporal = (getattr(module, name, None) for name in ("spatial_res_block", "temporal_res_block"))
     if spatial is None or temporal is None:
-        return why_not_known(type(module), "residual block") or "has no spatial_res_block or temporal_res_block"
+        return why_not_known(module, "residual block") or "has no spatial_res_block or temporal_res_block"
     called = ["spatial_res_block.time_emb_proj", "temporal_res_block.time_emb_proj"]
     reason = why_not_built_of(module, _resnet_kinds(spatial), apart=called)
     if reason is not None:
@@ -62,7 +62,7 @@ def _resnet_kinds(spatial: nn.Module) -> Kinds:
 
 def why_not_up_block(module: Any) -> str | None:
     """Why `module` is not an up block as SVD has it, its residual blocks and transformers aside, or None."""
-    if (reason := why_not_known(type(module), "up block")) is not None:
+    if (reason := why_not_known(module, "up block")) is not None:
         return reason
     names = {"resnets", "attentions", "upsamplers"}
     for name, child in module.named_children():
@@ -71,7 +71,7 @@ def why_not_up_block(module: Any) -> str | None:
         if (reason := why_not_read(child)) is not None:
             return f"{name} {reason}"
     for i, upsampler in enumerate(module.upsamplers or ()):
-        if (reason := why_not_known(type(upsampler), "upsampler")) is not None:
+        if (reason := why_not_known(upsampler, "upsampler")) is not None:
             return f"upsamplers.{i} {reason}"
         ways = upsampler.use_conv, upsampler.name, getattr(upsampler, "norm", None), upsampler.use_conv_transpose
         if ways != (True, "conv", None, False) or not getattr(upsampler, "interpolate", True):
@@ -84,7 +84,7 @@ def why_not_up_block(module: Any) -> str | None:
 def why_not_output_head(head: nn.ModuleDict) -> str | None:
     """Why conv_norm_out, conv_act and conv_out of a UNet, by these names, are not exactly SVD's, or None."""
     kinds = {"": nn.ModuleDict, "conv_norm_out": nn.GroupNorm, "conv_act": nn.SiLU, "conv_out": nn.Conv2d}
-    reason = why_not_built_of(head, kinds)
+    reason = why_not_built_of(head, kinds, block="conv_out")
     if reason is not None:
         return reason
     norm, conv = head["conv_norm_out"], head["conv_out"]

@@ -25,12 +25,17 @@ def is_hooked(module: nn.Module) -> bool:
 
 
 def why_not_built_of(
-    module: nn.Module, kinds: Kinds, apart: Collection[str] = (), only: Collection[str] | None = None
+    module: nn.Module,
+    kinds: Kinds,
+    apart: Collection[str] = (),
+    only: Collection[str] | None = None,
+    block: str = "",
 ) -> str | None:
     """Why `module` is not built of exactly these, or None where it is.
 
-    apart: names in it that are looked at elsewhere, or that a drop-in calls as modules, so that they may be of any kind,
-    with hooks and all. only: the names that are looked at, where not all are.
+    apart: names in it that are looked at elsewhere, or that a drop-in calls as modules, so that they may be of any
+    kind, with hooks and all. only: the names that are looked at, where not all are.
+    block: the name of what the drop-in stands for, which is called, with its hooks.
     """
     found = dict(module.named_modules(remove_duplicate=False))
     for name, kind in kinds.items():
@@ -43,7 +48,7 @@ def why_not_built_of(
             continue
         if name not in kinds:
             return f"has an extra module {name}, {class_path(type(child))}"
-        reason = why_not_read(child) if name else None  # the block itself is called, with its hooks
+        reason = why_not_read(child) if name != block else None
         if reason is not None:
             return f"{name} {reason}"
     return None
@@ -56,7 +61,7 @@ def is_within(name: str, names: Collection[str]) -> bool:
 
 def _why_not_of(module: nn.Module, kind: type | str) -> str | None:
     if isinstance(kind, str):
-        return why_not_known(type(module), kind)
+        return why_not_known(module, kind)
     if kind is nn.Linear:
         return why_not_linear(module)
     if type(module) is kind or (isinstance(module, kind) and _adds_nothing(module, kind)):

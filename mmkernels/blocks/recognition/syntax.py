@@ -21,13 +21,18 @@ _CHECKPOINT = ("checkpoint", "_gradient_checkpointing_func")  # by the last
 _OF_LIBRARIES = ("torch", "diffusers", "builtins", "typing", "math")
 
 
-def digest_of(function: Callable[..., Any]) -> str | None:
+def digest_of(function: Callable[..., Any], callers: tuple[Any, ...] = ()) -> str | None:
     """The digest of a function written in Python, or None where its source cannot be read."""
-    tree = tree_of(function)
+    tree = tree_of(function, callers)
     return None if tree is None else hashlib.sha256(_written(tree).encode()).hexdigest()[:16]
 
 
-_OF_A_PYTHON = ("type_comment", "type_params", "kind", "ctx")  # fields that say nothing here, or that some versions lack
+_OF_A_PYTHON = (
+    "type_comment",
+    "type_params",
+    "kind",
+    "ctx",
+)  # fields that say nothing here, or that some versions lack
 
 
 def _written(node: Any) -> str:
@@ -39,8 +44,8 @@ def _written(node: Any) -> str:
     return f"[{','.join(map(_written, node))}]" if isinstance(node, list) else repr(node)
 
 
-def tree_of(function: Callable[..., Any]) -> ast.FunctionDef | None:
-    """The normalised tree of a function, or None where its source cannot be read."""
+def tree_of(function: Callable[..., Any], callers: tuple[Any, ...] = ()) -> ast.FunctionDef | None:
+    """The normalised tree of a function, or None where its source cannot be read; callers: those that use it."""
     function = inspect.unwrap(function)
     try:
         module = ast.parse(textwrap.dedent(inspect.getsource(function)))
@@ -56,7 +61,7 @@ def tree_of(function: Callable[..., Any]) -> ast.FunctionDef | None:
     inner = [x.name for x in ast.walk(tree) if isinstance(x, ast.FunctionDef) and x is not tree]
     inner += [x.arg for f in ast.walk(tree) if isinstance(f, (ast.FunctionDef, ast.Lambda)) for x in f.args.args]
     local = {name for name in (*stored, *inner) if name not in parameters}
-    return _Renamed(local, getattr(function, "__globals__", {})).visit(tree)
+    return _Renamed(local, getattr(function, "__globals__", {}), (*callers, function)).visit(tree)
 
 
 def _parameters(function: ast.FunctionDef) -> list[ast.arg]:
@@ -134,8 +139,8 @@ def _as_list(found: Any) -> list[Any]:
 class _Renamed(ast.NodeTransformer):
     """Numbers local names and resolves global ones."""
 
-    def __init__(self, local: set[str], found: dict[str, Any]) -> None:
-        self._local, self._globals, self._numbers = local, found, {}
+    def __init__(self, local: set[str], found: dict[str, Any], callers: tuple[Any, ...]) -> None:
+        self._local, self._globals, self._numbers, self._callers = local, found, {}, callers
 
     def _number(self, name: str) -> str:
         return self._numbers.setdefault(name, f"local{len(self._numbers)}")
@@ -146,7 +151,8 @@ class _Renamed(ast.NodeTransformer):
         elif isinstance(value := self._globals.get(node.id), ModuleType):
             node.id = value.__name__
         elif inspect.isfunction(value) and value.__module__.split(".")[0] not in _OF_LIBRARIES:
-            node.id = f"{node.id} {digest_of(value)}"  # a helper of the same file may be anything
+            digest = "" if value in self._callers else digest_of(value, self._callers)
+            node.id = f"{node.id} {digest}"  # a helper of the same file may be anything
         return node
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.AST:

@@ -19,7 +19,7 @@ SPATIAL, TEMPORAL = "transformer block over pixels", "transformer block over fra
 NORMS = {"ff_in": "norm_in", "attn1": "norm1", "attn2": "norm2", "ff": "norm3"}  # of each part, in the order they run
 _LISTS = {"transformer_blocks": SPATIAL, "temporal_transformer_blocks": TEMPORAL}
 _CALLED = ("time_pos_embed", "time_proj")
-_ADAPTIVE = ("use_ada_layer_norm", "use_ada_layer_norm_zero", "use_ada_layer_norm_single", "use_ada_layer_norm_continuous")
+_ADAPTIVE = [f"use_ada_layer_norm{kind}" for kind in ("", "_zero", "_single", "_continuous")]
 
 
 def why_not_transformer(module: Any) -> str | None:
@@ -48,6 +48,12 @@ def blocks_of(transformer: Any) -> Iterator[tuple[str, str, Any]]:
     for name, role in _LISTS.items():
         for i, block in enumerate(getattr(transformer, name, None) or ()):
             yield f"{name}.{i}", role, block
+
+
+def norm_of(part: str) -> str:
+    """The norm before a part, by dotted names."""
+    block, dot, name = part.rpartition(".")
+    return f"{block}{dot}{NORMS[name]}"
 
 
 def plain_parts_of_transformer(module: Any) -> dict[str, str]:
@@ -159,11 +165,11 @@ def _is_empty(attention: Any) -> bool:
 
 
 def _why_not_usual(attention: Any) -> str | None:
-    if (reason := why_not_known(type(attention.processor), "attention processor")) is not None:
+    if (reason := why_not_known(attention.processor, "attention processor")) is not None:
         return f"its processor {reason}"
     if attention.residual_connection or attention.rescale_output_factor != 1.0:
         return "adds a residual or rescales its output"
-    inner = attention.to_v.out_features if isinstance(attention.to_v, nn.Linear) else getattr(attention, "inner_dim", None)
+    inner = getattr(attention.to_v, "out_features", None)
     inner_kv_dim = getattr(attention, "inner_kv_dim", inner)  # before 0.27 keys had as many heads
     if inner is None or inner_kv_dim != inner or attention.scale != (inner // attention.heads) ** -0.5:
         return "shares key heads or has another scale"
