@@ -39,7 +39,7 @@ class Op(NamedTuple):
     adapters: tuple[tuple[str, int, int], ...] = ()
 
 
-def _plain_attention(x: Tensor, to_q: Tensor, to_k: Tensor, to_v: Tensor, **others: Tensor) -> Tensor:
+def _plain_attention(x: Tensor, to_q: Tensor, to_k: Tensor, to_v: Tensor, **others: Any) -> Tensor:
     qkv = torch.cat((to_q, to_k, to_v))
     return spatial_attention.reference(x, qkv_weight=qkv, num_heads=HEADS, **others)
 

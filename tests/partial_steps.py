@@ -10,6 +10,7 @@ from torch import nn
 import mmkernels
 from mmkernels.memory.cuda_autocast import norms_in_float32
 from mmkernels.memory.trace import Trace, trace
+from mmkernels.planning.choices import Plan
 from mmkernels.planning.svd import svd_workload
 
 REAL: dict[str, Any] = {"frames": 72, "height": 576, "width": 1024}
@@ -36,8 +37,9 @@ def train(unet: nn.Module, way: str) -> None:
 
 
 def cost(
-    way: str, size: dict[str, Any], *, is_fused: bool, prepare: Callable[[nn.Module], object] = lambda unet: None
-) -> Trace:
+    way: str, size: dict[str, Any], *, is_fused: bool, prepare: Callable[[nn.Module], object] = lambda unet: None,
+    plan: str | Plan = "fused",
+) -> Trace:  # fmt: skip
     """Of forward and backward, in bfloat16; prepare: changes the plain UNet first."""
     workload = svd_workload("adamw8bit", **size)
     with workload.mode:
@@ -46,7 +48,7 @@ def cost(
         sample = workload.resident[-4]
         sample.requires_grad_(way == "input")
         if is_fused:
-            mmkernels.replace(workload.unet)
+            mmkernels.replace(workload.unet, plan)
         with norms_in_float32():
             return trace(workload.step, workload.unet.parameters(), device_kind="cuda")
 

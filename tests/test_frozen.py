@@ -56,6 +56,34 @@ def test_formulas_of_flops_are_what_is_computed(name: str) -> None:
                 assert said == counted + attention, (trained, func)
 
 
+_FED = {"x": 5, "shift": 5, "norm_bias": 5, "up_weight": 5, "down_weight": 4, "down_bias": 0}
+_ATTENDED = {"x": 7, "norm_bias": 7, "to_q": 7, "to_k": 7, "out_bias": 0}
+_PROJECTED = {"weight": 1, "bias": 0}
+# Matrix products of forward, and of backward where all inputs are trained and where one is; of one size each.
+PRODUCTS: dict[str, tuple[int, int, dict[str, int]]] = {
+    "geglu_feed_forward, input": (3, 8, _FED),  # two of them computed again
+    "geglu_feed_forward, up": (3, 6, {name: max(0, number - 2) for name, number in _FED.items()}),
+    "spatial_attention": (4, 11, _ATTENDED | {"out_weight": 1}),  # three again
+    "temporal_attention_block, input": (4, 11, _ATTENDED | {"out_weight": 5}),
+    "temporal_attention_block, qkv": (4, 8, {"x": 4, "to_q": 4, "out_weight": 2, "out_bias": 0}),
+    "group_norm_projection": (1, 2, _PROJECTED | {"x": 1, "gamma": 1}),
+    "blend_projection": (1, 2, _PROJECTED | {"residual": 0, "spatial": 1, "temporal": 1, "alpha": 1}),
+    "group_norm_silu_conv, 3x3 in chunks": (1, 2, _PROJECTED | {"x": 1, "norm_weight": 1, "shift": 0, "residual": 0}),
+    "group_norm_silu_conv, 3x1 in columns": (1, 2, _PROJECTED | {"x": 1, "norm_weight": 1, "shift": 0, "residual": 0}),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_products_that_are_computed(name: str) -> None:
+    op, (forward, whole, single) = OPS[name], PRODUCTS[name]
+    given = draw(op, False)
+    for trained, number in ((tuple(op.inputs), whole), *(((key,), number) for key, number in single.items())):
+        with Calls() as calls:
+            fused_gradients(op, given, trained)
+        (_, unit), *backward = (flops(op.module, func, args) for func, args in calls.made)
+        assert sum(counted for _, counted in backward) * forward == number * unit, trained
+
+
 @pytest.mark.parametrize("name", OPS)
 def test_nothing_is_kept_without_autograd(name: str) -> None:
     op, given, saved = OPS[name], draw(OPS[name], False), []

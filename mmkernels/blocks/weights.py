@@ -38,6 +38,8 @@ def adapters_of(*layers: Linear) -> dict[str, Any]:
 def linear_of(layer: Any, dtype: torch.dtype) -> Linear:
     """What a layer for which there is no reason computes with, in `dtype`."""
     base = layer.base_layer if _is_lora(layer) else layer
+    if _is_lora(layer) and layer.disable_adapters and layer.merged:
+        layer.unmerge()  # as a call of it would
     bias = None if base.bias is None else base.bias.to(dtype)
     adapters = [factor.to(dtype) for pair in _active_adapters(layer) for factor in pair]
     return Linear(_numbers(base.weight).to(dtype), bias, adapters)
@@ -69,14 +71,12 @@ def _why_not_lora(layer: Any) -> str | None:
         return "is LoRA with hooks inside"
     if layer.fan_in_fan_out:
         return "is LoRA on a transposed weight"
-    if layer.disable_adapters and layer.merged:
-        return "has merged adapters that are disabled: the next call of the layer takes them out"
     for name in _active_names(layer):
         if name in layer.lora_variant or layer.use_dora.get(name, False):
             kind = type(layer.lora_variant.get(name)).__name__ if name in layer.lora_variant else "DoRA"
             return f"has the adapter {name}, which is not plain LoRA but {kind}"
         dropout = layer.lora_dropout[name]
-        if not isinstance(dropout, nn.Identity) and dropout.training and getattr(dropout, "p", 1.0) > 0:
+        if not isinstance(dropout, nn.Identity) and getattr(dropout, "p", 1.0) > 0:
             return f"has the adapter {name}, which drops of its input; set lora_dropout to 0"
         factors = layer.lora_A[name], layer.lora_B[name]
         if any(type(factor) is not nn.Linear or factor.bias is not None for factor in factors):
