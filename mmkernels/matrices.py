@@ -2,8 +2,9 @@
 
     y = x (W + sum of B A)^T      dx = dy (W + sum of B A)      dW = dy^T x      dA = (dy B)^T x      dB = dy^T (x A^T)
 
-x (R, C), W (K, C); an adapter, A (r, C) and B (k, r), adds to k neighbouring rows of W. Its products are taken beside
-W's and never added to W: in bfloat16 the sum would lose an update that is small beside W. So dA and dB cost no dW.
+x (R, C), W (K, C); an adapter, A (r, C) and B (k, r), adds to k neighbouring rows of W. B A is never added to W, which
+in bfloat16 would lose an update that is small beside W; nor is its product added to W's once that is rounded, which
+would lose it beside y. dA and dB cost no dW.
 Gradients are summed over the chunks at least in float32, in their order.
 
 An operation hands on its adapters as one flat list A, B, A, B, ... and, for each, its first row among the rows of all
@@ -37,18 +38,23 @@ class Matrix:
 
     def times(self, x: Tensor, out: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         """x W^T + bias, (R, K); into `out` where there is one."""
-        transposed = self.weight.t()
-        y = torch.mm(x, transposed, out=out) if bias is None else torch.addmm(bias, x, transposed, out=out)
+        weight = self.weight.t()
+        if not self.adapters:
+            return torch.mm(x, weight, out=out) if bias is None else torch.addmm(bias, x, weight, out=out)
+        y = x.new_zeros((x.shape[0], weight.shape[1])) if out is None else out.zero_()
         for adapter in self.adapters:
             y[:, adapter.rows].addmm_(x @ adapter.down.t(), adapter.up.t())
-        return y
+        y.addmm_(x, weight)  # last, so that both are rounded together and once
+        return y if bias is None else y.add_(bias)
 
     def back(self, dy: Tensor, out: Tensor | None = None) -> Tensor:
         """dy W, (R, C); into `out` where there is one."""
-        dx = torch.mm(dy, self.weight, out=out)
+        if not self.adapters:
+            return torch.mm(dy, self.weight, out=out)
+        dx = dy.new_zeros((dy.shape[0], self.weight.shape[1])) if out is None else out.zero_()
         for adapter in self.adapters:
             dx.addmm_(dy[:, adapter.rows] @ adapter.up, adapter.down)
-        return dx
+        return dx.addmm_(dy, self.weight)
 
     def collect(self, dy: Tensor, x: Tensor) -> None:
         """Add what a chunk gives to the gradients that are wanted."""

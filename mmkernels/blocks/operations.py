@@ -41,7 +41,7 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 def of_transformer(block: Any, plain: Collection[str] = ()) -> Calls:
     """Of a TransformerSpatioTemporalModel, without the parts named in `plain`."""
-    x = _pictures(block.proj_in.weight, block.proj_in.weight.shape[1])[0]  # (1, P, C)
+    x = _pictures(block.norm.weight, block.norm.weight.shape[0])[0]  # (1, P, C)
     dtype = product_dtype(x)
     calls = {"norm": group_norm_tokens.call_of(x, dtype)}
     for name in ("transformer_blocks", "temporal_transformer_blocks"):
@@ -55,8 +55,8 @@ def of_transformer_block(block: Any, plain: Collection[str] = ()) -> Calls:
     is_over_frames, calls = hasattr(block, "ff_in"), {}
     if "attn1" not in plain:
         attending = block.attn1
-        C, heads = attending.to_q.weight.shape[0], attending.heads
-        tokens = attending.to_q.weight.new_empty((1, PIXELS, C))
+        C, heads = block.norm1.weight.shape[0], attending.heads
+        tokens = block.norm1.weight.new_empty((1, PIXELS, C))
         dtype = product_dtype(tokens)
         calls["layer norm"] = layer_norm.call_of(tokens, dtype)
         if is_over_frames:
@@ -65,11 +65,11 @@ def of_transformer_block(block: Any, plain: Collection[str] = ()) -> Calls:
         else:
             calls["attention"] = attention.call_of(tokens, dtype, PIXELS, heads, C // heads)
     if "ff" not in plain:
-        down = block.ff.net[2].weight  # (C, hidden)
-        tokens = down.new_empty((1, PIXELS, down.shape[0]))
-        dtype, hidden = product_dtype(tokens), down.shape[1]
+        C, hidden = block.norm3.weight.shape[0], block.ff.net[2].in_features
+        tokens = block.norm3.weight.new_empty((1, PIXELS, C))
+        dtype = product_dtype(tokens)
         calls["layer norm"] = layer_norm.call_of(tokens, dtype)
-        calls["up-projection"] = geglu_product.call_of(tokens, dtype, down.shape[0], hidden)
+        calls["up-projection"] = geglu_product.call_of(tokens, dtype, C, hidden)
         calls["GEGLU"] = geglu.call_of(tokens.to(dtype).new_empty((PIXELS, 2 * hidden)))
     return calls
 

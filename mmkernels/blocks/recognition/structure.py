@@ -43,7 +43,10 @@ def why_not_built_of(
             return f"has no {name}"
         if (reason := _why_not_of(found[name], kind)) is not None:
             return f"{name} {reason}" if name else reason
+    layers = tuple(f"{name}." for name, kind in kinds.items() if kind is nn.Linear)
     for name, child in found.items():
+        if name.startswith(layers):  # what a linear layer is wrapped with has been looked at with it
+            continue
         if is_within(name, apart) or not (only is None or is_within(name, only)):
             continue
         if name not in kinds:
