@@ -4,9 +4,9 @@
         [--dtype mixed|bfloat16|float32] [--inputs MODULE:FUNCTION] [--card H200]
     python -m mmkernels.preview diffusers:UNetSpatioTemporalConditionModel
 
-FACTORY is called without arguments on fake tensors, which have no memory, and gives the module that a trainer would
-pass to mmkernels.replace(), frozen as the trainer freezes it: build it from a configuration, since weights cannot be
-loaded into fake tensors. It is called as SVD's UNet is, with (sample, timestep, encoder_hidden_states, added_time_ids);
+FACTORY is called without arguments on torch's meta device, where tensors have no memory, and gives the module that a
+trainer would pass to mmkernels.replace(), frozen as the trainer freezes it: build it from a configuration, without its
+weights. It is called as SVD's UNet is, with (sample, timestep, encoder_hidden_states, added_time_ids);
 for any other, FUNCTION(module, frames, height, width), sides in pixels, gives the keyword arguments of its forward.
 
 Prints how each block would run, and what a step costs plain, under diffusers' gradient checkpointing and replaced:
@@ -85,17 +85,14 @@ class Preview:
         self.width, self.height = parse_size(settings.size)
         make = _named(settings.factory, "FACTORY")
         inputs = None if settings.inputs is None else _named(settings.inputs, "FUNCTION of --inputs")
-        self.mode = FakeTensorMode()
+        with torch.device("meta"), _said_as(f"{settings.factory} raised", "build the module from a configuration"):
+            module = make()
+        if not isinstance(module, nn.Module):
+            raise PreviewError(f"{settings.factory} gives a {type(module).__name__}, wanted a torch.nn.Module")
+        self.module, self.mode = module, FakeTensorMode()
+        dtype = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
         with self.mode, torch.device("cpu"):
-            with _said_as(f"{settings.factory} raised", "build the module from a configuration, on any device"):
-                module = make()
-            if not isinstance(module, nn.Module):
-                raise PreviewError(f"{settings.factory} gives a {type(module).__name__}, wanted a torch.nn.Module")
-            self.module = module
-            dtype = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
-            for tensor in (*module.parameters(), *module.buffers()):
-                if tensor.is_floating_point():
-                    tensor.data = tensor.data.to(dtype)
+            _make_fake(module, dtype)
             with _said_as("the inputs cannot be made", f"look at {settings.inputs or WANTED}"):
                 self.positional: tuple[Tensor, ...] = ()
                 self.named: dict[str, Any] = {}
@@ -171,6 +168,20 @@ class Preview:
             yield
         finally:
             undo()
+
+
+def _make_fake(module: nn.Module, dtype: torch.dtype) -> None:
+    """Put a fake tensor in the place of each parameter and buffer, shared as it was; floating ones of dtype."""
+    made: dict[int, Tensor] = {}
+    for owner in module.modules():
+        for tensors in (owner._parameters, owner._buffers):
+            for name, x in tensors.items():
+                if x is None:
+                    continue
+                if id(x) not in made:
+                    fake = torch.empty(x.shape, dtype=dtype if x.is_floating_point() else x.dtype)
+                    made[id(x)] = nn.Parameter(fake, x.requires_grad) if isinstance(x, nn.Parameter) else fake
+                tensors[name] = made[id(x)]  # pyright: ignore[reportArgumentType]
 
 
 def _named(name: str, what: str) -> Callable[..., Any]:
