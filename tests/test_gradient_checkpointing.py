@@ -12,6 +12,7 @@ import mmkernels
 from mmkernels.memory.trace import Trace, trace
 
 NO_PART = "takes no part in diffusers' gradient checkpointing, which is on"
+RUNS_AGAIN = "diffusers' gradient checkpointing is on and runs it again"
 KINDS = ("TransformerSpatioTemporalModel", "SpatioTemporalResBlock")
 
 
@@ -51,3 +52,22 @@ def test_a_plain_block_in_a_fused_up_block_is_checkpointed_as_before(is_before: 
         unet.enable_gradient_checkpointing()
         unet(**inputs).sample.sum().backward()
     assert len(calls) == 2, "once more in backward"
+
+
+def test_reports_what_runs_how() -> None:
+    unet = small_unet()
+    unet.enable_gradient_checkpointing()
+    with pytest.warns(UserWarning, match="leave it off"):
+        undo = mmkernels.replace(unet)
+    *blocks, head = mmkernels.report(unet).rows
+    assert {(row.how, row.why) for row in blocks} == {("fused", NO_PART)}
+    assert (head.how, head.why) == ("fused", ""), "diffusers checkpoints blocks only"
+    undo()
+    with pytest.warns(UserWarning, match="leave it off"):
+        mmkernels.replace(unet, "checkpoint")
+        rows = [row for row in mmkernels.report(unet).rows if row.how == "checkpoint"]
+        found = trace(lambda: unet(**unet_inputs()).sample.sum().backward())
+    assert {row.why for row in rows} == {f'replaced with plan="checkpoint"; {RUNS_AGAIN}'}
+    plain = small_unet()
+    plain.enable_gradient_checkpointing()
+    assert found.flops == trace(lambda: plain(**unet_inputs()).sample.sum().backward()).flops
