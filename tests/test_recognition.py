@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from numerics import assert_within_budget
 from spatio_temporal import run, small_unet, unet_inputs, without
 from svd_blocks import B, F, H, W, transformer
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 import mmkernels
 from mmkernels.blocks import contexts
@@ -167,8 +169,7 @@ def test_blocks_by_themselves_against_diffusers(kind: Any, num_tokens: int) -> N
 
 
 def test_contexts_of_the_known_transformers() -> None:
-    context, module = torch.randn(B * F, 3, 4), nn.Module()
-    module.num_tokens = 2  # pyright: ignore[reportAttributeAccessIssue]
+    context, module = torch.randn(B * F, 3, 4), types.SimpleNamespace(num_tokens=2)
     clips = context.view(B, F, 3, 4)
     assert torch.equal(contexts.of_first_frame(context, module, B, P), clips[:, 0])
     assert torch.equal(contexts.without_last_tokens(context, module, B, P), clips[:, 0, :1])
@@ -199,11 +200,11 @@ def test_hooks_on_a_block_before_replace_see_what_they_saw() -> None:
 
 
 def _tensors(found: Any) -> list[Tensor]:
-    return [x for x in torch.utils._pytree.tree_leaves(found) if isinstance(x, Tensor)]
+    return [x for x in tree_leaves(found) if isinstance(x, Tensor)]
 
 
 def test_a_drop_in_looks_like_what_it_replaces() -> None:
-    unet = small_unet()
+    unet: Any = small_unet()
     before = dict(unet.named_modules())
     undo = mmkernels.replace(unet)
     after = dict(unet.named_modules())

@@ -155,7 +155,8 @@ class FusedBlock(DropIn):
 
 def _is_in_checkpoint() -> bool:
     """Whether what is saved now goes to a checkpoint; torch before 2.8 cannot tell, then it may."""
-    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    autograd: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
+    top = getattr(autograd, "_top_saved_tensors_default_hooks", None)
     if top is None:
         return True
     hooks = top(True)  # (pack, unpack), or None

@@ -13,6 +13,7 @@ That is eight, and the logsumexp of the attention over pixels. A context of seve
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -105,11 +106,11 @@ class FusedTransformer(FusedBlock):
         if encoder_hidden_states is None or image_only_indicator is None:
             raise ValueError("encoder_hidden_states or image_only_indicator is None, wanted (B*F, T, C) and (B, F)")
         inputs = hidden_states, encoder_hidden_states, image_only_indicator
-        output = self.run(lambda *x: self._compute(*x, cross_attention_kwargs or {}), *inputs)
+        output = self.run(functools.partial(self._compute, kwargs=cross_attention_kwargs or {}), *inputs)
         return TransformerTemporalModelOutput(sample=output) if return_dict else (output,)
 
     def _compute(
-        self, hidden_states: Tensor, context: Context, image_only_indicator: Tensor, kwargs: Mapping[str, Any]
+        self, hidden_states: Tensor, context: Context, image_only_indicator: Tensor, *, kwargs: Mapping[str, Any]
     ) -> Tensor:
         BF, _, H, W = hidden_states.shape
         F = image_only_indicator.shape[-1]

@@ -44,8 +44,9 @@ def _call(statement: ast.stmt) -> tuple[str, str] | None:
         return None
     names = [x.id for x in (*statement.targets, *call.args) if isinstance(x, ast.Name)]
     part = _head_attribute(call.func)
-    is_plain = part is not None and not call.keywords and len(statement.targets) == len(call.args) == 1
-    return (part, names[0]) if is_plain and len(names) == 2 and len(set(names)) == 1 else None
+    if part is None or call.keywords or not len(statement.targets) == len(call.args) == 1:
+        return None
+    return (part, names[0]) if len(names) == 2 and len(set(names)) == 1 else None
 
 
 def _mentioned(statement: ast.stmt) -> list[str]:

@@ -114,11 +114,12 @@ def _twin(block: nn.Module) -> nn.Module:
     for x in block.buffers():
         memo[id(x)] = torch.rand(x.shape, dtype=torch.float64)
     twin = copy.deepcopy(block, memo)
+    module: Any
     for module in twin.modules():
         for name in [name for name in vars(module) if name.endswith("_hooks")]:
             getattr(module, name).clear()
         if hasattr(module, "gradient_checkpointing"):
-            module.gradient_checkpointing = False  # pyright: ignore[reportAttributeAccessIssue]
+            module.gradient_checkpointing = False
     return twin
 
 
