@@ -11,7 +11,6 @@ from __future__ import annotations
 import ast
 import hashlib
 import inspect
-import textwrap
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -48,10 +47,11 @@ def tree_of(function: Callable[..., Any], callers: tuple[Any, ...] = ()) -> ast.
     """The normalised tree of a function, or None where its source cannot be read; callers: those that use it."""
     function = inspect.unwrap(function)
     try:
-        module = ast.parse(textwrap.dedent(inspect.getsource(function)))
+        source = inspect.getsource(function)
+        # A method's lines are indented, but for some comments: under an `if` they need no other indentation.
+        definition = ast.parse(f"if 1:\n{source}").body[0].body[0] if source[0].isspace() else ast.parse(source).body[0]
     except (OSError, TypeError, SyntaxError):
         return None
-    definition = module.body[0]
     if not isinstance(definition, ast.FunctionDef):
         return None
     definition.name, definition.decorator_list, definition.returns = "f", [], None
