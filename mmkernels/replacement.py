@@ -16,7 +16,7 @@ from mmkernels.blocks.output_head import FusedOutputHead, PassThrough
 from mmkernels.blocks.recognition.forms import class_path, relied_on
 from mmkernels.blocks.recognition.head import HEAD, why_not_in_a_row
 from mmkernels.blocks.recognition.probe import why_not_by_probe
-from mmkernels.blocks.recognition.structure import is_hooked
+from mmkernels.blocks.recognition.structure import is_hooked, is_within
 from mmkernels.blocks.recognition.transformer import norm_of
 from mmkernels.blocks.resnet import FusedResBlock
 from mmkernels.blocks.transformer import FusedTransformer
@@ -207,9 +207,22 @@ def report(unet: nn.Module) -> Report:
         if site.kind is FusedUpBlock and how == "fused":  # its blocks have rows, and count, by themselves
             fused[-1] = f"{site.name}.upsamplers"
         rows.append(Row(site.name, type(_original(block)).__name__, how, why, backends))
+    rows += _unknown_rows(unet, [row.name for row in rows])
     of_fused, of_apart = (tuple(f"{name}." for name in names) for names in (fused, apart))
     without_gradient = tuple(name for name in dead if name.startswith(of_fused) and not name.startswith(of_apart))
     return Report(tuple(rows), without_gradient, *shares(unet, fused, apart))
+
+
+def _unknown_rows(unet: nn.Module, named: list[str]) -> list[Row]:
+    """A row for what is temporal by its name and neither in a block of those that are named, nor around one."""
+    rows: list[Row] = []
+    for name, module in unet.named_modules():
+        is_around = not name or any(x.startswith(f"{name}.") for x in named)
+        is_inside = is_within(name, [*named, *(row.name for row in rows)])
+        if "Temporal" in type(module).__name__ and not is_around and not is_inside:
+            why = f"is {class_path(type(module))}, which is built as no block that is known"
+            rows.append(Row(name, type(module).__name__, "torch", why))
+    return rows
 
 
 def _beside(name: str, other: str) -> str:

@@ -218,3 +218,27 @@ def test_a_drop_in_looks_like_what_it_replaces() -> None:
     unet.mid_block.resnets[0].note = "set on the drop-in"
     undo()
     assert unet.mid_block.resnets[0].note == "set on the drop-in"
+
+
+def test_what_is_temporal_by_name_only_has_a_row_too() -> None:
+    class OwnTemporalLayer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(2, 2)
+
+    unet: Any = small_unet()
+    unet.mid_block.own = OwnTemporalLayer()
+    mmkernels.replace(unet)
+    *_, row = mmkernels.report(unet).rows
+    assert (row.name, row.kind, row.how) == ("mid_block.own", "OwnTemporalLayer", "torch")
+    assert "test_recognition" in row.why and "built as no block that is known" in row.why
+
+
+def test_a_feed_forward_that_is_called_as_it_is_has_nothing_more_to_keep() -> None:
+    unet: Any = small_unet()
+    unet.mid_block.attentions[0].temporal_transformer_blocks[0].ff.net[1].p = 0.1
+    mmkernels.replace(unet)
+    units = mmkernels.replacement.plan_units(unet)
+    names = ("down_blocks.0.attentions.0", TRANSFORMER)
+    assert ["keep" in units[name]["temporal_feed_forward"] for name in names] == [True, False]
+    assert all("keep" in units[name]["spatial_feed_forward"] for name in names)

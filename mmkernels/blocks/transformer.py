@@ -14,7 +14,7 @@ That is eight, and the logsumexp of the attention over pixels. A context of seve
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -56,6 +56,8 @@ UNITS: Mapping[str, Mapping[str, tuple[Choice, ...]]] = {  # of the blocks of on
     SPATIAL: {"spatial_attention": PLAIN, "spatial_feed_forward": _KEEPS},
     TEMPORAL: {"feed_forward_in": _KEEPS, "temporal_attention": _KEEPS, "temporal_feed_forward": _KEEPS},
 }
+_PARTS = {"spatial_feed_forward": "ff", "feed_forward_in": "ff_in", "temporal_attention": "attn1"}  # that can keep more
+_PARTS |= {"temporal_feed_forward": "ff"}
 _NONE: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -80,8 +82,8 @@ class FusedTransformer(FusedBlock):
         layers = {
             f"{_prefix(index)}{name}": choices
             for index in range(len(self.transformer_blocks))
-            for units in UNITS.values()
-            for name, choices in units.items()
+            for role, blocks in ((SPATIAL, "transformer_blocks"), (TEMPORAL, "temporal_transformer_blocks"))
+            for name, choices in units_of(role, self._plain_in(f"{blocks}.{index}")).items()
         }
         return {"norm_projection": PLAIN, **layers, "blend_projection": PLAIN, WHOLE: PLAIN}
 
@@ -158,6 +160,11 @@ class FusedTransformer(FusedBlock):
         """The share of the spatial stream, one number for each frame (B*F)."""
         alpha = self.time_mixer.get_alpha(image_only_indicator, 3).flatten()
         return 1 - alpha if self.time_mixer.switch_spatial_to_temporal_mix else alpha
+
+
+def units_of(role: str, plain: Collection[str]) -> dict[str, tuple[Choice, ...]]:
+    """The units of a block; a part that is called as it is has nothing more to keep."""
+    return {name: PLAIN if _PARTS.get(name) in plain else choices for name, choices in UNITS[role].items()}
 
 
 def _prefix(layer: int) -> str:

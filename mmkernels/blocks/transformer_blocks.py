@@ -13,7 +13,7 @@ from mmkernels.blocks.drop_in import PLAIN, FusedBlock
 from mmkernels.blocks.operations import of_transformer_block
 from mmkernels.blocks.recognition.inputs import spatial_inputs, temporal_inputs
 from mmkernels.blocks.recognition.transformer import SPATIAL, TEMPORAL, plain_parts_of_block, why_not_block
-from mmkernels.blocks.transformer import UNITS, spatial_transformer_block, temporal_transformer_block
+from mmkernels.blocks.transformer import spatial_transformer_block, temporal_transformer_block, units_of
 from mmkernels.kernels.call import Call
 from mmkernels.memory.units import WHOLE, Choice
 
@@ -28,7 +28,7 @@ class FusedSpatialBlock(FusedBlock):
 
     def units(self) -> dict[str, tuple[Choice, ...]]:
         """As in a whole transformer."""
-        return {**UNITS[SPATIAL], WHOLE: PLAIN}
+        return {**units_of(SPATIAL, self.plain), WHOLE: PLAIN}
 
     def calls(self) -> Mapping[str, Call]:
         """Of every operation."""
@@ -69,7 +69,7 @@ class FusedTemporalBlock(FusedBlock):
 
     def units(self) -> dict[str, tuple[Choice, ...]]:
         """As in a whole transformer."""
-        return {**UNITS[TEMPORAL], WHOLE: PLAIN}
+        return {**units_of(TEMPORAL, self.plain), WHOLE: PLAIN}
 
     def calls(self) -> Mapping[str, Call]:
         """Of every operation."""
