@@ -49,7 +49,8 @@ def tree_of(function: Callable[..., Any], callers: tuple[Any, ...] = ()) -> ast.
     try:
         source = inspect.getsource(function)
         # A method's lines are indented, but for some comments: under an `if` they need no other indentation.
-        definition = ast.parse(f"if 1:\n{source}").body[0].body[0] if source[0].isspace() else ast.parse(source).body[0]
+        found: Any = ast.parse(f"if 1:\n{source}" if source[0].isspace() else source).body[0]
+        definition = found.body[0] if source[0].isspace() else found
     except (OSError, TypeError, SyntaxError):
         return None
     if not isinstance(definition, ast.FunctionDef):
