@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from mimicmotion.data.cache import file_sha256
+from mimicmotion.paths import free_gib
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d+)")
@@ -57,9 +59,30 @@ def is_run(folder: Path) -> bool:
 
 
 def save(run_dir: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
-    """Write `checkpoint` as run_dir/step-N, then delete all but the newest `keep`; returns the folder."""
+    """Write `checkpoint` as run_dir/step-N, then delete all but the newest `keep`; returns the folder.
+
+    Raises CheckpointError where the disk does not take it; the checkpoints before it stay.
+    """
     final = run_dir / f"step-{checkpoint.step:08d}"
     partial = run_dir / f".{final.name}.partial"
+    try:
+        _write(checkpoint, final, partial)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        num_bytes = sum(tensor.nbytes for group in checkpoint.tensors.values() for tensor in group.values())
+        before = newest(run_dir)
+        kept = "there is none before it" if before is None else f"{before} is the newest that is complete"
+        raise CheckpointError(
+            f"step {checkpoint.step} could not be saved in {run_dir} ({error}): it takes {num_bytes / 2**30:.1f} GiB"
+            f"{free_gib(run_dir)}; {kept}. Make room there and go on with --resume"
+        ) from error
+    for old in folders(run_dir)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def _write(checkpoint: Checkpoint, final: Path, partial: Path) -> None:
+    """Write the folder `partial`, then give it the name `final`."""
     shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed while saving
     partial.mkdir(parents=True)
     for name, tensors in checkpoint.tensors.items():
@@ -74,16 +97,13 @@ def save(run_dir: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     _flush(partial / MANIFEST)
     _flush(partial)
-    replaced = run_dir / f".{final.name}.replaced"
+    replaced = final.with_name(f".{final.name}.replaced")
     shutil.rmtree(replaced, ignore_errors=True)
     if final.exists():  # the same step again: moved away whole, since a folder cannot be renamed over another
         final.rename(replaced)
     partial.rename(final)
-    _flush(run_dir)
+    _flush(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
-    for old in folders(run_dir)[:-keep]:
-        shutil.rmtree(old)
-    return final
 
 
 def damage(folder: Path) -> str | None:

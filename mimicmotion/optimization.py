@@ -131,7 +131,6 @@ class Optimization:
             "schedule": schedule | {"_last_lr": [float(rate) for rate in schedule["_last_lr"]]},
             "scaler": self.scaler.state_dict(),
             "average_steps": None if self.average is None else self.average.steps,
-            "learning_rate": [float(group["lr"]) for group in self.optimizer.param_groups],
             "last_norm": None if self.in_backward is None else self.in_backward.last_norm,
         }
 
@@ -153,12 +152,19 @@ class Optimization:
             for name, shadow in self.average.shadows.items():
                 shadow.copy_(tensors["ema"][name])
             self.average.steps = document["average_steps"]
-        self.schedule.load_state_dict(document["schedule"])
-        for group, rate in zip(self.optimizer.param_groups, document["learning_rate"], strict=True):
-            group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], Tensor) else rate
+        self._go_on_from(document["schedule"])
         self.scaler.load_state_dict(document["scaler"])
         if self.in_backward is not None:
             self.in_backward.last_norm = document["last_norm"] or 0.0
+
+    def _go_on_from(self, saved: dict[str, Any]) -> None:
+        """Take up a schedule's place; the rate there is the one that today's settings give."""
+        factors, bases = self.schedule.lr_lambdas, self.schedule.base_lrs
+        rates = [base * factor(saved["last_epoch"]) for base, factor in zip(bases, factors, strict=True)]
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], Tensor) else rate
+        as_held = [float(group["lr"]) for group in self.optimizer.param_groups]
+        self.schedule.load_state_dict({**saved, "base_lrs": bases, "_last_lr": as_held})
 
 
 def _make_bfloat16(model: nn.Module) -> None:

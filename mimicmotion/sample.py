@@ -17,7 +17,7 @@ if __name__ == "__main__":  # python puts this folder first, where our modules w
 import tyro
 from torch import Tensor
 
-from mimicmotion.checkpoint import CheckpointError
+from mimicmotion.commands import one_sentence
 from mimicmotion.config import Config, Kernels
 from mimicmotion.data.cache import atomic_write
 from mimicmotion.data.dataset import ClipDataset
@@ -42,6 +42,7 @@ class Arguments:
     guidance: float | None = None  # guidance scale; the run's setting where none is given
     kernels: Kernels | None = None  # the run's where none are given
     output: Path | None = None  # folder to write into; the run's where none is given
+    debug: bool = False  # show where in the code an error arose
     check_pose_order: bool = False  # also sample with the same poses in another order; exit 1 unless the right one wins
 
 
@@ -106,7 +107,7 @@ def run(arguments: Arguments) -> bool:
         "truth": "the clip's own latents, decoded",
         **figures,
     }
-    output = arguments.output or config.run_dir
+    output = arguments.output or folder.parent  # the run that was asked for, wherever it was trained
     comment = f"reference | pose | generated | truth; encoder: {decoder.name}; checkpoint: {folder.as_posix()}"
     write_video(output / "sample.mp4", wide, frames_per_second=rate, comment=comment)
     write_stills(output / "sample.png", wide)
@@ -122,10 +123,9 @@ def run(arguments: Arguments) -> bool:
 
 def main() -> None:
     """Run the command line; exits with 1 and the reason where it cannot sample or the pose check fails."""
-    try:
-        is_good = run(tyro.cli(Arguments))
-    except (CheckpointError, ValueError) as error:
-        raise SystemExit(f"sampling stopped: {error}") from error
+    arguments = tyro.cli(Arguments)
+    with one_sentence("sampling stopped", debug=arguments.debug):
+        is_good = run(arguments)
     if not is_good:
         raise SystemExit("pose check failed: the right order of poses is not closer to the truth than another order.")
 

@@ -5,6 +5,7 @@ With no arguments the demo preset runs on its embedded footage, which is prepare
 
 import signal
 import sys
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -19,7 +20,7 @@ import torch
 import tyro
 
 from mimicmotion import checkpoint
-from mimicmotion.checkpoint import CheckpointError
+from mimicmotion.commands import one_sentence
 from mimicmotion.config import PRESETS, Config
 from mimicmotion.data.dataset import ClipDataset
 from mimicmotion.data.preparation import prepare_if_missing
@@ -28,6 +29,7 @@ from mimicmotion.dry_run import dry_run
 from mimicmotion.memory_plan import choose_plan, reserve_as_planned
 from mimicmotion.memory_report import MemoryReport
 from mimicmotion.paths import check_there, near
+from mimicmotion.run_folder import owned, sign, start_afresh
 from mimicmotion.stopping import EndedBySignalError, Stop, say
 from mimicmotion.trainer import Trainer, TrainingStoppedError
 
@@ -39,6 +41,7 @@ class Arguments:
     config: Annotated[Config, tyro.conf.arg(name="")]
     resume: bool = False  # go on from the newest checkpoint; bit for bit on a CPU or with trainer.deterministic
     memory_report: bool = False  # write where the bytes at the peak of a step are, to memory_report.json and .png
+    debug: bool = False  # show where in the code an error arose
     dry_run: bool = False  # only print parameters and modelled memory of a step; needs neither a GPU nor the memory
 
 
@@ -70,39 +73,28 @@ def check_given(arguments: Arguments) -> None:
         )
 
 
-def start_afresh(run_dir: Path) -> str | None:
-    """Move an earlier run's folder aside where it holds checkpoints; returns what to say about it."""
-    if not checkpoint.folders(run_dir):
-        return None
-    number = 1
-    while (aside := run_dir.with_name(f"{run_dir.name}.{number}")).exists():
-        number += 1
-    run_dir.rename(aside)
-    return f"{run_dir} held an earlier run: moved to {aside} (--resume would have gone on with it)"
-
-
 def train(arguments: Arguments, ranks: Ranks, stop: Stop) -> bool:
     """Prepare what is to be prepared, then train on this rank; False where a signal ended it early."""
     check_given(arguments)
     config, plan, fitting = choose_plan(arguments.config, ranks, resume=arguments.resume)
+    with ExitStack() as ends:
 
-    def make_ready() -> None:
-        prepare_if_missing(config)
-        if not arguments.resume and (note := start_afresh(config.run_dir)):
-            print(note, flush=True)
+        def make_ready() -> None:
+            ends.enter_context(owned(config.run_dir))
+            prepare_if_missing(config)
+            if not arguments.resume and (note := start_afresh(config.run_dir)):
+                print(note, flush=True)
+            sign(config.run_dir)
 
-    ranks.from_first(make_ready)
-    dataset = ClipDataset(config.data.prepared, config.data.num_frames, config.trainer.seed)
-    encoder = dataset.manifest.encoder_name
-    trainer = Trainer(
-        config, dataset, ranks, encoder=encoder, resume=arguments.resume, plan=plan, fitting=fitting, stop=stop
-    )
-    if arguments.memory_report:
-        trainer.around_step = MemoryReport(trainer)
-    if ranks.is_first:
-        about = f"kernels {config.kernels}, encoder {encoder}, {ranks.world_size} rank(s)"
-        print(f"{about}, run folder {config.run_dir}", flush=True)
-    is_finished = trainer.run()
+        ranks.from_first(make_ready)
+        dataset = ClipDataset(config.data.prepared, config.data.num_frames, config.trainer.seed)
+        trainer = Trainer(config, dataset, ranks, resume=arguments.resume, plan=plan, fitting=fitting, stop=stop)
+        if arguments.memory_report:
+            trainer.around_step = MemoryReport(trainer)
+        if ranks.is_first:
+            about = f"kernels {config.kernels}, encoder {dataset.identity.encoder}, {ranks.world_size} rank(s)"
+            print(f"{about}, run folder {config.run_dir}", flush=True)
+        is_finished = trainer.run()
     if ranks.is_first:
         where = checkpoint.newest(config.run_dir)
         saved = "nothing was trained" if where is None else f"checkpoint {where}, loss {config.run_dir / 'loss.png'}"
@@ -116,28 +108,24 @@ def main() -> None:
     words = sys.argv[1:]
     arguments = parse(words)
     if arguments.dry_run:
-        try:
+        with one_sentence("no dry run", debug=arguments.debug):
             is_for_this_gpu = arguments.config.memory_budget is not None and torch.cuda.is_available()
             device = torch.device("cuda", torch.cuda.current_device()) if is_for_this_gpu else torch.device("cpu")
             here = Ranks(rank=0, world_size=1, device=device)
             config, plan, _ = choose_plan(arguments.config, here)
             print(dry_run(config, plan))
-        except ValueError as error:
-            raise SystemExit(f"no dry run: {error}") from error
         return
     if arguments.config.plan is not None or arguments.config.memory_budget is not None:
         reserve_as_planned()
     with Stop() as stop:
         try:
-            with join_ranks() as ranks:
+            with one_sentence("training stopped", TrainingStoppedError, debug=arguments.debug), join_ranks() as ranks:
                 is_asked = any(word.startswith("--preset") for word in words)
                 why = "as asked" if is_asked else "the default, no --preset given"
                 if ranks.is_first:
                     footage = arguments.config.data.prepared
                     print(f"preset {arguments.config.preset} ({why}), footage in {footage}", flush=True)
                 is_finished = train(arguments, ranks, stop)
-        except (TrainingStoppedError, CheckpointError, ValueError, MemoryError) as error:
-            raise SystemExit(f"training stopped: {error}") from error
         except (EndedBySignalError, RuntimeError) as error:  # what a rank waits for fails where another has ended
             if not stop.is_asked or stop.has_begun:
                 raise

@@ -7,27 +7,26 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import mmkernels
-from mimicmotion import checkpoint
+from mimicmotion import checkpoint, resumption
 from mimicmotion.checkpoint import Checkpoint
-from mimicmotion.config import Config, changes, to_json
+from mimicmotion.config import Config, to_json
 from mimicmotion.distributed import Ranks, no_sync, rank_sample_ids
 from mimicmotion.execution import describe, put_kernels, same_bits
 from mimicmotion.fitting import Change, Fitting, NoSmallerPlanError
 from mimicmotion.history import History, Reporter, draw_loss, read_history
-from mimicmotion.micro_batch import batch_loss, draw_samples
+from mimicmotion.micro_batch import Samples, batch_loss, draw_samples, stacked
 from mimicmotion.model import weights
 from mimicmotion.model.unet import MimicMotionModel, build_model
 from mimicmotion.optimization import Optimization
 from mimicmotion.stopping import Stop
 from mmkernels.planning.choices import Plan, document
 
-_BATCH_FIELDS = ("latents", "reference_latent", "image_embedding", "pose", "loss_weight")
 WAIT_S = 0.1  # between two looks at whether to stop, while data are awaited
 
 Batches = list[tuple[dict[str, Tensor], range]]  # micro-batches of a step with their sample ids
@@ -35,14 +34,6 @@ Batches = list[tuple[dict[str, Tensor], range]]  # micro-batches of a step with 
 
 class TrainingStoppedError(RuntimeError):
     """Training cannot go on, and why."""
-
-
-class Samples(Protocol):
-    """Where samples come from: a function of (step, sample id) alone, sample id from 0 to the batch size."""
-
-    def sample(self, step: int, sample_id: int) -> dict[str, Any]:
-        """One clip: latents (F,4,h,w), reference_latent (4,h,w), image_embedding (1,C), pose (F,3,H,W), loss_weight."""
-        ...
 
 
 def build_optimization(model: MimicMotionModel, config: Config, *, scales_loss: bool) -> Optimization:
@@ -56,15 +47,15 @@ class Trainer:
     """One run on one rank. `run()` trains to the last step and returns whether it got there."""
 
     def __init__(
-        self, config: Config, dataset: Samples, ranks: Ranks, *, encoder: str, resume: bool = False,
+        self, config: Config, dataset: Samples, ranks: Ranks, *, resume: bool = False,
         plan: Plan | None = None, fitting: Fitting | None = None, stop: Stop | None = None,
     ) -> None:  # fmt: skip
-        """encoder: name of what made the latents, for the pictures and the checkpoint. plan: what the blocks follow.
+        """plan: what the blocks follow.
 
         fitting: makes the run's plans, where it has a budget; its own is followed first. stop: entered, where signals
         are to end the run after a step.
         """
-        self.config, self.dataset, self.ranks, self.encoder = config, dataset, ranks, encoder
+        self.config, self.dataset, self.ranks = config, dataset, ranks
         self._sample_ids = rank_sample_ids(config, ranks)
         if config.trainer.precision == "fp16" and ranks.device.type == "cpu":
             raise ValueError("trainer.precision is 'fp16' on a CPU; give fp32 or bf16, or run on a GPU.")
@@ -124,7 +115,7 @@ class Trainer:
         if self.step > first and self.step % settings.save_every != 0:
             self.save()
         if self.ranks.is_first and self.step > 0:
-            title = f"{self.config.preset}, kernels {self.config.kernels}, encoder {self.encoder}"
+            title = f"{self.config.preset}, kernels {self.config.kernels}, encoder {self.dataset.identity.encoder}"
             draw_loss(read_history(self.history_path), self.config.run_dir / "loss.png", title)
         return self.step >= settings.num_steps
 
@@ -169,7 +160,7 @@ class Trainer:
                     "config": to_json(self.config),
                     "state": state,
                     "kernels": {"report": self.kernels.splitlines()},
-                    "encoder": {"name": self.encoder},
+                    "encoder": self.dataset.identity.document(),
                     **({} if self.plan is None else {"plan": document(self.plan)}),
                 },
             )
@@ -183,27 +174,23 @@ class Trainer:
         if folder is None:
             return [f"nothing to resume in {self.config.run_dir}: starting at step 0"]
         saved = checkpoint.load(folder)
+        notes = resumption.differences(saved, self.config, self.dataset.identity)
         self.model.load_state_dict(saved.tensors["model"])
         self.optimization.load(saved.tensors, saved.documents["state"])
         self.step = saved.step
         self.skipped = saved.documents["state"]["skipped"]
         self.skipped_in_a_row = saved.documents["state"]["skipped_in_a_row"]
-        notes = [f"resumed {folder} at step {self.step}"]
-        for name, before, now in changes(saved.documents["config"], to_json(self.config)):
-            notes.append(f"{name} was {before} in the checkpoint and is {now} now")
-            if name in ("optimizer.learning_rate", "optimizer.schedule", "optimizer.warmup_steps"):
-                notes.append("  the learning rate goes on as the checkpoint has it")
-        return notes
+        return [f"resumed {folder} at step {self.step}", *notes]
 
     def _load(self, step: int) -> Batches:
         """This rank's micro-batches of a step, stacked on the CPU, with their sample ids."""
         if step >= self.config.trainer.num_steps:
             return []
-        loaded = []
-        for ids in self._sample_ids:
-            clips = [self.dataset.sample(step, sample_id) for sample_id in ids]
-            loaded.append(({name: torch.stack([clip[name] for clip in clips]) for name in _BATCH_FIELDS}, ids))
-        return loaded
+        return [(stacked(self.dataset, step, ids), ids) for ids in self._sample_ids]
+
+    def _clips_of(self, step: int) -> list[str]:
+        """The names of a step's clips, of all ranks."""
+        return sorted({self.dataset.clip_of(step, sample_id) for sample_id in range(self.config.trainer.batch_size)})
 
     def _await(self, batches: Future[Batches]) -> Batches:
         """The micro-batches of a step; none where this rank is asked to stop while they are loaded."""
@@ -244,6 +231,7 @@ class Trainer:
             "gradient_norm": None if is_skipped else norm,
             "learning_rate": rate,
             "is_skipped": is_skipped,
+            **({"clips": self._clips_of(self.step - 1)} if is_skipped else {}),
             "seconds": round(time.monotonic() - start, 3),
         }
 

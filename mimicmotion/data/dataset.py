@@ -16,6 +16,7 @@ from torch import Tensor
 from mimicmotion.data.cache import Clip, Manifest, NotFiniteError, check_finite
 from mimicmotion.data.crop import crop_frame
 from mimicmotion.data.footage import decode
+from mimicmotion.data.footage_identity import FootageIdentity
 from mimicmotion.data.poses import draw, drawing_scale
 from mimicmotion.data.poses.keypoints import HANDS
 
@@ -41,6 +42,7 @@ class ClipDataset:
         self.seed = seed
         self._hand_confidence = hand_confidence
         self._clips = {clip.clip_id: clip for clip in self.manifest.clips}
+        self.identity = FootageIdentity.of(self.manifest)
         if num_frames < 2:
             raise ValueError(f"got num_frames {num_frames}, wanted at least 2: a reference and one more")
         if not self._clips:
@@ -68,12 +70,19 @@ class ClipDataset:
         keypoints (F, 128, 3), pose (F, 3, H, W) in [-1, 1], loss_weight (F, 1, h, w), fps, motion_bucket, sample_id,
         and what was chosen: clip_id, reference, start.
         """
+        return {**self.clip(*self._draw(step, sample_id)), "sample_id": sample_id}
+
+    def clip_of(self, step: int, sample_id: int) -> str:
+        """Name of the clip that `sample` takes."""
+        return self._draw(step, sample_id)[0]
+
+    def _draw(self, step: int, sample_id: int) -> tuple[str, int, int]:
+        """The clip's name, the reference frame and the first frame of a sample."""
         random = np.random.default_rng(np.random.SeedSequence([self.seed, step, sample_id]))
         window = int(random.integers(len(self)))
         for clip in self.manifest.clips:
             if window < self._num_windows(clip):
-                reference = int(random.integers(clip.num_frames))
-                return {**self.clip(clip.clip_id, reference, window), "sample_id": sample_id}
+                return clip.clip_id, int(random.integers(clip.num_frames)), window
             window -= self._num_windows(clip)
         raise AssertionError("a window lies within one of the clips")
 
