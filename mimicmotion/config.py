@@ -4,6 +4,7 @@ Where a comment says "not in the source", neither the paper (arXiv 2406.19680) n
 """
 
 import dataclasses
+import re
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,7 +101,9 @@ class OptimizerConfig:
     in_backward: bool = False  # update each weight when its gradient is there and free it; clips by the norm so far
     states_on_host: bool = False  # the moments live in host memory and come over for each update
     ema: Placement = "device"  # where the moving average of the weights lives; off: none is taken
+    train: str | None = None  # only parameters in whose name this pattern (re.search) is found; all where none is given
     learning_rate: float = 1e-5  # peak, the paper's
+    learning_rates: dict[str, float] = field(default_factory=dict)  # of parameters that a pattern finds, first match
     betas: tuple[float, float] = (0.9, 0.999)  # not in the source
     eps: float = 1e-8  # not in the source
     weight_decay: float = 1e-2  # not in the source
@@ -113,6 +116,15 @@ class OptimizerConfig:
         for name, kinds in (("kind", typing.get_args(OptimizerKind)), ("ema", typing.get_args(Placement))):
             _require(getattr(self, name) in kinds, f"optimizer.{name}", getattr(self, name), f"one of {kinds}")
         _require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "a positive number")
+        rates = self.learning_rates
+        _require(all(r > 0 for r in rates.values()), "optimizer.learning_rates", rates, "a positive number a pattern")
+        for pattern in (*([] if self.train is None else [self.train]), *rates):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(
+                    f"optimizer: {pattern!r} is no pattern ({error}); give one that re.search reads"
+                ) from error
         _require(all(0 <= b < 1 for b in self.betas), "optimizer.betas", self.betas, "two numbers in [0, 1)")
         _require(self.eps > 0, "optimizer.eps", self.eps, "a positive number")
         _require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")

@@ -1,5 +1,6 @@
 """AdamW over the live parameters, its schedule, loss scaling and the moving average of the weights."""
 
+import re
 from collections.abc import Set
 from typing import Any
 
@@ -165,6 +166,21 @@ class Optimization:
             group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], Tensor) else rate
         as_held = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.schedule.load_state_dict({**saved, "base_lrs": bases, "_last_lr": as_held})
+
+
+def untrained(model: nn.Module, pattern: str | None) -> set[str]:
+    """Names of the parameters that `pattern` is not found in; none without one.
+
+    Raises ValueError where it is found in none at all.
+    """
+    names = {name for name, _ in model.named_parameters()}
+    found = {name for name in names if pattern is None or re.search(pattern, name)}
+    if not found:
+        raise ValueError(
+            f"optimizer.train: {pattern!r} is in no name of a parameter, such as {min(names)}; give a pattern that is, "
+            'as "temporal_transformer_blocks|pose_net"'
+        )
+    return names - found
 
 
 def _make_bfloat16(model: nn.Module) -> None:

@@ -23,7 +23,7 @@ from mimicmotion.history import History, Reporter, draw_loss, read_history
 from mimicmotion.micro_batch import Samples, batch_loss, draw_samples, stacked
 from mimicmotion.model import weights
 from mimicmotion.model.unet import MimicMotionModel, build_model
-from mimicmotion.optimization import Optimization
+from mimicmotion.optimization import Optimization, untrained
 from mimicmotion.stopping import Stop
 from mmkernels.planning.choices import Plan, document
 
@@ -39,6 +39,7 @@ class TrainingStoppedError(RuntimeError):
 def build_optimization(model: MimicMotionModel, config: Config, *, scales_loss: bool) -> Optimization:
     """Optimizer of the model's live parameters; call it before the blocks are replaced."""
     dead = {f"unet.{name}" for name in mmkernels.dead_parameters(model.unet)}
+    dead |= untrained(model, config.optimizer.train)
     steps, seed = config.trainer.num_steps, config.trainer.seed
     return Optimization(model, config.optimizer, num_steps=steps, dead=dead, scales_loss=scales_loss, seed=seed)
 
