@@ -277,7 +277,7 @@ def test_resume_with_nothing_there_starts_and_says_so(tmp_path):
 
 
 OTHER_RATES = {
-    "another schedule, a longer warm-up": {"schedule": "cosine", "warmup_steps": 3},
+    "another schedule, a shorter warm-up": {"schedule": "cosine", "warmup_steps": 1},
     "another rate": {"learning_rate": 3e-4, "schedule": "linear"},
 }
 
