@@ -15,6 +15,7 @@ PresetName = Literal["demo", "mimicmotion-72", "mimicmotion-16"]
 Precision = Literal["fp32", "bf16", "fp16"]
 OptimizerKind = Literal["adamw", "adamw8bit"]
 Placement = Literal["device", "host", "off"]
+Tracker = Literal["none", "wandb", "trackio"]
 LATENT_STRIDE = 8  # pixels a side of one latent pixel, of the VAE and of PoseNet
 
 
@@ -146,6 +147,7 @@ class TrainerConfig:
     save_every: int = 500  # steps between checkpoints; one more is written at the end
     keep_checkpoints: int = 3  # newest checkpoints left on disk
     log_every: int = 10  # steps between printed lines where there is no terminal
+    tracker: Tracker = "none"  # where figures go beside TensorBoard, in the run's folder; has to be installed
     max_skipped_in_a_row: int = 10  # non-finite steps in a row after which training stops; not in the source
 
     def __post_init__(self) -> None:

@@ -72,3 +72,10 @@ def autocast(device: torch.device, precision: Precision, weights: torch.dtype = 
     """Context in which float32 weights are used in `precision`; for fp32, and weights of any other dtype, nothing."""
     dtype = _DTYPES[precision]
     return torch.autocast(device.type, dtype=dtype, enabled=torch.float32 == weights != dtype)
+
+
+def peak_gib(device: torch.device) -> float | None:
+    """The most that tensors on a GPU have taken so far; None of anything else, whose memory torch does not count."""
+    if device.type != "cuda":
+        return None
+    return round(torch.cuda.max_memory_allocated(device) / 2**30, 3)

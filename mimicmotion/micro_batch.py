@@ -36,7 +36,14 @@ def stacked(samples: Samples, step: int, sample_ids: range) -> dict[str, Tensor]
 
 
 def batch_loss(model: torch.nn.Module, batch: dict[str, Tensor], draws: list[diffusion.Draw], config: Config) -> Tensor:
-    """Loss of a micro-batch whose fields are stacked clips on the model's device; model may be wrapped by DDP.
+    """Mean loss of a micro-batch; as `clip_losses`."""
+    return clip_losses(model, batch, draws, config).mean()
+
+
+def clip_losses(
+    model: torch.nn.Module, batch: dict[str, Tensor], draws: list[diffusion.Draw], config: Config
+) -> Tensor:
+    """Loss (B,) of each clip of a micro-batch, stacked on the model's device; model may be wrapped by DDP.
 
     Float32 weights run under autocast; others as they are, and what the model reads is rounded to their dtype. Noise
     levels and time ids stay as they are.

@@ -8,8 +8,10 @@ import torch
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
-from mimicmotion.config import OptimizerConfig
+import mmkernels
+from mimicmotion.config import Config, OptimizerConfig
 from mimicmotion.in_backward import InBackward
+from mimicmotion.model.unet import MimicMotionModel
 from mimicmotion.moving_average import MovingAverage
 from mimicmotion.weight_update import WeightUpdate
 
@@ -166,6 +168,14 @@ class Optimization:
             group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], Tensor) else rate
         as_held = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.schedule.load_state_dict({**saved, "base_lrs": bases, "_last_lr": as_held})
+
+
+def build_optimization(model: MimicMotionModel, config: Config, *, scales_loss: bool) -> Optimization:
+    """Optimizer of the model's live parameters; call it before the blocks are replaced."""
+    dead = {f"unet.{name}" for name in mmkernels.dead_parameters(model.unet)}
+    dead |= untrained(model, config.optimizer.train)
+    steps, seed = config.trainer.num_steps, config.trainer.seed
+    return Optimization(model, config.optimizer, num_steps=steps, dead=dead, scales_loss=scales_loss, seed=seed)
 
 
 def untrained(model: nn.Module, pattern: str | None) -> set[str]:

@@ -12,18 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import mmkernels
 from mimicmotion import checkpoint, resumption
 from mimicmotion.checkpoint import Checkpoint
 from mimicmotion.config import Config, to_json
 from mimicmotion.distributed import Ranks, no_sync, rank_sample_ids
-from mimicmotion.execution import describe, put_kernels, same_bits
+from mimicmotion.execution import describe, peak_gib, put_kernels, same_bits
 from mimicmotion.fitting import Change, Fitting, NoSmallerPlanError
-from mimicmotion.history import History, Reporter, draw_loss, read_history
-from mimicmotion.micro_batch import Samples, batch_loss, draw_samples, stacked
+from mimicmotion.history import Reporter
+from mimicmotion.micro_batch import Samples, clip_losses, draw_samples, stacked
 from mimicmotion.model import weights
-from mimicmotion.model.unet import MimicMotionModel, build_model
-from mimicmotion.optimization import Optimization, untrained
+from mimicmotion.model.unet import build_model
+from mimicmotion.optimization import build_optimization
+from mimicmotion.record import Record
 from mimicmotion.stopping import Stop
 from mmkernels.planning.choices import Plan, document
 
@@ -34,14 +34,6 @@ Batches = list[tuple[dict[str, Tensor], range]]  # micro-batches of a step with 
 
 class TrainingStoppedError(RuntimeError):
     """Training cannot go on, and why."""
-
-
-def build_optimization(model: MimicMotionModel, config: Config, *, scales_loss: bool) -> Optimization:
-    """Optimizer of the model's live parameters; call it before the blocks are replaced."""
-    dead = {f"unet.{name}" for name in mmkernels.dead_parameters(model.unet)}
-    dead |= untrained(model, config.optimizer.train)
-    steps, seed = config.trainer.num_steps, config.trainer.seed
-    return Optimization(model, config.optimizer, num_steps=steps, dead=dead, scales_loss=scales_loss, seed=seed)
 
 
 class Trainer:
@@ -94,10 +86,10 @@ class Trainer:
         self.step = self.skipped = self.skipped_in_a_row = 0
         self._stop = stop or Stop()
         self.is_stopping = self._has_run_out = False  # agreed by all ranks
+        self._clip_losses: list[tuple[Tensor, Tensor]] = []  # sigma and loss of this rank's clips of a step
         if resume:
             self.notes += self._resume()
-        self.history_path = config.run_dir / "loss.jsonl"
-        self.history = History(self.history_path, resumed_step=self.step) if ranks.is_first else None
+        self.record = self._new_record()
 
     def run(self) -> bool:
         """Train from the current step to the last; False where a signal ended it early, after saving."""
@@ -115,9 +107,9 @@ class Trainer:
             loader.shutdown(wait=False, cancel_futures=True)  # data that hang do not keep the steps from being saved
         if self.step > first and self.step % settings.save_every != 0:
             self.save()
-        if self.ranks.is_first and self.step > 0:
-            title = f"{self.config.preset}, kernels {self.config.kernels}, encoder {self.dataset.identity.encoder}"
-            draw_loss(read_history(self.history_path), self.config.run_dir / "loss.png", title)
+        if self.record is not None:
+            self.record.draw()
+            self.record.close()
         return self.step >= settings.num_steps
 
     def _train(self, reporter: Reporter, loader: ThreadPoolExecutor) -> None:
@@ -131,7 +123,9 @@ class Trainer:
             self.save()  # memory may run out with half of the weights moved
         batches = loader.submit(self._load, self.step)
         while self.step < settings.num_steps:
+            waited_from = time.monotonic()
             ready = self._await(batches)
+            waiting_s = time.monotonic() - waited_from
             batches = loader.submit(self._load, self.step + 1)
             row = self.around_step(partial(self._train_step, ready))
             if self.is_stopping:
@@ -140,9 +134,10 @@ class Trainer:
                 self._make_room()
                 batches = loader.submit(self._load, self.step)
                 continue
+            row["waiting_seconds"] = round(waiting_s, 3)
             reporter.step(row)
-            if self.history is not None:
-                self.history.append(row)
+            if self.record is not None:
+                self.record.add(row)
             self._check_skipped()
             if self.fitting is not None and (change := self.fitting.settle(row["seconds"])) is not None:
                 self._follow(change)
@@ -166,8 +161,16 @@ class Trainer:
                 },
             )
             checkpoint.save(self.config.run_dir, saved, keep=self.config.trainer.keep_checkpoints)
+            if self.record is not None:
+                self.record.draw()
         self.ranks.wait()
         return folder
+
+    def _new_record(self) -> Record | None:
+        """Of the first rank, cut back to this step."""
+        if not self.ranks.is_first:
+            return None
+        return Record(self.config, encoder=self.dataset.identity.encoder, resumed_step=self.step)
 
     def _resume(self) -> list[str]:
         """Take up the newest checkpoint of the run, where there is one; returns what to say of it."""
@@ -206,6 +209,7 @@ class Trainer:
         None where it was dropped before anything came of it: it is_stopping, or memory ran out.
         """
         start = time.monotonic()
+        self._clip_losses.clear()
         if self.fitting is not None and not self.fitting.is_held:
             self.fitting.allocator.begin()
         mean_loss = self._backward(batches)
@@ -233,6 +237,9 @@ class Trainer:
             "learning_rate": rate,
             "is_skipped": is_skipped,
             **({"clips": self._clips_of(self.step - 1)} if is_skipped else {}),
+            "clip_losses": [[float(sigma), float(loss)] for sigma, loss in self._clip_losses if not is_skipped],
+            "num_clips": self.config.trainer.batch_size,
+            "peak_gib": peak_gib(self.ranks.device),
             "seconds": round(time.monotonic() - start, 3),
         }
 
@@ -269,7 +276,9 @@ class Trainer:
         """Add a micro-batch's gradients; returns its part of the mean loss."""
         on_device = {name: tensor.to(self.ranks.device, non_blocking=True) for name, tensor in batch.items()}
         draws = draw_samples(self.config, self.step, ids, tuple(batch["latents"].shape[1:]))
-        loss = batch_loss(self.wrapped, on_device, draws, self.config) / len(self._sample_ids)
+        losses = clip_losses(self.wrapped, on_device, draws, self.config)
+        self._clip_losses += [(draw.sigma, loss) for draw, loss in zip(draws, losses.detach(), strict=True)]
+        loss = losses.mean() / len(self._sample_ids)
         self.optimization.backward(loss)
         return loss.detach()
 
@@ -303,7 +312,7 @@ class Trainer:
             return
         for note in self._resume():
             self._say(f"weights had moved inside backward: {note}")
-        self.history = History(self.history_path, resumed_step=self.step)
+        self.record = self._new_record()
 
     def _follow(self, change: Change) -> None:
         """Run the same blocks by another plan; weights, optimizer and averages stay."""

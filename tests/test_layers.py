@@ -54,6 +54,8 @@ LAYERS = [
     ("mimicmotion.weight_update", 5.5),
     ("mimicmotion.generation", 6.5),
     ("mimicmotion.resumption", 6.5),
+    ("mimicmotion.run_page", 6.2),
+    ("mimicmotion.record", 6.5),
     ("mimicmotion.run_folder", 6.5),
     ("mimicmotion.fitting", 6.5),
     ("mimicmotion.micro_batch", 6.5),
