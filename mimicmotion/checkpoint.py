@@ -21,6 +21,7 @@ from mimicmotion.paths import free_gib
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d+)")
+_STAGE = re.compile(r"stage-(\d+)")
 
 
 class CheckpointError(RuntimeError):
@@ -143,6 +144,24 @@ def load(folder: Path) -> Checkpoint:
 
 
 def newest(run_dir: Path) -> Path | None:
-    """Newest complete checkpoint folder of a run, or None."""
-    found = folders(run_dir)
-    return found[-1] if found else None
+    """Newest complete checkpoint folder of a run, or None; of one in stages, of the last stage that has one."""
+    for folder in (run_dir, *reversed(stages(run_dir))):
+        if found := folders(folder):
+            return found[-1]
+    return None
+
+
+def step_of(folder: Path) -> int:
+    """The step of a checkpoint folder, by its name."""
+    return int(folder.name.removeprefix("step-"))
+
+
+def stage(run_dir: Path, number: int) -> Path:
+    """The folder of a stage of a run, from 1."""
+    return run_dir / f"stage-{number}"
+
+
+def stages(run_dir: Path) -> list[Path]:
+    """The folders of a run's stages, in their order."""
+    found = [(int(m[1]), path) for path in run_dir.glob("stage-*") if (m := _STAGE.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]

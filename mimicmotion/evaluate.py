@@ -14,7 +14,7 @@ import tyro
 from mimicmotion.commands import one_sentence
 from mimicmotion.data.cache import atomic_write
 from mimicmotion.data.dataset import ClipDataset
-from mimicmotion.generation import decode_clip, generate, load_averaged, load_decoder
+from mimicmotion.generation import decode_clip, generate, load_averaged, load_decoder, run_folder_of
 from mimicmotion.metrics import psnr, ssim
 
 
@@ -52,7 +52,7 @@ def run(arguments: Arguments) -> None:
         "ssim": fmean(row["ssim"] for row in rows),
         "clips": rows,
     }
-    output = arguments.output or folder.parent / "evaluate.json"  # the run that was asked for
+    output = arguments.output or run_folder_of(arguments.run_dir) / "evaluate.json"
     with atomic_write(output) as temporary:
         temporary.write_text(json.dumps(result, indent=1) + "\n")
     means = f"PSNR {result['psnr_db']:.3f} dB, SSIM {result['ssim']:.4f}"

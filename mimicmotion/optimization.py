@@ -160,6 +160,20 @@ class Optimization:
         if self.in_backward is not None:
             self.in_backward.last_norm = document["last_norm"] or 0.0
 
+    def begin_from(self, tensors: dict[str, dict[str, Tensor]], document: dict[str, Any]) -> bool:
+        """Take up the moments and the moving average of another run; False where it trained other parameters.
+
+        The schedule begins anew, and so does the average where there was none. Weights have to be loaded before.
+        """
+        is_alike = self.weight_update.tensors().keys() == tensors["optimizer"].keys()
+        if is_alike:
+            self.weight_update.load(tensors["optimizer"])
+        if self.average is not None and is_alike and "ema" in tensors:
+            self.average.begin(tensors["ema"], steps=document["average_steps"])
+        elif self.average is not None:
+            self.average.begin(self.live)
+        return is_alike
+
     def _go_on_from(self, saved: dict[str, Any]) -> None:
         """Take up a schedule's place; the rate there is the one that today's settings give."""
         factors, bases = self.schedule.lr_lambdas, self.schedule.base_lrs

@@ -4,11 +4,16 @@ One rule: settings hold as they are given now, from the next step on. The learni
 today's learning rate, schedule, warm-up and number of steps has at step n, wherever it came from.
 """
 
+from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from mimicmotion import checkpoint
 from mimicmotion.checkpoint import Checkpoint
 from mimicmotion.config import Config, changes, to_json
 from mimicmotion.data.footage_identity import FootageIdentity
+from mimicmotion.optimization import Optimization
 
 _OF_THE_RATE = ("optimizer.learning_rate", "optimizer.schedule", "optimizer.warmup_steps")
 _START = ("model.pretrained", "model.pretrained_pose_net")  # what the weights began with does not shape the model
@@ -31,6 +36,18 @@ def differences(saved: Checkpoint, config: Config, footage: FootageIdentity) -> 
         if change[0] in _OF_THE_RATE or (change[0] == "trainer.num_steps" and _falls(config)):
             lines.append(f"  the learning rate from step {saved.step + 1} on is that of a run with the new setting")
     return [*lines, *footage.changes_since(saved.documents["encoder"])]
+
+
+def begin_from(folder: Path, model: nn.Module, optimization: Optimization) -> list[str]:
+    """Take up the weights, moments and moving average of an earlier stage's checkpoint; steps and rates begin anew.
+
+    Where other parameters are trained than there, those begin with fresh moments and all of them with a fresh average.
+    """
+    saved = checkpoint.load(folder)
+    model.load_state_dict(saved.tensors["model"])
+    has_all = optimization.begin_from(saved.tensors, saved.documents["state"])
+    about = "weights, moments and moving average" if has_all else "weights (other parameters are trained: moments anew)"
+    return [f"begins with the {about} of {folder}"]
 
 
 def _said(change: tuple[str, Any, Any]) -> str:

@@ -53,7 +53,7 @@ def _owner(run_dir: Path) -> str:
 
 def start_afresh(run_dir: Path) -> str | None:
     """Move an earlier run's folder aside where it holds checkpoints; returns what to say about it."""
-    if not checkpoint.folders(run_dir):
+    if not checkpoint.is_run(run_dir):
         return None
     number = 1
     while (aside := run_dir.with_name(f"{run_dir.name}.{number}")).exists():

@@ -21,7 +21,15 @@ from mimicmotion.commands import one_sentence
 from mimicmotion.config import Config, Kernels
 from mimicmotion.data.cache import atomic_write
 from mimicmotion.data.dataset import ClipDataset
-from mimicmotion.generation import Decoder, decode_clip, generate, load_averaged, load_decoder, other_order
+from mimicmotion.generation import (
+    Decoder,
+    decode_clip,
+    generate,
+    load_averaged,
+    load_decoder,
+    other_order,
+    run_folder_of,
+)
 from mimicmotion.metrics import psnr
 from mimicmotion.model.unet import MimicMotionModel
 from mimicmotion.video import side_by_side, write_stills, write_video
@@ -107,7 +115,7 @@ def run(arguments: Arguments) -> bool:
         "truth": "the clip's own latents, decoded",
         **figures,
     }
-    output = arguments.output or folder.parent  # the run that was asked for, wherever it was trained
+    output = arguments.output or run_folder_of(arguments.run_dir)
     comment = f"reference | pose | generated | truth; encoder: {decoder.name}; checkpoint: {folder.as_posix()}"
     write_video(output / "sample.mp4", wide, frames_per_second=rate, comment=comment)
     write_stills(output / "sample.png", wide)

@@ -40,10 +40,10 @@ class Trainer:
     """One run on one rank. `run()` trains to the last step and returns whether it got there."""
 
     def __init__(
-        self, config: Config, dataset: Samples, ranks: Ranks, *, resume: bool = False,
+        self, config: Config, dataset: Samples, ranks: Ranks, *, resume: bool = False, start: Path | None = None,
         plan: Plan | None = None, fitting: Fitting | None = None, stop: Stop | None = None,
     ) -> None:  # fmt: skip
-        """plan: what the blocks follow.
+        """start: an earlier stage's checkpoint, to begin with where nothing is resumed. plan: what the blocks follow.
 
         fitting: makes the run's plans, where it has a budget; its own is followed first. stop: entered, where signals
         are to end the run after a step.
@@ -89,6 +89,8 @@ class Trainer:
         self._clip_losses: list[tuple[Tensor, Tensor]] = []  # sigma and loss of this rank's clips of a step
         if resume:
             self.notes += self._resume()
+        elif start is not None:
+            self.notes += resumption.begin_from(start, self.model, self.optimization)
         self.record = self._new_record()
 
     def run(self) -> bool:

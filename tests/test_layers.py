@@ -55,6 +55,7 @@ LAYERS = [
     ("mimicmotion.generation", 6.5),
     ("mimicmotion.resumption", 6.5),
     ("mimicmotion.run_page", 6.2),
+    ("mimicmotion.settings_file", 6.5),
     ("mimicmotion.record", 6.5),
     ("mimicmotion.run_folder", 6.5),
     ("mimicmotion.fitting", 6.5),
