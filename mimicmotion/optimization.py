@@ -160,19 +160,22 @@ class Optimization:
         if self.in_backward is not None:
             self.in_backward.last_norm = document["last_norm"] or 0.0
 
-    def begin_from(self, tensors: dict[str, dict[str, Tensor]], document: dict[str, Any]) -> bool:
-        """Take up the moments and the moving average of another run; False where it trained other parameters.
+    def holds_states_of(self, tensors: dict[str, dict[str, Tensor]]) -> bool:
+        """Whether a checkpoint's moments are of the same parameters and of the same kind."""
+        return self.weight_update.tensors().keys() == tensors["optimizer"].keys()
 
-        The schedule begins anew, and so does the average where there was none. Weights have to be loaded before.
-        """
-        is_alike = self.weight_update.tensors().keys() == tensors["optimizer"].keys()
-        if is_alike:
-            self.weight_update.load(tensors["optimizer"])
-        if self.average is not None and is_alike and "ema" in tensors:
+    def begin_from(self, tensors: dict[str, dict[str, Tensor]], document: dict[str, Any]) -> None:
+        """Take up the moments and the moving average of another run, whose weights are loaded; the schedule is new."""
+        self.weight_update.load(tensors["optimizer"])
+        if self.average is not None and "ema" in tensors:
             self.average.begin(tensors["ema"], steps=document["average_steps"])
-        elif self.average is not None:
+        else:
+            self.begin_average()
+
+    def begin_average(self) -> None:
+        """Start the moving average, where one is taken, from the weights as they are."""
+        if self.average is not None:
             self.average.begin(self.live)
-        return is_alike
 
     def _go_on_from(self, saved: dict[str, Any]) -> None:
         """Take up a schedule's place; the rate there is the one that today's settings give."""

@@ -41,13 +41,17 @@ def differences(saved: Checkpoint, config: Config, footage: FootageIdentity) -> 
 def begin_from(folder: Path, model: nn.Module, optimization: Optimization) -> list[str]:
     """Take up the weights, moments and moving average of an earlier stage's checkpoint; steps and rates begin anew.
 
-    Where other parameters are trained than there, those begin with fresh moments and all of them with a fresh average.
+    Where other parameters are trained than there, the averaged weights are what it begins with, and moments begin anew:
+    what is frozen from here on should be the best of what was trained.
     """
     saved = checkpoint.load(folder)
-    model.load_state_dict(saved.tensors["model"])
-    has_all = optimization.begin_from(saved.tensors, saved.documents["state"])
-    about = "weights, moments and moving average" if has_all else "weights (other parameters are trained: moments anew)"
-    return [f"begins with the {about} of {folder}"]
+    if optimization.holds_states_of(saved.tensors):
+        model.load_state_dict(saved.tensors["model"])
+        optimization.begin_from(saved.tensors, saved.documents["state"])
+        return [f"begins with the weights, moments and moving average of {folder}"]
+    model.load_state_dict(saved.tensors["model"] | saved.tensors.get("ema", {}))
+    optimization.begin_average()
+    return [f"begins with the averaged weights of {folder}; moments begin anew, since other parameters are trained"]
 
 
 def _said(change: tuple[str, Any, Any]) -> str:
