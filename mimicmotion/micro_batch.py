@@ -12,7 +12,7 @@ from mimicmotion.execution import autocast
 from mimicmotion.loss import denoising_loss
 from mimicmotion.model.unet import image_latents, model_input
 
-_FIELDS = ("latents", "reference_latent", "image_embedding", "pose", "loss_weight")
+FIELDS = ("latents", "reference_latent", "image_embedding", "pose", "loss_weight")
 
 
 class Samples(Protocol):
@@ -32,7 +32,7 @@ class Samples(Protocol):
 def stacked(samples: Samples, step: int, sample_ids: range) -> dict[str, Tensor]:
     """What the model reads of some samples of a step, each field (B, ...) on the CPU."""
     clips = [samples.sample(step, sample_id) for sample_id in sample_ids]
-    return {name: torch.stack([clip[name] for clip in clips]) for name in _FIELDS}
+    return {name: torch.stack([clip[name] for clip in clips]) for name in FIELDS}
 
 
 def batch_loss(model: torch.nn.Module, batch: dict[str, Tensor], draws: list[diffusion.Draw], config: Config) -> Tensor:

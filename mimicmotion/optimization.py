@@ -1,7 +1,8 @@
 """AdamW over the live parameters, its schedule, loss scaling and the moving average of the weights."""
 
 import re
-from collections.abc import Set
+from collections.abc import Iterator, Mapping, Set
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -171,6 +172,24 @@ class Optimization:
             self.average.begin(tensors["ema"], steps=document["average_steps"])
         else:
             self.begin_average()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, trained weights are their moving averages, where one is taken; what they were waits on the host."""
+        if self.average is None:
+            yield
+            return
+        kept = {name: weight.detach().to("cpu", copy=True) for name, weight in self.live.items()}
+        try:
+            self._set(self.average.shadows)
+            yield
+        finally:
+            self._set(kept)
+
+    @torch.no_grad()
+    def _set(self, values: Mapping[str, Tensor]) -> None:
+        for name, weight in self.live.items():
+            weight.copy_(values[name])
 
     def begin_average(self) -> None:
         """Start the moving average, where one is taken, from the weights as they are."""

@@ -23,6 +23,10 @@ class Record:
         self._history.append(dict(row))
         self._trackers.log(row)
 
+    def add_validation(self, row: Mapping[str, Any]) -> None:
+        """Tell a row of what held-out clips said."""
+        self._trackers.log_validation(row)
+
     def draw(self) -> None:
         """Write the pictures anew."""
         if rows := read_history(self._history.path):

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from mimicmotion.data.cache import atomic_write
+from mimicmotion.history import read_history
 from mimicmotion.trackers import by_sigma
 
 _STYLE = """body{font-family:sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;line-height:1.4}
 svg{max-width:100%;height:auto}video{max-width:100%}
 table{border-collapse:collapse}td{padding:.15rem .8rem .15rem 0;vertical-align:top}"""
 _SAMPLE = "sample.mp4"
+VALIDATION_ROWS, VALIDATION_VIDEO = "validation.jsonl", "validation.mp4"
 
 
 def write_page(run_dir: Path, rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], title: str) -> Path:
@@ -26,12 +28,30 @@ def write_page(run_dir: Path, rows: Sequence[Mapping[str, Any]], settings: Mappi
     if (run_dir / _SAMPLE).is_file():
         parts.append("<h2>Last sample: reference | pose | generated | truth</h2>")
         parts.append(f'<video src="{_SAMPLE}" controls loop muted></video>')
+    parts += _held_out(run_dir)
     parts += ["<h2>Settings</h2>", _table(_flat(settings))]
     page = f"<!doctype html><meta charset=utf-8><title>{html.escape(run_dir.name)}</title><style>{_STYLE}</style>"
     path = run_dir / "index.html"
     with atomic_write(path) as temporary:
         temporary.write_text("\n".join([page, *parts]) + "\n", encoding="utf-8")
     return path
+
+
+def _held_out(run_dir: Path) -> list[str]:
+    """What held-out clips said: the first and last loss at each noise level, and the newest video."""
+    rows = read_history(run_dir / VALIDATION_ROWS) if (run_dir / VALIDATION_ROWS).is_file() else []
+    if not rows:
+        return []
+    first, last = rows[0], rows[-1]
+    cells = {"all": f"{first['loss']:.4f} to {last['loss']:.4f}"}
+    for sigma, before, now in zip(last["sigmas"], first["losses"], last["losses"], strict=True):
+        cells[f"sigma {sigma:.2g}"] = f"{before:.4f} to {now:.4f}"
+    about = f"Loss on {last['clips']} held-out clips, step {first['step']} to {last['step']}"
+    parts = [f"<h2>{about}</h2>", _table(cells)]
+    if (run_dir / VALIDATION_VIDEO).is_file():
+        parts.append("<h2>A held-out clip: reference | pose | generated | truth</h2>")
+        parts.append(f'<video src="{VALIDATION_VIDEO}" controls loop muted></video>')
+    return parts
 
 
 def _summary(rows: Sequence[Mapping[str, Any]]) -> str:

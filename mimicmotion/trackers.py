@@ -52,11 +52,19 @@ class Trackers:
 
     def log(self, row: Mapping[str, Any]) -> None:
         """One step's row of the history."""
-        found = scalars(row)
+        self._tell(scalars(row), row["step"])
+
+    def _tell(self, found: Mapping[str, float], step: int) -> None:
         for name, value in found.items():
-            self._board.add_scalar(name, value, row["step"])
+            self._board.add_scalar(name, value, step)
         if self._other is not None:
-            self._other.log(found, step=row["step"])
+            self._other.log(dict(found), step=step)
+
+    def log_validation(self, row: Mapping[str, Any]) -> None:
+        """What held-out clips said after a step."""
+        found = {"held out/loss": row["loss"]}
+        found |= {f"held out/sigma {sigma:.2g}": loss for sigma, loss in zip(row["sigmas"], row["losses"], strict=True)}
+        self._tell(found, row["step"])
 
     def close(self) -> None:
         """Write what is not written yet."""

@@ -8,6 +8,7 @@ import signal
 import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -34,6 +35,7 @@ from mimicmotion.run_folder import owned, sign, start_afresh
 from mimicmotion.settings_file import read, write
 from mimicmotion.stopping import EndedBySignalError, Stop, say
 from mimicmotion.trainer import Trainer, TrainingStoppedError
+from mimicmotion.validation import Validation
 from mmkernels.planning.choices import Plan
 
 
@@ -132,13 +134,19 @@ def train_stage(config: Config, arguments: Arguments, ranks: Ranks, stop: Stop, 
     """Train by one config, from `start` where nothing is resumed; False where a signal ended it early."""
     resume = arguments.resume and checkpoint.is_run(config.run_dir)
     config, plan, fitting = choose_plan(config, ranks, resume=resume)
-    dataset = ClipDataset(config.data.prepared, config.data.num_frames, config.trainer.seed)
+    clips = partial(
+        ClipDataset, config.data.prepared, config.data.num_frames, config.trainer.seed, held_out=config.data.held_out
+    )
+    dataset = clips()
     trainer = Trainer(config, dataset, ranks, resume=resume, start=start, plan=plan, fitting=fitting, stop=stop)
     if arguments.memory_report:
         trainer.around_step = MemoryReport(trainer)
+    if ranks.is_first and dataset.num_held_out:
+        trainer.after_step = Validation(trainer, clips(is_held_out=True)).after_step
     if ranks.is_first:
         write(config, config.run_dir)
         about = f"kernels {config.kernels}, encoder {dataset.identity.encoder}, {ranks.world_size} rank(s)"
+        about += f", {len(dataset.clip_ids)} clips and {dataset.num_held_out} held out"
         print(f"{about}, run folder {config.run_dir}", flush=True)
     is_finished = trainer.run()
     if ranks.is_first:

@@ -69,7 +69,7 @@ class Trainer:
             released = weights.read(config.model.pretrained, config.model.pretrained_pose_net)
             self.notes += weights.load(self.model, released)
         self.optimization = build_optimization(self.model, config, scales_loss=config.trainer.precision == "fp16")
-        self.fitting, self._say = fitting, print
+        self.fitting, self.say = fitting, print
         self.plan = plan = plan if fitting is None else fitting.plan
         self._put_kernels()
         if fitting is not None and fitting.origin:
@@ -83,6 +83,7 @@ class Trainer:
         # Where memory may run out on one rank alone, gradients are averaged once all have theirs.
         self.wrapped = ranks.wrap(self.model) if fitting is None else self.model
         self.around_step: Callable[[Callable[[], Any]], Any] = lambda step: step()  # what watches a step runs it
+        self.after_step: Callable[[int], None] = lambda step: None  # what looks at the model, before it is saved
         self.step = self.skipped = self.skipped_in_a_row = 0
         self._stop = stop or Stop()
         self.is_stopping = self._has_run_out = False  # agreed by all ranks
@@ -118,9 +119,9 @@ class Trainer:
         """The steps of `run`, until the last or a stop."""
         settings = self.config.trainer
         self._stop.begin()
-        self._say = reporter.say
+        self.say = reporter.say
         for note in self.notes:
-            self._say(note)
+            self.say(note)
         if self.fitting is not None and self.config.optimizer.in_backward and self.step == 0:
             self.save()  # memory may run out with half of the weights moved
         batches = loader.submit(self._load, self.step)
@@ -143,6 +144,7 @@ class Trainer:
             self._check_skipped()
             if self.fitting is not None and (change := self.fitting.settle(row["seconds"])) is not None:
                 self._follow(change)
+            self.after_step(self.step)
             if self.step % settings.save_every == 0:
                 self.save()
 
@@ -313,13 +315,13 @@ class Trainer:
         if not has_moved:
             return
         for note in self._resume():
-            self._say(f"weights had moved inside backward: {note}")
+            self.say(f"weights had moved inside backward: {note}")
         self.record = self._new_record()
 
     def _follow(self, change: Change) -> None:
         """Run the same blocks by another plan; weights, optimizer and averages stay."""
         assert self.fitting is not None
-        self._say(str(change))
+        self.say(str(change))
         if not change.is_new:
             return
         self.plan = change.plan

@@ -65,6 +65,7 @@ LAYERS = [
     ("mimicmotion.dry_run", 7.5),
     ("mimicmotion.memory_plan", 7.6),
     ("mimicmotion.memory_report", 7.6),
+    ("mimicmotion.validation", 7.6),
     ("mimicmotion.train", 8),
     ("mimicmotion.prepare", 8),
     ("mimicmotion.sample", 8),

@@ -5,6 +5,7 @@ Frame 0 is the reference frame, frames 1 on are consecutive, as inference tiles 
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from mimicmotion.data.cache import Clip, Manifest, NotFiniteError, check_finite
 from mimicmotion.data.crop import crop_frame
 from mimicmotion.data.footage import decode
 from mimicmotion.data.footage_identity import FootageIdentity
+from mimicmotion.data.held_out import split
 from mimicmotion.data.poses import draw, drawing_scale
 from mimicmotion.data.poses.keypoints import HANDS
 
@@ -35,14 +37,21 @@ class ClipDataset:
     Raises ValueError where the folder is not prepared or a clip is shorter than num_frames.
     """
 
-    def __init__(self, prepared: Path, num_frames: int, seed: int, *, hand_confidence: float = HAND_CONFIDENCE) -> None:
+    def __init__(
+        self, prepared: Path, num_frames: int, seed: int, *, held_out: float = 0.0, is_held_out: bool = False,
+        hand_confidence: float = HAND_CONFIDENCE,
+    ) -> None:  # fmt: skip
+        """held_out: share of the source videos that is set aside; is_held_out: this dataset is of those."""
         self.prepared = prepared
         self.manifest = Manifest.read(prepared)
+        self.identity = FootageIdentity.of(self.manifest)
+        parts = split(self.manifest.clips, held_out, seed)
+        self.num_held_out, chosen = len(parts[1]), parts[int(is_held_out)]
+        self.manifest = replace(self.manifest, clips=[clip for clip in self.manifest.clips if clip.clip_id in chosen])
         self.num_frames = num_frames
         self.seed = seed
         self._hand_confidence = hand_confidence
         self._clips = {clip.clip_id: clip for clip in self.manifest.clips}
-        self.identity = FootageIdentity.of(self.manifest)
         if num_frames < 2:
             raise ValueError(f"got num_frames {num_frames}, wanted at least 2: a reference and one more")
         if not self._clips:
