@@ -28,6 +28,8 @@ from mimicmotion.data.dataset import ClipDataset
 from mimicmotion.data.preparation import prepare_if_missing
 from mimicmotion.distributed import Ranks, join_ranks
 from mimicmotion.dry_run import dry_run
+from mimicmotion.execution import free_what_is_left
+from mimicmotion.fitting import Fitting
 from mimicmotion.memory_plan import choose_plan, reserve_as_planned
 from mimicmotion.memory_report import MemoryReport
 from mimicmotion.paths import check_there, near
@@ -107,6 +109,8 @@ def train(arguments: Arguments, stages: list[Config], ranks: Ranks, stop: Stop) 
     """Prepare what is to be prepared, then train on this rank, stage after stage; False where a signal ended it."""
     check_given(arguments)
     run_dir = arguments.config.run_dir
+    done = _num_done(stages) if arguments.resume else 0
+    planned = choose_plan(stages[done], ranks, resume=arguments.resume)  # before anything is touched
     with ExitStack() as ends:
 
         def make_ready() -> None:
@@ -118,22 +122,35 @@ def train(arguments: Arguments, stages: list[Config], ranks: Ranks, stop: Stop) 
             sign(run_dir)
 
         ranks.from_first(make_ready)
-        start = None
-        for number, config in enumerate(stages, 1):
-            last = checkpoint.newest(config.run_dir)
+        start = checkpoint.newest(stages[done - 1].run_dir) if done else None
+        for number, config in enumerate(stages[done:], done):
             if len(stages) > 1 and ranks.is_first:
-                print(f"stage {number} of {len(stages)}", flush=True)
-            is_done = last is not None and checkpoint.step_of(last) >= config.trainer.num_steps
-            if not (len(stages) > 1 and is_done) and not train_stage(config, arguments, ranks, stop, start):
+                print(f"stage {number + 1} of {len(stages)}", flush=True)
+            if number > done:
+                free_what_is_left()
+                planned = choose_plan(config, ranks)
+            resume = arguments.resume and (number == done == 0 or checkpoint.is_run(config.run_dir))
+            if not train_stage(planned, arguments, ranks, stop, start, resume=resume):
                 return False
             start = checkpoint.newest(config.run_dir)
     return True
 
 
-def train_stage(config: Config, arguments: Arguments, ranks: Ranks, stop: Stop, start: Path | None) -> bool:
-    """Train by one config, from `start` where nothing is resumed; False where a signal ended it early."""
-    resume = arguments.resume and checkpoint.is_run(config.run_dir)
-    config, plan, fitting = choose_plan(config, ranks, resume=resume)
+def _num_done(stages: list[Config]) -> int:
+    """How many stages of a run need nothing more; the last one always says itself that it is finished."""
+    for number, config in enumerate(stages[:-1]):
+        newest = checkpoint.newest(config.run_dir)
+        if newest is None or checkpoint.step_of(newest) < config.trainer.num_steps:
+            return number
+    return len(stages) - 1
+
+
+def train_stage(
+    planned: tuple[Config, Plan | None, Fitting | None], arguments: Arguments, ranks: Ranks, stop: Stop,
+    start: Path | None, *, resume: bool,
+) -> bool:  # fmt: skip
+    """Train by one config and its plan, from `start` where nothing is resumed; False where a signal ended it early."""
+    config, plan, fitting = planned
     clips = partial(
         ClipDataset, config.data.prepared, config.data.num_frames, config.trainer.seed, held_out=config.data.held_out
     )
@@ -158,8 +175,11 @@ def train_stage(config: Config, arguments: Arguments, ranks: Ranks, stop: Stop, 
 
 
 def _planned(config: Config) -> tuple[Config, Plan | None]:
-    """A config and its plan for the GPU that is here, without one for what a budget names."""
+    """A config and its plan: a budget's for the GPU that is here, or none, which is said."""
     is_for_this_gpu = config.memory_budget is not None and torch.cuda.is_available()
+    if config.memory_budget is not None and not is_for_this_gpu:
+        print(f"no GPU here: fused without the plan that --memory-budget {config.memory_budget} makes on one")
+        config = dataclasses.replace(config, memory_budget=None)
     device = torch.device("cuda", torch.cuda.current_device()) if is_for_this_gpu else torch.device("cpu")
     planned, plan, _ = choose_plan(config, Ranks(rank=0, world_size=1, device=device))
     return planned, plan

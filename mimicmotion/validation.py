@@ -12,6 +12,7 @@ import torch
 
 from mimicmotion import diffusion
 from mimicmotion.data.dataset import ClipDataset
+from mimicmotion.execution import free_what_is_left
 from mimicmotion.generation import decode_clip, generate, load_decoder
 from mimicmotion.history import History
 from mimicmotion.micro_batch import FIELDS, clip_losses
@@ -48,8 +49,7 @@ class Validation:
             return
         finally:
             self._taken_s += time.monotonic() - start_s
-            if self._trainer.ranks.device.type == "cuda":
-                torch.cuda.empty_cache()  # a plan knows of no pieces that a look leaves
+            free_what_is_left()  # a plan knows of no pieces that a look leaves
         self._rows.append(row)
         if self._trainer.record is not None:
             self._trainer.record.add_validation(row)
