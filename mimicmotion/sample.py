@@ -17,6 +17,7 @@ if __name__ == "__main__":  # python puts this folder first, where our modules w
 import tyro
 from torch import Tensor
 
+from mimicmotion import record
 from mimicmotion.commands import one_sentence
 from mimicmotion.config import Config, Kernels
 from mimicmotion.data.cache import atomic_write
@@ -121,6 +122,7 @@ def run(arguments: Arguments) -> bool:
     write_stills(output / "sample.png", wide)
     with atomic_write(output / "sample.json") as temporary:
         temporary.write_text(json.dumps(figures, indent=1) + "\n")
+    record.draw(output, config, encoder=decoder.name)  # its page shows the video now
     print(f"reference | pose | generated | truth, encoder {decoder.name}: {output / 'sample.mp4'}")
     print(f"PSNR against the truth: {figures['psnr_db']:.3f} dB ({output / 'sample.json'})")
     if not arguments.check_pose_order:
