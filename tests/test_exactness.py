@@ -41,7 +41,7 @@ def _set(path: str, value: Any) -> Change:
 
 SPATIAL, TEMPORAL = "transformer_blocks.0", "temporal_transformer_blocks.0"
 TRANSFORMER_REASONS: dict[str, tuple[Change, str]] = {
-    "LoRA": (_set(f"{TEMPORAL}.attn1.to_q", Wrapped), "attn1.to_q is Wrapped, not Linear"),
+    "LoRA": (_set(f"{TEMPORAL}.attn1.to_q", Wrapped), "attn1.to_q is test_exactness.Wrapped, not a linear"),
     "LoRA beside the module": (
         lambda m: m.transformer_blocks[0].attn1.add_module("lora", nn.Linear(2, 2)),
         "has an extra module transformer_blocks.0.attn1.lora, Linear",

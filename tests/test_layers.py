@@ -20,6 +20,7 @@ LAYERS = [
     ("mmkernels.costs", 1.2),
     ("mmkernels.scratch", 1.2),
     ("mmkernels.rows", 1.5),
+    ("mmkernels.matrices", 1.6),
     ("mmkernels.cards", 1.5),
     ("mmkernels.kernels.__init__", 1.8),
     ("mmkernels.kernels.launch", 1.8),

@@ -18,6 +18,8 @@ from diffusers.models.unets.unet_3d_blocks import CrossAttnUpBlockSpatioTemporal
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
+from mmkernels.blocks.weights import why_not_linear
+
 _PLAIN_PROCESSORS = (AttnProcessor, AttnProcessor2_0)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _NORMS = (nn.LayerNorm, nn.GroupNorm)
@@ -181,9 +183,15 @@ def _why_not_built_of(module: nn.Module, kinds: dict[str, type]) -> str | None:
     for name, kind in kinds.items():
         if name not in found:
             return f"has no {name}"
-        if type(found[name]) is not kind:
+        if kind is nn.Linear:
+            if (reason := why_not_linear(found[name])) is not None:
+                return f"{name} {reason}"
+        elif type(found[name]) is not kind:
             return f"{name} is {type(found[name]).__name__}, not {kind.__name__}"
+    layers = tuple(f"{name}." for name, kind in kinds.items() if kind is nn.Linear)
     for name, child in found.items():
+        if name.startswith(layers):  # what a linear layer is wrapped with has been looked at with it
+            continue
         if name not in kinds:
             return f"has an extra module {name}, {type(child).__name__}"
         reason = _why_not_called(child)

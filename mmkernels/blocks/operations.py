@@ -38,10 +38,10 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 def of_transformer(block: Any) -> Calls:
     """Of a TransformerSpatioTemporalModel."""
-    x = _pictures(block.proj_in.weight, block.proj_in.weight.shape[1])[0]  # (1, P, C)
+    x = _pictures(block.norm.weight, block.norm.weight.shape[0])[0]  # (1, P, C)
     attending = block.transformer_blocks[0].attn1
-    C, heads = attending.to_q.weight.shape[0], attending.heads
-    hidden = block.transformer_blocks[0].ff.net[2].weight.shape[1]
+    C, heads = block.transformer_blocks[0].norm1.weight.shape[0], attending.heads
+    hidden = block.transformer_blocks[0].ff.net[2].in_features
     tokens, dtype = x.new_empty((1, PIXELS, C)), product_dtype(x)
     products = tokens.to(dtype)
     return {

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from diffusers.models.resnet import AlphaBlender
@@ -28,6 +29,7 @@ from mmkernels.blocks.drop_in import PLAIN, FusedBlock
 from mmkernels.blocks.exactness import why_not_transformer
 from mmkernels.blocks.operations import of_transformer, product_dtype
 from mmkernels.blocks.segment import segment
+from mmkernels.blocks.weights import Linear, adapters_of, linear_of
 from mmkernels.kernels.call import Call
 from mmkernels.memory.units import WHOLE, Choice, unit
 from mmkernels.ops.blend_projection import blend_projection
@@ -93,10 +95,11 @@ class FusedTransformer(FusedBlock):
         first_context = context.reshape(BF // F, F, *context.shape[1:])[:, 0]  # (B, T, C_context)
         x = hidden_states.permute(0, 2, 3, 1).flatten(1, 2)  # (B*F, P, C), a view
         with unit("norm_projection"):
-            weight, bias = _linear(self.proj_in, x)
+            layer = _linear(self.proj_in, x)
             tokens = group_norm_projection(
-                x, self.norm.weight, self.norm.bias, weight, bias, self.norm.num_groups, eps=self.norm.eps
-            )
+                x, self.norm.weight, self.norm.bias, layer.weight, layer.bias, self.norm.num_groups,
+                eps=self.norm.eps, **adapters_of(layer),
+            )  # fmt: skip
             frame_embedding = self._embed_frames(BF // F, F, hidden_states)  # (B*F, 1, C)
             alpha = self._alpha(image_only_indicator)  # (B*F)
         streams = None
@@ -113,7 +116,8 @@ class FusedTransformer(FusedBlock):
             streams = tokens, temporal_tokens
         assert streams is not None
         with unit("blend_projection"):
-            output = blend_projection(x, *streams, alpha, *_linear(self.proj_out, x))
+            layer = _linear(self.proj_out, x)
+            output = blend_projection(x, *streams, alpha, layer.weight, layer.bias, **adapters_of(layer))
         return output.unflatten(1, (H, W)).permute(0, 3, 1, 2)  # laid out as the input is
 
     def _embed_frames(self, B: int, F: int, like: Tensor) -> Tensor:
@@ -139,9 +143,8 @@ def _spatial(block: Block, tokens: Tensor, context: Tensor, prefix: str, choices
     """The transformer block over pixels, tokens (B*F, P, C): attention, context, feed-forward."""
     norm, attention = block.norm1, block.attn1
     with unit(f"{prefix}spatial_attention"):
-        tokens = spatial_attention(
-            tokens, norm.weight, norm.bias, *_projections(attention, tokens), attention.heads, eps=norm.eps
-        )
+        weights, adapters = _projections(attention, tokens)
+        tokens = spatial_attention(tokens, norm.weight, norm.bias, *weights, attention.heads, eps=norm.eps, **adapters)
     with unit(f"{prefix}spatial_feed_forward"):
         value = one_token_value(block, context)
         if value is None:
@@ -163,9 +166,10 @@ def temporal_transformer_block(
         tokens = _feed_forward(block.norm_in, block.ff_in, tokens, frame_embedding, choice).view(BF // F, F, P, C)
     norm, attention = block.norm1, block.attn1
     with unit(f"{prefix}temporal_attention"):
+        weights, adapters = _projections(attention, tokens)
         tokens = temporal_attention_block(
-            tokens, norm.weight, norm.bias, *_projections(attention, tokens), attention.heads, eps=norm.eps,
-            keep="qkv" if choices.get(f"{prefix}temporal_attention") == "keep" else "input",
+            tokens, norm.weight, norm.bias, *weights, attention.heads, eps=norm.eps,
+            keep="qkv" if choices.get(f"{prefix}temporal_attention") == "keep" else "input", **adapters,
         )  # fmt: skip
     with unit(f"{prefix}temporal_feed_forward"):
         value = one_token_value(block, context)
@@ -184,17 +188,19 @@ def _feed_forward(
     """h + ff(norm(h)) with h = tokens + shift; tokens (B*F, P, C), shift (B*F, 1, C)."""
     up, down = _linear(feed_forward.net[0].proj, tokens), _linear(feed_forward.net[2], tokens)
     shift, keep = None if shift is None else shift.to(tokens.dtype), "up" if choice == "keep" else "input"
-    return geglu_feed_forward(tokens, norm.weight, norm.bias, *up, *down, eps=norm.eps, shift=shift, keep=keep)
+    weights = (norm.weight, norm.bias, up.weight, up.bias, down.weight, down.bias)
+    return geglu_feed_forward(tokens, *weights, eps=norm.eps, shift=shift, keep=keep, **adapters_of(up, down))
 
 
-def _projections(attention: Block, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The weights of query, key, value and output, and the output's bias, in the dtype of the products."""
-    dtype = product_dtype(like)
-    q, k, v = (layer.weight.to(dtype) for layer in (attention.to_q, attention.to_k, attention.to_v))
-    return q, k, v, *_linear(attention.to_out[0], like)
+def _projections(
+    attention: Block, like: Tensor
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor], dict[str, Any]]:
+    """The weights of query, key, value and output, and the output's bias, in the dtype of the products; adapters."""
+    layers = (attention.to_q, attention.to_k, attention.to_v, attention.to_out[0])
+    q, k, v, out = (_linear(layer, like) for layer in layers)
+    return (q.weight, k.weight, v.weight, out.weight, out.bias), adapters_of(q, k, v, out)
 
 
-def _linear(layer: nn.Linear, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight and bias in the dtype that torch would compute the layer in."""
-    dtype = product_dtype(like)
-    return layer.weight.to(dtype), layer.bias.to(dtype)
+def _linear(layer: nn.Module, like: Tensor) -> Linear:
+    """What the layer computes with, in the dtype that torch would compute it in."""
+    return linear_of(layer, product_dtype(like))
