@@ -6,13 +6,13 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from diffusers.models.attention import BasicTransformerBlock, TemporalBasicTransformerBlock
 from diffusers.models.resnet import SpatioTemporalResBlock
 from diffusers.models.transformers.transformer_temporal import TransformerSpatioTemporalModel
 from diffusers.models.unets.unet_3d_blocks import CrossAttnUpBlockSpatioTemporal, UpBlockSpatioTemporal
 from diffusers.models.unets.unet_spatio_temporal_condition import UNetSpatioTemporalConditionModel
 from torch import nn
 
+from mmkernels.blocks.cross_attention import dead_parameters
 from mmkernels.blocks.drop_in import PLAIN, CheckpointedBlock, DropIn, FusedBlock
 from mmkernels.blocks.output_head import FusedOutputHead, PassThrough
 from mmkernels.blocks.resnet import FusedResBlock
@@ -22,7 +22,7 @@ from mmkernels.memory.offload import Offload
 from mmkernels.memory.transfer import CudaDevice, Device
 from mmkernels.memory.units import REST, WHOLE, Choice
 from mmkernels.planning.choices import Plan
-from mmkernels.reporting import DEAD, Report, Row, backends_of
+from mmkernels.reporting import Report, Row, backends_of
 
 PLANS = ("fused", "checkpoint")
 _FUSED: dict[type[nn.Module], type[FusedBlock]] = {
@@ -156,7 +156,7 @@ def _undo_of(swaps: list[_Swap], stop_moving: Callable[[], None]) -> Callable[[]
 
 
 def report(unet: nn.Module) -> Report:
-    """Which block of `unet` runs how, why it is not fused where it is not, and what gets no gradient.
+    """Which block of `unet` runs how, why it is not fused where it is not, and what gets no gradient over one token.
 
     Of a fused block also who computes each operation, and where plain torch does on a GPU, why: for parameters as they
     are, under autocast as it is on where this is called.
@@ -180,23 +180,6 @@ def report(unet: nn.Module) -> Report:
     kind = TransformerSpatioTemporalModel.__name__
     fused = tuple(f"{row.name}." for row in rows if (row.how, row.kind) == ("fused", kind))
     return Report(tuple(rows), tuple(name for name in dead if name.startswith(fused)))
-
-
-def dead_parameters(unet: nn.Module) -> set[str]:
-    """Names of the parameters whose gradient is exactly zero while the context is one token, as SVD's is.
-
-    The softmax over one key is 1, so attn2's to_q and to_k and the norm2 before them change nothing. Leave them out of
-    the optimizer: plain torch gives them gradients of rounding size, which Adam turns into real updates.
-    """
-    dead = set()
-    for name, module in unet.named_modules():
-        if isinstance(module, (BasicTransformerBlock, TemporalBasicTransformerBlock)) and module.attn2 is not None:
-            if not module.attn2.is_cross_attention:
-                continue
-            for part in DEAD:
-                prefix = f"{name}.{part}" if name else part
-                dead |= {f"{prefix}.{key}" for key, _ in module.get_submodule(part).named_parameters()}
-    return dead
 
 
 class _Site(NamedTuple):

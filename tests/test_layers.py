@@ -41,6 +41,7 @@ LAYERS = [
     ("mmkernels.replacement", 4),
     ("mmkernels.planning", 4.2),
     ("mmkernels.plan", 4.4),
+    ("mmkernels.preview", 4.4),
     ("mmkernels.__main__", 4.1),
     ("mmkernels.__init__", 4.1),
     ("mimicmotion.__init__", 5),
