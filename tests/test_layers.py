@@ -37,6 +37,7 @@ LAYERS = [
     ("mmkernels.blocks", 3),
     ("mmkernels.planning.__init__", 3.5),
     ("mmkernels.planning.choices", 3.5),
+    ("mmkernels.shares", 3.5),
     ("mmkernels.reporting", 3.6),
     ("mmkernels.replacement", 4),
     ("mmkernels.planning", 4.2),
