@@ -137,15 +137,16 @@ class Clip:
     clip_id: str
     source: str  # the video's path
     source_sha256: str
-    source_height: int
+    source_height: int  # as a player shows it: upright, with square pixels
     source_width: int
     frames_per_second: float
     num_frames: int
-    frame_stride: int  # of the source's frames every frame_stride-th is kept
+    frame_stride: int  # of the source's frames, at one rate, every frame_stride-th is kept
     crop: Crop
     keypoints_file: str  # relative to the prepared folder; full frame
     tensors_file: str  # relative to the prepared folder; latents, image_embedding, keypoints in the crop
     statistics: dict[str, float]
+    notes: list[str] = field(default_factory=list)  # what of the video's own statements was overruled
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,14 +29,15 @@ from mimicmotion.data.cache import (
 )
 from mimicmotion.data.crop import crop_frame, crop_keypoints, person_crop
 from mimicmotion.data.curate import Bounds, measure, reasons_to_drop
-from mimicmotion.data.footage import VideoError, decode, embedded_footage, read_properties
+from mimicmotion.data.film import DECODER, VideoError
+from mimicmotion.data.footage import VideoProperties, decode, embedded_footage, read_properties
 from mimicmotion.data.poses import PoseBackend, PoseTrack, load_backend
 from mimicmotion.data.progress import VideoProgress, Work
 from mimicmotion.model.encoders import PATCH_CODEC, SPATIAL_FACTOR, Encoder, PatchCodec, load_encoder
 
 # Bumped where the meaning of a stored file changes, so that old files are not met.
-KEYPOINTS_FORMAT = 1
-TENSORS_FORMAT = 1
+KEYPOINTS_FORMAT = 2
+TENSORS_FORMAT = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,9 +158,8 @@ class _Source:
     """A video whose poses are known."""
 
     path: Path
+    properties: VideoProperties
     sha256: str
-    height: int
-    width: int
     track: PoseTrack
     keypoints_file: str
 
@@ -189,10 +189,12 @@ class _ClipMaker:
         try:
             properties = read_properties(path)
             most_frames = -(-properties.num_frames // self._recipe.frame_stride)
-            if 0 < most_frames < self._bounds.min_frames:  # 0 where the container does not say: count when decoding
-                return self._drop(path, "curate", f"has {most_frames} frames, fewer than {self._bounds.min_frames}")
-            source = self._find_poses(path, properties.num_frames)
-            measures = measure(source.track, source.height, source.width)
+            if most_frames < self._bounds.min_frames:
+                notes = "".join(f"; {note}" for note in properties.notes)
+                reason = f"has {most_frames} frames, fewer than {self._bounds.min_frames}{notes}"
+                return self._drop(path, "curate", reason)
+            source = self._find_poses(path, properties)
+            measures = measure(source.track, properties.height, properties.width)
             if reasons := reasons_to_drop(measures, self._bounds):
                 return self._drop(path, "curate", "; ".join(reasons))
             tensors_file, crop = self._encode(source)
@@ -201,13 +203,13 @@ class _ClipMaker:
         except NotFiniteError as error:
             made_by = f"{self._poses.name} {self._poses.version}, {self._encoder.name} {self._encoder.version}"
             return self._drop(path, "check", f"gives values that are {error} (made by {made_by})")
-        self._progress.say(f"{path.name}: kept, {measures['num_frames']:.0f} frames")
+        self._progress.say("; ".join([f"{path.name}: kept, {measures['num_frames']:.0f} frames", *properties.notes]))
         return Clip(
             clip_id=f"{path.stem}-{source.sha256[:8]}",
             source=str(path.resolve()),
             source_sha256=source.sha256,
-            source_height=source.height,
-            source_width=source.width,
+            source_height=properties.height,
+            source_width=properties.width,
             frames_per_second=properties.frames_per_second / self._recipe.frame_stride,
             num_frames=len(source.track.num_people),
             frame_stride=self._recipe.frame_stride,
@@ -215,45 +217,40 @@ class _ClipMaker:
             keypoints_file=source.keypoints_file,
             tensors_file=tensors_file,
             statistics=measures,
+            notes=list(properties.notes),
         )
 
     def _drop(self, path: Path, stage: str, reason: str) -> Drop:
         self._progress.say(f"{path.name}: dropped, {reason}")
         return Drop(source=str(path.resolve()), stage=stage, reason=reason)
 
-    def _find_poses(self, path: Path, num_frames: int) -> _Source:
+    def _find_poses(self, path: Path, properties: VideoProperties) -> _Source:
         sha256 = file_sha256(path)
         backend = self._poses
-        inputs = [KEYPOINTS_FORMAT, sha256, backend.name, backend.version, self._recipe.frame_stride]
+        inputs = [KEYPOINTS_FORMAT, sha256, DECODER, backend.name, backend.version, self._recipe.frame_stride]
         name = f"keypoints/{content_key(inputs)}.safetensors"
         stored = load_intact(self._prepared / name)
         if stored is None:
-            work = self._progress.start(f"{path.name}: finding poses", num_frames // self._recipe.frame_stride)
-            size: list[int] = []
-            track = backend.track(self._frames(path, work, size))
-            if not size:
-                raise VideoError("holds no frame")
+            num_frames = -(-properties.num_frames // self._recipe.frame_stride)
+            work = self._progress.start(f"{path.name}: finding poses", num_frames)
+            track = backend.track(self._frames(properties, work))
             stored = {
                 "keypoints": torch.from_numpy(track.keypoints),
                 "num_people": torch.from_numpy(track.num_people),
                 "counts_people": torch.tensor([track.counts_people]),
-                "size": torch.tensor(size),
             }
             save_tensors(self._prepared / name, stored)
             work.finish()
-        height, width = stored["size"].tolist()
         track = PoseTrack(
             keypoints=stored["keypoints"].numpy(),
             num_people=stored["num_people"].numpy(),
             counts_people=bool(stored["counts_people"].item()),
         )
-        return _Source(path, sha256, height, width, track, name)
+        return _Source(path, properties, sha256, track, name)
 
-    def _frames(self, path: Path, work: Work, size: list[int]) -> Iterator[np.ndarray]:
-        """The video's frames; the upright size (height, width) is put into size."""
+    def _frames(self, properties: VideoProperties, work: Work) -> Iterator[np.ndarray]:
         try:
-            for frame in decode(path, frame_stride=self._recipe.frame_stride):
-                size[:] = frame.shape[:2]
+            for frame in decode(properties.film.path, frame_stride=self._recipe.frame_stride, properties=properties):
                 yield frame
                 work.advance()
         except VideoError:
@@ -261,8 +258,8 @@ class _ClipMaker:
             raise
 
     def _encode(self, source: _Source) -> tuple[str, Crop]:
-        recipe = self._recipe
-        crop = person_crop(source.track.keypoints, source.height, source.width, recipe.height, recipe.width)
+        recipe, (height, width) = self._recipe, (source.properties.height, source.properties.width)
+        crop = person_crop(source.track.keypoints, height, width, recipe.height, recipe.width)
         inputs = [
             TENSORS_FORMAT, source.keypoints_file, asdict(crop), recipe.height, recipe.width, self._encoder.name,
             self._encoder.version,
@@ -272,13 +269,13 @@ class _ClipMaker:
             return name, crop
         work = self._progress.start(f"{source.path.name}: encoding", len(source.track.num_people))
         latents, embeddings = [], []
-        for batch in _batches(self._frames(source.path, work, []), recipe.frames_at_once):
+        for batch in _batches(self._frames(source.properties, work), recipe.frames_at_once):
             cropped = np.stack([crop_frame(frame, crop, recipe.height, recipe.width) for frame in batch])
             frames = torch.from_numpy(cropped).permute(0, 3, 1, 2).float() / 127.5 - 1  # (F, 3, H, W)
             with self._encoder_lock:  # one batch on the device at a time, however many videos are worked on
                 latents.append(self._encoder.encode(frames).half())
                 embeddings.append(self._encoder.embed(frames).half())
-        keypoints = crop_keypoints(source.track.keypoints, crop, source.height, source.width)
+        keypoints = crop_keypoints(source.track.keypoints, crop, height, width)
         tensors = {
             "latents": torch.cat(latents),  # (F, 4, h, w), unscaled
             "image_embedding": torch.cat(embeddings),  # (F, 1024)
