@@ -171,6 +171,7 @@ class Manifest:
     spatial_factor: int  # pixels per latent cell
     pose_backend: str
     pose_version: str
+    decoder: str = ""  # and its version; "" where an earlier version of this package decoded
     clips: list[Clip]
     dropped: list[Drop] = field(default_factory=list)
     version: int = MANIFEST_VERSION

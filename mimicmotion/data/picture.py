@@ -8,6 +8,7 @@ by FFmpeg's perceptual tone mapping, and wide primaries (BT.2020, P3) are conver
 from dataclasses import dataclass, field
 
 import av
+import cv2
 import numpy as np
 from av.filter import Graph
 
@@ -17,7 +18,12 @@ from mimicmotion.data.film import Film, VideoError
 MATRICES = {1: "bt709", 4: "fcc", 5: "bt470bg", 6: "smpte170m", 7: "smpte240m", 9: "bt2020nc"}
 REFUSED_MATRICES = {8: "YCgCo", 10: "BT.2020 constant luminance", 14: "ICtCp", 15: "IPT-C2"}
 HIGH_DYNAMIC_RANGE = {16: ("PQ", "smpte2084"), 18: ("HLG", "arib-std-b67")}
-WIDE_PRIMARIES = {9: "bt2020", 11: "smpte431", 12: "smpte432"}
+# Light of primaries that BT.709's do not reach, as light of BT.709's: its matrix to CIE XYZ and the other's back.
+WIDE_PRIMARIES = {
+    9: [[1.660491, -0.587641, -0.072850], [-0.124550, 1.132900, -0.008349], [-0.018151, -0.100579, 1.118730]],
+    12: [[1.224940, -0.224940, 0.0], [-0.042057, 1.042057, 0.0], [-0.019638, -0.078636, 1.098274]],
+}
+SCREEN_GAMMA = 2.4  # of the screens that BT.709 and BT.2020 are made for (ITU-R BT.1886)
 LIMITED, FULL = 1, 2
 
 # A pixel further from square than this is a slip of the pen.
@@ -43,6 +49,8 @@ class Painter:
         if has_alpha:  # over black, as players do
             alpha = picture[..., 3:].astype(np.uint16)
             picture = ((picture[..., :3] * alpha + 127) // 255).astype(np.uint8)
+        if self.film.primaries in WIDE_PRIMARIES and self.film.transfer not in HIGH_DYNAMIC_RANGE:
+            picture = narrowed(picture, self.film.primaries)
         return np.ascontiguousarray(upright(picture, display_matrix(frame)))
 
     def _graph(self, frame: av.VideoFrame, layout: str) -> Graph:
@@ -83,20 +91,22 @@ class Painter:
         parts = [f"colorspace={MATRICES[matrix]}"]
         if range_ in (LIMITED, FULL):
             parts.append(f"range={'tv' if range_ == LIMITED else 'pc'}")
+        # Other transfers than these are taken as they are, as players do, so that FFmpeg need not know them.
         primaries, transfer = "bt709", "bt709"
-        if self._is_converted():
-            primaries = WIDE_PRIMARIES.get(self.film.primaries, "bt2020")
-            transfer = HIGH_DYNAMIC_RANGE.get(self.film.transfer, ("", "bt709"))[1]
+        if self.film.transfer in HIGH_DYNAMIC_RANGE:
+            primaries, transfer = "bt2020", HIGH_DYNAMIC_RANGE[self.film.transfer][1]
         return ":".join([*parts, f"color_primaries={primaries}", f"color_trc={transfer}"])
 
-    def _is_converted(self) -> bool:
-        return self.film.transfer in HIGH_DYNAMIC_RANGE or self.film.primaries in WIDE_PRIMARIES
-
     def _conversion(self) -> str:
-        if not self._is_converted():
-            return ""
-        intent = "perceptual" if self.film.transfer in HIGH_DYNAMIC_RANGE else "relative_colorimetric"
-        return f":out_primaries=bt709:out_transfer=bt709:intent={intent}"
+        is_high = self.film.transfer in HIGH_DYNAMIC_RANGE
+        return ":out_primaries=bt709:out_transfer=bt709:intent=perceptual" if is_high else ""
+
+
+def narrowed(picture: np.ndarray, primaries: int) -> np.ndarray:
+    """A picture (H, W, 3) uint8 of wide primaries in BT.709's; what lies outside of them is clipped."""
+    light = (np.arange(256, dtype=np.float32) / 255) ** SCREEN_GAMMA
+    converted = cv2.transform(light[picture], np.array(WIDE_PRIMARIES[primaries], dtype=np.float32))
+    return np.round(255 * converted.clip(0, 1) ** (1 / SCREEN_GAMMA)).astype(np.uint8)
 
 
 def shown_size(frame: av.VideoFrame, film: Film) -> tuple[int, int]:

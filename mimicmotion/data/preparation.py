@@ -99,6 +99,7 @@ def prepare(
         spatial_factor=SPATIAL_FACTOR,
         pose_backend=poses.name,
         pose_version=poses.version,
+        decoder=DECODER,
         clips=list(clips.values()),
         dropped=dropped,
     )

@@ -23,10 +23,16 @@ class Timeline:
 
 def is_even(times: np.ndarray) -> bool:
     """Whether each of times (N,), seconds, lies less than half a frame from where one rate would have it."""
-    if len(times) < 2 or times[-1] <= times[0]:
+    if len(times) < 2:
         return False
-    positions = (times - times[0]) / (times[-1] - times[0]) * (len(times) - 1)
-    return bool(np.abs(positions - np.arange(len(times))).max() < 0.5)
+    step = _mean_step(times)
+    late = times - step * np.arange(len(times))
+    return bool(np.ptp(late) < step)
+
+
+def _mean_step(times: np.ndarray) -> float:
+    """Seconds a frame, of the straight line nearest to times."""
+    return float(np.polyfit(np.arange(len(times)), times, 1)[0])
 
 
 def at_one_rate(times: np.ndarray, stated_rate: float) -> Timeline:
@@ -35,11 +41,11 @@ def at_one_rate(times: np.ndarray, stated_rate: float) -> Timeline:
     Frames that come faster are left out and frames that stay longer are repeated, each shown within half a frame of its
     time. stated_rate, 0 where unknown, is taken where it fits or where there is nothing to measure.
     """
-    times, slips = _without_slips(times)
+    times, slips = _without_slips(times, stated_rate)
     if len(times) < 2:
         return Timeline(stated_rate or 1.0, None, slips)
     if is_even(times):
-        return Timeline(_near_stated((len(times) - 1) / (times[-1] - times[0]), stated_rate), None, slips)
+        return Timeline(_near_stated(1 / _mean_step(times), stated_rate), None, slips)
     steps = np.diff(times)
     usual = steps[steps <= GAP * np.median(steps)]
     by_length = np.sort(usual)
@@ -56,13 +62,13 @@ def at_one_rate(times: np.ndarray, stated_rate: float) -> Timeline:
     )
 
 
-def _without_slips(times: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
+def _without_slips(times: np.ndarray, stated_rate: float) -> tuple[np.ndarray, tuple[str, ...]]:
     """Times where what goes backwards, stands still or leaps is one ordinary step on."""
     steps = np.diff(times)
     slipped = (steps <= 0) | (steps > LONGEST_GAP_S)
     if not slipped.any():
         return times, ()
-    ordinary = float(np.median(steps[~slipped])) if not slipped.all() else 1.0
+    ordinary = 1 / (stated_rate or 1.0) if slipped.all() else float(np.median(steps[~slipped]))
     repaired = times[0] + np.concatenate([[0.0], np.where(slipped, ordinary, steps).cumsum()])
     first = int(slipped.argmax())
     note = f"time stamps slip {slipped.sum()} times, first by {steps[first]:.3g} s after frame {first}: bridged"
