@@ -1,5 +1,7 @@
 """Videos: the embedded footage, the videos of a folder, and decoding that refuses what is damaged or too large."""
 
+import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import repeat
@@ -12,7 +14,7 @@ from mimicmotion.data.film import Film, VideoError, frames_of, open_film, packet
 from mimicmotion.data.picture import HIGH_DYNAMIC_RANGE, Painter, shown_size
 from mimicmotion.data.timeline import at_one_rate, is_even
 from mimicmotion.data.wheels import Wheel, fetch_members
-from mimicmotion.paths import near
+from mimicmotion.paths import near, printable
 
 # A person balancing on a beam, four cameras, 100 frames each at 60 frames a second (pose2sim, BSD-3-Clause).
 EMBEDDED = Wheel(
@@ -36,7 +38,12 @@ EMBEDDED = Wheel(
     },
 )
 
-VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
+# As cameras, phones, recorders and browsers write them; what is in a file decides, these say only where to look.
+VIDEO_SUFFIXES = (
+    ".3g2", ".3gp", ".apng", ".asf", ".avi", ".divx", ".dv", ".f4v", ".flv", ".gif", ".h264", ".h265", ".hevc", ".ivf",
+    ".m2ts", ".m2v", ".m4v", ".mjpeg", ".mjpg", ".mkv", ".mov", ".mp4", ".mpe", ".mpeg", ".mpg", ".mts", ".mxf", ".nut",
+    ".ogm", ".ogv", ".qt", ".rm", ".rmvb", ".ts", ".vob", ".webm", ".webp", ".wmv", ".y4m",
+)  # fmt: skip
 # 4096 x 4096: a few kilobytes of video can ask for gigabytes of picture.
 MAX_FRAME_PIXELS = 4096 * 4096
 # About 20 minutes of 1920x1080 at 30 frames a second.
@@ -64,15 +71,42 @@ def embedded_footage(cache_dir: Path | None = None) -> list[Path]:
 
 
 def find_videos(folder: Path) -> list[Path]:
-    """The videos of folder and its subfolders, sorted. Raises ValueError where there is no folder or no video."""
+    """The videos of folder and its subfolders, sorted, and what must be answered for with them.
+
+    Those are links that lead nowhere, and folders that are links or cannot be read: decoding says so of each. Raises
+    ValueError where there is no folder or no video.
+    """
     if not folder.is_dir():
-        raise ValueError(f"got videos folder {folder}, which is not a folder ({near(folder, Path.is_dir)}); give one")
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file())
-    if not found:
         raise ValueError(
-            f"got videos folder {folder} without a video, wanted files ending in {', '.join(VIDEO_SUFFIXES)}"
+            f"got videos folder {printable(folder)}, which is not a folder ({near(folder, Path.is_dir)}); give one"
+        )
+    found = [path for path in _entries(folder) if path.is_dir() or path.suffix.lower() in VIDEO_SUFFIXES]
+    if not any(path.is_file() for path in found):
+        raise ValueError(
+            f"got videos folder {printable(folder)} without a video, wanted files ending in"
+            f" {', '.join(VIDEO_SUFFIXES)}{''.join(f'; {line}' for line in not_looked_at(folder))}"
         )
     return found
+
+
+def not_looked_at(folder: Path) -> list[str]:
+    """What else lies in folder and its subfolders, as one line for each ending."""
+    others = [path for path in _entries(folder) if not path.is_dir() and path.suffix.lower() not in VIDEO_SUFFIXES]
+    endings = Counter(printable(path.suffix.lower()) for path in others)
+    return [
+        f"not looked at: {number} file{'s' * (number > 1)} {f'ending in {ending}' if ending else 'without an ending'}"
+        for ending, number in sorted(endings.items())
+    ]
+
+
+def _entries(folder: Path) -> list[Path]:
+    """All but the folders that are looked into, sorted."""
+    entries = []
+    unread: list[Path] = []
+    for here, folders, files in os.walk(folder, onerror=lambda error: unread.append(Path(error.filename))):
+        links = [name for name in folders if Path(here, name).is_symlink()]  # may lead round in a circle
+        entries += [Path(here, name) for name in (*links, *files)]
+    return sorted([*entries, *unread])
 
 
 def read_properties(
