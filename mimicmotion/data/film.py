@@ -1,7 +1,7 @@
 """The film in a video file: its stream, what the container states of it, and its frames, decoded strictly."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,8 +67,7 @@ def packet_times(film: Film) -> np.ndarray | None:
     Takes no decoding; a packet need not be one frame.
     """
     with _open(film.path) as container:
-        stream = _stream(film, container)
-        shown = [packet for packet in container.demux(stream) if packet.size and not packet.is_discard]
+        shown = [packet for packet in _packets(container, [_stream(film, container)]) if not packet.is_discard]
         times = [packet.pts * packet.time_base for packet in shown if packet.pts is not None]
     return np.sort(np.array(times, dtype=np.float64)) if len(times) == len(shown) else None
 
@@ -142,8 +141,15 @@ def _films(path: Path, container: InputContainer) -> list[av.VideoStream]:
     if len(known) == 1:
         return known
     with _open(path) as again:  # what was read is gone
-        packets = Counter(packet.stream.index for packet in again.demux(video=tuple(range(len(known)))) if packet.size)
+        packets = Counter(packet.stream.index for packet in _packets(again, again.streams.video))
     return [stream for stream in known if packets[stream.index] > 1] or known
+
+
+def _packets(container: InputContainer, streams: Sequence[av.VideoStream]) -> Iterator[av.Packet]:
+    try:
+        yield from (packet for packet in container.demux(*streams) if packet.size)
+    except (av.FFmpegError, EOFError) as error:
+        raise VideoError(f"is damaged: {_reason(error)}") from error
 
 
 def _stream(film: Film, container: InputContainer) -> av.VideoStream:

@@ -43,9 +43,12 @@ class Painter:
     def paint(self, frame: av.VideoFrame) -> np.ndarray:
         """The picture (H, W, 3) uint8 RGB. Raises VideoError where its colours cannot be converted."""
         has_alpha = any(component.is_alpha for component in frame.format.components)
-        graph = self._graph(frame, "rgba" if has_alpha else "rgb24")
-        graph.vpush(frame)
-        picture = graph.vpull().to_ndarray()
+        try:
+            graph = self._graph(frame, "rgba" if has_alpha else "rgb24")
+            graph.vpush(frame)
+            picture = graph.vpull().to_ndarray()
+        except (av.FFmpegError, EOFError) as error:
+            raise VideoError(f"cannot be shown by FFmpeg {av.ffmpeg_version_info}: {error}") from error
         if has_alpha:  # over black, as players do
             alpha = picture[..., 3:].astype(np.uint16)
             picture = ((picture[..., :3] * alpha + 127) // 255).astype(np.uint8)
@@ -73,10 +76,7 @@ class Painter:
         nodes.append(graph.add("scale", f"{width}:{height}:{_EXACT}{self._conversion()}"))
         nodes.append(graph.add("format", f"pix_fmts={layout}"))
         nodes.append(graph.add("buffersink"))
-        try:
-            graph.link_nodes(*nodes).configure()
-        except (av.FFmpegError, ValueError) as error:
-            raise VideoError(f"cannot be shown: {error}") from error
+        graph.link_nodes(*nodes).configure()
         return graph
 
     def _colours(self, frame: av.VideoFrame, matrix: int, range_: int) -> str:

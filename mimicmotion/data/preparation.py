@@ -122,7 +122,12 @@ def prepare_if_missing(config: Config, progress: VideoProgress | None = None) ->
 
 
 def _why_stale(manifest: Manifest, data: DataConfig) -> str | None:
-    """What of a manifest does not fit the settings, or None. Its poses are as the user chose them."""
+    """What of a manifest does not fit the settings, or None. Its poses are as the user chose them.
+
+    Another version of the decoder is no reason: videos may have been prepared on another machine.
+    """
+    if not manifest.decoder:
+        return "a version of this package that did not yet go by what a player shows"
     if (manifest.height, manifest.width) != (data.height, data.width):
         return f"{manifest.height}x{manifest.width} pixels, not {data.height}x{data.width}"
     if manifest.num_frames < data.num_frames:
