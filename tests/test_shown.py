@@ -97,7 +97,7 @@ def test_high_dynamic_range_is_named_and_tone_mapped(tmp_path: Path, transfer: i
         assert np.ptp(gray) <= 3
     assert black.max() <= 3 and 145 <= white.mean() <= 230 and dark.mean() < 80
     assert white.mean() + 15 < brighter.mean() < 255
-    assert red[0] > 140 and red[1:].max() < 90
+    assert red[0] / red[1:].max() > 1.15 * page / 0.3, "the values as they are look pale: wide primaries, another curve"
 
 
 def test_colours_that_cannot_be_converted_are_named(tmp_path: Path) -> None:
