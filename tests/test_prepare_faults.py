@@ -173,7 +173,7 @@ def test_names_that_cannot_be_said_are_said_with_replacements(tmp_path: Path) ->
     assert printable("caf\udce9\x1b[31m\n舞 b") == "caf\ufffd\ufffd[31m\ufffd舞 b"
     folder = tmp_path / "videos"
     folder.mkdir()
-    names = [b"caf\xe9.mp4", "舞.mp4".encode(), b"a\nb.mp4", b"12:30.mp4"]
+    names = [b"caf\xe9.mp4", "舞.mp4".encode(), b"a\nb.mp4", b"12:30.mp4", b"[red].mp4"]
     for length, name in enumerate(names, 10):
         os.rename(videos.write_video(tmp_path / "new.mp4", length), os.fsencode(folder) + b"/" + name)  # noqa: PTH104
     for is_terminal in (False, True):
@@ -184,7 +184,13 @@ def test_names_that_cannot_be_said_are_said_with_replacements(tmp_path: Path) ->
         manifest = prepare(
             find_videos(folder), prepared, recipe=RECIPE, poses=Swaying(), encoder=PatchCodec(), progress=progress
         )
-        for said in (b"caf?.mp4: kept, 10 frames", b"?.mp4: kept, 11", b"a?b.mp4: kept, 12", b"12:30.mp4: kept, 13"):
+        for said in (
+            b"caf?.mp4: kept, 10 frames",
+            b"?.mp4: kept, 11",
+            b"a?b.mp4: kept, 12",
+            b"12:30.mp4: kept, 13",
+            b"[/x] [red].mp4: kept, 14",
+        ):
             assert said in raw.getvalue()
         again = Manifest.read(prepared)
         assert again == manifest and all(Path(clip.source).is_file() for clip in again.clips)
@@ -203,12 +209,15 @@ def test_what_is_not_looked_at_is_listed(clips: list[Path], tmp_path: Path) -> N
     found = find_videos(folder)
     names = ["a.mp4", "b.mp4", "broken.mp4", "c.mp4", "film.m2ts", "folder", "link.mp4", "phone.3GP", "round"]
     assert [path.name for path in found] == names
+    os.mkfifo(folder / "pipe.mp4")  # opening one waits for ever
+    found.append(folder / "pipe.mp4")
     assert not_looked_at(folder) == [
         "not looked at: 1 file without an ending",
         "not looked at: 2 files ending in .txt",
     ]
     dropped = {Path(drop.source).name: drop.reason for drop in make(tmp_path / "p", found).dropped}
-    assert sorted(dropped) == ["broken.mp4", "film.m2ts", "folder", "link.mp4", "phone.3GP", "round"]
+    assert sorted(dropped) == ["broken.mp4", "film.m2ts", "folder", "link.mp4", "phone.3GP", "pipe.mp4", "round"]
+    assert dropped["pipe.mp4"].startswith("is a pipe")
     assert dropped["broken.mp4"] == "is a link that leads nowhere"
     for name in ("folder", "round"):
         assert dropped[name].startswith("is a link to a folder that is not looked into; give its target")

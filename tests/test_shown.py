@@ -196,7 +196,7 @@ def test_a_gap_in_time_is_held(tmp_path: Path) -> None:
     times = [20 * index + (200 if index >= 10 else 0) for index in range(30)]
     path = videos.write_video(tmp_path / "a.mp4", 30, width=240, times=times)
     assert [number_of(frame) for frame in decode(path)] == [*range(10), *([9] * 10), *range(10, 30)]
-    assert "1 gaps in time, the longest of 0.367 s after frame 9" in read_properties(path).notes[1]
+    assert "1 gap in time, the longest of 0.367 s after frame 9" in read_properties(path).notes[1]
 
 
 def test_the_film_is_shown_and_not_its_cover(tmp_path: Path) -> None:

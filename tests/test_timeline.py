@@ -61,7 +61,7 @@ def test_a_gap_is_held_and_named() -> None:
     timeline = at_one_rate(times, 25.0)
     assert timeline.frames == (*range(49), *([49] * 26), *range(50, 100))
     assert "0 of 100 frames left out and 25 repeated" in timeline.notes[0]
-    assert timeline.notes[1] == "1 gaps in time, the longest of 1.04 s after frame 49: its last frame is held"
+    assert timeline.notes[1] == "1 gap in time, the longest of 1.04 s after frame 49: its last frame is held"
 
 
 @pytest.mark.parametrize("slip", [-100.0, 0.0, 3600.0])
@@ -70,7 +70,7 @@ def test_a_slip_of_the_time_stamps_is_bridged_and_named(slip: float) -> None:
     times[40:] += slip - (1 / 25 if slip == 0 else 0)
     timeline = at_one_rate(times, 25.0)
     assert timeline.frames is None and timeline.frames_per_second == pytest.approx(25)
-    assert "slip 1 times" in timeline.notes[0] and "after frame 39: bridged" in timeline.notes[0]
+    assert "1 slip of the time stamps" in timeline.notes[0] and "after frame 39: bridged" in timeline.notes[0]
 
 
 def test_what_stands_still_is_not_even() -> None:

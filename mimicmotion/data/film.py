@@ -116,13 +116,13 @@ def _decode(film: Film, with_messages: bool, max_frame_pixels: int) -> Iterator[
 
 def _open(path: Path) -> InputContainer:
     if path.is_dir():
-        is_link = path.is_symlink()
-        raise VideoError(
-            f"is a {'link to a ' * is_link}folder that is not looked into; give {'its target' if is_link else 'it'} as"
-            " a videos folder of its own"
-        )
+        if path.is_symlink():
+            raise VideoError("is a link to a folder that is not looked into; give its target as a videos folder")
+        raise VideoError("is a folder that is not looked into, or that cannot be read")
     if not path.exists():
         raise VideoError("is a link that leads nowhere" if path.is_symlink() else "is not there any more")
+    if not path.is_file():
+        raise VideoError("is a pipe, a socket or a device and not a file")
     if path.stat().st_size == 0:
         raise VideoError("is empty")
     try:

@@ -80,33 +80,40 @@ def find_videos(folder: Path) -> list[Path]:
         raise ValueError(
             f"got videos folder {printable(folder)}, which is not a folder ({near(folder, Path.is_dir)}); give one"
         )
-    found = [path for path in _entries(folder) if path.is_dir() or path.suffix.lower() in VIDEO_SUFFIXES]
-    if not any(path.is_file() for path in found):
+    folders, files = _entries(folder)
+    videos = [path for path in files if path.suffix.lower() in VIDEO_SUFFIXES]
+    if not videos:
         raise ValueError(
             f"got videos folder {printable(folder)} without a video, wanted files ending in"
             f" {', '.join(VIDEO_SUFFIXES)}{''.join(f'; {line}' for line in not_looked_at(folder))}"
         )
-    return found
+    return sorted([*folders, *videos])
 
 
 def not_looked_at(folder: Path) -> list[str]:
     """What else lies in folder and its subfolders, as one line for each ending."""
-    others = [path for path in _entries(folder) if not path.is_dir() and path.suffix.lower() not in VIDEO_SUFFIXES]
-    endings = Counter(printable(path.suffix.lower()) for path in others)
+    endings = Counter(path.suffix.lower() for path in _entries(folder)[1])
     return [
-        f"not looked at: {number} file{'s' * (number > 1)} {f'ending in {ending}' if ending else 'without an ending'}"
+        f"not looked at: {number} file{'s' * (number > 1)}"
+        f" {f'ending in {printable(ending)}' if ending else 'without an ending'}"
         for ending, number in sorted(endings.items())
+        if ending not in VIDEO_SUFFIXES
     ]
 
 
-def _entries(folder: Path) -> list[Path]:
-    """All but the folders that are looked into, sorted."""
-    entries = []
-    unread: list[Path] = []
-    for here, folders, files in os.walk(folder, onerror=lambda error: unread.append(Path(error.filename))):
-        links = [name for name in folders if Path(here, name).is_symlink()]  # may lead round in a circle
-        entries += [Path(here, name) for name in (*links, *files)]
-    return sorted([*entries, *unread])
+def _entries(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Folders that are not looked into, links and those that cannot be read, and files."""
+    folders: list[Path] = []
+    files: list[Path] = []
+
+    def unread(error: OSError) -> None:
+        folders.append(Path(error.filename))
+
+    for here, inside, names in os.walk(folder, onerror=unread):
+        # A link may lead round in a circle.
+        folders += [path for path in (Path(here, name) for name in inside) if path.is_symlink()]
+        files += [Path(here, name) for name in names]
+    return folders, files
 
 
 def read_properties(
@@ -129,13 +136,14 @@ def read_properties(
     height, width = shown_size(first, film)
     if times is None or not is_even(times) or not _agree(times, film.frames_per_second):
         times = _shown_times(film, max_frame_pixels, max_video_pixels)
-    _check_size(height, width, len(times), max_frame_pixels, max_video_pixels)
     timeline = at_one_rate(times, film.frames_per_second)
+    num_frames = len(times) if timeline.frames is None else len(timeline.frames)
+    _check_size(height, width, num_frames, max_frame_pixels, max_video_pixels)
     return VideoProperties(
         film=film,
         height=height,
         width=width,
-        num_frames=len(times) if timeline.frames is None else len(timeline.frames),
+        num_frames=num_frames,
         frames_per_second=timeline.frames_per_second,
         frames=timeline.frames,
         notes=(*_notes(film, first, times, timeline.frames_per_second), *timeline.notes),

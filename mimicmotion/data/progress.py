@@ -14,7 +14,12 @@ class VideoProgress:
         self._console = console if console is not None else Console()
         self._bars: Progress | None = None
         if self._console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+            columns = (
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+            )
             self._bars = Progress(*columns, console=self._console)
 
     def __enter__(self) -> "VideoProgress":

@@ -71,8 +71,8 @@ def _without_slips(times: np.ndarray, stated_rate: float) -> tuple[np.ndarray, t
     ordinary = 1 / (stated_rate or 1.0) if slipped.all() else float(np.median(steps[~slipped]))
     repaired = times[0] + np.concatenate([[0.0], np.where(slipped, ordinary, steps).cumsum()])
     first = int(slipped.argmax())
-    note = f"time stamps slip {slipped.sum()} times, first by {steps[first]:.3g} s after frame {first}: bridged"
-    return repaired, (note,)
+    slips = f"{slipped.sum()} slip{'s' * bool(slipped.sum() > 1)} of the time stamps"
+    return repaired, (f"{slips}, first by {steps[first]:.3g} s after frame {first}: bridged",)
 
 
 def _near_stated(rate: float, stated_rate: float) -> float:
@@ -90,8 +90,8 @@ def _resampled(rate: float, usual: np.ndarray, frames: np.ndarray, num_shown: in
 def _gaps(steps: np.ndarray, num_usual: int) -> tuple[str, ...]:
     if num_usual == len(steps):
         return ()
-    longest = int(steps.argmax())
+    longest, count = int(steps.argmax()), len(steps) - num_usual
     return (
-        f"{len(steps) - num_usual} gaps in time, the longest of {steps[longest]:.3g} s after frame {longest}: its last"
+        f"{count} gap{'s' * (count > 1)} in time, the longest of {steps[longest]:.3g} s after frame {longest}: its last"
         " frame is held",
     )
