@@ -14,6 +14,7 @@ if __name__ == "__main__":  # python puts this folder first, where our modules w
 import torch
 import tyro
 
+from mimicmotion.commands import one_sentence
 from mimicmotion.config import PRESETS, PresetName
 from mimicmotion.data.cache import Manifest, check_writable
 from mimicmotion.data.footage import embedded_footage, find_videos, not_looked_at
@@ -39,6 +40,7 @@ class Arguments:
     dwpose_dir: Path | None = None  # folder of yolox_l.onnx and dw-ll_ucoco_384.onnx; downloaded where none is given
     encoder: str | None = None  # patch-codec (a stand-in), or a folder or hub id of Stable Video Diffusion
     device: str | None = None  # where the encoder runs; the GPU where there is one
+    debug: bool = False  # show where in the code an error arose
     workers: int | None = None  # videos worked on at once; one a processor core where none is given
 
 
@@ -70,10 +72,8 @@ def run(arguments: Arguments) -> Manifest:
 def main() -> None:
     """Run the command line; exits with 1 and the reason where nothing could be prepared."""
     arguments = tyro.cli(Arguments)
-    try:
+    with one_sentence("preparing stopped", RuntimeError, debug=arguments.debug):
         manifest = run(arguments)
-    except (ValueError, RuntimeError, OSError) as error:
-        raise SystemExit(f"preparing stopped: {error}") from error
     path = (arguments.prepared or PRESETS[arguments.preset]().data.prepared) / "manifest.json"
     kept, dropped = len(manifest.clips), len(manifest.dropped)
     VideoProgress().say(f"{kept} clips kept, {dropped} videos dropped; see {printable(path)}")
