@@ -132,7 +132,7 @@ def test_a_full_or_closed_disk_stops_and_loses_nothing(
         make(folder, clips, poses=poses, recipe=one_by_one)
     said = str(stopped.value)
     assert "keypoints/" in said and os.strerror(code) in said
-    assert ("MiB are free there; free some" in said) == (code == errno.ENOSPC)
+    assert ("GiB are free; free some" in said) == (code == errno.ENOSPC)
     assert poses.num_videos == 2, "b was made, c was not"
     assert Manifest.read(folder) == before
     monkeypatch.undo()

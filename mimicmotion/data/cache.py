@@ -8,7 +8,6 @@ import errno
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from mimicmotion.paths import near, printable
+from mimicmotion.paths import free_gib, near, printable
 
 MANIFEST_VERSION = 1
 
@@ -74,11 +73,9 @@ def _why_not(path: Path, error: OSError) -> str:
     why = f"cannot write {printable(path)}: {os.strerror(error.errno or 0)}"
     if error.errno not in FULL:
         return f"{why}; give a folder that you may write to"
-    disk = shutil.disk_usage(next(parent for parent in path.absolute().parents if parent.is_dir()))
-    free, total = (f"{part / 2**20:,.1f}" for part in (disk.free, disk.total))
     return (
-        f"{why}: {free} of {total} MiB are free there; free some, or give a folder on another disk. What is whole"
-        " stays, and the same command goes on from it"
+        f"{why}{free_gib(path)}; free some, or give a folder on another disk. What is whole stays, and the same command"
+        " goes on from it"
     )
 
 
