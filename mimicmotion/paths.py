@@ -1,4 +1,4 @@
-"""What an error says of a path that somebody gave and that does not hold what it should."""
+"""What is said of paths: names that any terminal can show, and what lies near one that does not hold what it should."""
 
 import shutil
 from collections.abc import Callable
@@ -6,6 +6,11 @@ from difflib import get_close_matches
 from pathlib import Path
 
 _MOST_NAMES = 5
+
+
+def printable(name: object) -> str:
+    """A name without what a terminal cannot show or would obey: bytes that are no UTF-8, line ends, escapes."""
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in str(name))
 
 
 def near(path: Path, is_wanted: Callable[[Path], bool] = Path.exists) -> str:
