@@ -6,11 +6,11 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from mmkernels.blocks.cross_attention import BYPASSED
 from mmkernels.blocks.drop_in import FusedBlock
 from mmkernels.kernels.dispatch import named
 from mmkernels.kernels.registry import FAMILIES
-
-DEAD = ("norm2", "attn2.to_q", "attn2.to_k")  # of a transformer block whose attn2 reads one token
+from mmkernels.shares import F, H, W
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,15 @@ class Report:
     """How every spatio-temporal block of a UNet runs, and its output head as "conv_out"; str() is a table.
 
     without_gradient: parameters that require a gradient and get none (None) while the context is one token, since a
-        fused block does not run what cannot change the result; see `dead_parameters`.
+        fused block does not run what cannot change the result; over several tokens each has one. See `dead_parameters`.
+    fused_parameters, fused_flops: the shares of the whole model's that fused blocks compute, without the parts of them
+        that are called as they are; FLOPs as mmkernels.shares models them.
     """
 
     rows: tuple[Row, ...]
     without_gradient: tuple[str, ...] = ()
+    fused_parameters: float = 0.0
+    fused_flops: float = 0.0
 
     def __str__(self) -> str:
         cells = [("block", "kind", "how", "why"), *((row.name, row.kind, row.how, row.why) for row in self.rows)]
@@ -44,12 +48,16 @@ class Report:
         lines = ["  ".join([*(row[i].ljust(widths[i]) for i in range(3)), row[3]]).rstrip() for row in cells]
         lines += self._backend_lines()
         if self.without_gradient:
-            parts = sorted({part for name in self.without_gradient for part in DEAD if f".{part}." in name})
+            parts = sorted({part for name in self.without_gradient for part in BYPASSED if f".{part}." in name})
             lines.append(
-                f"no gradient while the context is one token: {len(self.without_gradient)} parameters "
-                f"({', '.join(parts)}; mmkernels.dead_parameters names them). DistributedDataParallel needs "
-                "find_unused_parameters=True, or requires_grad_(False) for them before it wraps the model."
+                f"while the context is one token, no gradient for {len(self.without_gradient)} parameters "
+                f"({', '.join(parts)}; mmkernels.dead_parameters names them): leave them out of the optimizer, since "
+                "DistributedDataParallel gives them zeros, which weight decay acts on"
             )
+        lines.append(
+            f"fused: {self.fused_parameters:.1%} of parameters, {self.fused_flops:.1%} of FLOPs (modelled, "
+            f"{F} frames of {8 * H}x{8 * W} pixels)"
+        )
         return "\n".join(lines)
 
     def _backend_lines(self) -> list[str]:

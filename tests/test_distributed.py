@@ -77,16 +77,6 @@ def test_a_plan_is_the_first_ranks_for_the_least_free_memory(two_ranks):
     assert first["no file"][0] == "ValueError" and "there is no file" in first["no file"][1]
 
 
-def test_dead_parameters_under_ddp_as_the_report_advises(two_ranks):
-    """Without the advice the second step of a fused UNet raises; with either half of it the gradients are right."""
-    for rank in range(2):
-        found = json.loads((two_ranks / f"dead-{rank}.json").read_text())
-        assert "Expected to have finished reduction in the prior iteration" in found["as it is"]
-        for way in ("find unused", "frozen"):
-            assert found[way]["silent"] == found["dead"] and len(found["dead"]) == 32
-            assert found[way]["off"] == 0
-
-
 def test_memory_that_runs_out_on_one_rank_repeats_the_step_on_all(two_ranks):
     """The step is done again under the same smaller plan, with the bits of a run under DDP."""
     wanted = load_file(two_ranks / "wrapped-0.safetensors")

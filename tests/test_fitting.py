@@ -236,7 +236,7 @@ def test_where_backward_has_moved_weights_the_run_goes_back_to_its_checkpoint(
     run, device = fitted(config, planner, 1.5 * peak_gib(planner.least), tears, 1.0)
     assert device.num_failures == 1 and torn
     assert_same_bits(run, expected)
-    assert [row["step"] for row in read_history(run.history_path)] == [1, 2, 3]
+    assert [row["step"] for row in read_history(run.config.run_dir / "loss.jsonl")] == [1, 2, 3]
     assert "weights had moved inside backward: resumed" in (out := capsys.readouterr().out)
     assert out.count("step 1/3") == 2  # once more from the checkpoint of step 0
 

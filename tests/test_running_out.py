@@ -74,7 +74,7 @@ def test_the_room_of_an_update_is_asked_for_before_a_weight_moves(tmp_path: Path
     run, device = fitted(config, plans, 20.0, hides, 30.0)
     assert device.num_failures == 1 and run.fitting is not None and peak_gib(run.fitting.plan) == 19.0
     assert_same_bits(run, expected)
-    assert [row["step"] for row in read_history(run.history_path)] == [1, 2, 3]
+    assert [row["step"] for row in read_history(run.config.run_dir / "loss.jsonl")] == [1, 2, 3]
 
 
 def test_an_update_that_runs_out_all_the_same_ends_with_what_to_do(tmp_path: Path) -> None:

@@ -69,6 +69,7 @@ def test_stages_go_on_from_each_other_and_a_resumed_run_lands_in_the_right_one(p
     assert (tmp_path / "broken" / "run" / "stage-1" / "step-00000002" / "manifest.json").stat().st_mtime_ns == first
     newest = checkpoint.newest(tmp_path / "broken" / "run")
     assert newest == tmp_path / "broken" / "run" / "stage-2" / "step-00000001"
+    assert newest is not None
     broken = checkpoint.load(newest)
     for group, tensors in whole.tensors.items():
         assert all(torch.equal(value, broken.tensors[group][name]) for name, value in tensors.items()), group

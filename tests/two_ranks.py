@@ -10,12 +10,9 @@ from unittest import mock
 
 import safetensors.torch
 import torch
-from spatio_temporal import run, small_unet, unet_inputs
 from tiny import NoiseClips, tiny_config
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
-import mmkernels
 from mimicmotion import memory_plan
 from mimicmotion.config import Config
 from mimicmotion.distributed import Ranks, join_ranks
@@ -72,42 +69,6 @@ def plans(folder: Path, ranks: Ranks) -> dict[str, object]:
         }
 
 
-def dead_parameters_under_ddp(ranks: Ranks) -> dict[str, Any]:
-    """Two steps of a fused UNet whose owner wraps it as given: what that raises, or what its gradients are.
-
-    silent: the parameters without one. off: the largest difference from the mean of what every rank's inputs give
-    without DDP.
-    """
-
-    def wrapped(is_frozen: bool = False, finds_unused: bool = False) -> Any:
-        unet = small_unet()
-        mmkernels.replace(unet)
-        for name in mmkernels.dead_parameters(unet) if is_frozen else ():
-            unet.get_parameter(name).requires_grad_(False)
-        alone = [run(unet, unet_inputs(seed=1 + rank)) for rank in range(ranks.world_size)]
-        unet.zero_grad(set_to_none=True)
-        model = DistributedDataParallel(unet, find_unused_parameters=finds_unused)
-        try:
-            run(unet, unet_inputs(seed=1 + ranks.rank), model)
-            found = run(unet, unet_inputs(seed=1 + ranks.rank), model)
-        except RuntimeError as error:
-            return str(error)
-        silent = sorted(name for name, _ in unet.named_parameters() if name not in found)
-        off = []
-        for name, _ in unet.named_parameters():
-            if name in found:
-                mean = torch.stack([each[name] for each in alone]).mean(0)
-                off.append(float((found[name] - mean).abs().max()))
-        return {"silent": silent, "off": max(off)}
-
-    return {
-        "as it is": wrapped(),
-        "find unused": wrapped(finds_unused=True),
-        "frozen": wrapped(is_frozen=True),
-        "dead": sorted(mmkernels.dead_parameters(small_unet())),
-    }
-
-
 class OutOnce:
     """An allocator, and a model's forward that runs out of memory on the second rank, once, at its second call."""
 
@@ -158,7 +119,6 @@ def main() -> None:
     folder = Path(sys.argv[1])
     with join_ranks() as ranks:
         (folder / f"plans-{ranks.rank}.json").write_text(json.dumps(plans(folder, ranks)))
-        (folder / f"dead-{ranks.rank}.json").write_text(json.dumps(dead_parameters_under_ddp(ranks)))
         config = tiny_config(folder / "gradients", batch_size=4)
         trainer = Trainer(config, NoiseClips(config=config), ranks)
         trainer._backward(trainer._load(0))
