@@ -165,6 +165,9 @@ def test_the_folder_is_tried_before_any_work(clips: list[Path], tmp_path: Path) 
     with pytest.raises(NotWritableError, match=r"cannot write .*Not a directory; give a folder that you may write to"):
         make(tmp_path / "file" / "prepared", clips, poses=poses)
     assert poses.num_videos == 0
+    with pytest.raises(NotWritableError, match="caf\ufffd/keypoints is no UTF-8"):
+        make(tmp_path / "caf\udce9", clips, poses=poses)
+    assert poses.num_videos == 0
     check_writable(tmp_path / "new")
     assert list((tmp_path / "new").iterdir()) == []
 

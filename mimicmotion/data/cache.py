@@ -63,6 +63,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 def check_writable(folder: Path) -> None:
     """Make folder where it is missing and write a file there and take it away. Raises NotWritableError."""
+    if any("\ud800" <= character <= "\udfff" for character in str(folder.absolute())):
+        raise NotWritableError(f"{printable(folder)} is no UTF-8, without which safetensors opens no file; rename it")
     probe = folder / ".writable"
     with atomic_write(probe) as temporary:
         temporary.write_bytes(bytes(4096))
