@@ -123,7 +123,7 @@ def fitted(
     """A trainer that was run on a stand-in device, and the device."""
     device = StandIn(limit_gib * GIB)
     fitting = Fitting(planner(budget_gib), budget_gib, planner, device, ONE, ImmediateDevice(SLAB_BYTES))
-    run = Trainer(config, NoiseClips(config=config), ONE, encoder="x", fitting=fitting)
+    run = Trainer(config, NoiseClips(config=config), ONE, fitting=fitting)
     hidden = hides(run)
     device.hidden = lambda live_bytes: hidden(run.step, live_bytes)
     device.count([*run.model.parameters(), *run.optimization.resident()])
@@ -133,7 +133,7 @@ def fitted(
 
 
 def plain(config: Config) -> Weights:
-    run = Trainer(config, NoiseClips(config=config), ONE, encoder="x")
+    run = Trainer(config, NoiseClips(config=config), ONE)
     run.run()
     return run.model.state_dict()
 
@@ -236,7 +236,7 @@ def test_where_backward_has_moved_weights_the_run_goes_back_to_its_checkpoint(
     run, device = fitted(config, planner, 1.5 * peak_gib(planner.least), tears, 1.0)
     assert device.num_failures == 1 and torn
     assert_same_bits(run, expected)
-    assert [row["step"] for row in read_history(run.history_path)] == [1, 2, 3]
+    assert [row["step"] for row in read_history(run.config.run_dir / "loss.jsonl")] == [1, 2, 3]
     assert "weights had moved inside backward: resumed" in (out := capsys.readouterr().out)
     assert out.count("step 1/3") == 2  # once more from the checkpoint of step 0
 
@@ -315,7 +315,7 @@ def test_what_did_not_fit_a_smaller_budget_is_forgotten_under_a_larger_one() -> 
 
 
 def test_moments_change_places_with_the_same_bits(tmp_path: Path) -> None:
-    run = Trainer(run_config(tmp_path), NoiseClips(config=run_config(tmp_path)), ONE, encoder="x")
+    run = Trainer(run_config(tmp_path), NoiseClips(config=run_config(tmp_path)), ONE)
     expected = plain(run_config(tmp_path / "plain"))
     update = run.optimization.weight_update
     for _ in range(3):

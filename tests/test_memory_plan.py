@@ -47,9 +47,9 @@ def build_plan(**changes: Any) -> Plan:
 
 
 def losses(config: Config, plan: Plan | None) -> list[float]:
-    trainer = Trainer(config, NoiseClips(config=config), ONE, encoder="x", plan=plan)
+    trainer = Trainer(config, NoiseClips(config=config), ONE, plan=plan)
     trainer.run()
-    return [json.loads(line)["loss"] for line in trainer.history_path.read_text().splitlines()]
+    return [json.loads(line)["loss"] for line in (trainer.config.run_dir / "loss.jsonl").read_text().splitlines()]
 
 
 def test_a_planned_run_trains_as_fused_and_keeps_its_plan(tmp_path: Path, capsys) -> None:

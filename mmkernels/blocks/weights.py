@@ -58,10 +58,13 @@ def why_not_linear(layer: Any) -> str | None:
 
 # --- LoRA
 
+# Around a dense layer, one that torchao quantised, one of bitsandbytes: all of them compute the same.
+_LORA = tuple(f"peft.tuners.lora.{name}" for name in ("layer.Linear", "torchao.TorchaoLoraLinear", "bnb.Linear4bit"))
+
 
 def _is_lora(layer: Any) -> bool:
     """By its name, so that peft need not be there."""
-    return _class_path(layer) == "peft.tuners.lora.layer.Linear"
+    return _class_path(layer) in _LORA
 
 
 def _why_not_lora(layer: Any) -> str | None:
@@ -69,7 +72,7 @@ def _why_not_lora(layer: Any) -> str | None:
         return f"is LoRA around a layer: {reason}"
     if any(getattr(module, hooks) for module in layer.modules() for hooks in _HOOKS):
         return "is LoRA with hooks inside"
-    if layer.fan_in_fan_out:
+    if getattr(layer, "fan_in_fan_out", False):
         return "is LoRA on a transposed weight"
     for name in _active_names(layer):
         if name in layer.lora_variant or layer.use_dora.get(name, False):
