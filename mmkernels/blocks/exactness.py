@@ -244,7 +244,7 @@ def _why_not_common(block: Any) -> str | None:
         if attention.residual_connection or attention.rescale_output_factor != 1.0:
             return f"{name} adds a residual or rescales its output"
         head_dim = attention.inner_dim // attention.heads
-        if attention.inner_kv_dim != attention.inner_dim or attention.scale != head_dim**-0.5:
+        if getattr(attention, "inner_kv_dim", attention.inner_dim) != attention.inner_dim or attention.scale != head_dim**-0.5:
             return f"{name} shares key heads or has another scale"
         if attention.upcast_attention or attention.upcast_softmax:
             return f"{name} asks for float32 inside"
