@@ -60,7 +60,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python mimicmotion/sample.py --run-dir $(DEMO) --check-pose-order
 	$(BIN)/python bench/train_step.py --measure --preset demo --out $(DEMO)
 	@echo "The demo's results:"
-	@for file in loss.png sample.mp4 sample.png sample.json step_cost.png step_cost.json; do echo "  $(DEMO)/$$file"; done
+	@for file in index.html loss.png sample.mp4 sample.png sample.json step_cost.png step_cost.json; do echo "  $(DEMO)/$$file"; done
 	@echo "  $$(ls -d $(DEMO)/step-* | tail -n 1)/"
 
 test: $(VENV)/.installed-test

@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from mimicmotion.data.cache import file_sha256
+from mimicmotion.paths import free_gib
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d+)")
+_STAGE = re.compile(r"stage-(\d+)")
 
 
 class CheckpointError(RuntimeError):
@@ -57,9 +60,30 @@ def is_run(folder: Path) -> bool:
 
 
 def save(run_dir: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
-    """Write `checkpoint` as run_dir/step-N, then delete all but the newest `keep`; returns the folder."""
+    """Write `checkpoint` as run_dir/step-N, then delete all but the newest `keep`; returns the folder.
+
+    Raises CheckpointError where the disk does not take it; the checkpoints before it stay.
+    """
     final = run_dir / f"step-{checkpoint.step:08d}"
     partial = run_dir / f".{final.name}.partial"
+    try:
+        _write(checkpoint, final, partial)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        num_bytes = sum(tensor.nbytes for group in checkpoint.tensors.values() for tensor in group.values())
+        before = newest(run_dir)
+        kept = "there is none before it" if before is None else f"{before} is the newest that is complete"
+        raise CheckpointError(
+            f"step {checkpoint.step} could not be saved in {run_dir} ({error}): it takes {num_bytes / 2**30:.1f} GiB"
+            f"{free_gib(run_dir)}; {kept}. Make room there and go on with --resume"
+        ) from error
+    for old in folders(run_dir)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def _write(checkpoint: Checkpoint, final: Path, partial: Path) -> None:
+    """Write the folder `partial`, then give it the name `final`."""
     shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed while saving
     partial.mkdir(parents=True)
     for name, tensors in checkpoint.tensors.items():
@@ -74,16 +98,13 @@ def save(run_dir: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     _flush(partial / MANIFEST)
     _flush(partial)
-    replaced = run_dir / f".{final.name}.replaced"
+    replaced = final.with_name(f".{final.name}.replaced")
     shutil.rmtree(replaced, ignore_errors=True)
     if final.exists():  # the same step again: moved away whole, since a folder cannot be renamed over another
         final.rename(replaced)
     partial.rename(final)
-    _flush(run_dir)
+    _flush(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
-    for old in folders(run_dir)[:-keep]:
-        shutil.rmtree(old)
-    return final
 
 
 def damage(folder: Path) -> str | None:
@@ -123,6 +144,24 @@ def load(folder: Path) -> Checkpoint:
 
 
 def newest(run_dir: Path) -> Path | None:
-    """Newest complete checkpoint folder of a run, or None."""
-    found = folders(run_dir)
-    return found[-1] if found else None
+    """Newest complete checkpoint folder of a run, or None; of one in stages, of the last stage that has one."""
+    for folder in (run_dir, *reversed(stages(run_dir))):
+        if found := folders(folder):
+            return found[-1]
+    return None
+
+
+def step_of(folder: Path) -> int:
+    """The step of a checkpoint folder, by its name."""
+    return int(folder.name.removeprefix("step-"))
+
+
+def stage(run_dir: Path, number: int) -> Path:
+    """The folder of a stage of a run, from 1."""
+    return run_dir / f"stage-{number}"
+
+
+def stages(run_dir: Path) -> list[Path]:
+    """The folders of a run's stages, in their order."""
+    found = [(int(m[1]), path) for path in run_dir.glob("stage-*") if (m := _STAGE.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]

@@ -4,6 +4,7 @@ Where a comment says "not in the source", neither the paper (arXiv 2406.19680) n
 """
 
 import dataclasses
+import re
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ PresetName = Literal["demo", "mimicmotion-72", "mimicmotion-16"]
 Precision = Literal["fp32", "bf16", "fp16"]
 OptimizerKind = Literal["adamw", "adamw8bit"]
 Placement = Literal["device", "host", "off"]
+Tracker = Literal["none", "wandb", "trackio"]
 LATENT_STRIDE = 8  # pixels a side of one latent pixel, of the VAE and of PoseNet
 
 
@@ -33,6 +35,7 @@ class DataConfig:
     num_frames: int = 72  # frames a clip, the reference frame included; also a tile when sampling
     encoder: str = "patch-codec"  # "patch-codec" (stand-in) or a folder or hub id of Stable Video Diffusion
     poses: Literal["dwpose", "holistic"] = "dwpose"  # pose backend that prepare.py runs
+    held_out: float = 0.05  # share of the source videos, rounded down, that is looked at and not trained on
 
     def __post_init__(self) -> None:
         for name in ("height", "width"):
@@ -40,6 +43,7 @@ class DataConfig:
             is_good = size >= LATENT_STRIDE and size % LATENT_STRIDE == 0
             _require(is_good, f"data.{name}", size, "a multiple of 8 pixels")
         _require(self.num_frames >= 2, "data.num_frames", self.num_frames, "at least 2 (reference and one more)")
+        _require(0 <= self.held_out < 1, "data.held_out", self.held_out, "a share from 0 to below 1")
         _require(bool(self.encoder), "data.encoder", self.encoder, '"patch-codec" or a folder or hub id')
 
 
@@ -100,7 +104,9 @@ class OptimizerConfig:
     in_backward: bool = False  # update each weight when its gradient is there and free it; clips by the norm so far
     states_on_host: bool = False  # the moments live in host memory and come over for each update
     ema: Placement = "device"  # where the moving average of the weights lives; off: none is taken
+    train: str | None = None  # only parameters in whose name this pattern (re.search) is found; all where none is given
     learning_rate: float = 1e-5  # peak, the paper's
+    learning_rates: dict[str, float] = field(default_factory=dict)  # of parameters that a pattern finds, first match
     betas: tuple[float, float] = (0.9, 0.999)  # not in the source
     eps: float = 1e-8  # not in the source
     weight_decay: float = 1e-2  # not in the source
@@ -113,6 +119,15 @@ class OptimizerConfig:
         for name, kinds in (("kind", typing.get_args(OptimizerKind)), ("ema", typing.get_args(Placement))):
             _require(getattr(self, name) in kinds, f"optimizer.{name}", getattr(self, name), f"one of {kinds}")
         _require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "a positive number")
+        rates = self.learning_rates
+        _require(all(r > 0 for r in rates.values()), "optimizer.learning_rates", rates, "a positive number a pattern")
+        for pattern in (*([] if self.train is None else [self.train]), *rates):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(
+                    f"optimizer: {pattern!r} is no pattern ({error}); give one that re.search reads"
+                ) from error
         _require(all(0 <= b < 1 for b in self.betas), "optimizer.betas", self.betas, "two numbers in [0, 1)")
         _require(self.eps > 0, "optimizer.eps", self.eps, "a positive number")
         _require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
@@ -133,11 +148,17 @@ class TrainerConfig:
     seed: int = 0  # of the weights' initial values and of every sample's noise, sigma and dropout
     save_every: int = 500  # steps between checkpoints; one more is written at the end
     keep_checkpoints: int = 3  # newest checkpoints left on disk
+    validate_every: int = 500  # steps between looks at held-out clips, see data.held_out
+    validate_clips: int = 8  # held-out clips that are looked at, at five noise levels; the first one's video is made
+    validate_share: float = 0.05  # of the run's time that looking may take; beyond it looks are put off
     log_every: int = 10  # steps between printed lines where there is no terminal
+    tracker: Tracker = "none"  # where figures go beside TensorBoard, in the run's folder; has to be installed
     max_skipped_in_a_row: int = 10  # non-finite steps in a row after which training stops; not in the source
 
     def __post_init__(self) -> None:
         names = ("num_steps", "batch_size", "micro_batch_size", "save_every", "keep_checkpoints", "log_every")
+        names += ("validate_every", "validate_clips")
+        _require(0 <= self.validate_share <= 1, "trainer.validate_share", self.validate_share, "a share from 0 to 1")
         for name in (*names, "max_skipped_in_a_row"):
             _require(getattr(self, name) >= 1, f"trainer.{name}", getattr(self, name), "at least 1")
         batch, micro = self.batch_size, self.micro_batch_size
@@ -202,7 +223,8 @@ def demo() -> Config:
     return Config(
         preset="demo",
         run_dir=Path("runs/demo"),
-        data=DataConfig(prepared=Path("data/prepared/demo"), height=128, width=128, poses="holistic"),
+        # four clips: none to spare, so the demo is also looked at on what it was trained on
+        data=DataConfig(prepared=Path("data/prepared/demo"), height=128, width=128, poses="holistic", held_out=0.0),
         model=ModelConfig(block_out_channels=(32, 64, 128, 128), num_attention_heads=(1, 2, 4, 4), layers_per_block=1),
         # more noise than SVD's: where little is added the frame shows its own pose, and a short run learns no other way
         diffusion=DiffusionConfig(log_sigma_mean=2.5, log_sigma_std=1.5),

@@ -9,8 +9,7 @@ from mimicmotion.config import LATENT_STRIDE, Config, OptimizerConfig
 from mimicmotion.execution import use_kernels
 from mimicmotion.micro_batch import batch_loss, draw_samples
 from mimicmotion.model.unet import MimicMotionModel, build_model, num_parameters
-from mimicmotion.optimization import Optimization
-from mimicmotion.trainer import build_optimization
+from mimicmotion.optimization import Optimization, build_optimization
 from mmkernels.cards import card, card_of
 from mmkernels.memory.attribution import History, marking_gradients
 from mmkernels.memory.clock import Clock

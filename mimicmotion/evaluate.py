@@ -11,10 +11,10 @@ if __name__ == "__main__":  # python puts this folder first, where our modules w
 
 import tyro
 
-from mimicmotion.checkpoint import CheckpointError
+from mimicmotion.commands import one_sentence
 from mimicmotion.data.cache import atomic_write
 from mimicmotion.data.dataset import ClipDataset
-from mimicmotion.generation import decode_clip, generate, load_averaged, load_decoder
+from mimicmotion.generation import decode_clip, generate, load_averaged, load_decoder, run_folder_of
 from mimicmotion.metrics import psnr, ssim
 
 
@@ -27,6 +27,7 @@ class Arguments:
     num_clips: int | None = None  # clips from the start of the manifest; all where none is given
     seed: int = 0  # of the initial noise, the same for every clip
     output: Path | None = None  # file to write; evaluate.json in the run's folder where none is given
+    debug: bool = False  # show where in the code an error arose
 
 
 def run(arguments: Arguments) -> None:
@@ -51,7 +52,7 @@ def run(arguments: Arguments) -> None:
         "ssim": fmean(row["ssim"] for row in rows),
         "clips": rows,
     }
-    output = arguments.output or config.run_dir / "evaluate.json"
+    output = arguments.output or run_folder_of(arguments.run_dir) / "evaluate.json"
     with atomic_write(output) as temporary:
         temporary.write_text(json.dumps(result, indent=1) + "\n")
     means = f"PSNR {result['psnr_db']:.3f} dB, SSIM {result['ssim']:.4f}"
@@ -60,10 +61,9 @@ def run(arguments: Arguments) -> None:
 
 def main() -> None:
     """Run the command line; exits with 1 and the reason where it cannot evaluate."""
-    try:
-        run(tyro.cli(Arguments))
-    except (CheckpointError, ValueError) as error:
-        raise SystemExit(f"evaluation stopped: {error}") from error
+    arguments = tyro.cli(Arguments)
+    with one_sentence("evaluation stopped", debug=arguments.debug):
+        run(arguments)
 
 
 if __name__ == "__main__":

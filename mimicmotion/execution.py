@@ -1,5 +1,6 @@
 """How a model runs, whatever it is used for: which kernels are in place, in what precision, with which bits."""
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -72,3 +73,17 @@ def autocast(device: torch.device, precision: Precision, weights: torch.dtype = 
     """Context in which float32 weights are used in `precision`; for fp32, and weights of any other dtype, nothing."""
     dtype = _DTYPES[precision]
     return torch.autocast(device.type, dtype=dtype, enabled=torch.float32 == weights != dtype)
+
+
+def free_what_is_left() -> None:
+    """Give back the memory of a model that nothing but itself refers to any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def peak_gib(device: torch.device) -> float | None:
+    """The most that tensors on a GPU have taken so far; None of anything else, whose memory torch does not count."""
+    if device.type != "cuda":
+        return None
+    return round(torch.cuda.max_memory_allocated(device) / 2**30, 3)

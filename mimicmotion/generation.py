@@ -46,6 +46,11 @@ def load_averaged(run_dir: Path, kernels: Kernels | None = None) -> tuple[Config
     return config, model.to(device).eval().requires_grad_(False), folder
 
 
+def run_folder_of(asked: Path) -> Path:
+    """The folder of the run that was asked for, by itself or by one of its checkpoints, wherever it was trained."""
+    return asked.parent if (asked / checkpoint.MANIFEST).is_file() else asked
+
+
 def load_decoder(name_or_path: str) -> Decoder:
     """The encoder of a run for its decoder, on the GPU in float16, unless it asks for float32, where there is one."""
     if torch.cuda.is_available():

@@ -1,17 +1,49 @@
-"""The loss of a micro-batch and its random numbers, each a function of (seed, step, sample id) alone."""
+"""A micro-batch, its loss and its random numbers, each a function of (seed, step, sample id) alone."""
+
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from mimicmotion import diffusion
 from mimicmotion.config import Config
+from mimicmotion.data.footage_identity import FootageIdentity
 from mimicmotion.execution import autocast
 from mimicmotion.loss import denoising_loss
 from mimicmotion.model.unet import image_latents, model_input
 
+FIELDS = ("latents", "reference_latent", "image_embedding", "pose", "loss_weight")
+
+
+class Samples(Protocol):
+    """Where samples come from: a function of (step, sample id) alone, sample id from 0 to the batch size."""
+
+    identity: FootageIdentity
+
+    def clip_of(self, step: int, sample_id: int) -> str:
+        """The name of the clip of a sample."""
+        ...
+
+    def sample(self, step: int, sample_id: int) -> dict[str, Any]:
+        """One clip: latents (F,4,h,w), reference_latent (4,h,w), image_embedding (1,C), pose (F,3,H,W), loss_weight."""
+        ...
+
+
+def stacked(samples: Samples, step: int, sample_ids: range) -> dict[str, Tensor]:
+    """What the model reads of some samples of a step, each field (B, ...) on the CPU."""
+    clips = [samples.sample(step, sample_id) for sample_id in sample_ids]
+    return {name: torch.stack([clip[name] for clip in clips]) for name in FIELDS}
+
 
 def batch_loss(model: torch.nn.Module, batch: dict[str, Tensor], draws: list[diffusion.Draw], config: Config) -> Tensor:
-    """Loss of a micro-batch whose fields are stacked clips on the model's device; model may be wrapped by DDP.
+    """Mean loss of a micro-batch; as `clip_losses`."""
+    return clip_losses(model, batch, draws, config).mean()
+
+
+def clip_losses(
+    model: torch.nn.Module, batch: dict[str, Tensor], draws: list[diffusion.Draw], config: Config
+) -> Tensor:
+    """Loss (B,) of each clip of a micro-batch, stacked on the model's device; model may be wrapped by DDP.
 
     Float32 weights run under autocast; others as they are, and what the model reads is rounded to their dtype. Noise
     levels and time ids stay as they are.

@@ -25,6 +25,13 @@ class MovingAverage:
         return (value.cpu() if self.is_on_host else value).float()
 
     @torch.no_grad()
+    def begin(self, weights: Mapping[str, Tensor], *, steps: int = 0) -> None:
+        """Start from these values, as after so many steps."""
+        self.steps = steps
+        for name, shadow in self.shadows.items():
+            shadow.copy_(self._copied(weights[name]))
+
+    @torch.no_grad()
     def step(self, weights: Mapping[str, Tensor]) -> None:
         """Move every shadow towards its weight."""
         rest = 1 - (min(self.decay, (1 + self.steps) / (10 + self.steps)) if self.steps else 0.0)

@@ -1,14 +1,18 @@
 """AdamW over the live parameters, its schedule, loss scaling and the moving average of the weights."""
 
-from collections.abc import Set
+import re
+from collections.abc import Iterator, Mapping, Set
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
-from mimicmotion.config import OptimizerConfig
+import mmkernels
+from mimicmotion.config import Config, OptimizerConfig
 from mimicmotion.in_backward import InBackward
+from mimicmotion.model.unet import MimicMotionModel
 from mimicmotion.moving_average import MovingAverage
 from mimicmotion.weight_update import WeightUpdate
 
@@ -131,7 +135,6 @@ class Optimization:
             "schedule": schedule | {"_last_lr": [float(rate) for rate in schedule["_last_lr"]]},
             "scaler": self.scaler.state_dict(),
             "average_steps": None if self.average is None else self.average.steps,
-            "learning_rate": [float(group["lr"]) for group in self.optimizer.param_groups],
             "last_norm": None if self.in_backward is None else self.in_backward.last_norm,
         }
 
@@ -153,12 +156,77 @@ class Optimization:
             for name, shadow in self.average.shadows.items():
                 shadow.copy_(tensors["ema"][name])
             self.average.steps = document["average_steps"]
-        self.schedule.load_state_dict(document["schedule"])
-        for group, rate in zip(self.optimizer.param_groups, document["learning_rate"], strict=True):
-            group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], Tensor) else rate
+        self._go_on_from(document["schedule"])
         self.scaler.load_state_dict(document["scaler"])
         if self.in_backward is not None:
             self.in_backward.last_norm = document["last_norm"] or 0.0
+
+    def holds_states_of(self, tensors: dict[str, dict[str, Tensor]]) -> bool:
+        """Whether a checkpoint's moments are of the same parameters and of the same kind."""
+        return self.weight_update.tensors().keys() == tensors["optimizer"].keys()
+
+    def begin_from(self, tensors: dict[str, dict[str, Tensor]], document: dict[str, Any]) -> None:
+        """Take up the moments and the moving average of another run, whose weights are loaded; the schedule is new."""
+        self.weight_update.load(tensors["optimizer"])
+        if self.average is not None and "ema" in tensors:
+            self.average.begin(tensors["ema"], steps=document["average_steps"])
+        else:
+            self.begin_average()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, trained weights are their moving averages, where one is taken; what they were waits on the host."""
+        if self.average is None:
+            yield
+            return
+        kept = {name: weight.detach().to("cpu", copy=True) for name, weight in self.live.items()}
+        try:
+            self._set(self.average.shadows)
+            yield
+        finally:
+            self._set(kept)
+
+    @torch.no_grad()
+    def _set(self, values: Mapping[str, Tensor]) -> None:
+        for name, weight in self.live.items():
+            weight.copy_(values[name])
+
+    def begin_average(self) -> None:
+        """Start the moving average, where one is taken, from the weights as they are."""
+        if self.average is not None:
+            self.average.begin(self.live)
+
+    def _go_on_from(self, saved: dict[str, Any]) -> None:
+        """Take up a schedule's place; the rate there is the one that today's settings give."""
+        factors, bases = self.schedule.lr_lambdas, self.schedule.base_lrs
+        rates = [base * factor(saved["last_epoch"]) for base, factor in zip(bases, factors, strict=True)]
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], Tensor) else rate
+        as_held = [float(group["lr"]) for group in self.optimizer.param_groups]
+        self.schedule.load_state_dict({**saved, "base_lrs": bases, "_last_lr": as_held})
+
+
+def build_optimization(model: MimicMotionModel, config: Config, *, scales_loss: bool) -> Optimization:
+    """Optimizer of the model's live parameters; call it before the blocks are replaced."""
+    dead = {f"unet.{name}" for name in mmkernels.dead_parameters(model.unet)}
+    dead |= untrained(model, config.optimizer.train)
+    steps, seed = config.trainer.num_steps, config.trainer.seed
+    return Optimization(model, config.optimizer, num_steps=steps, dead=dead, scales_loss=scales_loss, seed=seed)
+
+
+def untrained(model: nn.Module, pattern: str | None) -> set[str]:
+    """Names of the parameters that `pattern` is not found in; none without one.
+
+    Raises ValueError where it is found in none at all.
+    """
+    names = {name for name, _ in model.named_parameters()}
+    found = {name for name in names if pattern is None or re.search(pattern, name)}
+    if not found:
+        raise ValueError(
+            f"optimizer.train: {pattern!r} is in no name of a parameter, such as {min(names)}; give a pattern that is, "
+            'as "temporal_transformer_blocks|pose_net"'
+        )
+    return names - found
 
 
 def _make_bfloat16(model: nn.Module) -> None:

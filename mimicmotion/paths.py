@@ -1,10 +1,16 @@
-"""What an error says of a path that somebody gave and that does not hold what it should."""
+"""What is said of paths: names that any terminal can show, and what lies near one that does not hold what it should."""
 
+import shutil
 from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
 
 _MOST_NAMES = 5
+
+
+def printable(name: object) -> str:
+    """A name without what a terminal cannot show or would obey: bytes that are no UTF-8, line ends, escapes."""
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in str(name))
 
 
 def near(path: Path, is_wanted: Callable[[Path], bool] = Path.exists) -> str:
@@ -30,3 +36,11 @@ def check_there(name: str, path: Path | None, advice: str) -> None:
     """Raise ValueError where a path is given and nothing is there, with what lies near and what to do."""
     if path is not None and not path.exists():
         raise ValueError(f"{name}: {path} is not there ({near(path)}); {advice}")
+
+
+def free_gib(path: str | Path | None) -> str:
+    """ ", 0.3 GiB are free" of the disk that a path lies on or would lie on; nothing where that is not known."""
+    if path is None:
+        return ""
+    here = next((place for place in (Path(path).absolute(), *Path(path).absolute().parents) if place.exists()), None)
+    return "" if here is None else f", {shutil.disk_usage(here).free / 2**30:.1f} GiB are free"

@@ -14,12 +14,15 @@ if __name__ == "__main__":  # python puts this folder first, where our modules w
 import torch
 import tyro
 
+from mimicmotion.commands import one_sentence
 from mimicmotion.config import PRESETS, PresetName
-from mimicmotion.data.cache import Manifest
-from mimicmotion.data.footage import embedded_footage, find_videos
+from mimicmotion.data.cache import Manifest, check_writable
+from mimicmotion.data.footage import embedded_footage, find_videos, not_looked_at
 from mimicmotion.data.poses import load_backend
 from mimicmotion.data.preparation import Recipe, prepare
+from mimicmotion.data.progress import VideoProgress
 from mimicmotion.model.encoders import load_encoder
+from mimicmotion.paths import printable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +40,7 @@ class Arguments:
     dwpose_dir: Path | None = None  # folder of yolox_l.onnx and dw-ll_ucoco_384.onnx; downloaded where none is given
     encoder: str | None = None  # patch-codec (a stand-in), or a folder or hub id of Stable Video Diffusion
     device: str | None = None  # where the encoder runs; the GPU where there is one
+    debug: bool = False  # show where in the code an error arose
     workers: int | None = None  # videos worked on at once; one a processor core where none is given
 
 
@@ -51,25 +55,28 @@ def run(arguments: Arguments) -> Manifest:
         frame_stride=arguments.frame_stride,
         workers=arguments.workers,
     )
+    check_writable(prepared)  # before anything is fetched or loaded
     videos = embedded_footage() if arguments.videos is None else find_videos(arguments.videos)
+    progress = VideoProgress()
+    for line in not_looked_at(arguments.videos) if arguments.videos is not None else ():
+        progress.say(line)
     backend = arguments.poses or (data.poses if arguments.videos is None else "dwpose")
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float16 if device.startswith("cuda") else torch.float32
     encoder = load_encoder(arguments.encoder or data.encoder, device=device, dtype=dtype)
-    print(f"{len(videos)} videos, {recipe.height}x{recipe.width}, poses {backend}, encoder {encoder.name}", flush=True)
+    progress.say(f"{len(videos)} videos, {recipe.height}x{recipe.width}, poses {backend}, encoder {encoder.name}")
     poses = load_backend(backend, dwpose_dir=arguments.dwpose_dir)
-    return prepare(videos, prepared, recipe=recipe, poses=poses, encoder=encoder)
+    return prepare(videos, prepared, recipe=recipe, poses=poses, encoder=encoder, progress=progress)
 
 
 def main() -> None:
     """Run the command line; exits with 1 and the reason where nothing could be prepared."""
     arguments = tyro.cli(Arguments)
-    try:
+    with one_sentence("preparing stopped", RuntimeError, debug=arguments.debug):
         manifest = run(arguments)
-    except (ValueError, RuntimeError) as error:
-        raise SystemExit(f"preparing stopped: {error}") from error
-    folder = arguments.prepared or PRESETS[arguments.preset]().data.prepared
-    print(f"{len(manifest.clips)} clips kept, {len(manifest.dropped)} videos dropped; see {folder / 'manifest.json'}")
+    path = (arguments.prepared or PRESETS[arguments.preset]().data.prepared) / "manifest.json"
+    kept, dropped = len(manifest.clips), len(manifest.dropped)
+    VideoProgress().say(f"{kept} clips kept, {dropped} videos dropped; see {printable(path)}")
 
 
 if __name__ == "__main__":

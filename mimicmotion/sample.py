@@ -17,11 +17,20 @@ if __name__ == "__main__":  # python puts this folder first, where our modules w
 import tyro
 from torch import Tensor
 
-from mimicmotion.checkpoint import CheckpointError
+from mimicmotion import record
+from mimicmotion.commands import one_sentence
 from mimicmotion.config import Config, Kernels
 from mimicmotion.data.cache import atomic_write
 from mimicmotion.data.dataset import ClipDataset
-from mimicmotion.generation import Decoder, decode_clip, generate, load_averaged, load_decoder, other_order
+from mimicmotion.generation import (
+    Decoder,
+    decode_clip,
+    generate,
+    load_averaged,
+    load_decoder,
+    other_order,
+    run_folder_of,
+)
 from mimicmotion.metrics import psnr
 from mimicmotion.model.unet import MimicMotionModel
 from mimicmotion.video import side_by_side, write_stills, write_video
@@ -42,6 +51,7 @@ class Arguments:
     guidance: float | None = None  # guidance scale; the run's setting where none is given
     kernels: Kernels | None = None  # the run's where none are given
     output: Path | None = None  # folder to write into; the run's where none is given
+    debug: bool = False  # show where in the code an error arose
     check_pose_order: bool = False  # also sample with the same poses in another order; exit 1 unless the right one wins
 
 
@@ -106,12 +116,13 @@ def run(arguments: Arguments) -> bool:
         "truth": "the clip's own latents, decoded",
         **figures,
     }
-    output = arguments.output or config.run_dir
+    output = arguments.output or run_folder_of(arguments.run_dir)
     comment = f"reference | pose | generated | truth; encoder: {decoder.name}; checkpoint: {folder.as_posix()}"
     write_video(output / "sample.mp4", wide, frames_per_second=rate, comment=comment)
     write_stills(output / "sample.png", wide)
     with atomic_write(output / "sample.json") as temporary:
         temporary.write_text(json.dumps(figures, indent=1) + "\n")
+    record.draw(output, config, encoder=decoder.name)  # its page shows the video now
     print(f"reference | pose | generated | truth, encoder {decoder.name}: {output / 'sample.mp4'}")
     print(f"PSNR against the truth: {figures['psnr_db']:.3f} dB ({output / 'sample.json'})")
     if not arguments.check_pose_order:
@@ -122,10 +133,9 @@ def run(arguments: Arguments) -> bool:
 
 def main() -> None:
     """Run the command line; exits with 1 and the reason where it cannot sample or the pose check fails."""
-    try:
-        is_good = run(tyro.cli(Arguments))
-    except (CheckpointError, ValueError) as error:
-        raise SystemExit(f"sampling stopped: {error}") from error
+    arguments = tyro.cli(Arguments)
+    with one_sentence("sampling stopped", debug=arguments.debug):
+        is_good = run(arguments)
     if not is_good:
         raise SystemExit("pose check failed: the right order of poses is not closer to the truth than another order.")
 

@@ -3,9 +3,12 @@
 With no arguments the demo preset runs on its embedded footage, which is prepared first where it is not yet.
 """
 
+import dataclasses
 import signal
 import sys
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -19,17 +22,23 @@ import torch
 import tyro
 
 from mimicmotion import checkpoint
-from mimicmotion.checkpoint import CheckpointError
+from mimicmotion.commands import one_sentence
 from mimicmotion.config import PRESETS, Config
 from mimicmotion.data.dataset import ClipDataset
 from mimicmotion.data.preparation import prepare_if_missing
 from mimicmotion.distributed import Ranks, join_ranks
 from mimicmotion.dry_run import dry_run
+from mimicmotion.execution import free_what_is_left
+from mimicmotion.fitting import Fitting
 from mimicmotion.memory_plan import choose_plan, reserve_as_planned
 from mimicmotion.memory_report import MemoryReport
 from mimicmotion.paths import check_there, near
+from mimicmotion.run_folder import owned, sign, start_afresh
+from mimicmotion.settings_file import read, write
 from mimicmotion.stopping import EndedBySignalError, Stop, say
 from mimicmotion.trainer import Trainer, TrainingStoppedError
+from mimicmotion.validation import Validation
+from mmkernels.planning.choices import Plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,23 +46,49 @@ class Arguments:
     """Train MimicMotion."""
 
     config: Annotated[Config, tyro.conf.arg(name="")]
+    settings: Path | None = None  # a YAML file of settings, which may name stages; what is typed beside it wins
     resume: bool = False  # go on from the newest checkpoint; bit for bit on a CPU or with trainer.deterministic
     memory_report: bool = False  # write where the bytes at the peak of a step are, to memory_report.json and .png
+    debug: bool = False  # show where in the code an error arose
     dry_run: bool = False  # only print parameters and modelled memory of a step; needs neither a GPU nor the memory
 
 
-def parse(arguments: list[str]) -> Arguments:
-    """Arguments as given, with the fields of the preset they name (demo where they name none) as defaults."""
-    preset = "demo"
-    for index, argument in enumerate(arguments):
-        if argument.startswith("--preset="):
-            preset = argument.partition("=")[2]
-        elif argument == "--preset" and index + 1 < len(arguments):
-            preset = arguments[index + 1]
+def parse(words: list[str]) -> Arguments:
+    """Arguments as given, with the fields of the preset they name (demo where they name none) as defaults.
+
+    --settings stands for the words of its file, before all others.
+    """
+    path = _given(words, "--settings")
+    return _parsed(words if path is None else [*read(Path(path))[0], *words])
+
+
+def stages_of(words: list[str], whole: Config) -> list[Config]:
+    """The config of each stage that the file of --settings names, each with a run folder of its own; or the whole."""
+    path = _given(words, "--settings")
+    base, stages = ([], []) if path is None else read(Path(path))
+    found = [_parsed([*base, *stage, *words]).config for stage in stages]
+    return [
+        dataclasses.replace(config, run_dir=checkpoint.stage(whole.run_dir, number))
+        for number, config in enumerate(found, 1)
+    ] or [whole]
+
+
+def _parsed(words: list[str]) -> Arguments:
+    preset = _given(words, "--preset") or "demo"
     if preset not in PRESETS:
         raise SystemExit(f"--preset is {preset!r}; give one of {', '.join(PRESETS)}.")
-    default = Arguments(config=PRESETS[preset]())
-    return tyro.cli(Arguments, args=arguments, default=default)
+    return tyro.cli(Arguments, args=words, default=Arguments(config=PRESETS[preset]()))
+
+
+def _given(words: list[str], name: str) -> str | None:
+    """The value of an option, the last where it is given several times."""
+    value = None
+    for word, after in zip(words, [*words[1:], None], strict=True):
+        if word.startswith(f"{name}="):
+            value = word.partition("=")[2]
+        elif word == name:
+            value = after
+    return value
 
 
 def check_given(arguments: Arguments) -> None:
@@ -70,74 +105,109 @@ def check_given(arguments: Arguments) -> None:
         )
 
 
-def start_afresh(run_dir: Path) -> str | None:
-    """Move an earlier run's folder aside where it holds checkpoints; returns what to say about it."""
-    if not checkpoint.folders(run_dir):
-        return None
-    number = 1
-    while (aside := run_dir.with_name(f"{run_dir.name}.{number}")).exists():
-        number += 1
-    run_dir.rename(aside)
-    return f"{run_dir} held an earlier run: moved to {aside} (--resume would have gone on with it)"
-
-
-def train(arguments: Arguments, ranks: Ranks, stop: Stop) -> bool:
-    """Prepare what is to be prepared, then train on this rank; False where a signal ended it early."""
+def train(arguments: Arguments, stages: list[Config], ranks: Ranks, stop: Stop) -> bool:
+    """Prepare what is to be prepared, then train on this rank, stage after stage; False where a signal ended it."""
     check_given(arguments)
-    config, plan, fitting = choose_plan(arguments.config, ranks, resume=arguments.resume)
+    run_dir = arguments.config.run_dir
+    done = _num_done(stages) if arguments.resume else 0
+    planned = choose_plan(stages[done], ranks, resume=arguments.resume)  # before anything is touched
+    with ExitStack() as ends:
 
-    def make_ready() -> None:
-        prepare_if_missing(config)
-        if not arguments.resume and (note := start_afresh(config.run_dir)):
-            print(note, flush=True)
+        def make_ready() -> None:
+            ends.enter_context(owned(run_dir))
+            for config in stages:
+                prepare_if_missing(config)
+            if not arguments.resume and (note := start_afresh(run_dir)):
+                print(note, flush=True)
+            sign(run_dir)
 
-    ranks.from_first(make_ready)
-    dataset = ClipDataset(config.data.prepared, config.data.num_frames, config.trainer.seed)
-    encoder = dataset.manifest.encoder_name
-    trainer = Trainer(
-        config, dataset, ranks, encoder=encoder, resume=arguments.resume, plan=plan, fitting=fitting, stop=stop
+        ranks.from_first(make_ready)
+        start = checkpoint.newest(stages[done - 1].run_dir) if done else None
+        for number, config in enumerate(stages[done:], done):
+            if len(stages) > 1 and ranks.is_first:
+                print(f"stage {number + 1} of {len(stages)}", flush=True)
+            if number > done:
+                free_what_is_left()
+                planned = choose_plan(config, ranks)
+            resume = arguments.resume and (number == done == 0 or checkpoint.is_run(config.run_dir))
+            if not train_stage(planned, arguments, ranks, stop, start, resume=resume):
+                return False
+            start = checkpoint.newest(config.run_dir)
+    return True
+
+
+def _num_done(stages: list[Config]) -> int:
+    """How many stages of a run need nothing more; the last one always says itself that it is finished."""
+    for number, config in enumerate(stages[:-1]):
+        newest = checkpoint.newest(config.run_dir)
+        if newest is None or checkpoint.step_of(newest) < config.trainer.num_steps:
+            return number
+    return len(stages) - 1
+
+
+def train_stage(
+    planned: tuple[Config, Plan | None, Fitting | None], arguments: Arguments, ranks: Ranks, stop: Stop,
+    start: Path | None, *, resume: bool,
+) -> bool:  # fmt: skip
+    """Train by one config and its plan, from `start` where nothing is resumed; False where a signal ended it early."""
+    config, plan, fitting = planned
+    clips = partial(
+        ClipDataset, config.data.prepared, config.data.num_frames, config.trainer.seed, held_out=config.data.held_out
     )
+    dataset = clips()
+    trainer = Trainer(config, dataset, ranks, resume=resume, start=start, plan=plan, fitting=fitting, stop=stop)
     if arguments.memory_report:
         trainer.around_step = MemoryReport(trainer)
+    if ranks.is_first and dataset.num_held_out:
+        trainer.after_step = Validation(trainer, clips(is_held_out=True)).after_step
     if ranks.is_first:
-        about = f"kernels {config.kernels}, encoder {encoder}, {ranks.world_size} rank(s)"
+        write(config, config.run_dir)
+        about = f"kernels {config.kernels}, encoder {dataset.identity.encoder}, {ranks.world_size} rank(s)"
+        about += f", {len(dataset.clip_ids)} clips and {dataset.num_held_out} held out"
         print(f"{about}, run folder {config.run_dir}", flush=True)
     is_finished = trainer.run()
     if ranks.is_first:
         where = checkpoint.newest(config.run_dir)
-        saved = "nothing was trained" if where is None else f"checkpoint {where}, loss {config.run_dir / 'loss.png'}"
+        saved = "nothing was trained" if where is None else f"checkpoint {where}, {config.run_dir / 'index.html'}"
         how = "finished" if is_finished else f"stopped by {stop}, --resume goes on,"
         print(f"{how} at step {trainer.step}: {saved}", flush=True)
     return is_finished
 
 
+def _planned(config: Config) -> tuple[Config, Plan | None]:
+    """A config and its plan: a budget's for the GPU that is here, or none, which is said."""
+    is_for_this_gpu = config.memory_budget is not None and torch.cuda.is_available()
+    if config.memory_budget is not None and not is_for_this_gpu:
+        print(f"no GPU here: fused without the plan that --memory-budget {config.memory_budget} makes on one")
+        config = dataclasses.replace(config, memory_budget=None)
+    device = torch.device("cuda", torch.cuda.current_device()) if is_for_this_gpu else torch.device("cpu")
+    planned, plan, _ = choose_plan(config, Ranks(rank=0, world_size=1, device=device))
+    return planned, plan
+
+
 def main() -> None:
     """Run the command line; exits with 1 and the reason where training cannot go on, after Ctrl-C 130, SIGTERM 143."""
     words = sys.argv[1:]
-    arguments = parse(words)
+    debug = "--debug" in words
+    with one_sentence("training stopped", debug=debug):
+        arguments = parse(words)
+        stages = stages_of(words, arguments.config)
     if arguments.dry_run:
-        try:
-            is_for_this_gpu = arguments.config.memory_budget is not None and torch.cuda.is_available()
-            device = torch.device("cuda", torch.cuda.current_device()) if is_for_this_gpu else torch.device("cpu")
-            here = Ranks(rank=0, world_size=1, device=device)
-            config, plan, _ = choose_plan(arguments.config, here)
-            print(dry_run(config, plan))
-        except ValueError as error:
-            raise SystemExit(f"no dry run: {error}") from error
+        with one_sentence("no dry run", debug=debug):
+            for config in stages:
+                print(dry_run(*_planned(config)))
         return
-    if arguments.config.plan is not None or arguments.config.memory_budget is not None:
+    if any(config.plan is not None or config.memory_budget is not None for config in stages):
         reserve_as_planned()
     with Stop() as stop:
         try:
-            with join_ranks() as ranks:
+            with one_sentence("training stopped", TrainingStoppedError, debug=debug), join_ranks() as ranks:
                 is_asked = any(word.startswith("--preset") for word in words)
                 why = "as asked" if is_asked else "the default, no --preset given"
                 if ranks.is_first:
                     footage = arguments.config.data.prepared
                     print(f"preset {arguments.config.preset} ({why}), footage in {footage}", flush=True)
-                is_finished = train(arguments, ranks, stop)
-        except (TrainingStoppedError, CheckpointError, ValueError, MemoryError) as error:
-            raise SystemExit(f"training stopped: {error}") from error
+                is_finished = train(arguments, stages, ranks, stop)
         except (EndedBySignalError, RuntimeError) as error:  # what a rank waits for fails where another has ended
             if not stop.is_asked or stop.has_begun:
                 raise

@@ -7,27 +7,26 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-import mmkernels
-from mimicmotion import checkpoint
+from mimicmotion import checkpoint, resumption
 from mimicmotion.checkpoint import Checkpoint
-from mimicmotion.config import Config, changes, to_json
+from mimicmotion.config import Config, to_json
 from mimicmotion.distributed import Ranks, no_sync, rank_sample_ids
-from mimicmotion.execution import describe, put_kernels, same_bits
+from mimicmotion.execution import describe, peak_gib, put_kernels, same_bits
 from mimicmotion.fitting import Change, Fitting, NoSmallerPlanError
-from mimicmotion.history import History, Reporter, draw_loss, read_history
-from mimicmotion.micro_batch import batch_loss, draw_samples
+from mimicmotion.history import Reporter
+from mimicmotion.micro_batch import Samples, clip_losses, draw_samples, stacked
 from mimicmotion.model import weights
-from mimicmotion.model.unet import MimicMotionModel, build_model
-from mimicmotion.optimization import Optimization
+from mimicmotion.model.unet import build_model
+from mimicmotion.optimization import build_optimization
+from mimicmotion.record import Record
 from mimicmotion.stopping import Stop
 from mmkernels.planning.choices import Plan, document
 
-_BATCH_FIELDS = ("latents", "reference_latent", "image_embedding", "pose", "loss_weight")
 WAIT_S = 0.1  # between two looks at whether to stop, while data are awaited
 
 Batches = list[tuple[dict[str, Tensor], range]]  # micro-batches of a step with their sample ids
@@ -37,34 +36,19 @@ class TrainingStoppedError(RuntimeError):
     """Training cannot go on, and why."""
 
 
-class Samples(Protocol):
-    """Where samples come from: a function of (step, sample id) alone, sample id from 0 to the batch size."""
-
-    def sample(self, step: int, sample_id: int) -> dict[str, Any]:
-        """One clip: latents (F,4,h,w), reference_latent (4,h,w), image_embedding (1,C), pose (F,3,H,W), loss_weight."""
-        ...
-
-
-def build_optimization(model: MimicMotionModel, config: Config, *, scales_loss: bool) -> Optimization:
-    """Optimizer of the model's live parameters; call it before the blocks are replaced."""
-    dead = {f"unet.{name}" for name in mmkernels.dead_parameters(model.unet)}
-    steps, seed = config.trainer.num_steps, config.trainer.seed
-    return Optimization(model, config.optimizer, num_steps=steps, dead=dead, scales_loss=scales_loss, seed=seed)
-
-
 class Trainer:
     """One run on one rank. `run()` trains to the last step and returns whether it got there."""
 
     def __init__(
-        self, config: Config, dataset: Samples, ranks: Ranks, *, encoder: str, resume: bool = False,
+        self, config: Config, dataset: Samples, ranks: Ranks, *, resume: bool = False, start: Path | None = None,
         plan: Plan | None = None, fitting: Fitting | None = None, stop: Stop | None = None,
     ) -> None:  # fmt: skip
-        """encoder: name of what made the latents, for the pictures and the checkpoint. plan: what the blocks follow.
+        """start: an earlier stage's checkpoint, to begin with where nothing is resumed. plan: what the blocks follow.
 
         fitting: makes the run's plans, where it has a budget; its own is followed first. stop: entered, where signals
         are to end the run after a step.
         """
-        self.config, self.dataset, self.ranks, self.encoder = config, dataset, ranks, encoder
+        self.config, self.dataset, self.ranks = config, dataset, ranks
         self._sample_ids = rank_sample_ids(config, ranks)
         if config.trainer.precision == "fp16" and ranks.device.type == "cpu":
             raise ValueError("trainer.precision is 'fp16' on a CPU; give fp32 or bf16, or run on a GPU.")
@@ -85,7 +69,7 @@ class Trainer:
             released = weights.read(config.model.pretrained, config.model.pretrained_pose_net)
             self.notes += weights.load(self.model, released)
         self.optimization = build_optimization(self.model, config, scales_loss=config.trainer.precision == "fp16")
-        self.fitting, self._say = fitting, print
+        self.fitting, self.say = fitting, print
         self.plan = plan = plan if fitting is None else fitting.plan
         self._put_kernels()
         if fitting is not None and fitting.origin:
@@ -99,13 +83,16 @@ class Trainer:
         # Where memory may run out on one rank alone, gradients are averaged once all have theirs.
         self.wrapped = ranks.wrap(self.model) if fitting is None else self.model
         self.around_step: Callable[[Callable[[], Any]], Any] = lambda step: step()  # what watches a step runs it
+        self.after_step: Callable[[int], None] = lambda step: None  # what looks at the model, before it is saved
         self.step = self.skipped = self.skipped_in_a_row = 0
         self._stop = stop or Stop()
         self.is_stopping = self._has_run_out = False  # agreed by all ranks
+        self._clip_losses: list[tuple[Tensor, Tensor]] = []  # sigma and loss of this rank's clips of a step
         if resume:
             self.notes += self._resume()
-        self.history_path = config.run_dir / "loss.jsonl"
-        self.history = History(self.history_path, resumed_step=self.step) if ranks.is_first else None
+        elif start is not None:
+            self.notes += resumption.begin_from(start, self.model, self.optimization)
+        self.record = self._new_record()
 
     def run(self) -> bool:
         """Train from the current step to the last; False where a signal ended it early, after saving."""
@@ -123,23 +110,25 @@ class Trainer:
             loader.shutdown(wait=False, cancel_futures=True)  # data that hang do not keep the steps from being saved
         if self.step > first and self.step % settings.save_every != 0:
             self.save()
-        if self.ranks.is_first and self.step > 0:
-            title = f"{self.config.preset}, kernels {self.config.kernels}, encoder {self.encoder}"
-            draw_loss(read_history(self.history_path), self.config.run_dir / "loss.png", title)
+        if self.record is not None:
+            self.record.draw()
+            self.record.close()
         return self.step >= settings.num_steps
 
     def _train(self, reporter: Reporter, loader: ThreadPoolExecutor) -> None:
         """The steps of `run`, until the last or a stop."""
         settings = self.config.trainer
         self._stop.begin()
-        self._say = reporter.say
+        self.say = reporter.say
         for note in self.notes:
-            self._say(note)
+            self.say(note)
         if self.fitting is not None and self.config.optimizer.in_backward and self.step == 0:
             self.save()  # memory may run out with half of the weights moved
         batches = loader.submit(self._load, self.step)
         while self.step < settings.num_steps:
+            waited_from = time.monotonic()
             ready = self._await(batches)
+            waiting_s = time.monotonic() - waited_from
             batches = loader.submit(self._load, self.step + 1)
             row = self.around_step(partial(self._train_step, ready))
             if self.is_stopping:
@@ -148,12 +137,14 @@ class Trainer:
                 self._make_room()
                 batches = loader.submit(self._load, self.step)
                 continue
+            row["waiting_seconds"] = round(waiting_s, 3)
             reporter.step(row)
-            if self.history is not None:
-                self.history.append(row)
+            if self.record is not None:
+                self.record.add(row)
             self._check_skipped()
             if self.fitting is not None and (change := self.fitting.settle(row["seconds"])) is not None:
                 self._follow(change)
+            self.after_step(self.step)
             if self.step % settings.save_every == 0:
                 self.save()
 
@@ -169,13 +160,21 @@ class Trainer:
                     "config": to_json(self.config),
                     "state": state,
                     "kernels": {"report": self.kernels.splitlines()},
-                    "encoder": {"name": self.encoder},
+                    "encoder": self.dataset.identity.document(),
                     **({} if self.plan is None else {"plan": document(self.plan)}),
                 },
             )
             checkpoint.save(self.config.run_dir, saved, keep=self.config.trainer.keep_checkpoints)
+            if self.record is not None:
+                self.record.draw()
         self.ranks.wait()
         return folder
+
+    def _new_record(self) -> Record | None:
+        """Of the first rank, cut back to this step."""
+        if not self.ranks.is_first:
+            return None
+        return Record(self.config, encoder=self.dataset.identity.encoder, resumed_step=self.step)
 
     def _resume(self) -> list[str]:
         """Take up the newest checkpoint of the run, where there is one; returns what to say of it."""
@@ -183,27 +182,23 @@ class Trainer:
         if folder is None:
             return [f"nothing to resume in {self.config.run_dir}: starting at step 0"]
         saved = checkpoint.load(folder)
+        notes = resumption.differences(saved, self.config, self.dataset.identity)
         self.model.load_state_dict(saved.tensors["model"])
         self.optimization.load(saved.tensors, saved.documents["state"])
         self.step = saved.step
         self.skipped = saved.documents["state"]["skipped"]
         self.skipped_in_a_row = saved.documents["state"]["skipped_in_a_row"]
-        notes = [f"resumed {folder} at step {self.step}"]
-        for name, before, now in changes(saved.documents["config"], to_json(self.config)):
-            notes.append(f"{name} was {before} in the checkpoint and is {now} now")
-            if name in ("optimizer.learning_rate", "optimizer.schedule", "optimizer.warmup_steps"):
-                notes.append("  the learning rate goes on as the checkpoint has it")
-        return notes
+        return [f"resumed {folder} at step {self.step}", *notes]
 
     def _load(self, step: int) -> Batches:
         """This rank's micro-batches of a step, stacked on the CPU, with their sample ids."""
         if step >= self.config.trainer.num_steps:
             return []
-        loaded = []
-        for ids in self._sample_ids:
-            clips = [self.dataset.sample(step, sample_id) for sample_id in ids]
-            loaded.append(({name: torch.stack([clip[name] for clip in clips]) for name in _BATCH_FIELDS}, ids))
-        return loaded
+        return [(stacked(self.dataset, step, ids), ids) for ids in self._sample_ids]
+
+    def _clips_of(self, step: int) -> list[str]:
+        """The names of a step's clips, of all ranks."""
+        return sorted({self.dataset.clip_of(step, sample_id) for sample_id in range(self.config.trainer.batch_size)})
 
     def _await(self, batches: Future[Batches]) -> Batches:
         """The micro-batches of a step; none where this rank is asked to stop while they are loaded."""
@@ -218,6 +213,7 @@ class Trainer:
         None where it was dropped before anything came of it: it is_stopping, or memory ran out.
         """
         start = time.monotonic()
+        self._clip_losses.clear()
         if self.fitting is not None and not self.fitting.is_held:
             self.fitting.allocator.begin()
         mean_loss = self._backward(batches)
@@ -244,6 +240,10 @@ class Trainer:
             "gradient_norm": None if is_skipped else norm,
             "learning_rate": rate,
             "is_skipped": is_skipped,
+            **({"clips": self._clips_of(self.step - 1)} if is_skipped else {}),
+            "clip_losses": [[float(sigma), float(loss)] for sigma, loss in self._clip_losses if not is_skipped],
+            "num_clips": self.config.trainer.batch_size,
+            "peak_gib": peak_gib(self.ranks.device),
             "seconds": round(time.monotonic() - start, 3),
         }
 
@@ -280,7 +280,9 @@ class Trainer:
         """Add a micro-batch's gradients; returns its part of the mean loss."""
         on_device = {name: tensor.to(self.ranks.device, non_blocking=True) for name, tensor in batch.items()}
         draws = draw_samples(self.config, self.step, ids, tuple(batch["latents"].shape[1:]))
-        loss = batch_loss(self.wrapped, on_device, draws, self.config) / len(self._sample_ids)
+        losses = clip_losses(self.wrapped, on_device, draws, self.config)
+        self._clip_losses += [(draw.sigma, loss) for draw, loss in zip(draws, losses.detach(), strict=True)]
+        loss = losses.mean() / len(self._sample_ids)
         self.optimization.backward(loss)
         return loss.detach()
 
@@ -313,13 +315,13 @@ class Trainer:
         if not has_moved:
             return
         for note in self._resume():
-            self._say(f"weights had moved inside backward: {note}")
-        self.history = History(self.history_path, resumed_step=self.step)
+            self.say(f"weights had moved inside backward: {note}")
+        self.record = self._new_record()
 
     def _follow(self, change: Change) -> None:
         """Run the same blocks by another plan; weights, optimizer and averages stay."""
         assert self.fitting is not None
-        self._say(str(change))
+        self.say(str(change))
         if not change.is_new:
             return
         self.plan = change.plan

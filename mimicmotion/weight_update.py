@@ -16,6 +16,7 @@ H200 than modelled.
 """
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -48,27 +49,33 @@ class WeightUpdate:
         self.is_8bit, self.is_on_host = config.kind == "adamw8bit", config.states_on_host
         self._places = {name: place for place, name in enumerate(self.weights)}
         self.device = next(iter(self.weights.values())).device
-        settings: dict[str, Any] = {
-            "lr": config.learning_rate,
-            "betas": config.betas,
-            "eps": config.eps,
-            "weight_decay": config.weight_decay,
-        }
-        parameters = list(self.weights.values())
+        settings: dict[str, Any] = {"betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
+        groups = self._groups(config)
         if self.is_8bit:
             kind = _torchao().AdamW8bit
-            self.optimizer = kind(parameters, bf16_stochastic_round=True, block_size=adamw8bit.BLOCK, **settings)
-            # the schedule multiplies this one: in Python, so that it is the same after a resume
-            self._group["initial_lr"] = config.learning_rate
+            self.optimizer = kind(groups, bf16_stochastic_round=True, block_size=adamw8bit.BLOCK, **settings)
         else:
-            self.optimizer = torch.optim.AdamW(parameters, fused=True, **settings)
-        for weight in parameters:
+            self.optimizer = torch.optim.AdamW(groups, fused=True, **settings)
+        self._group_of = {weight: group for group in self.optimizer.param_groups for weight in group["params"]}
+        for weight in self.weights.values():
             state = self._fresh_state(weight)
             self.optimizer.state[weight] = self._moved(state, to_host=True) if self.is_on_host else state
 
-    @property
-    def _group(self) -> dict[str, Any]:
-        return self.optimizer.param_groups[0]
+    def _groups(self, config: OptimizerConfig) -> list[dict[str, Any]]:
+        """A group of the optimizer for each learning rate. Raises ValueError where a pattern finds no weight."""
+        rates = dict.fromkeys(self.weights, config.learning_rate)
+        for pattern, rate in reversed(config.learning_rates.items()):
+            rates |= {name: rate for name in self.weights if re.search(pattern, name)}
+            if not any(re.search(pattern, name) for name in self.weights):
+                raise ValueError(
+                    f"optimizer.learning_rates: {pattern!r} is in no name of a parameter that is trained, such as "
+                    f"{next(iter(self.weights))}; give a pattern that is"
+                )
+        alike: dict[float, list[nn.Parameter]] = {config.learning_rate: []}
+        for name, rate in rates.items():
+            alike.setdefault(rate, []).append(self.weights[name])
+        # initial_lr is what the schedule multiplies: in Python, so that it is the same after a resume
+        return [{"params": group, "lr": rate, "initial_lr": rate} for rate, group in alike.items() if group]
 
     def _fresh_state(self, weight: Tensor) -> dict[str, Tensor]:
         """Moments of zeros, 8-bit where the kind has them so."""
@@ -120,7 +127,7 @@ class WeightUpdate:
     def tell_schedule(self) -> None:
         """Let torch's schedule know of a step: it counts the optimizer's, which one kernel a weight goes round."""
         if self.is_8bit:
-            self._step_of([])
+            self._step_of({})
 
     @torch.no_grad()
     def update(self, name: str) -> None:
@@ -137,46 +144,48 @@ class WeightUpdate:
             with self._rounding(self._seed_of(name, int(state["step"]))):
                 self._update_pieces(weight, state)
         else:
-            self._update_alone(weight, state)
+            self._update_alone(weight, weight, state)
         self.optimizer.state[weight] = kept
         if self.is_on_host:
             for key in kept.keys() - {"step"}:
                 for old, new in zip(_parts(kept[key]).values(), _parts(state[key]).values(), strict=True):
                     old.copy_(new, non_blocking=True)
 
-    def _update_alone(self, weight: Tensor, state: dict[str, Tensor]) -> None:
-        """The optimizer's step with its one group narrowed to `weight`."""
-        self.optimizer.state[weight] = state
-        self._step_of([weight])
+    def _update_alone(self, weight: nn.Parameter, piece: Tensor, state: dict[str, Tensor]) -> None:
+        """The optimizer's step, of `piece` of `weight` alone."""
+        self.optimizer.state[piece] = state
+        self._step_of({id(self._group_of[weight]): [piece]})
 
-    def _step_of(self, weights: list[Tensor]) -> None:
-        """The optimizer's own step, of these alone."""
-        everything = self._group["params"]
-        self._group["params"] = weights
+    def _step_of(self, narrowed: Mapping[int, list[Tensor]]) -> None:
+        """The optimizer's own step, of these weights alone, by the identity of their group."""
+        everything = [group["params"] for group in self.optimizer.param_groups]
+        for group in self.optimizer.param_groups:
+            group["params"] = narrowed.get(id(group), [])
         try:
             self.optimizer.step()
         finally:
-            self._group["params"] = everything
+            for group, weights in zip(self.optimizer.param_groups, everything, strict=True):
+                group["params"] = weights
 
-    def _update_in_one_kernel(self, weight: Tensor, state: dict[str, Tensor], seed: int) -> None:
+    def _update_in_one_kernel(self, weight: nn.Parameter, state: dict[str, Tensor], seed: int) -> None:
         """The whole step of one weight."""
         assert weight.grad is not None
         state["step"] += 1
-        group = self._group
+        group = self._group_of[weight]
         step = adamw8bit.Step(
             number=int(state["step"]), learning_rate=float(group["lr"]), betas=group["betas"], eps=group["eps"],
             weight_decay=group["weight_decay"], seed=seed,
         )  # fmt: skip
         adamw8bit.update(weight, weight.grad, _moment(state["exp_avg"]), _moment(state["exp_avg_sq"]), step)
 
-    def _update_pieces(self, weight: Tensor, state: dict[str, Tensor]) -> None:
+    def _update_pieces(self, weight: nn.Parameter, state: dict[str, Tensor]) -> None:
         """A step over rows of `weight` at a time, whole blocks of its moments each."""
         assert weight.grad is not None
         step = state["step"]
         for rows, moments in _pieces(weight, state):
             piece = weight.detach()[rows]
             piece.grad = weight.grad[rows]
-            self._update_alone(piece, {"step": step.clone(), **moments})
+            self._update_alone(weight, piece, {"step": step.clone(), **moments})
             del self.optimizer.state[piece]
         step += 1
 

@@ -2,39 +2,49 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from diffusers.models.resnet import SpatioTemporalResBlock
-from diffusers.models.transformers.transformer_temporal import TransformerSpatioTemporalModel
-from diffusers.models.unets.unet_3d_blocks import CrossAttnUpBlockSpatioTemporal, UpBlockSpatioTemporal
-from diffusers.models.unets.unet_spatio_temporal_condition import UNetSpatioTemporalConditionModel
 from torch import nn
 
 from mmkernels.blocks.cross_attention import dead_parameters
-from mmkernels.blocks.drop_in import PLAIN, CheckpointedBlock, DropIn, FusedBlock
+from mmkernels.blocks.drop_in import CHECKPOINTING, PLAIN, CheckpointedBlock, DropIn, FusedBlock
 from mmkernels.blocks.output_head import FusedOutputHead, PassThrough
+from mmkernels.blocks.recognition.forms import class_path, relied_on
+from mmkernels.blocks.recognition.head import HEAD, why_not_in_a_row
+from mmkernels.blocks.recognition.probe import why_not_by_probe
+from mmkernels.blocks.recognition.structure import is_hooked
+from mmkernels.blocks.recognition.transformer import norm_of
 from mmkernels.blocks.resnet import FusedResBlock
 from mmkernels.blocks.transformer import FusedTransformer
+from mmkernels.blocks.transformer_blocks import FusedSpatialBlock, FusedTemporalBlock
 from mmkernels.blocks.up_block import FusedUpBlock
 from mmkernels.memory.offload import Offload
 from mmkernels.memory.transfer import CudaDevice, Device
 from mmkernels.memory.units import REST, WHOLE, Choice
 from mmkernels.planning.choices import Plan
 from mmkernels.reporting import Report, Row, backends_of
+from mmkernels.shares import shares
 
 PLANS = ("fused", "checkpoint")
-_FUSED: dict[type[nn.Module], type[FusedBlock]] = {
-    SpatioTemporalResBlock: FusedResBlock,
-    TransformerSpatioTemporalModel: FusedTransformer,
-    CrossAttnUpBlockSpatioTemporal: FusedUpBlock,  # an up block only calls the others: it reads skips by the side
-    UpBlockSpatioTemporal: FusedUpBlock,
+_BLOCKS: tuple[tuple[set[str], type[FusedBlock]], ...] = (  # by the children that make a block what it is
+    ({"spatial_res_block", "temporal_res_block"}, FusedResBlock),
+    ({"transformer_blocks", "temporal_transformer_blocks"}, FusedTransformer),
+)
+_LISTS: dict[str, type[FusedBlock]] = {  # of a transformer that is not known as a whole
+    "transformer_blocks": FusedSpatialBlock,
+    "temporal_transformer_blocks": FusedTemporalBlock,
 }
 LEAST_BYTES = 1 << 20  # smaller storages do not move: a copy has its fixed cost
 _STAGES = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2, "conv_out": 3}
-_HEAD = ("conv_norm_out", "conv_act", "conv_out")  # of a UNet, in the order they run; the last stands for all
-_CHECKPOINTED = (SpatioTemporalResBlock, TransformerSpatioTemporalModel)
+_CHECKPOINTED = (FusedResBlock, FusedTransformer)  # what these stand for
+_CHECKPOINTED_AS = {
+    True: "takes no part in diffusers' gradient checkpointing, which is on",
+    False: "diffusers' gradient checkpointing is on and runs it again",
+}
 _Swap = tuple[nn.Module, str, DropIn]  # a parent, a name in it, and what is put there
 
 
@@ -70,19 +80,33 @@ def replace(unet: nn.Module, plan: str | Plan = "fused", device: Device | None =
     fused = {}
     for site in sites:
         if plan == "checkpoint":
-            if isinstance(site.block, _CHECKPOINTED):
+            if site.kind in _CHECKPOINTED:
                 swaps.append((site.parent, site.child_name, CheckpointedBlock(site.block)))
         elif _why_not(site) is None:
             fused[site.name] = site.kind(_known(site))
             swaps.append((site.parent, site.child_name, fused[site.name]))
             if site.kind is FusedOutputHead:
-                swaps += [(site.parent, name, PassThrough(site.parent.get_submodule(name))) for name in _HEAD[:-1]]
+                swaps += [(site.parent, name, PassThrough(site.parent.get_submodule(name))) for name in HEAD[:-1]]
     chosen = Plan() if isinstance(plan, str) else plan
     _follow(unet, fused, chosen)
     stop_moving = _move(unet, chosen, device) if chosen.moves else lambda: None
     for parent, child_name, drop_in in swaps:
         parent._modules[child_name] = drop_in
+    _take_out_of_checkpointing(unet)
     return _undo_of(swaps, stop_moving)
+
+
+def _take_out_of_checkpointing(unet: nn.Module) -> None:
+    """Tell drop-ins whose owner checkpoints them, as later diffusers will by the flag that they have."""
+    for site in _sites(unet):
+        if _is_checkpointed(site.owner) and isinstance(site.block, DropIn):
+            site.block.gradient_checkpointing = True
+    if any(_is_checkpointed(site.block) for site in _sites(unet)):
+        warnings.warn(CHECKPOINTING, stacklevel=3)
+
+
+def _is_checkpointed(module: nn.Module) -> bool:
+    return bool(getattr(module, "gradient_checkpointing", False))
 
 
 def _follow(unet: nn.Module, fused: Mapping[str, FusedBlock], plan: Plan) -> None:
@@ -146,7 +170,6 @@ def _undo_of(swaps: list[_Swap], stop_moving: Callable[[], None]) -> Callable[[]
             if parent._modules.get(child_name) is not drop_in:
                 raise RuntimeError(f"{child_name} of a {type(parent).__name__} was changed after replace(); undo that")
         for parent, child_name, drop_in in swaps:
-            drop_in.original.training = drop_in.training
             parent._modules[child_name] = drop_in.original
         if swaps:
             stop_moving()
@@ -165,21 +188,44 @@ def report(unet: nn.Module) -> Report:
     dead = [name for name in sorted(dead_parameters(unet)) if unet.get_parameter(name).requires_grad]
     is_checkpointed = any(isinstance(site.block, CheckpointedBlock) for site in sites)
     remains = 'plan="checkpoint" is for residual blocks and transformers' if is_checkpointed else "not replaced"
+    fused, apart = [], []
     for site in sites:
         block = site.block
-        original = _original(block)
         how = block.how if isinstance(block, DropIn) else "torch"
-        if how == "fused":
-            why = _how_planned(block) if isinstance(block, FusedBlock) else ""
+        backends = {}
+        if isinstance(block, FusedBlock):
+            backends = backends_of(block)
+            why = "; ".join(x for x in (_how_planned(block), *_by_probe(block), *_plain_parts(block)) if x)
+            fused += [site.name] if site.kind is not FusedOutputHead else [site.name, _beside(site.name, HEAD[0])]
+            apart += [f"{site.name}.{name}" for part in block.plain for name in (part, norm_of(part))]
         elif how == "checkpoint":
             why = 'replaced with plan="checkpoint"'
         else:
             why = _why_not(site) or remains
-        backends = backends_of(block) if isinstance(block, FusedBlock) else {}
-        rows.append(Row(site.name, type(original).__name__, how, why, backends))
-    kind = TransformerSpatioTemporalModel.__name__
-    fused = tuple(f"{row.name}." for row in rows if (row.how, row.kind) == ("fused", kind))
-    return Report(tuple(rows), tuple(name for name in dead if name.startswith(fused)))
+        if _is_checkpointed(site.owner) or _is_checkpointed(block):
+            why = f"{why}; " * bool(why) + _CHECKPOINTED_AS[isinstance(block, FusedBlock)]
+        if site.kind is FusedUpBlock and how == "fused":  # its blocks have rows, and count, by themselves
+            fused[-1] = f"{site.name}.upsamplers"
+        rows.append(Row(site.name, type(_original(block)).__name__, how, why, backends))
+    of_fused, of_apart = (tuple(f"{name}." for name in names) for names in (fused, apart))
+    without_gradient = tuple(name for name in dead if name.startswith(of_fused) and not name.startswith(of_apart))
+    return Report(tuple(rows), without_gradient, *shares(unet, fused, apart))
+
+
+def _beside(name: str, other: str) -> str:
+    return f"{name.rpartition('.')[0]}.{other}".lstrip(".")
+
+
+def _by_probe(block: FusedBlock) -> list[str]:
+    """What is known in a block since a probe measured it."""
+    relied_on.clear()
+    type(block).why_not(block.known)
+    return [f"{class_path(form.kind)} is known by a probe" for form in dict.fromkeys(relied_on)]
+
+
+def _plain_parts(block: FusedBlock) -> list[str]:
+    """Which parts of a fused block are called as they are, and why."""
+    return [f"{name} is called as it is: {why}" for name, why in type(block).plain_parts(block.known).items()]
 
 
 class _Site(NamedTuple):
@@ -194,35 +240,59 @@ class _Site(NamedTuple):
 
 
 def _sites(unet: nn.Module) -> list[_Site]:
-    """Every block of a known class, and the head of a UNet as its conv_out; in the order they run."""
+    """Every block, whatever its class, and the head of a UNet as its conv_out; in the order they run."""
     sites = []
     for parent_name, parent in unet.named_modules():
         is_list = isinstance(parent, nn.ModuleList)
-        owner = unet.get_submodule(parent_name.rpartition(".")[0]) if is_list else parent
+        owner_name, _, list_name = parent_name.rpartition(".") if is_list else ("", "", "")
+        owner = unet.get_submodule(owner_name) if is_list else parent
         for child_name, child in parent.named_children():
-            if (kind := _fused_kind(parent, child_name, child)) is not None:
+            if (kind := _fused_kind(owner, list_name, child_name, child)) is not None:
                 sites.append(_Site(f"{parent_name}.{child_name}".lstrip("."), owner, parent, child_name, child, kind))
     return sorted(sites, key=lambda site: _place(site.name))
 
 
-def _fused_kind(parent: nn.Module, child_name: str, child: nn.Module) -> type[FusedBlock] | None:
-    if isinstance(parent, UNetSpatioTemporalConditionModel) and child_name == _HEAD[-1]:
+def _fused_kind(owner: nn.Module, list_name: str, child_name: str, child: nn.Module) -> type[FusedBlock] | None:
+    """What would fuse a child of this owner, in a list of it where that has a name."""
+    if child_name == HEAD[-1] and owner._modules.keys() >= set(HEAD):
         return FusedOutputHead
-    return next((fused for kind, fused in _FUSED.items() if isinstance(_original(child), kind)), None)
+    if list_name in _LISTS and owner._modules.keys() >= _LISTS.keys():
+        # Within a transformer that is known the blocks are its own.
+        is_known = isinstance(owner, DropIn) or _why_not_transformer(owner) is None
+        return None if is_known else _LISTS[list_name]
+    kind = next((fused for names, fused in _BLOCKS if child._modules.keys() >= names), None)
+    if kind is None and "res_hidden_states_tuple" in inspect.signature(_original(child).forward).parameters:
+        resnets = child._modules.get("resnets") or ()
+        is_temporal = any("temporal_res_block" in x._modules for x in resnets)  # pyright: ignore[reportGeneralTypeIssues]
+        return FusedUpBlock if is_temporal else None
+    return kind
+
+
+def _why_not_transformer(module: nn.Module) -> str | None:
+    reason = FusedTransformer.why_not(module)
+    return None if reason is None else why_not_by_probe(module, FusedTransformer, reason)
 
 
 def _why_not(site: _Site) -> str | None:
-    if getattr(site.owner, "gradient_checkpointing", False):
-        return "diffusers' gradient checkpointing is on; call disable_gradient_checkpointing() first"
-    if site.kind is FusedOutputHead and type(site.owner).forward is not UNetSpatioTemporalConditionModel.forward:
-        return f"{type(site.owner).__name__} has a forward of its own, which may use {_HEAD[0]} in another way"
-    return site.kind.why_not(_known(site))
+    if "forward" in vars(site.block):
+        return "has a replaced forward"
+    if getattr(site.block, "_compiled_call_impl", None) is not None:
+        return "is compiled by itself; replace first, then compile"
+    if site.kind is FusedOutputHead:
+        if is_hooked(site.block) and not isinstance(site.block, DropIn):
+            return f"{HEAD[-1]} has hooks, which would see what is not yet normalised"
+        if (reason := why_not_in_a_row(type(site.owner))) is not None:
+            return reason
+    reason = site.kind.why_not(_known(site))
+    if reason is not None and site.kind.probe_inputs is not None:
+        return why_not_by_probe(site.block, site.kind, reason)
+    return reason
 
 
 def _known(site: _Site) -> nn.Module:
     """What its kind is made of: the block, of a head all three modules."""
     if site.kind is FusedOutputHead:
-        return nn.ModuleDict({name: _original(getattr(site.parent, name, None)) for name in _HEAD})
+        return nn.ModuleDict({name: _original(getattr(site.parent, name, None)) for name in HEAD})
     return _original(site.block)
 
 

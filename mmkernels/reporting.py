@@ -10,6 +10,7 @@ from mmkernels.blocks.cross_attention import BYPASSED
 from mmkernels.blocks.drop_in import FusedBlock
 from mmkernels.kernels.dispatch import named
 from mmkernels.kernels.registry import FAMILIES
+from mmkernels.shares import F, H, W
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,14 @@ class Report:
 
     without_gradient: parameters that require a gradient and get none (None) while the context is one token, since a
         fused block does not run what cannot change the result; over several tokens each has one. See `dead_parameters`.
+    fused_parameters, fused_flops: the shares of the whole model's that fused blocks compute, without the parts of them
+        that are called as they are; FLOPs as mmkernels.shares models them.
     """
 
     rows: tuple[Row, ...]
     without_gradient: tuple[str, ...] = ()
+    fused_parameters: float = 0.0
+    fused_flops: float = 0.0
 
     def __str__(self) -> str:
         cells = [("block", "kind", "how", "why"), *((row.name, row.kind, row.how, row.why) for row in self.rows)]
@@ -49,6 +54,10 @@ class Report:
                 f"({', '.join(parts)}; mmkernels.dead_parameters names them): leave them out of the optimizer, since "
                 "DistributedDataParallel gives them zeros, which weight decay acts on"
             )
+        lines.append(
+            f"fused: {self.fused_parameters:.1%} of parameters, {self.fused_flops:.1%} of FLOPs (modelled, "
+            f"{F} frames of {8 * H}x{8 * W} pixels)"
+        )
         return "\n".join(lines)
 
     def _backend_lines(self) -> list[str]:

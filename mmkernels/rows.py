@@ -112,23 +112,3 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.addmm_(left.t(), right)
     else:
         total.add_(left.t() @ right)
-
-
-class ParameterSums:
-    """Gradients of parameters, each summed over chunks in float32 or wider."""
-
-    def __init__(self, *parameters: Tensor) -> None:
-        self._dtypes = [x.dtype for x in parameters]
-        self.sums = [torch.zeros_like(x, dtype=wide_dtype(x.dtype)) for x in parameters]
-
-    def add(self, index: int, value: Tensor) -> None:
-        """Add a chunk's gradient of the parameter at `index`."""
-        self.sums[index].add_(value)
-
-    def add_product(self, index: int, left: Tensor, right: Tensor) -> None:
-        """Add left^T right, of (R, K) and (R, C): the chunk's gradient of a (K, C) weight."""
-        add_product(self.sums[index], left, right)
-
-    def gradients(self) -> list[Tensor]:
-        """The sums, in the dtypes of their parameters."""
-        return [total.to(dtype) for total, dtype in zip(self.sums, self._dtypes, strict=True)]

@@ -78,9 +78,9 @@ def test_against_torch(case: Case) -> None:
 def test_gradcheck_opcheck_and_compile() -> None:
     inputs, dy = build(Case(R=3, P=2, C=12, K=5))
     wide: Any = [value.double().requires_grad_() for value in inputs.values()]
-    assert torch.autograd.gradcheck(lambda *x: torch.ops.mmkernels.blend_projection(*x, 2), wide)
+    assert torch.autograd.gradcheck(lambda *x: torch.ops.mmkernels.blend_projection(*x, [], [], 2), wide)
     leaves = [value.requires_grad_() for value in inputs.values()]
-    torch.library.opcheck(torch.ops.mmkernels.blend_projection.default, (*leaves, 2))
+    torch.library.opcheck(torch.ops.mmkernels.blend_projection.default, (*leaves, [], [], 2))
     compiled = torch.compile(blend_projection, fullgraph=True, backend="aot_eager")
     expected, actual = differentiate(blend_projection, inputs, dy), differentiate(compiled, inputs, dy)
     assert all(torch.equal(actual[name], value) for name, value in expected.items())

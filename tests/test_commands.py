@@ -25,6 +25,7 @@ from mimicmotion.diffusion import preconditioning
 from mimicmotion.generation import other_order
 from mimicmotion.history import read_history
 from mimicmotion.model.encoders import PatchCodec
+from mimicmotion.run_folder import start_afresh
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_FRAMES = 5
@@ -153,11 +154,11 @@ def test_evaluate_writes_a_row_a_clip(run_dir, tmp_path):
 
 def test_fresh_start_moves_an_earlier_run_aside(tmp_path):
     run_dir = tmp_path / "demo"
-    assert train.start_afresh(run_dir) is None
+    assert start_afresh(run_dir) is None
     for number in (1, 2):
         (run_dir / "step-00000002").mkdir(parents=True)
         (run_dir / "step-00000002" / "manifest.json").write_text("{}")
-        note = train.start_afresh(run_dir)
+        note = start_afresh(run_dir)
         assert note is not None and "--resume" in note
         assert not run_dir.exists() and (tmp_path / f"demo.{number}" / "step-00000002").is_dir()
 

@@ -38,7 +38,7 @@ def two_ranks(tmp_path_factory):
 def test_two_ranks_give_the_gradients_of_one_on_the_joined_batch(two_ranks, tmp_path):
     """Two ranks of two accumulated micro-batches each, against one micro-batch of four."""
     config = tiny_config(tmp_path, batch_size=4, micro_batch_size=4)
-    trainer = Trainer(config, NoiseClips(config=config), Ranks(rank=0, world_size=1, device=CPU), encoder="noise")
+    trainer = Trainer(config, NoiseClips(config=config), Ranks(rank=0, world_size=1, device=CPU))
     trainer._backward(trainer._load(0))
     wanted = {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
     first, second = (load_file(two_ranks / f"gradients-{rank}.safetensors") for rank in range(2))

@@ -123,7 +123,7 @@ def fitted(
     """A trainer that was run on a stand-in device, and the device."""
     device = StandIn(limit_gib * GIB)
     fitting = Fitting(planner(budget_gib), budget_gib, planner, device, ONE, ImmediateDevice(SLAB_BYTES))
-    run = Trainer(config, NoiseClips(config=config), ONE, encoder="x", fitting=fitting)
+    run = Trainer(config, NoiseClips(config=config), ONE, fitting=fitting)
     hidden = hides(run)
     device.hidden = lambda live_bytes: hidden(run.step, live_bytes)
     device.count([*run.model.parameters(), *run.optimization.resident()])
@@ -133,7 +133,7 @@ def fitted(
 
 
 def plain(config: Config) -> Weights:
-    run = Trainer(config, NoiseClips(config=config), ONE, encoder="x")
+    run = Trainer(config, NoiseClips(config=config), ONE)
     run.run()
     return run.model.state_dict()
 
@@ -315,7 +315,7 @@ def test_what_did_not_fit_a_smaller_budget_is_forgotten_under_a_larger_one() -> 
 
 
 def test_moments_change_places_with_the_same_bits(tmp_path: Path) -> None:
-    run = Trainer(run_config(tmp_path), NoiseClips(config=run_config(tmp_path)), ONE, encoder="x")
+    run = Trainer(run_config(tmp_path), NoiseClips(config=run_config(tmp_path)), ONE)
     expected = plain(run_config(tmp_path / "plain"))
     update = run.optimization.weight_update
     for _ in range(3):

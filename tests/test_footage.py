@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import videos
 
-from mimicmotion.data import footage, wheels
+from mimicmotion.data import wheels
 from mimicmotion.data.footage import EMBEDDED, VideoError, decode, embedded_footage, find_videos, read_properties
 
 
@@ -64,31 +64,11 @@ def test_truncated_raises(clip: Path, tmp_path: Path, share: float) -> None:
         list(decode(videos.cut_short(clip, tmp_path / "short.mp4", share)))
 
 
-def test_missing_end_raises(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stated = read_properties(clip)
-    more = footage.VideoProperties(height=64, width=48, num_frames=50, frames_per_second=stated.frames_per_second)
-    monkeypatch.setattr(footage, "read_properties", lambda *_, **__: more)
-    with pytest.raises(VideoError, match="ends after 40 of the 50 frames"):
-        list(decode(clip))
-
-
 def test_size_is_capped_before_decoding(clip: Path) -> None:
     with pytest.raises(VideoError, match="48x64 pixels a frame, the limit is 3000"):
         read_properties(clip, max_frame_pixels=3000)
     with pytest.raises(VideoError, match="48x64 pixels times 40 frames, the limit is 100000"):
         next(decode(clip, max_video_pixels=100_000))
-
-
-def test_turns_upright() -> None:
-    stored = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
-
-    def upright(degrees: int) -> np.ndarray:
-        frame = SimpleNamespace(rotation=degrees, to_ndarray=lambda format: stored)
-        return footage._upright(frame)  # type: ignore[arg-type]
-
-    assert np.array_equal(upright(0), stored)
-    assert np.array_equal(upright(-90)[:, -1], stored[0]), "a quarter turn clockwise puts the top row on the right"
-    assert np.array_equal(upright(180), stored[::-1, ::-1])
 
 
 def test_finds_videos(clip: Path, tmp_path: Path) -> None:

@@ -157,11 +157,12 @@ def test_opcheck(has_shift: bool) -> None:
     leaves: dict[str, Any] = {name: value.requires_grad_() for name, value in inputs.items()}
     x, shift = leaves.pop("x"), leaves.pop("shift", None)
     for keep_up in (False, True):
-        arguments = (x, shift, *leaves.values(), 1e-5, 9, keep_up)
+        arguments = (x, shift, *leaves.values(), [], [], 1e-5, 9, keep_up)
         torch.library.opcheck(torch.ops.mmkernels.geglu_feed_forward.default, arguments)
     saved = torch.empty(0, 2 * Case.H)
     plain = [value.detach() for value in (x, *leaves.values())]
-    arguments = (dy, plain[0], None if shift is None else shift.detach(), saved, *plain[1:-1], 1e-5, 9)
+    tensors = (dy, plain[0], None if shift is None else shift.detach(), saved, *plain[1:-1])
+    arguments = (*tensors, [], [], 1e-5, 9, [True, shift is not None, *[True] * 6, False])
     torch.library.opcheck(torch.ops.mmkernels.geglu_feed_forward_backward.default, arguments)
 
 

@@ -80,7 +80,7 @@ def test_against_torch(case: Case) -> None:
 
 def test_gradcheck_opcheck_and_compile() -> None:
     inputs, dy = build(Case(R=3, P=2, C=12, K=5))
-    settings = (4, 1e-6, 2)
+    settings = ([], [], 4, 1e-6, 2)
     wide: Any = [value.double().requires_grad_() for value in inputs.values()]
     assert torch.autograd.gradcheck(lambda *x: torch.ops.mmkernels.group_norm_projection(*x, *settings)[0], wide)
     leaves = [value.requires_grad_() for value in inputs.values()]

@@ -47,7 +47,7 @@ def build_plan(**changes: Any) -> Plan:
 
 
 def losses(config: Config, plan: Plan | None) -> list[float]:
-    trainer = Trainer(config, NoiseClips(config=config), ONE, encoder="x", plan=plan)
+    trainer = Trainer(config, NoiseClips(config=config), ONE, plan=plan)
     trainer.run()
     return [json.loads(line)["loss"] for line in trainer.history_path.read_text().splitlines()]
 

@@ -15,8 +15,8 @@ from spatio_temporal import run, run_in_float64, small_unet, unet_inputs
 from torch import Tensor, nn
 
 import mmkernels
-from mmkernels.blocks.exactness import why_not_output_head
 from mmkernels.blocks.output_head import FusedOutputHead
+from mmkernels.blocks.recognition.resnet import why_not_output_head
 from mmkernels.memory.trace import trace
 from mmkernels.memory.units import REST
 from mmkernels.planning.choices import Plan, read_plan, write_plan
@@ -109,7 +109,7 @@ def test_in_a_unet_two_tensors_less_are_saved_and_its_phases_are_known() -> None
 
 
 REASONS: dict[str, tuple[dict[str, Any], str]] = {
-    "LoRA": ({"conv_out": nn.Sequential(conv())}, "conv_out is Sequential, not Conv2d"),
+    "LoRA": ({"conv_out": nn.Sequential(conv())}, "conv_out is torch.nn.Sequential, not torch.nn.Conv2d"),
     "kernel": ({"conv_out": conv(kernel_size=5, padding=2)}, "conv_out is another convolution"),
     "stride": ({"conv_out": conv(stride=2)}, "conv_out is another convolution"),
     "padding": ({"conv_out": conv(padding=0)}, "conv_out is another convolution"),
@@ -117,8 +117,8 @@ REASONS: dict[str, tuple[dict[str, Any], str]] = {
     "groups": ({"conv_out": conv(groups=2)}, "conv_out is another convolution"),
     "dilation": ({"conv_out": conv(dilation=2, padding=2)}, "conv_out is another convolution"),
     "channels": ({"conv_norm_out": nn.GroupNorm(8, 2 * C)}, "gives 80 channels and conv_out takes 40"),
-    "activation": ({"conv_act": nn.GELU()}, "conv_act is GELU, not SiLU"),
-    "norm": ({"conv_norm_out": nn.BatchNorm2d(C)}, "conv_norm_out is BatchNorm2d, not GroupNorm"),
+    "activation": ({"conv_act": nn.GELU()}, "conv_act is torch.nn.GELU, not torch.nn.SiLU"),
+    "norm": ({"conv_norm_out": nn.BatchNorm2d(C)}, "conv_norm_out is torch.nn.BatchNorm2d, not torch.nn.GroupNorm"),
     "norm without weights": ({"conv_norm_out": nn.GroupNorm(8, C, affine=False)}, "has no weight or no bias"),
 }
 
@@ -137,10 +137,10 @@ def test_a_unet_whose_head_is_not_known_keeps_it_and_says_why() -> None:
     unet, inputs = _with(small_unet(), conv_act=nn.GELU()), unet_inputs()
     expected = unet(**inputs).sample
     mmkernels.replace(unet)
-    assert (row_of(unet).how, row_of(unet).why) == ("torch", "conv_act is GELU, not SiLU")
+    assert (row_of(unet).how, row_of(unet).why) == ("torch", "conv_act is torch.nn.GELU, not torch.nn.SiLU")
     assert [type(x) for x in (unet.conv_norm_out, unet.conv_out)] == [nn.GroupNorm, nn.Conv2d]
     torch.testing.assert_close(unet(**inputs).sample, expected)
-    with pytest.raises(ValueError, match=r"block conv_out stays plain torch \(conv_act is GELU"):
+    with pytest.raises(ValueError, match=r"block conv_out stays plain torch \(conv_act is torch.nn.GELU"):
         mmkernels.replace(_with(small_unet(), conv_act=nn.GELU()), Plan(units={"conv_out/output": "move"}))
 
 
@@ -161,7 +161,7 @@ def test_a_unet_with_a_forward_of_its_own_and_checkpoint_leave_it() -> None:
     undo()
     unet.__class__ = Other
     mmkernels.replace(unet)
-    assert "Other has a forward of its own" in row_of(unet).why
+    assert "Other, whose forward does not run conv_norm_out, conv_act, conv_out once each in a row" in row_of(unet).why
     assert type(unet.conv_norm_out) is nn.GroupNorm
 
 

@@ -186,7 +186,6 @@ def test_prepares_by_itself_only_where_it_must(
     poses = Swaying()
     monkeypatch.setattr(preparation, "embedded_footage", lambda: clips)
     monkeypatch.setattr(preparation, "load_backend", lambda name: poses)
-    monkeypatch.setattr(preparation, "Bounds", lambda: Bounds(min_frames=1))
 
     def config(**data: Any) -> Config:
         settings = {"prepared": tmp_path / "p", "height": 64, "width": 64, "num_frames": 72} | data

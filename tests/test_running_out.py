@@ -80,7 +80,7 @@ def test_the_room_of_an_update_is_asked_for_before_a_weight_moves(tmp_path: Path
 def test_an_update_that_runs_out_all_the_same_ends_with_what_to_do(tmp_path: Path) -> None:
     config = run_config(tmp_path)
     config = dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, save_every=1))
-    run = Trainer(config, NoiseClips(config=config), ONE, encoder="x")
+    run = Trainer(config, NoiseClips(config=config), ONE)
     update = run.optimization.weight_update.update_all
 
     def torn() -> None:
@@ -99,7 +99,7 @@ def test_an_update_that_runs_out_all_the_same_ends_with_what_to_do(tmp_path: Pat
 
 def test_a_plan_from_a_file_is_followed_or_the_run_ends_saved(tmp_path: Path) -> None:
     config = dataclasses.replace(run_config(tmp_path), plan=tmp_path / "plan.json")
-    run, device = Trainer(config, NoiseClips(config=config), ONE, encoder="x", plan=Plan()), StandIn(GIB)
+    run, device = Trainer(config, NoiseClips(config=config), ONE, plan=Plan()), StandIn(GIB)
 
     def hidden(live_bytes: int) -> float:  # saving goes to the host
         return math.inf if run.step == 1 and live_bytes > 1 << 20 and not device.num_failures else 0.0
@@ -115,7 +115,7 @@ def saved_under(config: Config, plan: Plan) -> Path:
     """A checkpoint of the run's first step under a plan."""
     once = dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, num_steps=1))
     fitting = Fitting(plan, 20.0, lambda _: plan, StandIn(math.inf), ONE, ImmediateDevice(1 << 20))
-    Trainer(once, NoiseClips(config=once), ONE, encoder="x", fitting=fitting).run()
+    Trainer(once, NoiseClips(config=once), ONE, fitting=fitting).run()
     newest = checkpoint.newest(config.run_dir)
     assert newest is not None
     return newest / "plan.json"
@@ -142,7 +142,7 @@ def test_a_resumed_run_goes_on_under_the_plan_that_it_was_saved_under(
     fitting.settle(2.0)
     assert asked == [19.0 - 0.05 * 20.0]  # 20 - (12 - 18) does not fit: 19 did not
     again = choose_plan(config, ON_GPU, resume=True)[2]
-    run = Trainer(config, NoiseClips(config=config), ONE, encoder="x", resume=True, fitting=again)
+    run = Trainer(config, NoiseClips(config=config), ONE, resume=True, fitting=again)
     assert any(note == f"goes on under the plan that {path} has" for note in run.notes) and run.step == 1
 
     for changes, why in (

@@ -38,7 +38,7 @@ def test_the_switch_is_put_back_whatever_happens() -> None:
 @pytest.mark.parametrize("is_wanted", [True, False])
 def test_a_run_trains_under_it(is_wanted: bool, tmp_path: Path) -> None:
     config = tiny_config(tmp_path, num_steps=1, deterministic=is_wanted)
-    trainer, seen = Trainer(config, NoiseClips(config=config), RANKS, encoder="noise"), []
+    trainer, seen = Trainer(config, NoiseClips(config=config), RANKS), []
     trainer.around_step = lambda step: seen.append(switch()) or step()
     with mock.patch.dict(os.environ):
         trainer.run()

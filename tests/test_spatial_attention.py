@@ -97,8 +97,8 @@ def test_reference_is_the_equation() -> None:
     packed = {name: value for name, value in wide.items() if name not in WEIGHTS[:3]}
     qkv = torch.cat([wide[name] for name in WEIGHTS[:3]])
     torch.testing.assert_close(reference(**packed, qkv_weight=qkv, num_heads=2), diffusers_block(**wide, num_heads=2))
-    arguments = (wide["norm_weight"], wide["norm_bias"], qkv, wide["out_weight"], wide["out_bias"], 2, 1e-5, 2, "torch")
-    leaves: Any = [value.requires_grad_() if isinstance(value, Tensor) else value for value in (wide["x"], *arguments)]
+    tensors = (wide["x"], wide["norm_weight"], wide["norm_bias"], qkv, wide["out_weight"], wide["out_bias"])
+    leaves: Any = [*(value.requires_grad_() for value in tensors), [], [], 2, 1e-5, 2, "torch"]
     assert torch.autograd.gradcheck(lambda *x: torch.ops.mmkernels.spatial_attention(*x)[0], leaves)
 
 
@@ -139,7 +139,7 @@ def test_opcheck_and_compile() -> None:
     qkv_weight = torch.cat([inputs[name] for name in WEIGHTS[:3]])
     names = ("x", "norm_weight", "norm_bias", "qkv_weight", "out_weight", "out_bias")
     leaves = {name: value.requires_grad_() for name, value in (inputs | {"qkv_weight": qkv_weight}).items()}
-    arguments = (*(leaves[name] for name in names), 2, 1e-5, 2, "torch")
+    arguments = (*(leaves[name] for name in names), [], [], 2, 1e-5, 2, "torch")
     torch.library.opcheck(torch.ops.mmkernels.spatial_attention.default, arguments)
     compiled = torch.compile(spatial_attention, fullgraph=True, backend="aot_eager")
     expected = differentiate(spatial_attention, inputs, dy, num_heads=2)

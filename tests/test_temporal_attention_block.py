@@ -131,7 +131,7 @@ def test_opcheck_and_compile() -> None:
     names = ("x", "norm_weight", "norm_bias", "qkv_weight", "out_weight", "out_bias")
     leaves = {name: value.requires_grad_() for name, value in (inputs | {"qkv_weight": qkv_weight.detach()}).items()}
     for keep_qkv in (False, True):
-        arguments = (*(leaves[name] for name in names), 2, 1e-5, 4, keep_qkv)
+        arguments = (*(leaves[name] for name in names), [], [], 2, 1e-5, 4, keep_qkv)
         torch.library.opcheck(torch.ops.mmkernels.temporal_attention_block.default, arguments)
     compiled = torch.compile(temporal_attention_block, fullgraph=True, backend="aot_eager")
     expected = differentiate(temporal_attention_block, inputs, dy, torch.float32, num_heads=2)

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mmkernels
 from mmkernels.blocks import up_block as up_block_module
-from mmkernels.blocks.exactness import why_not_up_block
+from mmkernels.blocks.recognition.resnet import why_not_up_block
 from mmkernels.blocks.up_block import FusedUpBlock
 
 pytestmark = pytest.mark.op
@@ -122,21 +122,19 @@ def test_enlarging_is_interpolation_and_stays_channels_last_from_64_pictures_on(
 
 def test_what_is_not_the_known_block() -> None:
     reasons = {
-        "is a Linear": nn.Linear(2, 2),
-        "disable_gradient_checkpointing": up_block(UpBlockSpatioTemporal),
+        "is torch.nn.Linear, whose forward is not known as a": nn.Linear(2, 2),
         "has an extra module lora": up_block(UpBlockSpatioTemporal),
         "upsamplers has hooks": up_block(CrossAttnUpBlockSpatioTemporal),
         "upsamplers.0 has hooks": up_block(CrossAttnUpBlockSpatioTemporal),
         "upsamplers.0 does not enlarge by nearest pixels": up_block(UpBlockSpatioTemporal),
-        "upsamplers.0 is Upsample1D": up_block(UpBlockSpatioTemporal),
+        "upsamplers.0 is diffusers.models.upsampling.Upsample1D": up_block(UpBlockSpatioTemporal),
     }
     blocks: list[Any] = list(reasons.values())
-    blocks[1].gradient_checkpointing = True
-    blocks[2].add_module("lora", nn.Linear(2, 2))
-    blocks[3].upsamplers.register_forward_hook(lambda *_: None)
-    blocks[4].upsamplers[0].register_forward_hook(lambda *_: None)
-    blocks[5].upsamplers[0].interpolate = False
-    blocks[6].upsamplers[0] = Upsample1D(C, use_conv=True)
+    blocks[1].add_module("lora", nn.Linear(2, 2))
+    blocks[2].upsamplers.register_forward_hook(lambda *_: None)
+    blocks[3].upsamplers[0].register_forward_hook(lambda *_: None)
+    blocks[4].upsamplers[0].interpolate = False
+    blocks[5].upsamplers[0] = Upsample1D(C, use_conv=True)
     for reason, block in reasons.items():
         assert reason in str(why_not_up_block(block))
 

@@ -32,6 +32,7 @@ def test_only_the_oldest_torch_comes_with_the_oldest_of_the_rest() -> None:
 def test_every_test_of_an_op_and_of_a_block_is_run() -> None:
     found = versions.tests()
     assert {"tests/test_every_op.py", "tests/test_blocks.py", "tests/test_unet.py"} <= set(found)
+    assert "tests/test_verification.py" not in found  # which holds the mark in a string
     assert all((ROOT / path).exists() for path in found)
 
 

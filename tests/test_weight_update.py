@@ -236,3 +236,18 @@ def test_the_schedule_knows_of_steps_that_went_round_the_optimizer(recwarn):
         optimization.step(is_finite=True)
     assert [str(each.message) for each in recwarn if "lr_scheduler" in str(each.message)] == []
     assert optimization.weight_update.optimizer.param_groups[0]["params"] == [model.weight, model.bias]
+
+
+@pytest.mark.parametrize(("kind", "is_on_host"), CASES)
+def test_each_pattern_has_its_rate_and_the_first_that_is_found_decides(kind, is_on_host):
+    """A weight moves as it does where its rate is everybody's."""
+    update = _make(kind, is_on_host=is_on_host, learning_rates={"^wide": 1e-3, "w|bias": 5e-2})
+    _step(update, 0)
+    for rate, name in ((1e-3, "wide"), (5e-2, "bias"), (1e-2, "odd")):
+        alone = _make(kind, is_on_host=is_on_host)
+        for group in alone.optimizer.param_groups:
+            group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], torch.Tensor) else rate
+        _step(alone, 0)
+        assert torch.equal(update.weights[name], alone.weights[name]), name
+    with pytest.raises(ValueError, match=r"'nowhere' is in no name of a parameter that is trained, such as wide"):
+        _make(kind, learning_rates={"nowhere": 1e-3})

@@ -14,6 +14,7 @@ from mimicmotion.config import (
     SamplingConfig,
     TrainerConfig,
 )
+from mimicmotion.data.footage_identity import FootageIdentity
 
 MODEL = ModelConfig(
     block_out_channels=(64, 64, 64, 64),
@@ -44,6 +45,12 @@ class NoiseClips:
     config: Config
     bad_steps: tuple[int, ...] = ()
     bad_sample_ids: tuple[int, ...] = (0,)
+
+    identity = FootageIdentity(encoder="noise")
+
+    def clip_of(self, step: int, sample_id: int) -> str:
+        """The name of a sample's clip."""
+        return f"noise {1000 * step + sample_id}"
 
     def sample(self, step: int, sample_id: int) -> dict[str, Any]:
         data, generator = self.config.data, torch.Generator().manual_seed(1000 * step + sample_id)

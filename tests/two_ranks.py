@@ -106,7 +106,7 @@ def fit(folder: Path, ranks: Ranks) -> None:
         config = dataclasses.replace(config, kernels="fused")
         allocator, clips = OutOnce(ranks), NoiseClips(config=config)
         fitting = Fitting(large, 10.0, lambda _: small, allocator, ranks) if name == "fitted" else None
-        trainer = Trainer(config, clips, ranks, encoder="noise", plan=large, fitting=fitting)
+        trainer = Trainer(config, clips, ranks, plan=large, fitting=fitting)
         if fitting is not None:
             trainer.model.register_forward_pre_hook(allocator.before)
         trainer.run()
@@ -120,7 +120,7 @@ def main() -> None:
     with join_ranks() as ranks:
         (folder / f"plans-{ranks.rank}.json").write_text(json.dumps(plans(folder, ranks)))
         config = tiny_config(folder / "gradients", batch_size=4)
-        trainer = Trainer(config, NoiseClips(config=config), ranks, encoder="noise")
+        trainer = Trainer(config, NoiseClips(config=config), ranks)
         trainer._backward(trainer._load(0))
         gradients = {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
         save(gradients, folder / f"gradients-{ranks.rank}.safetensors")
@@ -131,7 +131,7 @@ def main() -> None:
         config = tiny_config(folder / "run", num_steps=9, batch_size=4, max_skipped_in_a_row=3)
         config = dataclasses.replace(config, kernels="checkpoint")
         clips = NoiseClips(config=config, bad_steps=(1, 3, 4, 5), bad_sample_ids=(3,))
-        trainer = Trainer(config, clips, ranks, encoder="noise")
+        trainer = Trainer(config, clips, ranks)
         try:
             trainer.run()
             why = "finished"

@@ -11,6 +11,7 @@ import torch
 
 from bench.verification.device import Gpu
 from mimicmotion.config import LATENT_STRIDE, Config
+from mimicmotion.data.footage_identity import FootageIdentity
 from mimicmotion.fitting import Fitting
 from mimicmotion.trainer import Trainer
 from mmkernels.planning.choices import Plan
@@ -21,6 +22,12 @@ class NoiseClips:
     """Samples as the dataset gives them, a function of (step, sample id)."""
 
     config: Config
+
+    identity = FootageIdentity(encoder="noise")
+
+    def clip_of(self, step: int, sample_id: int) -> str:
+        """The name of a sample's clip."""
+        return f"noise {1000 * step + sample_id}"
 
     def sample(self, step: int, sample_id: int) -> dict[str, Any]:
         """One clip."""
@@ -50,7 +57,7 @@ def trainer_of(
 ) -> Trainer:  # fmt: skip
     """The trainer of a run on noise, under what `gpu.choose_plan` gave for its config."""
     clips = NoiseClips(config=config)
-    return kind(config, clips, gpu.ranks, encoder="noise", resume=resume, plan=plan, fitting=fitting)
+    return kind(config, clips, gpu.ranks, resume=resume, plan=plan, fitting=fitting)
 
 
 def watched_run(trainer: Trainer, gpu: Gpu, done: Callable[[int, dict[str, float]], object]) -> None:

@@ -4,6 +4,7 @@ A prepared folder holds manifest.json, keypoints/<key>.safetensors (one a video)
 clip). A key is a digest of everything its file follows from, so a changed input never meets a stale file.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -12,15 +13,25 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from mimicmotion.paths import near
+from mimicmotion.paths import free_gib, near, printable
 
 MANIFEST_VERSION = 1
+
+
+# What keeps any file from being written there, whatever it holds.
+FULL = (errno.ENOSPC, errno.EDQUOT)
+CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EIO, errno.EFBIG)
+
+
+class NotWritableError(OSError):
+    """A place that cannot be written to; the message says why and what to free or give instead."""
 
 
 @contextmanager
@@ -28,23 +39,54 @@ def atomic_write(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` to write to; on a clean exit it is synced and renamed to path.
 
     Readers see the old file or the whole new one, also after a power cut; on an exception path is left as it was.
+    Raises NotWritableError where the disk is full or closed to us.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    temporary = Path(name)
     try:
-        yield temporary
-        with temporary.open("rb+") as written:
-            os.fsync(written.fileno())
-        # mkstemp makes files for their owner only; give this one the rights any new file has.
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            with temporary.open("rb+") as written:
+                os.fsync(written.fileno())
+            temporary.chmod(0o666 & ~_umask())  # mkstemp makes files for their owner only; any new file's rights
+            temporary.replace(path)
+            _sync_folder(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        if isinstance(error, NotWritableError) or error.errno not in (*FULL, *CLOSED):
+            raise
+        raise NotWritableError(_why_not(path, error)) from error
+
+
+def check_writable(folder: Path) -> None:
+    """Make folder where it is missing and write a file there and take it away. Raises NotWritableError."""
+    probe = folder / ".writable"
+    with atomic_write(probe) as temporary:
+        temporary.write_bytes(bytes(4096))
+    probe.unlink()
+
+
+def _why_not(path: Path, error: OSError) -> str:
+    why = f"cannot write {printable(path)}: {os.strerror(error.errno or 0)}"
+    if error.errno not in FULL:
+        return f"{why}; give a folder that you may write to"
+    return (
+        f"{why}{free_gib(path)}; free some, or give a folder on another disk. What is whole stays, and the same command"
+        " goes on from it"
+    )
+
+
+_UMASK_LOCK = Lock()  # it can only be read by setting it, which two threads at once would leave at zero
+
+
+def _umask() -> int:
+    with _UMASK_LOCK:
         umask = os.umask(0)
         os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        temporary.replace(path)
-        _sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+    return umask
 
 
 def _sync_folder(folder: Path) -> None:
@@ -137,15 +179,16 @@ class Clip:
     clip_id: str
     source: str  # the video's path
     source_sha256: str
-    source_height: int
+    source_height: int  # as a player shows it: upright, with square pixels
     source_width: int
     frames_per_second: float
     num_frames: int
-    frame_stride: int  # of the source's frames every frame_stride-th is kept
+    frame_stride: int  # of the source's frames, at one rate, every frame_stride-th is kept
     crop: Crop
     keypoints_file: str  # relative to the prepared folder; full frame
     tensors_file: str  # relative to the prepared folder; latents, image_embedding, keypoints in the crop
     statistics: dict[str, float]
+    notes: list[str] = field(default_factory=list)  # what of the video's own statements was overruled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +196,7 @@ class Drop:
     """A video that was left out, and why."""
 
     source: str
-    stage: str  # decode, curate or check (what was made of it is not finite)
+    stage: str  # decode, curate, check (what was made of it is not finite) or unforeseen
     reason: str
 
 
@@ -170,6 +213,7 @@ class Manifest:
     spatial_factor: int  # pixels per latent cell
     pose_backend: str
     pose_version: str
+    decoder: str = ""  # and its version; "" where an earlier version of this package decoded
     clips: list[Clip]
     dropped: list[Drop] = field(default_factory=list)
     version: int = MANIFEST_VERSION

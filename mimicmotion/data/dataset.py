@@ -5,6 +5,7 @@ Frame 0 is the reference frame, frames 1 on are consecutive, as inference tiles 
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from torch import Tensor
 from mimicmotion.data.cache import Clip, Manifest, NotFiniteError, check_finite
 from mimicmotion.data.crop import crop_frame
 from mimicmotion.data.footage import decode
+from mimicmotion.data.footage_identity import FootageIdentity
+from mimicmotion.data.held_out import split
 from mimicmotion.data.poses import draw, drawing_scale
 from mimicmotion.data.poses.keypoints import HANDS
 
@@ -34,9 +37,17 @@ class ClipDataset:
     Raises ValueError where the folder is not prepared or a clip is shorter than num_frames.
     """
 
-    def __init__(self, prepared: Path, num_frames: int, seed: int, *, hand_confidence: float = HAND_CONFIDENCE) -> None:
+    def __init__(
+        self, prepared: Path, num_frames: int, seed: int, *, held_out: float = 0.0, is_held_out: bool = False,
+        hand_confidence: float = HAND_CONFIDENCE,
+    ) -> None:  # fmt: skip
+        """held_out: share of the source videos that is set aside; is_held_out: this dataset is of those."""
         self.prepared = prepared
         self.manifest = Manifest.read(prepared)
+        self.identity = FootageIdentity.of(self.manifest)
+        parts = split(self.manifest.clips, held_out, seed)
+        self.num_held_out, chosen = len(parts[1]), parts[int(is_held_out)]
+        self.manifest = replace(self.manifest, clips=[clip for clip in self.manifest.clips if clip.clip_id in chosen])
         self.num_frames = num_frames
         self.seed = seed
         self._hand_confidence = hand_confidence
@@ -68,12 +79,19 @@ class ClipDataset:
         keypoints (F, 128, 3), pose (F, 3, H, W) in [-1, 1], loss_weight (F, 1, h, w), fps, motion_bucket, sample_id,
         and what was chosen: clip_id, reference, start.
         """
+        return {**self.clip(*self._draw(step, sample_id)), "sample_id": sample_id}
+
+    def clip_of(self, step: int, sample_id: int) -> str:
+        """Name of the clip that `sample` takes."""
+        return self._draw(step, sample_id)[0]
+
+    def _draw(self, step: int, sample_id: int) -> tuple[str, int, int]:
+        """The clip's name, the reference frame and the first frame of a sample."""
         random = np.random.default_rng(np.random.SeedSequence([self.seed, step, sample_id]))
         window = int(random.integers(len(self)))
         for clip in self.manifest.clips:
             if window < self._num_windows(clip):
-                reference = int(random.integers(clip.num_frames))
-                return {**self.clip(clip.clip_id, reference, window), "sample_id": sample_id}
+                return clip.clip_id, int(random.integers(clip.num_frames)), window
             window -= self._num_windows(clip)
         raise AssertionError("a window lies within one of the clips")
 

@@ -1,15 +1,20 @@
 """Videos: the embedded footage, the videos of a folder, and decoding that refuses what is damaged or too large."""
 
+import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 
 import av
 import numpy as np
-from av.container import InputContainer
 
+from mimicmotion.data.film import Film, VideoError, frames_of, open_film, packet_times
+from mimicmotion.data.picture import HIGH_DYNAMIC_RANGE, Painter, shown_size
+from mimicmotion.data.timeline import at_one_rate, is_even
 from mimicmotion.data.wheels import Wheel, fetch_members
-from mimicmotion.paths import near
+from mimicmotion.paths import near, printable
 
 # A person balancing on a beam, four cameras, 100 frames each at 60 frames a second (pose2sim, BSD-3-Clause).
 EMBEDDED = Wheel(
@@ -33,27 +38,31 @@ EMBEDDED = Wheel(
     },
 )
 
-VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
+# As cameras, phones, recorders and browsers write them; what is in a file decides, these say only where to look.
+VIDEO_SUFFIXES = (
+    ".3g2", ".3gp", ".apng", ".asf", ".avi", ".divx", ".dv", ".f4v", ".flv", ".gif", ".h264", ".h265", ".hevc", ".ivf",
+    ".m2ts", ".m2v", ".m4v", ".mjpeg", ".mjpg", ".mkv", ".mov", ".mp4", ".mpe", ".mpeg", ".mpg", ".mts", ".mxf", ".nut",
+    ".ogm", ".ogv", ".qt", ".rm", ".rmvb", ".ts", ".vob", ".webm", ".webp", ".wmv", ".y4m",
+)  # fmt: skip
 # 4096 x 4096: a few kilobytes of video can ask for gigabytes of picture.
 MAX_FRAME_PIXELS = 4096 * 4096
 # About 20 minutes of 1920x1080 at 30 frames a second.
 MAX_VIDEO_PIXELS = 75_000_000_000
-# Containers may count a frame or two that no player shows; fewer than this share means that the end is missing.
-MIN_DECODED_SHARE = 0.98
-
-
-class VideoError(ValueError):
-    """A video that cannot be used; the message says why."""
+# Of the seconds that a video states; one that shows fewer is named as cut short.
+MIN_SHOWN_SHARE = 0.98
 
 
 @dataclass(frozen=True, kw_only=True)
 class VideoProperties:
-    """What a video says of itself: size in pixels as shown, frames (0 where it does not say), frames a second."""
+    """What a player shows of a video."""
 
-    height: int
+    film: Film
+    height: int  # pixels as shown
     width: int
-    num_frames: int
+    num_frames: int  # at one rate
     frames_per_second: float
+    frames: tuple[int, ...] | None  # which of the shown frames each of num_frames is; None: all of them, in order
+    notes: tuple[str, ...]  # what of its statements was overruled
 
 
 def embedded_footage(cache_dir: Path | None = None) -> list[Path]:
@@ -62,87 +71,143 @@ def embedded_footage(cache_dir: Path | None = None) -> list[Path]:
 
 
 def find_videos(folder: Path) -> list[Path]:
-    """The videos of folder and its subfolders, sorted. Raises ValueError where there is no folder or no video."""
+    """The videos of folder and its subfolders, sorted, and what must be answered for with them.
+
+    Those are links that lead nowhere, and folders that are links or cannot be read: decoding says so of each. Raises
+    ValueError where there is no folder or no video.
+    """
     if not folder.is_dir():
-        raise ValueError(f"got videos folder {folder}, which is not a folder ({near(folder, Path.is_dir)}); give one")
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file())
-    if not found:
         raise ValueError(
-            f"got videos folder {folder} without a video, wanted files ending in {', '.join(VIDEO_SUFFIXES)}"
+            f"got videos folder {printable(folder)}, which is not a folder ({near(folder, Path.is_dir)}); give one"
         )
-    return found
+    folders, files = _entries(folder)
+    videos = [path for path in files if path.suffix.lower() in VIDEO_SUFFIXES]
+    if not videos:
+        raise ValueError(
+            f"got videos folder {printable(folder)} without a video, wanted files ending in"
+            f" {', '.join(VIDEO_SUFFIXES)}{''.join(f'; {line}' for line in not_looked_at(folder))}"
+        )
+    return sorted([*folders, *videos])
+
+
+def not_looked_at(folder: Path) -> list[str]:
+    """What else lies in folder and its subfolders, as one line for each ending."""
+    endings = Counter(path.suffix.lower() for path in _entries(folder)[1])
+    return [
+        f"not looked at: {number} file{'s' * (number > 1)}"
+        f" {f'ending in {printable(ending)}' if ending else 'without an ending'}"
+        for ending, number in sorted(endings.items())
+        if ending not in VIDEO_SUFFIXES
+    ]
+
+
+def _entries(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Folders that are not looked into, links and those that cannot be read, and files."""
+    folders: list[Path] = []
+    files: list[Path] = []
+
+    def unread(error: OSError) -> None:
+        folders.append(Path(error.filename))
+
+    for here, inside, names in os.walk(folder, onerror=unread):
+        # A link may lead round in a circle.
+        folders += [path for path in (Path(here, name) for name in inside) if path.is_symlink()]
+        files += [Path(here, name) for name in names]
+    return folders, files
 
 
 def read_properties(
     path: Path, *, max_frame_pixels: int = MAX_FRAME_PIXELS, max_video_pixels: int = MAX_VIDEO_PIXELS
 ) -> VideoProperties:
-    """The properties of a video, without decoding it. Raises VideoError where it is no video or too large."""
-    with _open(path) as container:
-        stream = _video_stream(container)
-        height, width = stream.codec_context.height, stream.codec_context.width
-        rate = float(stream.average_rate or stream.guessed_rate or 0)
-        seconds = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else 0.0
-        num_frames = stream.frames or round(seconds * rate)
-    if height < 1 or width < 1 or rate <= 0:
-        raise VideoError(f"says {width}x{height} pixels at {rate:g} frames a second, which is no video")
-    _check_size(height, width, max(1, num_frames), max_frame_pixels, max_video_pixels)
-    return VideoProperties(height=height, width=width, num_frames=num_frames, frames_per_second=rate)
+    """What a player shows of a video. Decodes its first frame, and all of them only where its packets are not even.
+
+    Raises VideoError where it is no video or too large, and where what was decoded is damaged.
+    """
+    film = open_film(path)
+    if film.height < 1 or film.width < 1:
+        raise VideoError(f"says {film.width}x{film.height} pixels, which is no video")
+    _check_size(film.height, film.width, 1, max_frame_pixels, max_video_pixels)
+    times = packet_times(film)
+    num_packets = 1 if times is None else len(times)
+    _check_size(film.height, film.width, num_packets, max_frame_pixels, max_video_pixels)
+    first = next(frames_of(film, max_frame_pixels), None)
+    if first is None:
+        raise VideoError("holds no frame")
+    height, width = shown_size(first, film)
+    if times is None or not is_even(times) or not _agree(times, film.frames_per_second):
+        times = _shown_times(film, max_frame_pixels, max_video_pixels)
+    timeline = at_one_rate(times, film.frames_per_second)
+    num_frames = len(times) if timeline.frames is None else len(timeline.frames)
+    _check_size(height, width, num_frames, max_frame_pixels, max_video_pixels)
+    return VideoProperties(
+        film=film,
+        height=height,
+        width=width,
+        num_frames=num_frames,
+        frames_per_second=timeline.frames_per_second,
+        frames=timeline.frames,
+        notes=(*_notes(film, first, times, timeline.frames_per_second), *timeline.notes),
+    )
 
 
 def decode(
     path: Path,
     *,
     frame_stride: int = 1,
+    properties: VideoProperties | None = None,
     max_frame_pixels: int = MAX_FRAME_PIXELS,
     max_video_pixels: int = MAX_VIDEO_PIXELS,
 ) -> Iterator[np.ndarray]:
-    """Every frame_stride-th frame (H, W, 3) uint8 RGB in order, turned upright.
+    """Every frame_stride-th frame (H, W, 3) uint8 RGB in order, as a player shows it and at one frame rate.
 
-    Raises VideoError on the first error the decoder meets (it would otherwise show wrong pixels silently), on a change
-    of size, and where the video ends before the frames it promised.
+    properties are read where none are given. Raises VideoError on the first error the decoder meets (it would otherwise
+    show wrong pixels silently) and on a change of size.
     """
-    stated = read_properties(path, max_frame_pixels=max_frame_pixels, max_video_pixels=max_video_pixels)
-    decoded = 0
-    with _open(path) as container:
-        stream = _video_stream(container)
-        stream.codec_context.options = {"err_detect": "explode"}
-        stream.codec_context.thread_count = 1  # clips are decoded side by side instead
-        try:
-            for frame in container.decode(stream):
-                if (frame.height, frame.width) != (stated.height, stated.width):
-                    raise VideoError(
-                        f"changes size at frame {decoded} from {stated.width}x{stated.height} to"
-                        f" {frame.width}x{frame.height}"
-                    )
-                if frame.is_corrupt:
-                    raise VideoError(f"frame {decoded} is damaged")
-                if decoded % frame_stride == 0:
-                    yield _upright(frame)
-                decoded += 1
-                _check_size(stated.height, stated.width, decoded, max_frame_pixels, max_video_pixels)
-        except (av.FFmpegError, EOFError) as error:
-            raise VideoError(f"is damaged at frame {decoded}: {_reason(error)}") from error
-    if decoded < max(1, stated.num_frames * MIN_DECODED_SHARE):
-        raise VideoError(f"ends after {decoded} of the {stated.num_frames} frames it promises")
+    shown = properties or read_properties(path, max_frame_pixels=max_frame_pixels, max_video_pixels=max_video_pixels)
+    painter = Painter(shown.film)
+    wanted = None if shown.frames is None else np.bincount(shown.frames[::frame_stride])
+    for index, frame in enumerate(frames_of(shown.film, max_frame_pixels)):
+        _check_size(shown.height, shown.width, index + 1, max_frame_pixels, max_video_pixels)
+        if wanted is None:
+            times = index % frame_stride == 0
+        elif index == len(wanted):
+            return
+        else:
+            times = wanted[index]
+        if times:
+            picture = painter.paint(frame)
+            yield from repeat(picture, times)
 
 
-def _open(path: Path) -> InputContainer:
-    if path.stat().st_size == 0:
-        raise VideoError("is empty")
-    try:
-        return av.open(str(path), mode="r", options={"err_detect": "explode"})
-    except (av.FFmpegError, EOFError, ValueError) as error:
-        raise VideoError(f"is not a video that can be opened: {_reason(error)}") from error
+def _agree(times: np.ndarray, stated_rate: float) -> bool:
+    """Whether packets come as often as frames are said to: each may be a field, or hidden."""
+    rate = (len(times) - 1) / (times[-1] - times[0])
+    return abs(rate - stated_rate) < 0.02 * stated_rate
 
 
-def _video_stream(container: InputContainer) -> av.VideoStream:
-    if not container.streams.video:
-        raise VideoError("holds no video stream")
-    stream = container.streams.video[0]
-    # Damage in the header can leave a stream whose codec nobody knows, which PyAV's types do not foresee.
-    if getattr(stream, "codec_context", None) is None:
-        raise VideoError("holds a video stream of no known codec")
-    return stream
+def _shown_times(film: Film, max_frame_pixels: int, max_video_pixels: int) -> np.ndarray:
+    """When each frame is shown, in seconds; decodes all of them."""
+    times = []
+    for index, frame in enumerate(frames_of(film, max_frame_pixels)):
+        _check_size(film.height, film.width, index + 1, max_frame_pixels, max_video_pixels)
+        times.append(np.nan if frame.pts is None else frame.time)
+    known = np.array(times)
+    if np.isnan(known).any():
+        return np.arange(len(known)) / (film.frames_per_second or 1.0)
+    return known
+
+
+def _notes(film: Film, first: av.VideoFrame, times: np.ndarray, rate: float) -> Iterator[str]:
+    """What of the film's statements was overruled, and what it took to show it."""
+    shown_seconds = times[-1] - min(times[0], 0.0) + 1 / rate
+    if shown_seconds + 2 / rate < MIN_SHOWN_SHARE * film.seconds:
+        yield f"ends after {shown_seconds:.2f} of the {film.seconds:.2f} s it states: cut short?"
+    if film.transfer in HIGH_DYNAMIC_RANGE:
+        yield f"high dynamic range ({HIGH_DYNAMIC_RANGE[film.transfer][0]}): tone-mapped"
+    if first.interlaced_frame:
+        yield "interlaced: one field of each frame is shown"
+    if film.num_other_films:
+        yield f"holds {film.num_other_films + 1} films: the one of {film.width}x{film.height} pixels is shown"
 
 
 def _check_size(height: int, width: int, num_frames: int, max_frame_pixels: int, max_video_pixels: int) -> None:
@@ -153,14 +218,3 @@ def _check_size(height: int, width: int, num_frames: int, max_frame_pixels: int,
             f"is too large: {width}x{height} pixels times {num_frames} frames, the limit is {max_video_pixels} pixels;"
             " cut it into shorter videos"
         )
-
-
-def _reason(error: Exception) -> str:
-    return (error.strerror if isinstance(error, av.FFmpegError) else None) or str(error)
-
-
-def _upright(frame: av.VideoFrame) -> np.ndarray:
-    picture = frame.to_ndarray(format="rgb24")
-    # FFmpeg gives the turn counter-clockwise in degrees, as numpy turns.
-    quarter_turns = round(frame.rotation / 90) % 4
-    return np.ascontiguousarray(np.rot90(picture, quarter_turns)) if quarter_turns else picture

@@ -4,60 +4,21 @@ Each stage is cached under a key of all it follows from: a changed size or encod
 remakes only its own files, and an interrupted run goes on where it was.
 """
 
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import replace
 from os import cpu_count
 from pathlib import Path
-from threading import Lock
-
-import numpy as np
-import torch
 
 from mimicmotion.config import Config, DataConfig, demo
-from mimicmotion.data.cache import (
-    Clip,
-    Crop,
-    Drop,
-    Manifest,
-    NotFiniteError,
-    content_key,
-    file_sha256,
-    is_prepared,
-    load_intact,
-    save_tensors,
-)
-from mimicmotion.data.crop import crop_frame, crop_keypoints, person_crop
-from mimicmotion.data.curate import Bounds, measure, reasons_to_drop
-from mimicmotion.data.footage import VideoError, decode, embedded_footage, read_properties
-from mimicmotion.data.poses import PoseBackend, PoseTrack, load_backend
-from mimicmotion.data.progress import VideoProgress, Work
+from mimicmotion.data.cache import Clip, Drop, Manifest, check_writable, is_prepared
+from mimicmotion.data.clip_maker import ClipMaker, Recipe
+from mimicmotion.data.film import DECODER
+from mimicmotion.data.footage import embedded_footage
+from mimicmotion.data.poses import PoseBackend, load_backend
+from mimicmotion.data.progress import VideoProgress
 from mimicmotion.model.encoders import PATCH_CODEC, SPATIAL_FACTOR, Encoder, PatchCodec, load_encoder
-
-# Bumped where the meaning of a stored file changes, so that old files are not met.
-KEYPOINTS_FORMAT = 1
-TENSORS_FORMAT = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """How clips are made of videos."""
-
-    height: int  # pixels, a multiple of 8
-    width: int  # pixels, a multiple of 8
-    num_frames: int  # frames of a training clip; shorter videos are dropped
-    frame_stride: int = 1  # every frame_stride-th frame of a video is kept
-    bounds: Bounds = field(default_factory=Bounds)
-    frames_at_once: int = 16  # encoded together
-    workers: int | None = None  # videos worked on at once; None is one a processor core
-
-    def __post_init__(self) -> None:
-        for name in ("height", "width"):
-            if getattr(self, name) < SPATIAL_FACTOR or getattr(self, name) % SPATIAL_FACTOR:
-                raise ValueError(f"got {name} {getattr(self, name)}, wanted a positive multiple of {SPATIAL_FACTOR}")
-        for name in ("num_frames", "frame_stride", "frames_at_once"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"got {name} {getattr(self, name)}, wanted at least 1")
+from mimicmotion.paths import printable
 
 
 def prepare(
@@ -71,22 +32,28 @@ def prepare(
 ) -> Manifest:
     """Make the clips of videos in the folder prepared, and its manifest.
 
-    A video that cannot be used is recorded with its reason and the rest goes on. Raises ValueError where none is left.
+    A video that cannot be used is recorded with its reason and the rest goes on. Raises ValueError where none is left,
+    NotWritableError where the folder cannot be written, at once or later, and RuntimeError where memory ran out: what
+    was made until then stays, and the next call goes on from it.
     """
+    for folder in (prepared / "keypoints", prepared / "clips", prepared):
+        check_writable(folder)
     bounds = replace(recipe.bounds, min_frames=max(recipe.bounds.min_frames, recipe.num_frames))
     workers = recipe.workers or min(len(videos), cpu_count() or 1)
-    with progress or VideoProgress() as shown, ThreadPoolExecutor(max(1, workers)) as pool:
-        maker = _ClipMaker(prepared, recipe, bounds, poses, encoder, shown)
-        results = list(pool.map(maker.make, videos))
+    with progress or VideoProgress() as shown:
+        maker = ClipMaker(prepared, recipe, bounds, poses, encoder, shown)
+        results = _make_all(maker, videos, max(1, workers))
     clips: dict[str, Clip] = {}  # by content
     dropped = []
     for result in results:
         if isinstance(result, Drop):
             dropped.append(result)
         elif (first := clips.setdefault(result.source_sha256, result)) is not result:
-            dropped.append(Drop(source=result.source, stage="curate", reason=f"is the same video as {first.source}"))
+            dropped.append(
+                Drop(source=result.source, stage="curate", reason=f"is the same video as {printable(first.source)}")
+            )
     if not clips:
-        reasons = "\n".join(f"  {drop.source}: {drop.reason}" for drop in dropped)
+        reasons = "\n".join(f"  {printable(drop.source)}: {drop.reason}" for drop in dropped)
         raise ValueError(f"got {len(videos)} videos, none of which can be trained on:\n{reasons}")
     manifest = Manifest(
         height=recipe.height,
@@ -98,11 +65,27 @@ def prepare(
         spatial_factor=SPATIAL_FACTOR,
         pose_backend=poses.name,
         pose_version=poses.version,
+        decoder=DECODER,
         clips=list(clips.values()),
         dropped=dropped,
     )
     manifest.write(prepared)
     return manifest
+
+
+def _make_all(maker: ClipMaker, videos: Sequence[Path], workers: int) -> list[Clip | Drop]:
+    """What came of each video, in order. The first error stops all."""
+    with ThreadPoolExecutor(workers) as pool:
+        futures = [pool.submit(maker.make, video) for video in videos]
+        try:
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            for future in done:
+                future.result()
+        except BaseException:
+            maker.stop()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return [future.result() for future in futures]
 
 
 def prepare_if_missing(config: Config, progress: VideoProgress | None = None) -> Manifest:
@@ -139,7 +122,12 @@ def prepare_if_missing(config: Config, progress: VideoProgress | None = None) ->
 
 
 def _why_stale(manifest: Manifest, data: DataConfig) -> str | None:
-    """What of a manifest does not fit the settings, or None. Its poses are as the user chose them."""
+    """What of a manifest does not fit the settings, or None. Its poses are as the user chose them.
+
+    Another version of the decoder is no reason: videos may have been prepared on another machine.
+    """
+    if not manifest.decoder:
+        return "a version of this package that did not yet go by what a player shows"
     if (manifest.height, manifest.width) != (data.height, data.width):
         return f"{manifest.height}x{manifest.width} pixels, not {data.height}x{data.width}"
     if manifest.num_frames < data.num_frames:
@@ -150,151 +138,3 @@ def _why_stale(manifest: Manifest, data: DataConfig) -> str | None:
     if encoder == PatchCodec.name and manifest.encoder_version != PatchCodec.version:
         return f"version {manifest.encoder_version} of {encoder}, not {PatchCodec.version}"
     return None
-
-
-@dataclass(frozen=True)
-class _Source:
-    """A video whose poses are known."""
-
-    path: Path
-    sha256: str
-    height: int
-    width: int
-    track: PoseTrack
-    keypoints_file: str
-
-
-class _ClipMaker:
-    """Makes the clip of one video at a time; threads share it."""
-
-    def __init__(
-        self,
-        prepared: Path,
-        recipe: Recipe,
-        bounds: Bounds,
-        poses: PoseBackend,
-        encoder: Encoder,
-        progress: VideoProgress,
-    ) -> None:
-        self._prepared = prepared
-        self._recipe = recipe
-        self._bounds = bounds
-        self._poses = poses
-        self._encoder = encoder
-        self._progress = progress
-        self._encoder_lock = Lock()
-
-    def make(self, path: Path) -> Clip | Drop:
-        """The clip of a video, or why there is none."""
-        try:
-            properties = read_properties(path)
-            most_frames = -(-properties.num_frames // self._recipe.frame_stride)
-            if 0 < most_frames < self._bounds.min_frames:  # 0 where the container does not say: count when decoding
-                return self._drop(path, "curate", f"has {most_frames} frames, fewer than {self._bounds.min_frames}")
-            source = self._find_poses(path, properties.num_frames)
-            measures = measure(source.track, source.height, source.width)
-            if reasons := reasons_to_drop(measures, self._bounds):
-                return self._drop(path, "curate", "; ".join(reasons))
-            tensors_file, crop = self._encode(source)
-        except (VideoError, OSError) as error:
-            return self._drop(path, "decode", str(error))
-        except NotFiniteError as error:
-            made_by = f"{self._poses.name} {self._poses.version}, {self._encoder.name} {self._encoder.version}"
-            return self._drop(path, "check", f"gives values that are {error} (made by {made_by})")
-        self._progress.say(f"{path.name}: kept, {measures['num_frames']:.0f} frames")
-        return Clip(
-            clip_id=f"{path.stem}-{source.sha256[:8]}",
-            source=str(path.resolve()),
-            source_sha256=source.sha256,
-            source_height=source.height,
-            source_width=source.width,
-            frames_per_second=properties.frames_per_second / self._recipe.frame_stride,
-            num_frames=len(source.track.num_people),
-            frame_stride=self._recipe.frame_stride,
-            crop=crop,
-            keypoints_file=source.keypoints_file,
-            tensors_file=tensors_file,
-            statistics=measures,
-        )
-
-    def _drop(self, path: Path, stage: str, reason: str) -> Drop:
-        self._progress.say(f"{path.name}: dropped, {reason}")
-        return Drop(source=str(path.resolve()), stage=stage, reason=reason)
-
-    def _find_poses(self, path: Path, num_frames: int) -> _Source:
-        sha256 = file_sha256(path)
-        backend = self._poses
-        inputs = [KEYPOINTS_FORMAT, sha256, backend.name, backend.version, self._recipe.frame_stride]
-        name = f"keypoints/{content_key(inputs)}.safetensors"
-        stored = load_intact(self._prepared / name)
-        if stored is None:
-            work = self._progress.start(f"{path.name}: finding poses", num_frames // self._recipe.frame_stride)
-            size: list[int] = []
-            track = backend.track(self._frames(path, work, size))
-            if not size:
-                raise VideoError("holds no frame")
-            stored = {
-                "keypoints": torch.from_numpy(track.keypoints),
-                "num_people": torch.from_numpy(track.num_people),
-                "counts_people": torch.tensor([track.counts_people]),
-                "size": torch.tensor(size),
-            }
-            save_tensors(self._prepared / name, stored)
-            work.finish()
-        height, width = stored["size"].tolist()
-        track = PoseTrack(
-            keypoints=stored["keypoints"].numpy(),
-            num_people=stored["num_people"].numpy(),
-            counts_people=bool(stored["counts_people"].item()),
-        )
-        return _Source(path, sha256, height, width, track, name)
-
-    def _frames(self, path: Path, work: Work, size: list[int]) -> Iterator[np.ndarray]:
-        """The video's frames; the upright size (height, width) is put into size."""
-        try:
-            for frame in decode(path, frame_stride=self._recipe.frame_stride):
-                size[:] = frame.shape[:2]
-                yield frame
-                work.advance()
-        except VideoError:
-            work.abandon()
-            raise
-
-    def _encode(self, source: _Source) -> tuple[str, Crop]:
-        recipe = self._recipe
-        crop = person_crop(source.track.keypoints, source.height, source.width, recipe.height, recipe.width)
-        inputs = [
-            TENSORS_FORMAT, source.keypoints_file, asdict(crop), recipe.height, recipe.width, self._encoder.name,
-            self._encoder.version,
-        ]  # fmt: skip
-        name = f"clips/{content_key(inputs)}.safetensors"
-        if load_intact(self._prepared / name) is not None:
-            return name, crop
-        work = self._progress.start(f"{source.path.name}: encoding", len(source.track.num_people))
-        latents, embeddings = [], []
-        for batch in _batches(self._frames(source.path, work, []), recipe.frames_at_once):
-            cropped = np.stack([crop_frame(frame, crop, recipe.height, recipe.width) for frame in batch])
-            frames = torch.from_numpy(cropped).permute(0, 3, 1, 2).float() / 127.5 - 1  # (F, 3, H, W)
-            with self._encoder_lock:  # one batch on the device at a time, however many videos are worked on
-                latents.append(self._encoder.encode(frames).half())
-                embeddings.append(self._encoder.embed(frames).half())
-        keypoints = crop_keypoints(source.track.keypoints, crop, source.height, source.width)
-        tensors = {
-            "latents": torch.cat(latents),  # (F, 4, h, w), unscaled
-            "image_embedding": torch.cat(embeddings),  # (F, 1024)
-            "keypoints": torch.from_numpy(keypoints),  # (F, 128, 3)
-        }
-        save_tensors(self._prepared / name, tensors)
-        work.finish()
-        return name, crop
-
-
-def _batches(frames: Iterator[np.ndarray], size: int) -> Iterator[list[np.ndarray]]:
-    batch = []
-    for frame in frames:
-        batch.append(frame)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch

@@ -14,7 +14,12 @@ class VideoProgress:
         self._console = console if console is not None else Console()
         self._bars: Progress | None = None
         if self._console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+            columns = (
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+            )
             self._bars = Progress(*columns, console=self._console)
 
     def __enter__(self) -> "VideoProgress":
@@ -30,12 +35,16 @@ class VideoProgress:
 
     def start(self, name: str, total: int | None) -> "Work":
         """Begin a piece of work of total steps (None or 0 where unknown)."""
-        bar = None if self._bars is None else self._bars.add_task(name, total=total or None)
+        bar = None if self._bars is None else self._bars.add_task(self._sayable(name), total=total or None)
         return Work(self, name, self._bars, bar)
 
     def say(self, line: str) -> None:
-        """Print one line above the bars."""
+        """Print one line above the bars, with ? for what the terminal's encoding lacks."""
+        line = self._sayable(line)
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def _sayable(self, line: str) -> str:
+        return line.encode(self._console.encoding, "replace").decode(self._console.encoding)
 
 
 class Work:
@@ -47,9 +56,11 @@ class Work:
         self._bars = bars
         self._bar = bar
         self._started = time.perf_counter()
+        self.num_steps = 0  # done
 
     def advance(self) -> None:
         """One step is done."""
+        self.num_steps += 1
         if self._bars is not None and self._bar is not None:
             self._bars.advance(self._bar)
 

@@ -10,16 +10,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers.models.attention import BasicTransformerBlock, TemporalBasicTransformerBlock
-from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor, nn
 
+from mmkernels.blocks.recognition.transformer import SPATIAL, TEMPORAL, plain_parts_of_block, why_not_block
 from mmkernels.blocks.segment import segment
 
 Block = Any  # a BasicTransformerBlock or a TemporalBasicTransformerBlock, whose attn2 diffusers types as optional
-PLAIN_PROCESSORS = (AttnProcessor, AttnProcessor2_0)
 BYPASSED = ("norm2", "attn2.to_q", "attn2.to_k")  # of a block whose context is one token
-_FORWARDS = (BasicTransformerBlock.forward, TemporalBasicTransformerBlock.forward)
 
 
 def one_token_value(block: Block, context: Tensor) -> Tensor | None:
@@ -74,11 +71,11 @@ def dead_parameters(unet: nn.Module, context_tokens: int = 1) -> set[str]:
 
 def _is_bypassing(block: Any) -> bool:
     """Whether norm2 of the module is read by attn2 alone, and attn2 is a softmax over the context."""
-    if getattr(type(block), "forward", None) not in _FORWARDS or block.attn2 is None:
+    if not block._modules.keys() >= {"attn1", "attn2", "norm2", "ff"}:
         return False
-    attention, kind = block.attn2, getattr(block, "norm_type", "layer_norm")  # of a temporal block it is not asked
-    is_softmax = type(attention.processor) in PLAIN_PROCESSORS and not attention.residual_connection
-    return kind == "layer_norm" and attention.is_cross_attention and is_softmax
+    role = TEMPORAL if "ff_in" in block._modules else SPATIAL
+    original = getattr(block, "original", block)  # of a drop-in
+    return why_not_block(original, role) is None and "attn2" not in plain_parts_of_block(original, role)
 
 
 def attend_context(block: Block, tokens: Tensor, context: Tensor) -> Tensor:

@@ -1,11 +1,21 @@
-"""Modules that stand in the place of another one and hold the very same submodules under the same names."""
+"""Modules that stand in the place of another one: they are everything that it is, and compute in another way.
+
+A drop-in shares the whole `__dict__` of its original, so parameters, children, hooks, flags and mode are the same
+objects, whichever of the two they are read or set through. Its class is made of the kind of drop-in and of the
+original's class, whose name it bears: `isinstance` holds for both, and methods of the original are there.
+"""
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from mmkernels.blocks.segment import segment
@@ -13,23 +23,66 @@ from mmkernels.kernels.call import Call
 from mmkernels.memory.units import WHOLE, Choice, unit
 from mmkernels.scratch import DEFAULT_BYTES, scratch_within
 
+CHECKPOINTING = (
+    "diffusers' gradient checkpointing is on: leave it off (disable_gradient_checkpointing()). Replaced blocks are run "
+    "again only where their plan says so and take no part in it; what is not replaced is checkpointed as before"
+)
+
 
 class DropIn(nn.Module):
-    """Takes over the children, parameters and buffers of `original`: its state_dict, devices and dtypes are shared."""
+    """Takes the place of `original` and shares all its attributes. What is a drop-in's own is in slots."""
 
     how = ""
+    gradient_checkpointing = False  # as diffusers sets it, also on a block that had no such flag
+    __slots__ = ("_original",)
+
+    def __new__(cls, original: nn.Module) -> DropIn:
+        """One of a class that is this one and the original's."""
+        return object.__new__(_class_of(cls, type(original)))
 
     def __init__(self, original: nn.Module) -> None:
-        super().__init__()
-        # The very dicts, so that a parameter put in another's place (functional_call, to_empty) is in both.
-        self._modules, self._parameters, self._buffers = original._modules, original._parameters, original._buffers
+        object.__setattr__(self, "__dict__", original.__dict__)
         self._original = (original,)  # in a tuple, so that it is not a child and its keys do not appear twice
-        self.training = original.training
 
     @property
     def original(self) -> nn.Module:
         """The module whose place this one has taken."""
         return self._original[0]
+
+    def outside_of_checkpoint(self) -> AbstractContextManager[Any]:
+        """Where diffusers' owner of the block checkpoints it: what is saved inside stays, so nothing runs again.
+
+        A checkpoint recomputes when what was saved inside is asked for; the innermost hooks decide what is saved.
+        """
+        if not (self.gradient_checkpointing and torch.is_grad_enabled()):
+            return nullcontext()
+        warnings.warn(CHECKPOINTING, stacklevel=2)
+        return saved_tensors_hooks(_as_it_is, _as_it_is) if _is_in_checkpoint() else nullcontext()
+
+    def extra_repr(self) -> str:
+        """What repr() shows beside the children: the class is named as the original's."""
+        return f"{type(self).kind.__name__} of mmkernels"  # pyright: ignore[reportAttributeAccessIssue]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        slots = (name for kind in type(self).__mro__ for name in vars(kind).get("__slots__", ()))
+        own = {name: getattr(self, name) for name in slots if name != "_original"}
+        return _made_again, (type(self).kind, self.original, own)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@functools.cache
+def _class_of(kind: type[DropIn], known: type[nn.Module]) -> type[DropIn]:
+    """A drop-in of this kind that is a `known` as well, by name too."""
+    names = {"__module__": known.__module__, "__qualname__": known.__qualname__, "__doc__": kind.__doc__}
+    return type(known.__name__, (kind, known), {"__slots__": (), "kind": kind, "known_class": known, **names})
+
+
+def _made_again(kind: type[DropIn], original: nn.Module, own: dict[str, Any]) -> DropIn:
+    """A copied or unpickled drop-in."""
+    drop_in = object.__new__(_class_of(kind, type(original)))
+    DropIn.__init__(drop_in, original)
+    for name, value in own.items():
+        setattr(drop_in, name, value)
+    return drop_in
 
 
 PLAIN: tuple[Choice, ...] = ("recompute", "move")  # the choices of a unit that has nothing more to keep
@@ -40,11 +93,14 @@ class FusedBlock(DropIn):
 
     name: dotted, within the UNet; its units are named below it. choices: for its units, "recompute" where not named.
     is_recomputed: its only unit is `WHOLE`; nothing but its inputs is saved and it runs whole again in backward.
-    scratch_bytes: what a chunk inside its operations may take.
+    scratch_bytes: what a chunk inside its operations may take. plain: the parts that are called as they are.
     """
 
     how = "fused"
     why_not: ClassVar[Callable[[Any], str | None]]
+    probe_inputs: ClassVar[Callable[..., dict[str, Any]] | None] = None  # (module, B, F, H, W, T), where one can decide
+    plain_parts: ClassVar[Callable[[Any], Mapping[str, str]]] = staticmethod(lambda _: {})  # and why each is not fused
+    __slots__ = ("choices", "is_recomputed", "name", "plain", "scratch_bytes")
 
     def __init__(self, original: nn.Module) -> None:
         super().__init__(original)
@@ -52,6 +108,7 @@ class FusedBlock(DropIn):
         self.choices: Mapping[str, Choice] = {}
         self.is_recomputed = False
         self.scratch_bytes = DEFAULT_BYTES
+        self.plain = frozenset(type(self).plain_parts(original))
 
     def units(self) -> dict[str, tuple[Choice, ...]]:
         """Its units in the order they run, with the choices that each can have; `WHOLE`, if it has it, is the last."""
@@ -75,7 +132,7 @@ class FusedBlock(DropIn):
             with scratch_within(self.scratch_bytes):
                 return function(*inputs)
 
-        with unit(self.name):
+        with unit(self.name), self.outside_of_checkpoint():
             if not self.is_recomputed:
                 return within_bound(*inputs)
             with unit(WHOLE):
@@ -88,16 +145,36 @@ class FusedBlock(DropIn):
 
     def check_unchanged(self) -> None:
         """Raise RuntimeError with the reason where the block is no longer what replace() found."""
-        if (reason := type(self).why_not(self.known)) is not None:
+        reason = type(self).why_not(self.known)
+        if reason is None:
+            parts = type(self).plain_parts(self.known).items()
+            reason = next((f"{name}: {why}" for name, why in parts if name not in self.plain), None)
+        if reason is not None:
             raise RuntimeError(f"the block has changed since replace(): {reason}; undo(), change it, replace again")
+
+
+def _is_in_checkpoint() -> bool:
+    """Whether what is saved now goes to a checkpoint; torch before 2.8 cannot tell, then it may."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    if top is None:
+        return True
+    hooks = top(True)  # (pack, unpack), or None
+    return hooks is not None and "_checkpoint_hook" in hooks[0].__qualname__
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
 
 
 class CheckpointedBlock(DropIn):
     """The original, whole, under torch.utils.checkpoint: only its input is kept for backward."""
 
     how = "checkpoint"
+    __slots__ = ()
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Takes and returns what the original takes and returns."""
-        self.original.training = self.training
-        return checkpoint(self.original, *args, use_reentrant=False, **kwargs)
+        if self.gradient_checkpointing:  # then diffusers runs it again
+            warnings.warn(CHECKPOINTING, stacklevel=2)
+            return self.original.forward(*args, **kwargs)
+        return checkpoint(self.original.forward, *args, use_reentrant=False, **kwargs)

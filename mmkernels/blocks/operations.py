@@ -5,6 +5,7 @@ Shapes are as few as tell one kernel from another: two pixels of a frame, one fr
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -33,27 +34,44 @@ Calls = dict[str, Call]
 def product_dtype(x: Tensor) -> torch.dtype:
     """What torch's linear layers and convolutions compute in for an operand x: autocast's dtype where it is on."""
     kind = x.device.type
+    if kind == "meta":
+        return x.dtype
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-def of_transformer(block: Any) -> Calls:
-    """Of a TransformerSpatioTemporalModel."""
-    x = _pictures(block.proj_in.weight, block.proj_in.weight.shape[1])[0]  # (1, P, C)
-    attending = block.transformer_blocks[0].attn1
-    C, heads = attending.to_q.weight.shape[0], attending.heads
-    hidden = block.transformer_blocks[0].ff.net[2].weight.shape[1]
-    tokens, dtype = x.new_empty((1, PIXELS, C)), product_dtype(x)
-    products = tokens.to(dtype)
-    return {
-        "norm": group_norm_tokens.call_of(x, dtype),
-        "layer norm": layer_norm.call_of(tokens, dtype),
-        "attention": attention.call_of(tokens, dtype, PIXELS, heads, C // heads),
-        "temporal attention": temporal_attention.call_of(tokens, dtype, (1, 1, PIXELS, heads, C // heads)),
-        "up-projection": geglu_product.call_of(tokens, dtype, C, hidden),
-        "GEGLU": geglu.call_of(products.new_empty((PIXELS, 2 * hidden))),
-        "sums of biases": column_sums.call_of(products),
-        "blend": blend.call_of(tokens, dtype),
-    }
+def of_transformer(block: Any, plain: Collection[str] = ()) -> Calls:
+    """Of a TransformerSpatioTemporalModel, without the parts named in `plain`."""
+    x = _pictures(block.norm.weight, block.norm.weight.shape[0])[0]  # (1, P, C)
+    dtype = product_dtype(x)
+    calls = {"norm": group_norm_tokens.call_of(x, dtype)}
+    for name in ("transformer_blocks", "temporal_transformer_blocks"):
+        inside = {x.removeprefix(f"{name}.0.") for x in plain if x.startswith(f"{name}.0.")}
+        calls |= of_transformer_block(getattr(block, name)[0], inside)
+    return calls | {"sums of biases": column_sums.call_of(x.to(dtype)), "blend": blend.call_of(x, x.dtype)}
+
+
+def of_transformer_block(block: Any, plain: Collection[str] = ()) -> Calls:
+    """Of a block over pixels, or over frames, which has an ff_in."""
+    is_over_frames, calls = hasattr(block, "ff_in"), {}
+    if "attn1" not in plain:
+        attending = block.attn1
+        C, heads = block.norm1.weight.shape[0], attending.heads
+        tokens = block.norm1.weight.new_empty((1, PIXELS, C))
+        dtype = product_dtype(tokens)
+        calls["layer norm"] = layer_norm.call_of(tokens, dtype)
+        if is_over_frames:
+            shape = (1, 1, PIXELS, heads, C // heads)
+            calls["temporal attention"] = temporal_attention.call_of(tokens, dtype, shape)
+        else:
+            calls["attention"] = attention.call_of(tokens, dtype, PIXELS, heads, C // heads)
+    if "ff" not in plain:
+        C, hidden = block.norm3.weight.shape[0], block.ff.net[2].in_features
+        tokens = block.norm3.weight.new_empty((1, PIXELS, C))
+        dtype = product_dtype(tokens)
+        calls["layer norm"] = layer_norm.call_of(tokens, dtype)
+        calls["up-projection"] = geglu_product.call_of(tokens, dtype, C, hidden)
+        calls["GEGLU"] = geglu.call_of(tokens.to(dtype).new_empty((PIXELS, 2 * hidden)))
+    return calls
 
 
 def of_residual_block(block: Any) -> Calls:

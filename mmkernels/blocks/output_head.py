@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from mmkernels.blocks.drop_in import PLAIN, DropIn, FusedBlock
-from mmkernels.blocks.exactness import is_hooked, why_not_output_head
 from mmkernels.blocks.operations import of_output_head
+from mmkernels.blocks.recognition.resnet import why_not_output_head
+from mmkernels.blocks.recognition.structure import is_hooked
 from mmkernels.blocks.resnet import channels_last, norm_silu_conv
 from mmkernels.kernels.call import Call
 from mmkernels.memory.units import Choice, unit
@@ -26,6 +27,12 @@ class FusedOutputHead(FusedBlock):
     """
 
     why_not = staticmethod(why_not_output_head)
+
+    __slots__ = ("_head",)
+
+    def __new__(cls, head: nn.ModuleDict) -> FusedOutputHead:
+        """One of a class that is conv_out's too."""
+        return super().__new__(cls, head["conv_out"])  # pyright: ignore[reportReturnType]  a class of both
 
     def __init__(self, head: nn.ModuleDict) -> None:
         super().__init__(head["conv_out"])
@@ -70,6 +77,8 @@ class _Planes(torch.autograd.Function):
 
 class PassThrough(DropIn):
     """Stands for a module that a later one computes: keeps its parameters and returns what it is given."""
+
+    __slots__ = ()
 
     def forward(self, x: Any) -> Any:
         """x itself. Raises RuntimeError where a hook would see that and not what the original gives."""

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mmkernels.blocks.drop_in import PLAIN, FusedBlock
-from mmkernels.blocks.exactness import why_not_resnet
 from mmkernels.blocks.operations import of_residual_block
+from mmkernels.blocks.recognition.inputs import resnet_inputs
+from mmkernels.blocks.recognition.resnet import why_not_resnet
 from mmkernels.kernels.call import Call
 from mmkernels.memory.units import WHOLE, Choice, unit
 from mmkernels.ops.blend import blend
@@ -27,6 +28,8 @@ class FusedResBlock(FusedBlock):
     """Same equation, parameters and state_dict as diffusers' SpatioTemporalResBlock."""
 
     why_not = staticmethod(why_not_resnet)
+    probe_inputs = staticmethod(resnet_inputs)
+    __slots__ = ()
     spatial_res_block: ResnetBlock2D
     temporal_res_block: TemporalResnetBlock
     time_mixer: AlphaBlender

@@ -13,21 +13,28 @@ That is eight, and the logsumexp of the attention over pixels. A context of seve
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
+from typing import Any
 
 import torch
-from diffusers.models.resnet import AlphaBlender
-from diffusers.models.transformers.transformer_temporal import (
-    TransformerTemporalModelOutput,
-)
 from torch import Tensor, nn
 
+from mmkernels.blocks.contexts import RULES, Context, of_first_frame
 from mmkernels.blocks.cross_attention import Block, attend_context, one_token_value
 from mmkernels.blocks.drop_in import PLAIN, FusedBlock
-from mmkernels.blocks.exactness import why_not_transformer
 from mmkernels.blocks.operations import of_transformer, product_dtype
+from mmkernels.blocks.plain_part import by_frame, by_pixel, for_each_pixel, plainly
+from mmkernels.blocks.recognition.forms import digest_of_form
+from mmkernels.blocks.recognition.inputs import transformer_inputs
+from mmkernels.blocks.recognition.transformer import (
+    SPATIAL,
+    TEMPORAL,
+    plain_parts_of_transformer,
+    why_not_transformer,
+)
 from mmkernels.blocks.segment import segment
+from mmkernels.blocks.weights import Linear, adapters_of, linear_of
 from mmkernels.kernels.call import Call
 from mmkernels.memory.units import WHOLE, Choice, unit
 from mmkernels.ops.blend_projection import blend_projection
@@ -36,27 +43,35 @@ from mmkernels.ops.group_norm_projection import group_norm_projection
 from mmkernels.ops.spatial_attention import spatial_attention
 from mmkernels.ops.temporal_attention_block import temporal_attention_block
 
+try:
+    from diffusers.models.transformers.transformer_temporal import TransformerTemporalModelOutput
+except ModuleNotFoundError:  # before diffusers 0.28
+    from diffusers.models.transformer_temporal import (  # pyright: ignore[reportMissingImports]
+        TransformerTemporalModelOutput,
+    )
+
 _KEEPS: tuple[Choice, ...] = ("keep", *PLAIN)
-_LAYER: Mapping[str, tuple[Choice, ...]] = {  # the units of one layer
-    "spatial_attention": PLAIN,
-    "spatial_feed_forward": _KEEPS,
-    "feed_forward_in": _KEEPS,
-    "temporal_attention": _KEEPS,
-    "temporal_feed_forward": _KEEPS,
+UNITS: Mapping[str, Mapping[str, tuple[Choice, ...]]] = {  # of the blocks of one layer
+    SPATIAL: {"spatial_attention": PLAIN, "spatial_feed_forward": _KEEPS},
+    TEMPORAL: {"feed_forward_in": _KEEPS, "temporal_attention": _KEEPS, "temporal_feed_forward": _KEEPS},
 }
+_NONE: Mapping[str, Any] = MappingProxyType({})
 
 
 class FusedTransformer(FusedBlock):
     """Same equation, parameters and state_dict as diffusers' TransformerSpatioTemporalModel."""
 
     why_not = staticmethod(why_not_transformer)
+    probe_inputs = staticmethod(transformer_inputs)
+    plain_parts = staticmethod(plain_parts_of_transformer)
+    __slots__ = ()
     norm: nn.GroupNorm
     proj_in: nn.Linear
     transformer_blocks: nn.ModuleList
     temporal_transformer_blocks: nn.ModuleList
     time_pos_embed: nn.Module
     time_proj: nn.Module
-    time_mixer: AlphaBlender
+    time_mixer: Any
     proj_out: nn.Linear
 
     def units(self) -> dict[str, tuple[Choice, ...]]:
@@ -64,39 +79,49 @@ class FusedTransformer(FusedBlock):
         layers = {
             f"{_prefix(index)}{name}": choices
             for index in range(len(self.transformer_blocks))
-            for name, choices in _LAYER.items()
+            for units in UNITS.values()
+            for name, choices in units.items()
         }
         return {"norm_projection": PLAIN, **layers, "blend_projection": PLAIN, WHOLE: PLAIN}
 
     def calls(self) -> Mapping[str, Call]:
         """Of every operation."""
-        return of_transformer(self)
+        return of_transformer(self, self.plain)
 
     def forward(
         self,
         hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
+        encoder_hidden_states: Context = None,
         image_only_indicator: Tensor | None = None,
         return_dict: bool = True,
+        *,
+        cross_attention_kwargs: Mapping[str, Any] | None = None,
     ) -> TransformerTemporalModelOutput | tuple[Tensor]:
-        """hidden_states (B*F, C, H, W), encoder_hidden_states (B*F, T, C_context), image_only_indicator (B, F)."""
+        """hidden_states (B*F, C, H, W), encoder_hidden_states (B*F, T, C_context), image_only_indicator (B, F).
+
+        cross_attention_kwargs: for an attention over pixels that is not known; the known ones take none.
+        """
         self.check_unchanged()
         if encoder_hidden_states is None or image_only_indicator is None:
             raise ValueError("encoder_hidden_states or image_only_indicator is None, wanted (B*F, T, C) and (B, F)")
-        output = self.run(self._compute, hidden_states, encoder_hidden_states, image_only_indicator)
+        inputs = hidden_states, encoder_hidden_states, image_only_indicator
+        output = self.run(lambda *x: self._compute(*x, cross_attention_kwargs or {}), *inputs)
         return TransformerTemporalModelOutput(sample=output) if return_dict else (output,)
 
-    def _compute(self, hidden_states: Tensor, context: Tensor, image_only_indicator: Tensor) -> Tensor:
+    def _compute(
+        self, hidden_states: Tensor, context: Context, image_only_indicator: Tensor, kwargs: Mapping[str, Any]
+    ) -> Tensor:
         BF, _, H, W = hidden_states.shape
         F = image_only_indicator.shape[-1]
-        # Every frame attends over time with the context of its clip's first frame.
-        first_context = context.reshape(BF // F, F, *context.shape[1:])[:, 0]  # (B, T, C_context)
+        rule = RULES.get(digest_of_form(self.original) or "", of_first_frame)
+        context_of_frames = rule(context, self, BF // F, H * W)  # (B, T, C_context) or (B*P, T, C_context)
         x = hidden_states.permute(0, 2, 3, 1).flatten(1, 2)  # (B*F, P, C), a view
         with unit("norm_projection"):
-            weight, bias = _linear(self.proj_in, x)
+            layer = _linear(self.proj_in, x)
             tokens = group_norm_projection(
-                x, self.norm.weight, self.norm.bias, weight, bias, self.norm.num_groups, eps=self.norm.eps
-            )
+                x, self.norm.weight, self.norm.bias, layer.weight, layer.bias, self.norm.num_groups,
+                eps=self.norm.eps, **adapters_of(layer),
+            )  # fmt: skip
             frame_embedding = self._embed_frames(BF // F, F, hidden_states)  # (B*F, 1, C)
             alpha = self._alpha(image_only_indicator)  # (B*F)
         streams = None
@@ -106,15 +131,23 @@ class FusedTransformer(FusedBlock):
             if streams is not None:
                 with unit(f"{prefix}spatial_attention"):
                     tokens = segment(_blend, *streams, alpha)
-            tokens = _spatial(spatial, tokens, context, prefix, self.choices)
+            tokens = spatial_transformer_block(
+                spatial, tokens, context, prefix=prefix, choices=self.choices,
+                plain=self._plain_in(f"transformer_blocks.{index}"), kwargs=kwargs,
+            )  # fmt: skip
             temporal_tokens = temporal_transformer_block(
-                temporal, tokens, frame_embedding, first_context, F, prefix=prefix, choices=self.choices
-            )
+                temporal, tokens, frame_embedding, context_of_frames, F, prefix=prefix, choices=self.choices,
+                plain=self._plain_in(f"temporal_transformer_blocks.{index}"),
+            )  # fmt: skip
             streams = tokens, temporal_tokens
         assert streams is not None
         with unit("blend_projection"):
-            output = blend_projection(x, *streams, alpha, *_linear(self.proj_out, x))
+            layer = _linear(self.proj_out, x)
+            output = blend_projection(x, *streams, alpha, layer.weight, layer.bias, **adapters_of(layer))
         return output.unflatten(1, (H, W)).permute(0, 3, 1, 2)  # laid out as the input is
+
+    def _plain_in(self, block: str) -> set[str]:
+        return {name.rpartition(".")[2] for name in self.plain if name.startswith(f"{block}.")}
 
     def _embed_frames(self, B: int, F: int, like: Tensor) -> Tensor:
         sinusoid = self.time_proj(torch.arange(F, device=like.device))  # (F, C), always float32
@@ -135,66 +168,113 @@ def _blend(spatial: Tensor, temporal: Tensor, alpha: Tensor) -> Tensor:
     return torch.lerp(temporal, spatial, alpha.to(spatial.dtype)[:, None, None])
 
 
-def _spatial(block: Block, tokens: Tensor, context: Tensor, prefix: str, choices: Mapping[str, Choice]) -> Tensor:
-    """The transformer block over pixels, tokens (B*F, P, C): attention, context, feed-forward."""
+def spatial_transformer_block(
+    block: Block, tokens: Tensor, context: Context, *, prefix: str = "", choices: Mapping[str, Choice] = _NONE,
+    plain: Iterable[str] = (), kwargs: Mapping[str, Any] = _NONE,
+) -> Tensor:  # fmt: skip
+    """The transformer block over pixels, tokens (B*F, P, C): attention, context, feed-forward.
+
+    prefix: of the names of its units. choices: for the units of the whole block. plain: parts that are called as the
+    modules they are, with kwargs where they are attentions.
+    """
     norm, attention = block.norm1, block.attn1
+    given = {"attention_mask": None, **kwargs}
     with unit(f"{prefix}spatial_attention"):
-        tokens = spatial_attention(
-            tokens, norm.weight, norm.bias, *_projections(attention, tokens), attention.heads, eps=norm.eps
-        )
+        if "attn1" in plain:
+            tokens = plainly(norm, attention, tokens, lambda x: attention(x, encoder_hidden_states=None, **given))
+        else:
+            weights, adapters = _projections(attention, tokens)
+            tokens = spatial_attention(
+                tokens, norm.weight, norm.bias, *weights, attention.heads, eps=norm.eps, **adapters
+            )
     with unit(f"{prefix}spatial_feed_forward"):
-        value = one_token_value(block, context)
-        if value is None:
+        value = None
+        if "attn2" in plain:
+            attend = block.attn2
+            tokens = plainly(block.norm2, attend, tokens, lambda x: attend(x, encoder_hidden_states=context, **given))
+        elif (value := one_token_value(block, context)) is None:
             tokens = attend_context(block, tokens, context)
-        return _feed_forward(block.norm3, block.ff, tokens, value, choices.get(f"{prefix}spatial_feed_forward"))
+        choice = choices.get(f"{prefix}spatial_feed_forward")
+        return _feed_forward(block.norm3, block.ff, tokens, value, choice, is_plain="ff" in plain)
 
 
 def temporal_transformer_block(
-    block: Block, tokens: Tensor, frame_embedding: Tensor, context: Tensor, F: int, *,
-    prefix: str = "", choices: Mapping[str, Choice] = MappingProxyType({}),
+    block: Block, tokens: Tensor, frame_embedding: Tensor | None, context: Context, F: int, *,
+    prefix: str = "", choices: Mapping[str, Choice] = _NONE, plain: Iterable[str] = (),
 ) -> Tensor:  # fmt: skip
-    """The transformer block over frames; tokens (B*F, P, C), frame_embedding (B*F, 1, C), context (B, T, C_context).
+    """The transformer block over frames; tokens (B*F, P, C), frame_embedding (B*F, 1, C).
 
-    prefix: of the names of its units. choices: for the units of the whole block.
+    context: (B, T, C_context), of each clip, or (B*P, T, C_context), of each of its pixels. The rest as above.
     """
     BF, P, C = tokens.shape
+    B = BF // F
     with unit(f"{prefix}feed_forward_in"):
         choice = choices.get(f"{prefix}feed_forward_in")
-        tokens = _feed_forward(block.norm_in, block.ff_in, tokens, frame_embedding, choice).view(BF // F, F, P, C)
+        is_plain = "ff_in" in plain
+        tokens = _feed_forward(block.norm_in, block.ff_in, tokens, frame_embedding, choice, is_plain=is_plain)
+        tokens = tokens.view(B, F, P, C)
     norm, attention = block.norm1, block.attn1
     with unit(f"{prefix}temporal_attention"):
-        tokens = temporal_attention_block(
-            tokens, norm.weight, norm.bias, *_projections(attention, tokens), attention.heads, eps=norm.eps,
-            keep="qkv" if choices.get(f"{prefix}temporal_attention") == "keep" else "input",
-        )  # fmt: skip
-    with unit(f"{prefix}temporal_feed_forward"):
-        value = one_token_value(block, context)
-        if value is None:
-            # Queries do not see each other here, so the frames and pixels of a clip share one sequence.
-            tokens = attend_context(block, tokens.reshape(BF // F, F * P, C), context)
+        if "attn1" in plain:
+            attend = lambda x: attention(x, encoder_hidden_states=None)  # noqa: E731
+            tokens = by_frame(plainly(norm, attention, by_pixel(tokens), attend), B)
         else:
-            value = value.repeat_interleave(F, 0)
-        tokens = tokens.reshape(BF, P, C)
-        return _feed_forward(block.norm3, block.ff, tokens, value, choices.get(f"{prefix}temporal_feed_forward"))
+            weights, adapters = _projections(attention, tokens)
+            tokens = temporal_attention_block(
+                tokens, norm.weight, norm.bias, *weights, attention.heads, eps=norm.eps,
+                keep="qkv" if choices.get(f"{prefix}temporal_attention") == "keep" else "input", **adapters,
+            )  # fmt: skip
+    with unit(f"{prefix}temporal_feed_forward"):
+        tokens, value = _attend_over_frames(block, tokens, context, is_plain="attn2" in plain)
+        choice = choices.get(f"{prefix}temporal_feed_forward")
+        return _feed_forward(block.norm3, block.ff, tokens, value, choice, is_plain="ff" in plain)
+
+
+def _attend_over_frames(
+    block: Block, tokens: Tensor, context: Context, *, is_plain: bool
+) -> tuple[Tensor, Tensor | None]:
+    """attn2 of the block over frames on tokens (B, F, P, C): tokens (B*F, P, C), and what is still to be added."""
+    B, F, P, C = tokens.shape
+    value = None
+    if is_plain:
+        attend, rows = block.attn2, for_each_pixel(context, B, P)
+        row_tokens = plainly(block.norm2, attend, by_pixel(tokens), lambda x: attend(x, encoder_hidden_states=rows))
+        tokens = by_frame(row_tokens, B)
+    elif (value := one_token_value(block, context)) is not None:
+        if value.shape[0] == B:
+            value = value.repeat_interleave(F, 0)  # (B*F, 1, C)
+        else:  # of each pixel
+            tokens, value = tokens + value.view(B, 1, P, C), None
+    elif context.shape[0] == B:
+        # Queries do not see each other here, so the frames and pixels of a clip share one sequence.
+        tokens = attend_context(block, tokens.reshape(B, F * P, C), context)
+    else:
+        tokens = by_frame(attend_context(block, by_pixel(tokens), context), B)
+    return tokens.reshape(B * F, P, C), value
 
 
 def _feed_forward(
-    norm: nn.LayerNorm, feed_forward: Block, tokens: Tensor, shift: Tensor | None, choice: Choice | None
-) -> Tensor:
+    norm: nn.LayerNorm, feed_forward: Block, tokens: Tensor, shift: Tensor | None, choice: Choice | None, *,
+    is_plain: bool = False,
+) -> Tensor:  # fmt: skip
     """h + ff(norm(h)) with h = tokens + shift; tokens (B*F, P, C), shift (B*F, 1, C)."""
+    if is_plain:
+        return plainly(norm, feed_forward, tokens if shift is None else tokens + shift, feed_forward)
     up, down = _linear(feed_forward.net[0].proj, tokens), _linear(feed_forward.net[2], tokens)
     shift, keep = None if shift is None else shift.to(tokens.dtype), "up" if choice == "keep" else "input"
-    return geglu_feed_forward(tokens, norm.weight, norm.bias, *up, *down, eps=norm.eps, shift=shift, keep=keep)
+    weights = (norm.weight, norm.bias, up.weight, up.bias, down.weight, down.bias)
+    return geglu_feed_forward(tokens, *weights, eps=norm.eps, shift=shift, keep=keep, **adapters_of(up, down))
 
 
-def _projections(attention: Block, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The weights of query, key, value and output, and the output's bias, in the dtype of the products."""
-    dtype = product_dtype(like)
-    q, k, v = (layer.weight.to(dtype) for layer in (attention.to_q, attention.to_k, attention.to_v))
-    return q, k, v, *_linear(attention.to_out[0], like)
+def _projections(
+    attention: Block, like: Tensor
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor], dict[str, Any]]:
+    """The weights of query, key, value and output, and the output's bias, in the dtype of the products; adapters."""
+    layers = (attention.to_q, attention.to_k, attention.to_v, attention.to_out[0])
+    q, k, v, out = (_linear(layer, like) for layer in layers)
+    return (q.weight, k.weight, v.weight, out.weight, out.bias), adapters_of(q, k, v, out)
 
 
-def _linear(layer: nn.Linear, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight and bias in the dtype that torch would compute the layer in."""
-    dtype = product_dtype(like)
-    return layer.weight.to(dtype), layer.bias.to(dtype)
+def _linear(layer: nn.Module, like: Tensor) -> Linear:
+    """What the layer computes with, in the dtype that torch would compute it in."""
+    return linear_of(layer, product_dtype(like))

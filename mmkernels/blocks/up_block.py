@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
-from mmkernels.blocks.drop_in import PLAIN, FusedBlock
-from mmkernels.blocks.exactness import why_not_up_block
+from mmkernels.blocks.contexts import Context
+from mmkernels.blocks.drop_in import PLAIN, DropIn, FusedBlock
+from mmkernels.blocks.recognition.resnet import why_not_up_block
+from mmkernels.blocks.recognition.structure import is_hooked
 from mmkernels.blocks.resnet import FusedResBlock
 from mmkernels.blocks.segment import segment
 from mmkernels.memory.units import Choice, unit
@@ -25,11 +32,7 @@ class FusedUpBlock(FusedBlock):
     attentions: nn.ModuleList
     upsamplers: nn.ModuleList | None
 
-    def __init__(self, original: nn.Module) -> None:
-        super().__init__(original)
-        self.has_cross_attention = getattr(original, "has_cross_attention", False)  # the UNet asks for it
-        if "upsamplers" not in self._modules:
-            self.upsamplers = None
+    __slots__ = ()
 
     def units(self) -> dict[str, tuple[Choice, ...]]:
         """The upsampler; the blocks inside have units of their own."""
@@ -41,32 +44,41 @@ class FusedUpBlock(FusedBlock):
         res_hidden_states_tuple: tuple[Tensor, ...],
         temb: Tensor | None = None,
         *,
-        encoder_hidden_states: Tensor | None = None,
+        encoder_hidden_states: Context = None,
         image_only_indicator: Tensor | None = None,
         upsample_size: tuple[int, int] | None = None,
+        cross_attention_kwargs: Mapping[str, Any] | None = None,
     ) -> Tensor:
         """hidden_states (B*F, C, H, W) and one skip (B*F, C_skip, H, W) for each residual block, the last one first."""
         self.check_unchanged()
-        attentions = list(self.attentions) if self.has_cross_attention else [None] * len(self.resnets)
+        attentions = getattr(self, "attentions", None) or [None] * len(self.resnets)
         skips = reversed(res_hidden_states_tuple)
         for resnet, attention, skip in zip(self.resnets, attentions, skips, strict=False):
-            if isinstance(resnet, FusedResBlock):
+            if isinstance(resnet, FusedResBlock) and not is_hooked(resnet):  # a hook sees what diffusers gives it
                 hidden_states = resnet(hidden_states, temb, image_only_indicator, skip=skip)
             else:
                 joined = torch.cat([hidden_states, skip], dim=1)
-                hidden_states = resnet(joined, temb, image_only_indicator=image_only_indicator)
+                hidden_states = self._as_diffusers_calls_it(resnet)(joined, temb, image_only_indicator)
             if attention is not None:
+                more = {} if cross_attention_kwargs is None else {"cross_attention_kwargs": cross_attention_kwargs}
                 hidden_states = attention(
                     hidden_states,
                     encoder_hidden_states=encoder_hidden_states,
                     image_only_indicator=image_only_indicator,
                     return_dict=False,
+                    **more,
                 )[0]
         with unit(self.name), unit("upsample"):
             for upsampler in self.upsamplers or ():
                 conv = upsampler.get_submodule("conv")
                 hidden_states = segment(lambda x, conv=conv: conv(_enlarge(x, upsample_size)), hidden_states)
         return hidden_states
+
+    def _as_diffusers_calls_it(self, block: nn.Module) -> Callable[..., Tensor]:
+        """A residual block, checkpointed where that is on and it is not replaced."""
+        if isinstance(block, DropIn) or not (self.gradient_checkpointing and torch.is_grad_enabled()):
+            return block
+        return partial(checkpoint, block, use_reentrant=False)
 
 
 def _enlarge(x: Tensor, size: tuple[int, int] | None) -> Tensor:

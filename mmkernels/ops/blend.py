@@ -2,7 +2,7 @@
 
     y = alpha * s + (1 - alpha) * t      s, t, y (R, P, C), alpha (R), one number for each frame
 
-Saved for backward are s and t; with dy the gradient of y
+Saved for backward are s and t, where alpha's gradient is wanted, the only one that reads them; with dy that of y
 
     ds = alpha * dy     dt = (1 - alpha) * dy     dalpha = sum over a frame of dy * (s - t)
 
@@ -39,36 +39,46 @@ def _forward_fake(spatial: Tensor, temporal: Tensor, alpha: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("mmkernels::blend_backward", mutates_args=())
-def _backward(dy: Tensor, spatial: Tensor, temporal: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    gradients = _gradients(spatial, temporal, alpha)
-    kernels.backward_into(dy, spatial, temporal, alpha, *gradients)
+def _backward(
+    dy: Tensor, spatial: Tensor | None, temporal: Tensor | None, alpha: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of all three; that of alpha means nothing without the streams."""
+    gradients = _gradients(dy, alpha)
+    # Where alpha wants no gradient, nothing reads the streams: any two of their shape will do.
+    streams = (dy, dy) if spatial is None or temporal is None else (spatial, temporal)
+    kernels.backward_into(dy, *streams, alpha, *gradients)
     return gradients
 
 
 @_backward.register_fake
-def _backward_fake(dy: Tensor, spatial: Tensor, temporal: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return _gradients(spatial, temporal, alpha)
+def _backward_fake(
+    dy: Tensor, spatial: Tensor | None, temporal: Tensor | None, alpha: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _gradients(dy, alpha)
 
 
-def _gradients(spatial: Tensor, temporal: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(spatial), torch.empty_like(temporal), torch.zeros_like(alpha)
+def _gradients(dy: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    ds, dt = (torch.empty(dy.shape, dtype=dy.dtype, device=dy.device) for _ in range(2))
+    return ds, dt, torch.zeros_like(alpha)
 
 
 def _save(ctx: Any, inputs: Sequence[Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+    spatial, temporal, alpha = inputs
+    ctx.save_for_backward(*((spatial, temporal) if ctx.needs_input_grad[2] else (None, None)), alpha)
 
 
-def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return _backward(dy, *ctx.saved_tensors)
+def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    gradients = zip(_backward(dy, *ctx.saved_tensors), ctx.needs_input_grad, strict=True)
+    return tuple(gradient if is_needed else None for gradient, is_needed in gradients)
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
 
 
 def blend(spatial: Tensor, temporal: Tensor, alpha: Tensor) -> Tensor:
-    """alpha s + (1 - alpha) t; s, t and the result (R, P, C) of one dtype, alpha (R). Saves s and t.
+    """alpha s + (1 - alpha) t; s, t and the result (R, P, C) of one dtype, alpha (R).
 
-    Raises ValueError where shapes or dtypes do not fit.
+    Saves s and t where alpha wants a gradient. Raises ValueError where shapes or dtypes do not fit.
     """
     if spatial.ndim != 3 or temporal.shape != spatial.shape or temporal.dtype != spatial.dtype:
         got = f"{tuple(spatial.shape)} {spatial.dtype} and {tuple(temporal.shape)} {temporal.dtype}"

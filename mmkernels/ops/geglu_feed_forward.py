@@ -11,7 +11,8 @@ g = u[:H] * gelu(u[H:]), all of it recomputed, dg = dy Wd and
     du = (dg * gelu(u[H:]),  dg * u[:H] * gelu'(u[H:]))      gelu'(x) = cdf(x) + x * density(x)
 
 x may be wider than the weights (float32 tokens, bfloat16 weights, as under autocast): the norm is taken in x's dtype,
-the products in the weights', the residual in x's. Gradients of parameters are summed in float32.
+the products in the weights', the residual in x's. Gradients of parameters are summed in float32, and taken only where
+they are wanted. Adapters stand on the rows of Wu, and on those of Wd after them (mmkernels.matrices).
 """
 
 from __future__ import annotations
@@ -27,9 +28,11 @@ from torch.utils.flop_counter import register_flop_formula
 
 from mmkernels.costs import device_kind
 from mmkernels.kernels import geglu_product as up_geglu
+from mmkernels.kernels.column_sums import column_sums
 from mmkernels.kernels.geglu import geglu_backward_into, geglu_into
 from mmkernels.kernels.layer_norm import add_residual_into, layer_norm_backward_into, layer_norm_of
-from mmkernels.rows import add_product, check_shapes, chunk_size, chunks_of_tokens, num_sharing, wide_dtype, wide_vector
+from mmkernels.matrices import adapter_flops, check_adapters, matrices, of_lists, wanted, wide_like
+from mmkernels.rows import check_shapes, chunk_size, chunks_of_tokens, num_sharing, wide_dtype, wide_vector
 from mmkernels.scratch import Buffers, scratch_rows
 
 Keep = Literal["input", "up"]
@@ -68,13 +71,15 @@ def _has_place(x: Tensor, dtype: torch.dtype) -> bool:
 @torch.library.custom_op("mmkernels::geglu_feed_forward", mutates_args=())
 def _forward(
     x: Tensor, shift: Tensor | None, norm_weight: Tensor, norm_bias: Tensor, up_weight: Tensor, up_bias: Tensor,
-    down_weight: Tensor, down_bias: Tensor, eps: float, chunk_tokens: int, keep_up: bool,
+    down_weight: Tensor, down_bias: Tensor, adapters: Sequence[Tensor], places: Sequence[int], eps: float,
+    chunk_tokens: int, keep_up: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     C, H = down_weight.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     saved = torch.empty(_saved_shape(x, up_weight, keep_up), dtype=up_weight.dtype, device=x.device)
     vectors = [wide_vector(vector, x) for vector in (norm_weight, norm_bias, up_bias, down_bias)]
     shifts = _flat_shift(x, shift)
+    (up, down), _ = matrices((up_weight, down_weight), (False, False), adapters, places)
     chunks, largest = chunks_of_tokens(x, chunk_tokens)
     buffers = Buffers(x, up_weight.dtype, largest)
     for rows, tokens, flat in chunks:
@@ -83,11 +88,12 @@ def _forward(
         place = _place(y[rows, tokens], up_weight.dtype)
         normal, _, _ = layer_norm_of(part, chunk_shift, vectors[0], vectors[1], eps, buffers, place)
         g = buffers.take("g", count, H)
-        if keep_up:
-            geglu_into(torch.mm(normal, up_weight.t(), out=saved[flat]), vectors[2], g)
+        if keep_up or up.adapters:
+            u = saved[flat] if keep_up else buffers.take("u", count, 2 * H)
+            geglu_into(up.times(normal, u), vectors[2], g)
         else:
             up_geglu.forward_into(normal, up_weight, vectors[2], g, partial(buffers.take, "u", count, 2 * H))
-        inner = torch.mm(g, down_weight.t(), out=normal)
+        inner = down.times(g, normal)
         add_residual_into(part, chunk_shift, inner, vectors[3], y[rows, tokens])
     return y, saved
 
@@ -103,7 +109,8 @@ def _flat_shift(x: Tensor, shift: Tensor | None) -> Tensor | None:
 @_forward.register_fake
 def _forward_fake(
     x: Tensor, shift: Tensor | None, norm_weight: Tensor, norm_bias: Tensor, up_weight: Tensor, up_bias: Tensor,
-    down_weight: Tensor, down_bias: Tensor, eps: float, chunk_tokens: int, keep_up: bool,
+    down_weight: Tensor, down_bias: Tensor, adapters: Sequence[Tensor], places: Sequence[int], eps: float,
+    chunk_tokens: int, keep_up: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     return y, torch.empty(_saved_shape(x, up_weight, keep_up), dtype=up_weight.dtype, device=x.device)
@@ -116,10 +123,9 @@ def _product_flops(x_shape: Sequence[int], up_shape: Sequence[int], products: in
 
 
 @register_flop_formula(torch.ops.mmkernels.geglu_feed_forward)
-def _forward_flops(
-    x_shape: Sequence[int], _shift: Any, _weight: Any, _bias: Any, up_shape: Sequence[int], *_: Any, **__: Any
-) -> int:
-    return _product_flops(x_shape, up_shape, 3)
+def _forward_flops(x: Sequence[int], *shapes: Any, **__: Any) -> int:
+    _, _, _, up, _, down, _, adapters, places, *_ = shapes
+    return _product_flops(x, up, 3) + adapter_flops(x[0] * x[1], adapters, places, (up[0], down[0]), (1, 1))
 
 
 # --- backward
@@ -128,81 +134,110 @@ def _forward_flops(
 @torch.library.custom_op("mmkernels::geglu_feed_forward_backward", mutates_args=())
 def _backward(
     dy: Tensor, x: Tensor, shift: Tensor | None, saved: Tensor, norm_weight: Tensor, norm_bias: Tensor,
-    up_weight: Tensor, up_bias: Tensor, down_weight: Tensor, eps: float, chunk_tokens: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x, shift (empty without one), up_weight, up_bias, down_weight, and the (3, C) of the other vectors.
+    up_weight: Tensor, up_bias: Tensor, down_weight: Tensor, adapters: Sequence[Tensor], places: Sequence[int],
+    eps: float, chunk_tokens: int, needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
+    """Gradients of x, shift, up_weight, up_bias, down_weight, the (3, C) of the other vectors, and of the adapters.
 
+    needs: which of the forward's tensors want theirs, the adapters last and together; see `_gradients` for the rest.
     Those of parameters are at least float32; autograd rounds them to the dtype of the parameter.
     """
     C, H = down_weight.shape
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dx, dshift, _, _, _, vector_sums, _ = _gradients(x, shift, up_weight, up_bias, down_weight, adapters, needs)
     norm_weight, norm_bias, up_bias = (wide_vector(vector, x) for vector in (norm_weight, norm_bias, up_bias))
     shifts = _flat_shift(x, shift)
-    up_sum, down_sum = (torch.zeros_like(w, dtype=wide_dtype(w.dtype)) for w in (up_weight, down_weight))
-    up_bias_sum, vector_sums = torch.zeros_like(up_bias), torch.zeros((3, C), dtype=up_bias.dtype, device=x.device)
+    (up, down), sums = matrices((up_weight, down_weight), (needs[4], needs[6]), adapters, places, needs[8])
+    up_bias_sum, vector_sums = torch.zeros_like(up_bias), vector_sums.zero_()
     chunks, largest = chunks_of_tokens(x, chunk_tokens)
     buffers = Buffers(x, up_weight.dtype, largest)
-    for rows, tokens, flat in chunks:
+    for rows, tokens, flat in chunks if any((*needs[:7], needs[8])) else ():
         count, part = flat.stop - flat.start, x[rows, tokens]
         chunk_shift = None if shifts is None else shifts[rows]
-        place = _place(dx[rows, tokens], up_weight.dtype)
+        place = _place(dx[rows, tokens], up_weight.dtype) if _is_through(needs) else None
         normal, mean, rstd = layer_norm_of(part, chunk_shift, norm_weight, norm_bias, eps, buffers, place)
         du = buffers.take("u", count, 2 * H)
         dinner = dy[rows, tokens].reshape(count, C).to(up_weight.dtype)
-        g = torch.mm(dinner, down_weight, out=buffers.take("g", count, H))  # dg first
-        if saved.numel():
-            up_bias_sum += geglu_backward_into(saved[flat], up_bias, g, du, g)
+        g = down.back(dinner, buffers.take("g", count, H))  # dg first
+        if saved.numel() or up.adapters:
+            u = saved[flat] if saved.numel() else up.times(normal, du)
+            up_bias_sum += geglu_backward_into(u, up_bias, g, du, g)
         else:
             up_bias_sum += up_geglu.backward_into(normal, up_weight, up_bias, du, g)
-        add_product(down_sum, dinner, g)
-        add_product(up_sum, du, normal)
-        dnormal = torch.mm(du, up_weight, out=normal)
-        vector_sums += layer_norm_backward_into(
-            dnormal, part, chunk_shift, norm_weight, mean, rstd, dy[rows, tokens], dx[rows, tokens]
-        )
-    wide = wide_dtype(x.dtype)
-    dshift = x.new_empty(0, dtype=wide) if shift is None else dx.sum(1, keepdim=True, dtype=wide)
-    return dx, dshift, up_sum, up_bias_sum, down_sum, vector_sums
+        down.collect(dinner, g)
+        up.collect(du, normal)
+        if _is_through(needs):
+            vector_sums += layer_norm_backward_into(
+                up.back(du, normal), part, chunk_shift, norm_weight, mean, rstd, dy[rows, tokens], dx[rows, tokens]
+            )
+    if needs[7] and not _is_through(needs):
+        vector_sums[2] = column_sums(dy).sum(0)
+    if dshift.numel():
+        torch.sum(dx, 1, keepdim=True, dtype=dshift.dtype, out=dshift)
+    return dx, dshift, up.sum, up_bias_sum, down.sum, vector_sums, sums
+
+
+def _is_through(needs: Sequence[bool]) -> bool:
+    """Whether the norm is differentiated: for x, shift or the norm's parameters."""
+    return any(needs[:4])
 
 
 @_backward.register_fake
 def _backward_fake(
     dy: Tensor, x: Tensor, shift: Tensor | None, saved: Tensor, norm_weight: Tensor, norm_bias: Tensor,
-    up_weight: Tensor, up_bias: Tensor, down_weight: Tensor, eps: float, chunk_tokens: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    wide, product = wide_dtype(x.dtype), wide_dtype(up_weight.dtype)
-    R, _, C = x.shape
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    dshift = x.new_empty((0,) if shift is None else (R, 1, C), dtype=wide)
-    dup, ddown = (torch.empty_like(weight, dtype=product) for weight in (up_weight, down_weight))
-    return dx, dshift, dup, x.new_empty(up_bias.shape, dtype=wide), ddown, x.new_empty((3, C), dtype=wide)
+    up_weight: Tensor, up_bias: Tensor, down_weight: Tensor, adapters: Sequence[Tensor], places: Sequence[int],
+    eps: float, chunk_tokens: int, needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
+    return _gradients(x, shift, up_weight, up_bias, down_weight, adapters, needs)
+
+
+def _gradients(
+    x: Tensor, shift: Tensor | None, up_weight: Tensor, up_bias: Tensor, down_weight: Tensor,
+    adapters: Sequence[Tensor], needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
+    """What `_backward` returns, uninitialised: empty where it is not wanted, but for vectors, which come in passing."""
+    wide, (R, _, C) = wide_dtype(x.dtype), x.shape
+    dx = torch.empty(x.shape if _is_through(needs) else 0, dtype=x.dtype, device=x.device)
+    dshift = x.new_empty((R, 1, C) if needs[1] else (0,), dtype=wide)
+    dup, ddown = wide_like(up_weight, needs[4]), wide_like(down_weight, needs[6])
+    vectors = x.new_empty(up_bias.shape, dtype=wide), x.new_empty((3, C), dtype=wide)
+    return dx, dshift, dup, vectors[0], ddown, vectors[1], [wide_like(x) for x in adapters if needs[8]]
 
 
 @register_flop_formula(torch.ops.mmkernels.geglu_feed_forward_backward)
-def _backward_flops(
-    _dy: Any, x_shape: Sequence[int], _shift: Any, saved_shape: Sequence[int], _weight: Any, _bias: Any,
-    up_shape: Sequence[int], *_: Any, **__: Any,
-) -> int:  # fmt: skip
-    return _product_flops(x_shape, up_shape, 6 if saved_shape[0] else 8)  # two of them the recomputed up-projection
+def _backward_flops(_: Any, x: Sequence[int], *shapes: Any, **__: Any) -> int:
+    _, saved, _, _, up, _, down, adapters, places, _, _, needs = shapes
+    if not any((*needs[:7], needs[8])):
+        return 0
+    again, through, wants = not saved[0], _is_through(needs), 2 * needs[8]
+    products = 1 + 2 * (again + through + needs[4]) + needs[6]
+    times = (again + through + wants, 1 + wants)
+    return _product_flops(x, up, products) + adapter_flops(x[0] * x[1], adapters, places, (up[0], down[0]), times)
 
 
 # --- autograd
 
 
 def _save(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor]) -> None:
-    x, shift, norm_weight, norm_bias, up_weight, up_bias, down_weight, _, ctx.eps, ctx.chunk_tokens, _ = inputs
+    x, shift, norm_weight, norm_bias, up_weight, up_bias, down_weight, _, adapters, ctx.places, *ctx.settings, _ = (
+        inputs
+    )
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # otherwise backward begins by zeroing a gradient as large as the kept one
-    ctx.save_for_backward(x, shift, output[1], norm_weight, norm_bias, up_weight, up_bias, down_weight)
+    saved = (x, shift, output[1], norm_weight, norm_bias, up_weight, up_bias, down_weight)
+    ctx.save_for_backward(*saved, *adapters)
 
 
-def _differentiate(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, dy: Tensor | None, _: None) -> tuple[Any, ...]:
+    needs, saved = ctx.needs_input_grad, ctx.saved_tensors  # once: under an outer checkpoint a second is an error
     if dy is None:
-        return (None,) * 11
-    saved = ctx.saved_tensors  # read once: under an outer checkpoint a second time is an error
-    dx, dshift, dup, dup_bias, ddown, vectors = _backward(dy, *saved, ctx.eps, ctx.chunk_tokens)
+        return (*(None,) * 8, *of_lists([], ctx.places), None, None, None)
+    needs = [*needs[:8], any(needs[8])]
+    dx, dshift, dup, dup_bias, ddown, vectors, dadapters = _backward(
+        dy, *saved[:8], saved[8:], ctx.places, *ctx.settings, needs
+    )
     dweight, dbias, ddown_bias = vectors.unbind()
-    return dx, None if saved[1] is None else dshift, dweight, dbias, dup, dup_bias, ddown, ddown_bias, None, None, None
+    found = (dx, dshift, dweight, dbias, dup, dup_bias, ddown, ddown_bias)
+    return (*wanted(found, needs), *of_lists(dadapters, ctx.places), None, None, None)
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
@@ -223,7 +258,7 @@ def default_chunk_tokens(x: Tensor, up_weight: Tensor) -> int:
 def geglu_feed_forward(
     x: Tensor, norm_weight: Tensor, norm_bias: Tensor, up_weight: Tensor, up_bias: Tensor, down_weight: Tensor,
     down_bias: Tensor, *, eps: float = 1e-5, shift: Tensor | None = None, chunk_tokens: int | None = None,
-    keep: Keep = "input",
+    keep: Keep = "input", adapters: Sequence[Tensor] = (), places: Sequence[int] = (),
 ) -> Tensor:  # fmt: skip
     """y = h + geglu(LayerNorm(h) Wu^T + bu) Wd^T + bd with h = x + shift; x and y (R, T, C), shift (R, 1, C).
 
@@ -246,5 +281,6 @@ def geglu_feed_forward(
     if keep not in ("input", "up"):
         raise ValueError(f"got keep={keep!r}, wanted 'input' or 'up'")
     chunk = chunk_size("chunk_tokens", chunk_tokens, default_chunk_tokens(x, up_weight))
-    parameters = (norm_weight, norm_bias, up_weight, up_bias, down_weight, down_bias)
-    return _forward(x, shift, *parameters, eps, chunk, keep == "up")[0]
+    check_adapters((up_weight, down_weight), adapters, places)
+    parameters = (norm_weight, norm_bias, up_weight, up_bias, down_weight, down_bias, list(adapters), list(places))
+    return _forward(x, shift, *parameters, eps, chunk, keep == "up" and torch.is_grad_enabled())[0]

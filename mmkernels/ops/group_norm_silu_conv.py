@@ -8,8 +8,8 @@ channels. The weights are (K, C + C2, 3, 3) or (K, C + C2, 3, 1), the padding is
 pixels runs with M = B*F frames; a 3x1x1 over frames as M = B, H = F, W = P. shift (M, H or 1, K) is broadcast over the
 rest (the time embedding), residual and y are (M, H, W, K).
 
-Saved are x, x2, mean and rstd; backward computes the activation again. With da the gradient of a and u the normalised
-x, dz = da * silu'(z), and over the n elements of a group
+Saved are x, x2, mean and rstd; backward computes the activation again where dweight is wanted. With da the gradient of
+a and u the normalised x, dz = da * silu'(z), and over the n elements of a group
 
     dx = rstd * (gamma * dz - (sum(gamma * dz) + u * sum(gamma * dz * u)) / n)
     dgamma = sum(dz * u)     dbeta = sum(dz)     dweight = dy * a     dbias, dshift = sums of dy     dresidual = dy
@@ -30,8 +30,9 @@ from torch.utils.flop_counter import register_flop_formula
 
 from mmkernels.kernels import convolution, group_norm
 from mmkernels.kernels.column_sums import column_sums
-from mmkernels.kernels.convolution import Added, Inputs
+from mmkernels.kernels.convolution import Added, Inputs, Wants
 from mmkernels.kernels.group_norm.norm import Norm
+from mmkernels.matrices import wanted
 from mmkernels.rows import chunk_size
 
 # --- reference
@@ -96,49 +97,62 @@ def _forward_flops(x: Sequence[int], x2: Sequence[int] | None, a: Any, b: Any, w
 @torch.library.custom_op("mmkernels::group_norm_silu_conv_backward", mutates_args=())
 def _backward(
     dy: Tensor, x: Tensor, x2: Tensor | None, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, mean: Tensor,
-    rstd: Tensor, sum_rows: int, chunk_rows: int,
+    rstd: Tensor, sum_rows: int, chunk_rows: int, needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    dx, dx2, *parameters, sums = _gradients(dy, x, x2, norm_weight, norm_bias, weight, sum_rows)
+    """needs: which of the forward's tensors want their gradient; see `_gradients` for the rest."""
+    dx, dx2, *parameters, sums = _gradients(dy, x, x2, norm_weight, norm_bias, weight, sum_rows, needs)
+    wants = _wants(needs)
     if x.shape[:3].numel() == 0:
         dgamma, dbeta, dweight, sums = (target.zero_() for target in (*parameters, sums))
         return dx, dx2, dgamma, dbeta, dweight, sums
     if sum_rows:
         sums = column_sums(dy.reshape(dy.shape[0] * sum_rows, -1, dy.shape[3])).view(sums.shape)
-    inputs = Inputs(x, x2, Norm.of_parameters(mean, rstd, norm_weight, norm_bias), weight)
-    with torch.autocast(x.device.type, enabled=False):
-        found = convolution.backward(inputs, dy, dx, None if x2 is None else dx2, chunk_rows)
-    # Into outputs of their own: what the kernels return may view one tensor, or lie in another order.
-    dgamma, dbeta, dweight = (target.copy_(value) for target, value in zip(parameters, found, strict=True))
-    return dx, dx2, dgamma, dbeta, dweight, sums
+    if any(wants):
+        inputs = Inputs(x, x2, Norm.of_parameters(mean, rstd, norm_weight, norm_bias), weight)
+        with torch.autocast(x.device.type, enabled=False):
+            found = convolution.backward(inputs, dy, dx, None if x2 is None else dx2, chunk_rows, wants)
+        # Into outputs of their own: what the kernels return may view one tensor, or lie in another order.
+        for target, value in zip(parameters, found, strict=True):
+            if target.numel():
+                target.copy_(value)
+    return dx, dx2, *parameters, sums  # pyright: ignore[reportReturnType]  three parameters
+
+
+def _wants(needs: Sequence[bool]) -> Wants:
+    return Wants(data=any(needs[:4]), weight=needs[4])
 
 
 @_backward.register_fake
 def _backward_fake(
     dy: Tensor, x: Tensor, x2: Tensor | None, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, mean: Tensor,
-    rstd: Tensor, sum_rows: int, chunk_rows: int,
+    rstd: Tensor, sum_rows: int, chunk_rows: int, needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return _gradients(dy, x, x2, norm_weight, norm_bias, weight, sum_rows)
+    return _gradients(dy, x, x2, norm_weight, norm_bias, weight, sum_rows, needs)
 
 
 def _gradients(
-    dy: Tensor, x: Tensor, x2: Tensor | None, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, sum_rows: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dy: Tensor, x: Tensor, x2: Tensor | None, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, sum_rows: int,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Uninitialised dx, dx2 (empty without x2), dgamma, dbeta, dweight, which lies as the weight does, and dy's sums.
 
-    The latter are (M, sum_rows, K), at least float32, sum_rows 1 or H, 0 where nothing asks for them.
+    Empty where not wanted. The latter are (M, sum_rows, K), at least float32, sum_rows 1 or H, 0 where nothing asks.
     """
+    wants = _wants(needs)
     dx, dgamma, dbeta = (
-        torch.empty(like.shape, dtype=like.dtype, device=x.device) for like in (x, norm_weight, norm_bias)
+        torch.empty(like.shape if wants.data else 0, dtype=like.dtype, device=x.device)
+        for like in (x, norm_weight, norm_bias)
     )
-    dx2 = torch.empty((0,) if x2 is None else x2.shape, dtype=x.dtype, device=x.device)
+    dx2 = torch.empty((0,) if x2 is None or not wants.data else x2.shape, dtype=x.dtype, device=x.device)
+    dweight = torch.empty_like(weight) if wants.weight else weight.new_empty(0)
     shape, wide = (dy.shape[0], sum_rows, dy.shape[3]), torch.promote_types(dy.dtype, torch.float32)
-    return dx, dx2, dgamma, dbeta, torch.empty_like(weight), torch.empty(shape, dtype=wide, device=x.device)
+    return dx, dx2, dgamma, dbeta, dweight, torch.empty(shape, dtype=wide, device=x.device)
 
 
 @register_flop_formula(torch.ops.mmkernels.group_norm_silu_conv_backward)
-def _backward_flops(dy: Sequence[int], x: Sequence[int], x2: Any, a: Any, b: Any, weight: Sequence[int], *_: Any,
+def _backward_flops(dy: Sequence[int], x: Sequence[int], x2: Any, a: Any, b: Any, weight: Sequence[int], *rest: Any,
                     **__: Any) -> int:  # fmt: skip
-    return 2 * _forward_flops(x, x2, a, b, weight)  # the gradients of data and weights
+    return sum(_wants(rest[-1])) * _forward_flops(x, x2, a, b, weight)
 
 
 # --- autograd
@@ -150,15 +164,16 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     ctx.mark_non_differentiable(mean, rstd)
     ctx.save_for_backward(x, x2, norm_weight, norm_bias, weight, mean, rstd)
     ctx.dtypes = tuple(None if value is None else value.dtype for value in (bias, shift, residual))
-    ctx.sum_rows = shift.shape[1] if shift is not None else int(bias is not None)
+    wants_bias, wants_shift = ctx.needs_input_grad[5:7]
+    ctx.sum_rows = shift.shape[1] if wants_shift else int(wants_bias)
 
 
 def _differentiate(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors  # unpacked once: torch.utils.checkpoint allows no more
-    dx, dx2, dgamma, dbeta, dweight, sums = _backward(dy, *saved, ctx.sum_rows, ctx.chunk_rows)
-    given = zip((sums.sum((0, 1)), sums, dy), ctx.dtypes, strict=True)
-    dbias, dshift, dresidual = (None if dtype is None else value.to(dtype) for value, dtype in given)
-    return dx, None if saved[1] is None else dx2, dgamma, dbeta, dweight, dbias, dshift, dresidual, None, None, None
+    saved, needs = ctx.saved_tensors, ctx.needs_input_grad[:8]  # unpacked once: torch.utils.checkpoint allows no more
+    *gradients, sums = _backward(dy, *saved, ctx.sum_rows, ctx.chunk_rows, needs)
+    given = zip((sums.sum((0, 1)), sums, dy), ctx.dtypes, needs[5:], strict=True)
+    added = [value.to(dtype) if is_needed else None for value, dtype, is_needed in given]
+    return *wanted(gradients, needs), *added, None, None, None
 
 
 torch.library.register_autograd("mmkernels::group_norm_silu_conv", _differentiate, setup_context=_save)

@@ -8,7 +8,8 @@ output of attention (R, P, N * D) and its logsumexp (R, N, P); the norm and q, k
 backward walk over chunks of frames, so the transients are those of a chunk.
 
 x may be wider than the weights (float32 tokens, bfloat16 weights, as under autocast): the norm is taken at least in
-float32, the products and the attention in the weights' dtype, the residual in x's.
+float32, the products and the attention in the weights' dtype, the residual in x's. Gradients of parameters are taken
+only where they are wanted. Adapters stand on the rows of Wq, Wk, Wv, Wo, in this order (mmkernels.matrices).
 """
 
 from __future__ import annotations
@@ -21,18 +22,11 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
 
 from mmkernels.kernels import attention
+from mmkernels.kernels.column_sums import column_sums
 from mmkernels.kernels.launch import MOST_GRID_YZ
 from mmkernels.kernels.layer_norm import add_residual_into, layer_norm_backward_into, layer_norm_of
-from mmkernels.rows import (
-    add_product,
-    check_shapes,
-    chunk_size,
-    chunks,
-    default_chunk,
-    rows_of,
-    wide_dtype,
-    wide_vector,
-)
+from mmkernels.matrices import Matrix, adapter_flops, check_adapters, matrices, of_lists, summed, wanted, wide_like
+from mmkernels.rows import check_shapes, chunk_size, chunks, default_chunk, rows_of, wide_dtype, wide_vector
 from mmkernels.scratch import Buffers
 
 Backend = Literal["torch", "xformers", "flash-attn"]
@@ -67,19 +61,20 @@ def _heads(packed: Tensor, parts: int, num_heads: int) -> tuple[Tensor, ...]:
 @torch.library.custom_op("mmkernels::spatial_attention", mutates_args=())
 def _forward(
     x: Tensor, norm_weight: Tensor, norm_bias: Tensor, qkv_weight: Tensor, out_weight: Tensor, out_bias: Tensor,
-    num_heads: int, eps: float, chunk_frames: int, backend: str,
+    adapters: Sequence[Tensor], places: Sequence[int], num_heads: int, eps: float, chunk_frames: int, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     y, o, logsumexp = _outputs(x, qkv_weight, num_heads)
     norm_weight, norm_bias, out_bias = (wide_vector(vector, x) for vector in (norm_weight, norm_bias, out_bias))
+    (qkv, out), _ = matrices((qkv_weight, out_weight), (False, False), adapters, places)
     attend = _attention(x, qkv_weight, num_heads, backend)
     buffers = Buffers(x, qkv_weight.dtype, min(chunk_frames, x.shape[0]) * x.shape[1])
     for chunk in chunks(x, chunk_frames):
         part = x[chunk]
         h, _, _ = layer_norm_of(part, None, norm_weight, norm_bias, eps, buffers)
-        q, k, v = _heads((h @ qkv_weight.t()).view(*part.shape[:2], -1), 3, num_heads)
+        q, k, v = _heads(qkv.times(h).view(*part.shape[:2], -1), 3, num_heads)
         attended, logsumexp[chunk] = attend.forward(q, k, v)
         o[chunk] = attended.flatten(2)
-        inner = torch.mm(rows_of(o[chunk]), out_weight.t(), out=h)
+        inner = out.times(rows_of(o[chunk]), h)
         add_residual_into(part, None, inner, out_bias, y[chunk])
     return y, o, logsumexp
 
@@ -101,16 +96,17 @@ def _outputs(x: Tensor, qkv_weight: Tensor, num_heads: int) -> tuple[Tensor, Ten
 @_forward.register_fake
 def _forward_fake(
     x: Tensor, norm_weight: Tensor, norm_bias: Tensor, qkv_weight: Tensor, out_weight: Tensor, out_bias: Tensor,
-    num_heads: int, eps: float, chunk_frames: int, backend: str,
+    adapters: Sequence[Tensor], places: Sequence[int], num_heads: int, eps: float, chunk_frames: int, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return _outputs(x, qkv_weight, num_heads)
 
 
 @register_flop_formula(torch.ops.mmkernels.spatial_attention)
 def _forward_flops(x_shape: Sequence[int], *rest: Any, **__: Any) -> int:
-    _, _, qkv_shape, _, _, num_heads, *_ = rest
-    heads = _heads_shape(x_shape, qkv_shape, num_heads)
-    return _product_flops(x_shape, qkv_shape, 4) + sdpa_flop_count(heads, heads, heads)
+    _, _, qkv_shape, out_shape, _, adapters, places, num_heads, *_ = rest
+    heads, num_rows = _heads_shape(x_shape, qkv_shape, num_heads), (qkv_shape[0], out_shape[0])
+    flops = adapter_flops(x_shape[0] * x_shape[1], adapters, places, num_rows, (1, 1))
+    return flops + _product_flops(x_shape, qkv_shape, 4) + sdpa_flop_count(heads, heads, heads)
 
 
 def _heads_shape(x_shape: Sequence[int], qkv_shape: Sequence[int], num_heads: int) -> tuple[int, ...]:
@@ -126,12 +122,11 @@ def _product_flops(x_shape: Sequence[int], qkv_shape: Sequence[int], products: i
 
 
 def _packed_gradient(
-    h: Tensor, dout: Tensor, o: Tensor, logsumexp: Tensor, qkv_weight: Tensor, out_weight: Tensor, num_heads: int,
-    attend: Any,
-) -> Tensor:  # fmt: skip
+    h: Tensor, dout: Tensor, o: Tensor, logsumexp: Tensor, qkv: Matrix, out: Matrix, num_heads: int, attend: Any
+) -> Tensor:
     """The gradient (r * P, 3 * N * D) of a chunk's q, k, v, which are computed again and dropped here."""
-    q, k, v = _heads((h @ qkv_weight.t()).view(*o.shape[:2], -1), 3, num_heads)
-    (do,), (o,) = _heads((dout @ out_weight).view_as(o), 1, num_heads), _heads(o, 1, num_heads)
+    q, k, v = _heads(qkv.times(h).view(*o.shape[:2], -1), 3, num_heads)
+    (do,), (o,) = _heads(out.back(dout).view_as(o), 1, num_heads), _heads(o, 1, num_heads)
     gradients = attend.backward(do, q, k, v, o, logsumexp)
     del q, k, v, do
     return rows_of(torch.stack(gradients, 2).flatten(2))
@@ -140,67 +135,96 @@ def _packed_gradient(
 @torch.library.custom_op("mmkernels::spatial_attention_backward", mutates_args=())
 def _backward(
     dy: Tensor, x: Tensor, o: Tensor, logsumexp: Tensor, norm_weight: Tensor, norm_bias: Tensor, qkv_weight: Tensor,
-    out_weight: Tensor, num_heads: int, eps: float, chunk_frames: int, backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x, qkv_weight, out_weight, and the (3, C) of norm_weight, norm_bias and out_bias.
+    out_weight: Tensor, adapters: Sequence[Tensor], places: Sequence[int], num_heads: int, eps: float,
+    chunk_frames: int, backend: str, needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
+    """Gradients of x, qkv_weight, out_weight, the (3, C) of norm_weight, norm_bias and out_bias, and of the adapters.
 
+    needs: which of the forward's tensors want theirs, the adapters last and together; see `_gradients` for the rest.
     Those of parameters are at least float32; autograd rounds them to the dtype of the parameter.
     """
-    wide = wide_dtype(x.dtype)
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dx, _, _, vector_sums, _ = _gradients(x, qkv_weight, out_weight, adapters, needs)
+    vector_sums.zero_()
     norm_weight, norm_bias = wide_vector(norm_weight, x), wide_vector(norm_bias, x)
-    qkv_sum, out_sum = (torch.zeros_like(w, dtype=wide_dtype(w.dtype)) for w in (qkv_weight, out_weight))
-    vector_sums = torch.zeros((3, x.shape[2]), dtype=wide, device=x.device)
+    (qkv, out), sums = matrices((qkv_weight, out_weight), (needs[3], needs[4]), adapters, places, needs[6])
     attend = _attention(x, qkv_weight, num_heads, backend)
     buffers = Buffers(x, qkv_weight.dtype, min(chunk_frames, x.shape[0]) * x.shape[1])
     for chunk in chunks(x, chunk_frames):
-        part, o_part = x[chunk], o[chunk]
+        part, o_part, dout = x[chunk], o[chunk], rows_of(dy[chunk]).to(out_weight.dtype)
+        out.collect(dout, rows_of(o_part))
+        if not _is_inside(needs):
+            continue
         h, mean, rstd = layer_norm_of(part, None, norm_weight, norm_bias, eps, buffers)
-        dout = rows_of(dy[chunk]).to(out_weight.dtype)
-        packed = _packed_gradient(h, dout, o_part, logsumexp[chunk], qkv_weight, out_weight, num_heads, attend)
-        add_product(qkv_sum, packed, h)
-        add_product(out_sum, dout, rows_of(o_part))
-        dh = torch.mm(packed, qkv_weight, out=h)
-        vector_sums += layer_norm_backward_into(dh, part, None, norm_weight, mean, rstd, dy[chunk], dx[chunk])
-    return dx, qkv_sum, out_sum, vector_sums
+        packed = _packed_gradient(h, dout, o_part, logsumexp[chunk], qkv, out, num_heads, attend)
+        qkv.collect(packed, h)
+        if _is_through(needs):
+            dh = qkv.back(packed, h)
+            vector_sums += layer_norm_backward_into(dh, part, None, norm_weight, mean, rstd, dy[chunk], dx[chunk])
+    if needs[5] and not _is_through(needs):
+        vector_sums[2] = column_sums(dy).sum(0)
+    return dx, qkv.sum, out.sum, vector_sums, sums
+
+
+def _is_through(needs: Sequence[bool]) -> bool:
+    """Whether the norm is differentiated: for x or the norm's parameters."""
+    return any(needs[:3])
+
+
+def _is_inside(needs: Sequence[bool]) -> bool:
+    """Whether the attention is."""
+    return any((*needs[:4], needs[6]))
 
 
 @_backward.register_fake
 def _backward_fake(
     dy: Tensor, x: Tensor, o: Tensor, logsumexp: Tensor, norm_weight: Tensor, norm_bias: Tensor, qkv_weight: Tensor,
-    out_weight: Tensor, num_heads: int, eps: float, chunk_frames: int, backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    dqkv, dout = (torch.empty_like(w, dtype=wide_dtype(w.dtype)) for w in (qkv_weight, out_weight))
-    return dx, dqkv, dout, x.new_empty((3, x.shape[2]), dtype=wide_dtype(x.dtype))
+    out_weight: Tensor, adapters: Sequence[Tensor], places: Sequence[int], num_heads: int, eps: float,
+    chunk_frames: int, backend: str, needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
+    return _gradients(x, qkv_weight, out_weight, adapters, needs)
+
+
+def _gradients(
+    x: Tensor, qkv_weight: Tensor, out_weight: Tensor, adapters: Sequence[Tensor], needs: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    """What `_backward` returns, uninitialised: empty where it is not wanted, but for the vectors."""
+    dx = torch.empty(x.shape if _is_through(needs) else 0, dtype=x.dtype, device=x.device)
+    vectors = x.new_empty((3, x.shape[2]), dtype=wide_dtype(x.dtype))
+    dadapters = [wide_like(factor) for factor in adapters if needs[6]]
+    return dx, wide_like(qkv_weight, needs[3]), wide_like(out_weight, needs[4]), vectors, dadapters
 
 
 @register_flop_formula(torch.ops.mmkernels.spatial_attention_backward)
 def _backward_flops(_: Sequence[int], x_shape: Sequence[int], *rest: Any, **__: Any) -> int:
-    _, _, _, _, qkv_shape, _, num_heads, *_ = rest
-    heads = _heads_shape(x_shape, qkv_shape, num_heads)
-    recomputed = 3
-    return _product_flops(x_shape, qkv_shape, 8 + recomputed) + sdpa_backward_flop_count(heads, heads, heads, heads)
+    _, _, _, _, qkv_shape, out_shape, adapters, places, num_heads, _, _, _, needs = rest
+    heads, wants = _heads_shape(x_shape, qkv_shape, num_heads), 2 * needs[6]
+    inside, through, num_rows = _is_inside(needs), _is_through(needs), (qkv_shape[0], out_shape[0])
+    products = 3 * (inside + needs[3] + through) + inside + needs[4]  # the first three recomputed
+    times = (inside + wants + through, inside + wants)
+    flops = adapter_flops(x_shape[0] * x_shape[1], adapters, places, num_rows, times)
+    return flops + _product_flops(x_shape, qkv_shape, products) + inside * sdpa_backward_flop_count(*(heads,) * 4)
 
 
 # --- autograd
 
 
 def _save(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, norm_weight, norm_bias, qkv_weight, out_weight, _ = inputs[:6]
-    ctx.settings = inputs[6:]
+    x, norm_weight, norm_bias, qkv_weight, out_weight, _, adapters, ctx.places, *ctx.settings = inputs
     _, o, logsumexp = output
     ctx.mark_non_differentiable(o, logsumexp)
     ctx.set_materialize_grads(False)  # otherwise backward begins by zeroing a gradient as large as o
-    ctx.save_for_backward(x, o, logsumexp, norm_weight, norm_bias, qkv_weight, out_weight)
+    ctx.save_for_backward(x, o, logsumexp, norm_weight, norm_bias, qkv_weight, out_weight, *adapters)
 
 
-def _differentiate(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Any, ...]:
+    saved = ctx.saved_tensors
     if dy is None:
-        return (None,) * 10
-    dx, dqkv, dout, vectors = _backward(dy, *ctx.saved_tensors, *ctx.settings)
+        return (*(None,) * 6, *of_lists([], ctx.places), *(None,) * 4)
+    needs = [*ctx.needs_input_grad[:6], any(ctx.needs_input_grad[6])]
+    dx, dqkv, dout, vectors, dadapters = _backward(dy, *saved[:7], saved[7:], ctx.places, *ctx.settings, needs)
     dnorm_weight, dnorm_bias, dout_bias = vectors.unbind()
-    return dx, dnorm_weight, dnorm_bias, dqkv, dout, dout_bias, None, None, None, None
+    gradients = wanted((dx, dnorm_weight, dnorm_bias, dqkv, dout, dout_bias), needs)
+    return (*gradients, *of_lists(dadapters, ctx.places), *(None,) * 4)
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
@@ -212,6 +236,7 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 def spatial_attention(
     x: Tensor, norm_weight: Tensor, norm_bias: Tensor, to_q: Tensor, to_k: Tensor, to_v: Tensor, out_weight: Tensor,
     out_bias: Tensor, num_heads: int, *, eps: float = 1e-5, chunk_frames: int | None = None, backend: Backend = "torch",
+    adapters: Sequence[Tensor] = (), places: Sequence[int] = (),
 ) -> Tensor:  # fmt: skip
     """y = x + attention(LayerNorm(x)) Wo^T + bo over pixels; x, y (R, P, C), to_q etc. (N * D, C), Wo (C, N * D).
 
@@ -226,11 +251,14 @@ def spatial_attention(
     chunk = chunk_size("chunk_frames", chunk_frames, default_chunk(x, _NUM_TENSORS))
     chunk = min(chunk, max(1, MOST_GRID_YZ // num_heads))  # batch and heads lie on one axis of a grid
     qkv_weight = torch.cat((to_q, to_k, to_v))  # (3 * N * D, C)
+    check_adapters((qkv_weight, out_weight), adapters, places)
     parameters = (norm_weight, norm_bias, qkv_weight, out_weight, out_bias)
     call = attention.call_of(x, qkv_weight.dtype, x.shape[1], num_heads, to_q.shape[0] // num_heads)
     if backend == "torch" and attention.why_unsupported(call) is not None:
+        qkv_weight, out_weight = summed((qkv_weight, out_weight), adapters, places)
+        parameters = (norm_weight, norm_bias, qkv_weight, out_weight, out_bias)
         return torch.cat([reference(part, *parameters, num_heads, eps) for part in x.split(chunk)])
-    y, _, _ = _forward(x, *parameters, num_heads, eps, chunk, backend)
+    y, _, _ = _forward(x, *parameters, list(adapters), list(places), num_heads, eps, chunk, backend)
     return y
 
 

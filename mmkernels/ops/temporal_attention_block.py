@@ -8,7 +8,8 @@ projection and the softmax of a chunk, never the output projection. keep="qkv" s
 norm and the softmax only.
 
 x may be wider than the weights (float32 tokens, bfloat16 weights, as under autocast): the norm and the residual are
-taken at least in float32, the products in the weights' dtype.
+taken at least in float32, the products in the weights' dtype. Gradients of parameters are taken only where they are
+wanted. Adapters stand on the rows of Wq, Wk, Wv, Wo, in this order (mmkernels.matrices).
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from mmkernels.costs import device_kind
+from mmkernels.kernels.column_sums import column_sums
 from mmkernels.kernels.layer_norm import add_residual_into, layer_norm_backward_into, layer_norm_of
 from mmkernels.kernels.temporal_attention import temporal_attention_backward_into, temporal_attention_into
-from mmkernels.rows import add_product, check_shapes, chunk_size, num_sharing, wide_dtype, wide_vector
+from mmkernels.matrices import adapter_flops, check_adapters, matrices, of_lists, wanted, wide_like
+from mmkernels.rows import check_shapes, chunk_size, num_sharing, wide_dtype, wide_vector
 from mmkernels.scratch import Buffers, scratch_rows
 
 Keep = Literal["input", "qkv"]
@@ -76,21 +79,22 @@ class _Chunk:
 @torch.library.custom_op("mmkernels::temporal_attention_block", mutates_args=())
 def _forward(
     x: Tensor, norm_weight: Tensor, norm_bias: Tensor, qkv_weight: Tensor, out_weight: Tensor, out_bias: Tensor,
-    num_heads: int, eps: float, chunk_pixels: int, keep_qkv: bool,
+    adapters: Sequence[Tensor], places: Sequence[int], num_heads: int, eps: float, chunk_pixels: int, keep_qkv: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     C = x.shape[3]
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     saved = torch.empty(_saved_shape(x, keep_qkv), dtype=qkv_weight.dtype, device=x.device)
     norm_weight, norm_bias, out_bias = (wide_vector(vector, x) for vector in (norm_weight, norm_bias, out_bias))
+    (to_qkv, out), _ = matrices((qkv_weight, out_weight), (False, False), adapters, places)
     chunk = _Chunk(x, qkv_weight.dtype, num_heads, chunk_pixels)
     for b, pixels in chunk:
         h, _, _ = layer_norm_of(x[b, :, pixels], None, norm_weight, norm_bias, eps, chunk.buffers)
         target = chunk.saved(saved, b, pixels) if keep_qkv else chunk.buffer("qkv", pixels, 3 * C)
-        qkv = torch.mm(h, qkv_weight.t(), out=target)
+        qkv = to_qkv.times(h, target)
         o = chunk.buffer("o", pixels, C)
         (q, k, v), (o_heads,) = chunk.heads(qkv, 3), chunk.heads(o, 1)
         temporal_attention_into(q, k, v, o_heads)
-        inner = torch.mm(o, out_weight.t(), out=h)
+        inner = out.times(o, h)
         add_residual_into(x[b, :, pixels], None, inner, out_bias, y[b, :, pixels])
     return y, saved
 
@@ -102,7 +106,7 @@ def _saved_shape(x: Tensor, keep_qkv: bool) -> tuple[int, ...]:
 @_forward.register_fake
 def _forward_fake(
     x: Tensor, norm_weight: Tensor, norm_bias: Tensor, qkv_weight: Tensor, out_weight: Tensor, out_bias: Tensor,
-    num_heads: int, eps: float, chunk_pixels: int, keep_qkv: bool,
+    adapters: Sequence[Tensor], places: Sequence[int], num_heads: int, eps: float, chunk_pixels: int, keep_qkv: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     return y, torch.empty(_saved_shape(x, keep_qkv), dtype=qkv_weight.dtype, device=x.device)
@@ -111,63 +115,87 @@ def _forward_fake(
 @torch.library.custom_op("mmkernels::temporal_attention_block_backward", mutates_args=())
 def _backward(
     dy: Tensor, x: Tensor, saved: Tensor, norm_weight: Tensor, norm_bias: Tensor, qkv_weight: Tensor,
-    out_weight: Tensor, num_heads: int, eps: float, chunk_pixels: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x, qkv_weight, out_weight, and the (3, C) of norm_weight, norm_bias and out_bias.
+    out_weight: Tensor, adapters: Sequence[Tensor], places: Sequence[int], num_heads: int, eps: float,
+    chunk_pixels: int, needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
+    """Gradients of x, qkv_weight, out_weight, the (3, C) of norm_weight, norm_bias and out_bias, and of the adapters.
 
+    needs: which of the forward's tensors want theirs, the adapters last and together; see `_gradients` for the rest.
     Those of parameters are at least float32; autograd rounds them to the dtype of the parameter.
     """
-    C, wide = x.shape[3], wide_dtype(x.dtype)
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    C = x.shape[3]
+    dx, _, _, vector_sums, _ = _gradients(x, qkv_weight, out_weight, adapters, needs)
+    vector_sums.zero_()
     norm_weight, norm_bias = wide_vector(norm_weight, x), wide_vector(norm_bias, x)
-    qkv_sum, out_sum = (torch.zeros_like(w, dtype=wide_dtype(w.dtype)) for w in (qkv_weight, out_weight))
-    vector_sums = torch.zeros((3, C), dtype=wide, device=x.device)
+    (to_qkv, out), sums = matrices((qkv_weight, out_weight), (needs[3], needs[4]), adapters, places, needs[6])
     chunk = _Chunk(x, qkv_weight.dtype, num_heads, chunk_pixels)
-    for b, pixels in chunk:
+    for b, pixels in chunk if _is_inside(needs) else ():
         h, mean, rstd = layer_norm_of(x[b, :, pixels], None, norm_weight, norm_bias, eps, chunk.buffers)
-        if saved.numel():
-            qkv = chunk.saved(saved, b, pixels)
-        else:
-            qkv = torch.mm(h, qkv_weight.t(), out=chunk.buffer("qkv", pixels, 3 * C))
+        qkv = chunk.saved(saved, b, pixels) if saved.numel() else to_qkv.times(h, chunk.buffer("qkv", pixels, 3 * C))
         dinner = chunk.buffer("dinner", pixels, C)
         dinner.view(dy[b, :, pixels].shape).copy_(dy[b, :, pixels])
-        do = torch.mm(dinner, out_weight, out=chunk.buffer("do", pixels, C))
+        do = out.back(dinner, chunk.buffer("do", pixels, C))
         o, dqkv = chunk.buffer("o", pixels, C), chunk.buffer("dqkv", pixels, 3 * C)
         (do_heads,), (o_heads,) = chunk.heads(do, 1), chunk.heads(o, 1)
         q, k, v, dq, dk, dv = *chunk.heads(qkv, 3), *chunk.heads(dqkv, 3)
         temporal_attention_backward_into(q, k, v, do_heads, (dq, dk, dv), o=o_heads)
-        add_product(out_sum, dinner, o)
-        add_product(qkv_sum, dqkv, h)
-        dh = torch.mm(dqkv, qkv_weight, out=do)
-        vector_sums += layer_norm_backward_into(
-            dh, x[b, :, pixels], None, norm_weight, mean, rstd, dy[b, :, pixels], dx[b, :, pixels]
-        )
-    return dx, qkv_sum, out_sum, vector_sums
+        out.collect(dinner, o)
+        to_qkv.collect(dqkv, h)
+        if _is_through(needs):
+            vector_sums += layer_norm_backward_into(
+                to_qkv.back(dqkv, do), x[b, :, pixels], None, norm_weight, mean, rstd, dy[b, :, pixels],
+                dx[b, :, pixels],
+            )  # fmt: skip
+    if needs[5] and not _is_through(needs):
+        vector_sums[2] = column_sums(dy.flatten(1, 2)).sum(0)
+    return dx, to_qkv.sum, out.sum, vector_sums, sums
+
+
+def _is_through(needs: Sequence[bool]) -> bool:
+    """Whether the norm is differentiated: for x or the norm's parameters."""
+    return any(needs[:3])
+
+
+def _is_inside(needs: Sequence[bool]) -> bool:
+    """Whether anything but the output's bias is asked for."""
+    return any((*needs[:5], needs[6]))
 
 
 @_backward.register_fake
 def _backward_fake(
     dy: Tensor, x: Tensor, saved: Tensor, norm_weight: Tensor, norm_bias: Tensor, qkv_weight: Tensor,
-    out_weight: Tensor, num_heads: int, eps: float, chunk_pixels: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    dqkv, dout = (torch.empty_like(w, dtype=wide_dtype(w.dtype)) for w in (qkv_weight, out_weight))
-    return dx, dqkv, dout, x.new_empty((3, x.shape[3]), dtype=wide_dtype(x.dtype))
+    out_weight: Tensor, adapters: Sequence[Tensor], places: Sequence[int], num_heads: int, eps: float,
+    chunk_pixels: int, needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
+    return _gradients(x, qkv_weight, out_weight, adapters, needs)
+
+
+def _gradients(
+    x: Tensor, qkv_weight: Tensor, out_weight: Tensor, adapters: Sequence[Tensor], needs: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    """What `_backward` returns, uninitialised: empty where it is not wanted, but for the vectors."""
+    dx = torch.empty(x.shape if _is_through(needs) else 0, dtype=x.dtype, device=x.device)
+    vectors = x.new_empty((3, x.shape[3]), dtype=wide_dtype(x.dtype))
+    dadapters = [wide_like(factor) for factor in adapters if needs[6]]
+    return dx, wide_like(qkv_weight, needs[3]), wide_like(out_weight, needs[4]), vectors, dadapters
 
 
 def _save(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor]) -> None:
-    x, norm_weight, norm_bias, qkv_weight, out_weight, _, ctx.num_heads, ctx.eps, ctx.chunk_pixels, _ = inputs
+    x, norm_weight, norm_bias, qkv_weight, out_weight, _, adapters, ctx.places, *ctx.settings, _ = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # otherwise backward begins by zeroing a gradient as large as q, k and v
-    ctx.save_for_backward(x, output[1], norm_weight, norm_bias, qkv_weight, out_weight)
+    ctx.save_for_backward(x, output[1], norm_weight, norm_bias, qkv_weight, out_weight, *adapters)
 
 
-def _differentiate(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, dy: Tensor | None, _: None) -> tuple[Any, ...]:
+    saved = ctx.saved_tensors
     if dy is None:
-        return (None,) * 10
-    dx, dqkv, dout, vectors = _backward(dy, *ctx.saved_tensors, ctx.num_heads, ctx.eps, ctx.chunk_pixels)
+        return (*(None,) * 6, *of_lists([], ctx.places), *(None,) * 4)
+    needs = [*ctx.needs_input_grad[:6], any(ctx.needs_input_grad[6])]
+    dx, dqkv, dout, vectors, dadapters = _backward(dy, *saved[:6], saved[6:], ctx.places, *ctx.settings, needs)
     dnorm_weight, dnorm_bias, dout_bias = vectors.unbind()
-    return dx, dnorm_weight, dnorm_bias, dqkv, dout, dout_bias, None, None, None, None
+    gradients = wanted((dx, dnorm_weight, dnorm_bias, dqkv, dout, dout_bias), needs)
+    return (*gradients, *of_lists(dadapters, ctx.places), *(None,) * 4)
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
@@ -183,15 +211,26 @@ def _attention_flops(x_shape: Sequence[int], products: int) -> int:
     return 2 * products * B * P * F * F * C
 
 
+def _adapter_flops(x_shape: Sequence[int], adapters: Any, places: Sequence[int], times: Sequence[int]) -> int:
+    B, F, P, C = x_shape
+    return adapter_flops(B * F * P, adapters, places, (3 * C, C), times)
+
+
 @register_flop_formula(torch.ops.mmkernels.temporal_attention_block)
-def _forward_flops(x_shape: Sequence[int], *_: Any, **__: Any) -> int:
-    return _product_flops(x_shape, 4) + _attention_flops(x_shape, 2)
+def _forward_flops(x_shape: Sequence[int], *shapes: Any, **__: Any) -> int:
+    _, _, _, _, _, adapters, places, *_ = shapes
+    return _product_flops(x_shape, 4) + _attention_flops(x_shape, 2) + _adapter_flops(x_shape, adapters, places, (1, 1))
 
 
 @register_flop_formula(torch.ops.mmkernels.temporal_attention_block_backward)
-def _backward_flops(_: Sequence[int], x_shape: Sequence[int], saved_shape: Sequence[int], *__: Any, **___: Any) -> int:
-    recomputed = 0 if saved_shape[0] else 3
-    return _product_flops(x_shape, 8 + recomputed) + _attention_flops(x_shape, 6)
+def _backward_flops(_: Sequence[int], x_shape: Sequence[int], *shapes: Any, **__: Any) -> int:
+    saved_shape, _, _, _, _, adapters, places, _, _, _, needs = shapes
+    if not _is_inside(needs):
+        return 0
+    again, through, wants = not saved_shape[0], _is_through(needs), 2 * needs[6]
+    products = 3 * (again + needs[3] + through) + 1 + needs[4]
+    flops = _product_flops(x_shape, products) + _attention_flops(x_shape, 6)
+    return flops + _adapter_flops(x_shape, adapters, places, (again + wants + through, 1 + wants))
 
 
 def temporal_attention_block(
@@ -208,6 +247,8 @@ def temporal_attention_block(
     eps: float = 1e-5,
     chunk_pixels: int | None = None,
     keep: Keep = "input",
+    adapters: Sequence[Tensor] = (),
+    places: Sequence[int] = (),
 ) -> Tensor:
     """y = x + attention(LayerNorm(x)) Wo^T + bo over frames; x and y (B, F, P, C), weights (C, C), vectors (C).
 
@@ -224,5 +265,6 @@ def temporal_attention_block(
         raise ValueError(f"got keep={keep!r}, wanted 'input' or 'qkv'")
     chunk = chunk_size("chunk_pixels", chunk_pixels, default_chunk_pixels(x))
     qkv_weight = torch.cat((to_q, to_k, to_v))  # (3C, C)
-    y, _ = _forward(x, norm_weight, norm_bias, qkv_weight, out_weight, out_bias, num_heads, eps, chunk, keep == "qkv")
-    return y
+    check_adapters((qkv_weight, out_weight), adapters, places)
+    keeps, parameters = keep == "qkv" and torch.is_grad_enabled(), (norm_weight, norm_bias, qkv_weight, out_weight)
+    return _forward(x, *parameters, out_bias, list(adapters), list(places), num_heads, eps, chunk, keeps)[0]

@@ -5,8 +5,9 @@
 Shapes are those of `Inputs` and `Added`; the statistics of the norm are given. A backend has
 
     forward(inputs, added, y, chunk_rows)                 writes y (M, H, W, K)
-    backward(inputs, dy, dx, dx2, chunk_rows)             writes dx, dx2; returns dgamma, dbeta, dweight
+    backward(inputs, dy, dx, dx2, chunk_rows, wants)      writes dx, dx2; returns dgamma, dbeta, dweight
 
+wants: which ways back are taken, `data` to dx, dx2, dgamma and dbeta, `weight` to dweight; the others' are not written.
 chunk_rows: pixels that one which walks over chunks takes at a time. The chunked one is torch's convolution and takes
 everything; the others normalise and activate what they load, and are Triton's and CUDA C++. On a GPU those that take a
 call are timed, on some of its pixels and scratch outputs.
@@ -22,11 +23,11 @@ from torch import Tensor
 from mmkernels import tuning
 from mmkernels.kernels.call import Call, describe
 from mmkernels.kernels.convolution.chunked import default_chunk_rows
-from mmkernels.kernels.convolution.inputs import Added, Inputs
+from mmkernels.kernels.convolution.inputs import Added, Inputs, Wants
 from mmkernels.kernels.dispatch import dispatch
 from mmkernels.kernels.group_norm.norm import Rows, at
 
-__all__ = ["OP", "Added", "Inputs", "backward", "call_of", "default_chunk_rows", "forward"]
+__all__ = ["OP", "Added", "Inputs", "Wants", "backward", "call_of", "default_chunk_rows", "forward"]
 
 OP = "group_norm_silu_conv"
 _FEW_CHANNELS = 16  # fewer outputs fill no tile of a matrix product
@@ -52,17 +53,17 @@ def forward(inputs: Inputs, added: Added, y: Tensor, chunk_rows: int) -> None:
 
 
 def backward(
-    inputs: Inputs, dy: Tensor, dx: Tensor, dx2: Tensor | None, chunk_rows: int
+    inputs: Inputs, dy: Tensor, dx: Tensor, dx2: Tensor | None, chunk_rows: int, wants: Wants
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Write dx and dx2; returns dgamma, dbeta, dweight, at least float32."""
+    """Write dx and dx2; returns dgamma, dbeta, dweight, at least float32; what is not wanted is left or zero."""
 
     def trial(way: Any) -> None:
         rows = _sample(inputs)
-        targets = (None if target is None else torch.empty_like(at(target, rows)) for target in (dx, dx2))
-        way.backward(inputs.of(rows), at(dy, rows), *targets, chunk_rows)
+        targets = (None if target is None else torch.empty_like(at(target, rows)) for target in (inputs.x, inputs.x2))
+        way.backward(inputs.of(rows), at(dy, rows), *targets, chunk_rows, wants)
 
     way = dispatch(call_of("backward", inputs, dy.dtype), inputs.x, trial)
-    return way.backward(inputs, dy, dx, dx2, chunk_rows)
+    return way.backward(inputs, dy, dx, dx2, chunk_rows, wants)
 
 
 def _sample(inputs: Inputs) -> Rows:

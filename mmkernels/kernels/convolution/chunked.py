@@ -17,7 +17,7 @@ from torch import Tensor
 from mmkernels.costs import device_kind
 from mmkernels.kernels import group_norm
 from mmkernels.kernels.call import Call
-from mmkernels.kernels.convolution.inputs import Added, Inputs
+from mmkernels.kernels.convolution.inputs import Added, Inputs, Wants
 from mmkernels.kernels.epilogue import add_into
 from mmkernels.kernels.group_norm.norm import Rows, at
 from mmkernels.rows import chunks_of_tokens, num_sharing
@@ -75,7 +75,7 @@ def forward(inputs: Inputs, added: Added, y: Tensor, chunk_rows: int) -> None:
 
 
 def backward(
-    inputs: Inputs, dy: Tensor, dx: Tensor, dx2: Tensor | None, chunk_rows: int
+    inputs: Inputs, dy: Tensor, dx: Tensor, dx2: Tensor | None, chunk_rows: int, wants: Wants
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Write dx and dx2; returns dgamma, dbeta and dweight, added up over chunks at least in float32."""
     x, x2, norm, weight = inputs
@@ -84,19 +84,23 @@ def backward(
     convolution = _convolution(x, weight.to(dtype), most_columns)
     dgamma, dbeta = (torch.zeros_like(norm.gamma) for _ in range(2))
     whole: Tensor | None = None  # a chunk of whole samples needs none: its norm is differentiated at once
-    if _is_products(x, weight) or _columns_at_once(x, weight, chunk_rows) < x.shape[2]:
+    is_in_columns = _is_products(x, weight) or _columns_at_once(x, weight, chunk_rows) < x.shape[2]
+    if wants.data and is_in_columns:
         whole = dx if x2 is None else torch.empty((*x.shape[:3], weight.shape[1]), dtype=x.dtype, device=x.device)
     for rows in chunks:
-        part, part_dx = inputs.of(rows), at(dx, rows)
+        part, place = inputs.of(rows), None
         # A whole sample's gradient is written last: until then its place holds the activation.
-        is_free = whole is None and x2 is None and dx.dtype == dtype and part_dx.is_contiguous()
-        group_norm.activate(part.x, part.x2, part.norm, convolution.scratch(part.x, part_dx if is_free else None))
-        da = convolution.backward(at(dy, rows))
+        if wants.data and whole is None and x2 is None and dx.dtype == dtype and at(dx, rows).is_contiguous():
+            place = at(dx, rows)
+        activation = convolution.scratch(part.x, place)
+        if wants.weight:  # only its gradient reads the activation
+            group_norm.activate(part.x, part.x2, part.norm, activation)
+        da = convolution.backward(at(dy, rows), wants)
         if whole is not None:
             at(whole, rows).copy_(da)
-        else:
+        elif wants.data:
             part_dx2 = None if dx2 is None else at(dx2, rows)
-            sums = group_norm.norm_backward(part.x, part.x2, da, part.norm, part_dx, part_dx2)
+            sums = group_norm.norm_backward(part.x, part.x2, da, part.norm, at(dx, rows), part_dx2)
             dgamma += sums[0]
             dbeta += sums[1]
         del da
@@ -159,13 +163,16 @@ class _Convolution:
         a = self._channels_first(self.activation)
         return self._channels_last(torch.convolution(a, self.weight, bias, ones, self.padding, ones, False, zeros, 1))
 
-    def backward(self, dy: Tensor) -> Tensor:
-        """The gradient (m, H, W, C) of the chunk's activation; adds up that of the weights."""
+    def backward(self, dy: Tensor, wants: Wants) -> Tensor:
+        """The gradient (m, H, W, C) of the chunk's activation, if wanted; adds up that of the weights."""
         dy = self._channels_first(dy.to(self.weight.dtype).contiguous())  # columns are copied, once for both
         # One after the other, so that the two results are not there at once.
-        dw = self._gradient(dy, [False, True, False])[1]
-        self.dweight = dw if self.dweight is None else self.dweight.to(self.wide).add_(dw)
-        del dw
+        if wants.weight:
+            dw = self._gradient(dy, [False, True, False])[1]
+            self.dweight = dw if self.dweight is None else self.dweight.to(self.wide).add_(dw)
+            del dw
+        if not wants.data:
+            return self.activation
         return self._channels_last(self._gradient(dy, [True, False, False])[0]).contiguous()
 
     def _gradient(self, dy: Tensor, wanted: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
@@ -225,18 +232,17 @@ class _ShiftedProducts:
             y.addmm_(rows, tap.t())
         return y.view(1, *self.frames, -1)
 
-    def backward(self, dy: Tensor) -> Tensor:
-        """The gradient (1, H, W, C) of the chunk's activation; adds up that of the weights."""
+    def backward(self, dy: Tensor, wants: Wants) -> Tensor:
+        """The gradient (1, H, W, C) of the chunk's activation, if wanted; adds up that of the weights."""
         K, C = self.taps.shape[1:]
         self._padded("dy", K)[1:-1].copy_(dy[0])
         da, rows_dy = self._rows("da", C), self._shifted("dy", 1, K)
         for tap in range(3):
-            self.dtaps[tap].addmm_(rows_dy.t(), self._shifted("activation", tap, C))
-            shifted = self._shifted("dy", 2 - tap, K)
-            if tap == 0:
-                torch.mm(shifted, self.taps[tap], out=da)
-            else:
-                da.addmm_(shifted, self.taps[tap])
+            if wants.weight:
+                self.dtaps[tap].addmm_(rows_dy.t(), self._shifted("activation", tap, C))
+            if wants.data:
+                shifted = self._shifted("dy", 2 - tap, K)
+                torch.addmm(da, shifted, self.taps[tap], beta=int(tap > 0), out=da)
         return da.view(1, *self.frames, C)
 
     def weight_gradient(self) -> Tensor:

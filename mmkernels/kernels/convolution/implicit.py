@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mmkernels.costs import is_noting
 from mmkernels.kernels.call import Call
-from mmkernels.kernels.convolution.inputs import Added, Inputs
+from mmkernels.kernels.convolution.inputs import Added, Inputs, Wants
 
 # Generations whose fast products are of a warpgroup or of tensor memory (wgmma, tcgen05), not of a warp (mma.sync):
 # 9 Hopper, 10 and 11 Blackwell of data centres and cars. Not 12, whose only ones are mma.sync.
@@ -45,16 +45,18 @@ class Kernels(NamedTuple):
         self.convolve(x, x2, *norm, by_taps(weight), *laid_out, y)
 
     def backward(
-        self, inputs: Inputs, dy: Tensor, dx: Tensor, dx2: Tensor | None, chunk_rows: int
+        self, inputs: Inputs, dy: Tensor, dx: Tensor, dx2: Tensor | None, chunk_rows: int, wants: Wants
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Write dx and dx2; dgamma, dbeta and dweight (K, C + C2, kh, kw) in float32."""
+        """Write dx and dx2; dgamma, dbeta and dweight (K, C + C2, kh, kw) in float32, zero where not wanted."""
         x, x2, norm, weight = inputs
         K, C, kh, kw = weight.shape
         dy = dy.contiguous()
-        by_tap = self.weight_gradient(x, x2, *norm, dy, kh * kw)
+        by_tap = torch.zeros((), device=x.device).expand(kh * kw, C, K)
+        if wants.weight:
+            by_tap = self.weight_gradient(x, x2, *norm, dy, kh * kw)
         weight_tck = by_taps(weight)
         dgamma, dbeta = (torch.zeros_like(norm.gamma) for _ in range(2))
-        for samples in _samples(x, x2):
+        for samples in _samples(x, x2) if wants.data else ():
             part = inputs.of((samples, slice(None), slice(None)))
             # Of one input the gradient is written last, element by element: until then its place holds da.
             da = dx[samples] if x2 is None else torch.empty((*part.x.shape[:3], C), dtype=x.dtype, device=x.device)

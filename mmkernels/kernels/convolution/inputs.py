@@ -23,6 +23,13 @@ class Inputs(NamedTuple):
         return self._replace(x=at(self.x, rows), x2=x2, norm=self.norm.of(rows))
 
 
+class Wants(NamedTuple):
+    """Which gradients are: those of the data and of the norm, and that of the weight."""
+
+    data: bool = True
+    weight: bool = True
+
+
 class Added(NamedTuple):
     """bias (K), shift (M, H or 1, K), residual (M, H, W, K), or None each."""
 

@@ -26,6 +26,11 @@ def normalised(x: Tensor, norm: Norm, dtype: torch.dtype) -> Tensor:
     return _normalise(x, norm).mul_(norm.gamma).add_(norm.beta).to(dtype)
 
 
+def kept(x: Tensor, norm: Norm) -> Tensor:
+    """(x - mean) * rstd."""
+    return _normalise(x, norm)
+
+
 def normalised_again(x: Tensor, norm: Norm, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """h in `dtype`, and (x - mean) * rstd."""
     normed = _normalise(x, norm)

@@ -32,6 +32,11 @@ def normalised(x: Tensor, norm: Norm, dtype: torch.dtype) -> Tensor:
     return h
 
 
+def kept(x: Tensor, norm: Norm) -> Tensor:
+    """x."""
+    return x
+
+
 def normalised_again(x: Tensor, norm: Norm, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """h in `dtype`, and x."""
     return normalised(x, norm, dtype), x

@@ -1,0 +1,53 @@
+"""How a command ends where it cannot go on: one sentence. A traceback is for faults of ours, and for --debug."""
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from safetensors import SafetensorError
+
+from mimicmotion.checkpoint import CheckpointError
+from mimicmotion.paths import free_gib
+
+# What files, weights, disks, memory and missing packages can do, and what is refused.
+_EXPECTED = (ValueError, OSError, MemoryError, torch.OutOfMemoryError, ImportError, SafetensorError, CheckpointError)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+@contextmanager
+def one_sentence(stopped: str, *more: type[Exception], debug: bool) -> Iterator[None]:
+    """End the process with 1 and "STOPPED: what and what to do" where an expected error, or one of `more`, is raised.
+
+    debug: let it through, with its traceback.
+    """
+    try:
+        yield
+    except (*_EXPECTED, *more) as error:
+        if debug:
+            raise
+        raise SystemExit(f"{stopped}: {sentence(error)}") from error
+
+
+def sentence(error: Exception) -> str:
+    """An error in words of its own, or of ours where those do not say what to do."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"the GPU's memory ran out ({_first_line(error)}); give --memory-budget auto, or smaller clips"
+    if isinstance(error, MemoryError):
+        return str(error) or "the memory ran out; give fewer workers or smaller clips"
+    if isinstance(error, ImportError):
+        return f"{error}; `pip install -e .` in the checkout installs what is needed"
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return f"no space left to write {_name(error)}{free_gib(error.filename)}; free some and start again"
+    if isinstance(error, OSError) and error.errno in _FORBIDDEN:
+        return f"{_name(error)} cannot be used ({error.strerror}); give another place, or the rights to this one"
+    return str(error) or type(error).__name__
+
+
+def _name(error: OSError) -> str:
+    return "a file" if error.filename is None else str(error.filename)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

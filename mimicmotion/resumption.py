@@ -1,0 +1,64 @@
+"""What differs between a checkpoint and the run that goes on from it: said where it may, refused where it may not.
+
+One rule: settings hold as they are given now, from the next step on. The learning rate at step n is what a run with
+today's learning rate, schedule, warm-up and number of steps has at step n, wherever it came from.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from mimicmotion import checkpoint
+from mimicmotion.checkpoint import Checkpoint
+from mimicmotion.config import Config, changes, to_json
+from mimicmotion.data.footage_identity import FootageIdentity
+from mimicmotion.optimization import Optimization
+
+_OF_THE_RATE = ("optimizer.learning_rate", "optimizer.schedule", "optimizer.warmup_steps")
+_START = ("model.pretrained", "model.pretrained_pose_net")  # what the weights began with does not shape the model
+
+
+def differences(saved: Checkpoint, config: Config, footage: FootageIdentity) -> list[str]:
+    """A line for each setting and for the clips that are not the checkpoint's.
+
+    Raises ValueError where the model or the encoder is another one.
+    """
+    found = changes(saved.documents["config"], to_json(config))
+    if shape := [change for change in found if change[0].startswith("model.") and change[0] not in _START]:
+        raise ValueError(
+            f"{'; '.join(map(_said, shape))}: the checkpoint's weights are of that model; resume with its settings, or "
+            "leave --resume out to start a run of its own"
+        )
+    lines = []
+    for change in found:
+        lines.append(_said(change))
+        if change[0] in _OF_THE_RATE or (change[0] == "trainer.num_steps" and _falls(config)):
+            lines.append(f"  the learning rate from step {saved.step + 1} on is that of a run with the new setting")
+    return [*lines, *footage.changes_since(saved.documents["encoder"])]
+
+
+def begin_from(folder: Path, model: nn.Module, optimization: Optimization) -> list[str]:
+    """Take up the weights, moments and moving average of an earlier stage's checkpoint; steps and rates begin anew.
+
+    Where other parameters are trained than there, the averaged weights are what it begins with, and moments begin anew:
+    what is frozen from here on should be the best of what was trained.
+    """
+    saved = checkpoint.load(folder)
+    if optimization.holds_states_of(saved.tensors):
+        model.load_state_dict(saved.tensors["model"])
+        optimization.begin_from(saved.tensors, saved.documents["state"])
+        return [f"begins with the weights, moments and moving average of {folder}"]
+    model.load_state_dict(saved.tensors["model"] | saved.tensors.get("ema", {}))
+    optimization.begin_average()
+    return [f"begins with the averaged weights of {folder}; moments begin anew, since other parameters are trained"]
+
+
+def _said(change: tuple[str, Any, Any]) -> str:
+    name, before, now = change
+    return f"{name} was {before} in the checkpoint and is {now} now"
+
+
+def _falls(config: Config) -> bool:
+    """Whether the rate depends on the number of steps."""
+    return config.optimizer.schedule != "constant_with_warmup"

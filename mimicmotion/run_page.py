@@ -1,0 +1,98 @@
+"""index.html of a run: its curves, its last sample and its settings in one file that opens from disk."""
+
+import html
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mimicmotion.data.cache import atomic_write
+from mimicmotion.history import read_history
+from mimicmotion.trackers import by_sigma
+
+_STYLE = """body{font-family:sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;line-height:1.4}
+svg{max-width:100%;height:auto}video{max-width:100%}
+table{border-collapse:collapse}td{padding:.15rem .8rem .15rem 0;vertical-align:top}"""
+_SAMPLE = "sample.mp4"
+VALIDATION_ROWS, VALIDATION_VIDEO = "validation.jsonl", "validation.mp4"
+
+
+def write_page(run_dir: Path, rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], title: str) -> Path:
+    """Write run_dir/index.html of the rows of a history; samples that lie in the folder are shown by their names."""
+    parts = [f"<h1>{html.escape(run_dir.name)}</h1>", f"<p>{html.escape(title)}</p>", f"<p>{_summary(rows)}</p>"]
+    parts += ["<h2>Loss</h2>", _curves(rows)]
+    if losses := by_sigma([pair for row in rows for pair in row.get("clip_losses", [])]):
+        means = {name: f"{sum(part) / len(part):.4f} over {len(part)} clips" for name, part in losses.items()}
+        parts += ["<h2>Mean loss by noise level (sigma)</h2>", _table(means)]
+    if (run_dir / _SAMPLE).is_file():
+        parts.append("<h2>Last sample: reference | pose | generated | truth</h2>")
+        parts.append(f'<video src="{_SAMPLE}" controls loop muted></video>')
+    parts += _held_out(run_dir)
+    parts += ["<h2>Settings</h2>", _table(_flat(settings))]
+    page = f"<!doctype html><meta charset=utf-8><title>{html.escape(run_dir.name)}</title><style>{_STYLE}</style>"
+    path = run_dir / "index.html"
+    with atomic_write(path) as temporary:
+        temporary.write_text("\n".join([page, *parts]) + "\n", encoding="utf-8")
+    return path
+
+
+def _held_out(run_dir: Path) -> list[str]:
+    """What held-out clips said: the first and last loss at each noise level, and the newest video."""
+    rows = read_history(run_dir / VALIDATION_ROWS) if (run_dir / VALIDATION_ROWS).is_file() else []
+    if not rows:
+        return []
+    first, last = rows[0], rows[-1]
+    cells = {"all": f"{first['loss']:.4f} to {last['loss']:.4f}"}
+    for sigma, before, now in zip(last["sigmas"], first["losses"], last["losses"], strict=True):
+        cells[f"sigma {sigma:.2g}"] = f"{before:.4f} to {now:.4f}"
+    about = f"Loss on {last['clips']} held-out clips, step {first['step']} to {last['step']}"
+    parts = [f"<h2>{about}</h2>", _table(cells)]
+    if (run_dir / VALIDATION_VIDEO).is_file():
+        parts.append("<h2>A held-out clip: reference | pose | generated | truth</h2>")
+        parts.append(f'<video src="{VALIDATION_VIDEO}" controls loop muted></video>')
+    return parts
+
+
+def _summary(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The run so far in a sentence."""
+    skipped = [row["step"] for row in rows if row["is_skipped"]]
+    waiting_s = sum(row.get("waiting_seconds", 0.0) for row in rows)
+    whole_s = waiting_s + sum(row["seconds"] for row in rows)
+    said = f"{len(rows)} steps in {whole_s / 60:.1f} minutes, {waiting_s / max(whole_s, 1e-9):.0%} waiting for data"
+    return f"{said}; skipped: {', '.join(map(str, skipped))}" if skipped else f"{said}; none was skipped"
+
+
+def _curves(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Loss, gradient norm and learning rate over the steps, as SVG."""
+    import matplotlib.figure  # slow to import, wanted once at a save
+
+    figure = matplotlib.figure.Figure(figsize=(9, 7), layout="constrained")
+    kept = [row for row in rows if not row["is_skipped"]]
+    steps = [row["step"] for row in kept]
+    below = figure.subplots(3, sharex=True)
+    for axes, name in zip(below, ("loss", "gradient_norm", "learning_rate"), strict=True):
+        axes.plot(steps, [row[name] for row in kept], ".-" if len(steps) < 50 else "-", linewidth=0.8)
+        axes.set_ylabel(name.replace("_", " "))
+        if name != "learning_rate":
+            axes.set_yscale("log")
+    below[-1].set_xlabel("step")
+    drawn = io.StringIO()
+    figure.savefig(drawn, format="svg")
+    return drawn.getvalue()[drawn.getvalue().index("<svg") :]
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Settings by their dotted names, as JSON."""
+    found: dict[str, str] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            found |= _flat(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = json.dumps(value)
+    return found
+
+
+def _table(cells: Mapping[str, str]) -> str:
+    lines = (f"<tr><td>{html.escape(name)}<td>{html.escape(value)}" for name, value in cells.items())
+    return "<table>" + "\n".join(lines) + "</table>"

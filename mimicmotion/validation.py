@@ -1,0 +1,100 @@
+"""How a run does on clips that it is not trained on: loss by noise level and a video, with the averaged weights.
+
+The noise of a clip at a level is the same each time, so what changes is the model. A look at the clips costs time, and
+is put off while looking has taken more than its share of the run.
+"""
+
+import math
+import time
+from typing import Any
+
+import torch
+
+from mimicmotion import diffusion
+from mimicmotion.data.dataset import ClipDataset
+from mimicmotion.execution import free_what_is_left
+from mimicmotion.generation import decode_clip, generate, load_decoder
+from mimicmotion.history import History
+from mimicmotion.micro_batch import FIELDS, clip_losses
+from mimicmotion.run_page import VALIDATION_ROWS, VALIDATION_VIDEO
+from mimicmotion.trainer import Trainer
+from mimicmotion.video import side_by_side, write_video
+
+QUANTILES = (-1.28, -0.52, 0.0, 0.52, 1.28)  # of a normal ln sigma: 10, 30, 50, 70 and 90% of the levels trained at
+
+
+class Validation:
+    """Looks at held-out clips every `trainer.validate_every` steps on the first rank; the others wait in their step."""
+
+    def __init__(self, trainer: Trainer, held_out: ClipDataset) -> None:
+        self._trainer, self._config, self._dataset = trainer, trainer.config, held_out
+        names = held_out.clip_ids[: trainer.config.trainer.validate_clips]
+        self._clips = [held_out.clip(name, 0, 1) for name in names]
+        self._rows = History(trainer.config.run_dir / VALIDATION_ROWS, resumed_step=trainer.step)
+        self._taken_s, self._began_s = 0.0, time.monotonic()
+        self._decoder: Any = None
+
+    def after_step(self, step: int) -> None:
+        """Look where it is due. Where memory runs out in it, that is said, and the run goes on."""
+        settings = self._config.trainer
+        is_turn = step % settings.validate_every == 0 or step == settings.num_steps
+        if not is_turn or self._taken_s >= settings.validate_share * (time.monotonic() - self._began_s):
+            return
+        start_s = time.monotonic()
+        try:
+            with torch.no_grad(), self._trainer.optimization.averaged():
+                row = self._look(step)
+        except torch.OutOfMemoryError:
+            self._trainer.say(f"step {step}: no memory to look at held-out clips; --data.held-out 0 does without")
+            return
+        finally:
+            self._taken_s += time.monotonic() - start_s
+            free_what_is_left()  # a plan knows of no pieces that a look leaves
+        self._rows.append(row)
+        if self._trainer.record is not None:
+            self._trainer.record.add_validation(row)
+        self._trainer.say(f"step {step}: held-out loss {row['loss']:.4f} over {row['clips']} clips")
+
+    def _look(self, step: int) -> dict[str, Any]:
+        """The losses of the held-out clips, a mean for each level; writes the video of the first."""
+        levels = range(len(QUANTILES))
+        losses = [[self._loss(number, level) for number in range(len(self._clips))] for level in levels]
+        means = [sum(of_level) / len(of_level) for of_level in losses]
+        self._write_video()
+        return {
+            "step": step, "loss": sum(means) / len(means), "losses": means, "sigmas": self._sigmas(),
+            "clips": len(self._clips),
+        }  # fmt: skip
+
+    def _sigmas(self) -> list[float]:
+        settings, data = self._config.diffusion, self._config.data
+        mean = settings.log_sigma_mean
+        mean = diffusion.log_sigma_mean(data.height, data.width) if mean is None else mean
+        return [math.exp(mean + settings.log_sigma_std * quantile) for quantile in QUANTILES]
+
+    def _loss(self, number: int, level: int) -> float:
+        """Of one clip at one level, conditions in place and the reference as it is."""
+        clip, device = self._clips[number], self._trainer.ranks.device
+        generator = torch.Generator().manual_seed(1000 * number + level)
+        draw = diffusion.Draw(
+            sigma=torch.tensor(self._sigmas()[level]),
+            reference_sigma=torch.zeros(()),
+            is_dropped=torch.zeros(()),
+            noise=torch.randn(clip["latents"].shape, generator=generator),
+            reference_noise=torch.zeros(clip["reference_latent"].shape),
+        )
+        batch = {name: clip[name].unsqueeze(0).to(device) for name in FIELDS}
+        return float(clip_losses(self._trainer.model, batch, [draw], self._config))
+
+    def _write_video(self) -> None:
+        """reference | pose | generated | truth of the first held-out clip."""
+        if self._decoder is None:
+            self._decoder = load_decoder(self._config.data.encoder)
+        clip, decoder = self._clips[0], self._decoder
+        truth = decode_clip(clip["latents"][1:], self._config, decoder)
+        reference = decode_clip(clip["reference_latent"].unsqueeze(0) * decoder.scaling_factor, self._config, decoder)
+        generated = generate(self._trainer.model, self._config, clip, decoder, seed=self._config.trainer.seed)
+        rate = next(c.frames_per_second for c in self._dataset.manifest.clips if c.clip_id == clip["clip_id"])
+        wide = side_by_side([reference, clip["pose"][1:], generated, truth])
+        comment = f"reference | pose | generated | truth; encoder: {decoder.name}; held-out clip {clip['clip_id']}"
+        write_video(self._config.run_dir / VALIDATION_VIDEO, wide, frames_per_second=rate, comment=comment)

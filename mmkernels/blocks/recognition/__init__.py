@@ -1,0 +1,1 @@
+"""Whether a block computes what a drop-in computes: its settings, how its forward reads, and what a probe measures."""
