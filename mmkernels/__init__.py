@@ -6,9 +6,13 @@ print(mmkernels.report(unet))                  # which block runs how, and why n
 
 from typing import TYPE_CHECKING, Any
 
+from mmkernels.version import refuse_older
+
 if TYPE_CHECKING:
     from mmkernels.ops.temporal_attention import temporal_attention
     from mmkernels.replacement import Report, dead_parameters, replace, report
+
+refuse_older()
 
 __all__ = ["Report", "dead_parameters", "replace", "report", "temporal_attention"]
 

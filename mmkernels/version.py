@@ -7,6 +7,26 @@ import re
 from pathlib import Path
 
 DISTRIBUTION = "mimicmotion-trainer"
+LEAST = {"torch": "2.10", "diffusers": "0.27"}  # torch 2.6 cannot register an operator that gives a list of tensors
+
+
+def refuse_older(least: dict[str, str] = LEAST) -> None:
+    """Raise ImportError where an installed package is older than what the kernels and blocks run with."""
+    for name, wanted in least.items():
+        try:
+            found = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # its own import says so
+        if _numbers(found) < _numbers(wanted):
+            raise ImportError(
+                f"mmkernels: {name} is {found}, wanted {wanted} or newer; run pip install --upgrade '{name}>={wanted}'"
+            )
+
+
+def _numbers(release: str) -> tuple[int, int]:
+    """The first two of a release such as 2.13.0+cpu."""
+    first, second = re.findall(r"\d+", release)[:2]
+    return int(first), int(second)
 
 
 def version() -> str:

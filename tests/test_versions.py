@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import versions
 
+from mmkernels import version
+
 ROOT = Path(__file__).resolve().parent.parent
 LEAST = versions.floors((ROOT / "pyproject.toml").read_text())
 
@@ -72,3 +74,10 @@ def test_a_release_that_fails_is_named_and_the_others_run(monkeypatch: Any, caps
         "newest",
     ]
     assert versions.main(["2.14.1"]) == 0
+
+
+def test_an_older_release_is_refused_with_what_to_do() -> None:
+    version.refuse_older()
+    with pytest.raises(ImportError, match=r"torch is [0-9.+a-z]+, wanted 9.0 or newer; run pip install --upgrade"):
+        version.refuse_older({"torch": "9.0"})
+    version.refuse_older({"torch": "1.99", "no-such-package": "3.0"})
