@@ -24,7 +24,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 NEWEST = "newest"
 FIRST_ON_A_GPU = "2.11.0"
-BLOCKS = ("exactness", "output_head", "replacement", "unet", "up_block")  # their tests, beside those marked `op`
+# The tests of blocks, beside those marked `op`.
+BLOCKS = (
+    "exactness", "gradient_checkpointing", "output_head", "recognition", "replacement", "unet", "up_block",
+)  # fmt: skip
 # What those tests import, of all that pyproject.toml lists.
 PACKAGES = (
     "torch", "numpy", "diffusers", "transformers", "safetensors", "rich", "scipy", "torchao", "pytest", "hypothesis",
