@@ -14,7 +14,7 @@ import pytest
 from mimicmotion.train import parse
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = ("README.md", "CONTRIBUTING.md")
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/other-trainers.md")
 BIN = Path(sys.executable).parent
 
 # How each command is run here: "as typed", with words added that make it short, or only read where it would set up a
@@ -31,6 +31,7 @@ HOW = {
     "python bench/modelled.py": "as typed",
     "pip install -e .": "--dry-run --no-deps --no-build-isolation",
     "python -m mmkernels": "as typed",
+    "python -m mmkernels.preview diffusers:UNetSpatioTemporalConditionModel": "--frames 2 --size 64x64",
     "torchrun mimicmotion/train.py --kernels fused": "--trainer.num-steps 2 --run-dir {tmp}/run",
     "python mimicmotion/sample.py --check-pose-order": "--run-dir {tmp}/run --num-steps 2",
     "python mimicmotion/evaluate.py": "--run-dir {tmp}/run --num-clips 1",
