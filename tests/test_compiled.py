@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
 from diffusers.models.resnet import SpatioTemporalResBlock
-from spatio_temporal import run, small_unet, unet_inputs
+from spatio_temporal import run, small_unet, unet_inputs, without
 from torch import Tensor, nn
 from torch._dynamo.backends.registry import lookup_backend
 from torch._inductor.compile_fx import compile_fx
@@ -144,3 +145,22 @@ def test_other_errors_stay_what_they_are() -> None:
         raise ValueError("another")
     with pytest.raises(CompileError, match="does not compile here: FailOnRecompileLimitHit"), compiling():
         raise torch._dynamo.exc.FailOnRecompileLimitHit  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize("is_compiled_first", [False, True])
+def test_a_replaced_unet_is_compiled_and_still_asks_whether_it_has_changed(is_compiled_first: bool) -> None:
+    unet, inputs = small_unet(), unet_inputs()
+    wanted = run(copy.deepcopy(unet), inputs)
+    torch._dynamo.reset()  # pyright: ignore[reportAttributeAccessIssue]
+    if is_compiled_first:
+        unet.compile(backend="eager")
+    mmkernels.replace(unet)
+    if not is_compiled_first:
+        unet.compile(backend="eager")
+    found = run(unet, inputs)
+    assert {row.how for row in mmkernels.report(unet).rows} == {"fused"}
+    for name, value in without(found, mmkernels.dead_parameters(unet)).items():
+        torch.testing.assert_close(value, wanted[name], rtol=1e-3, atol=2e-4 * float(wanted[name].abs().max()) + 1e-6)
+    unet.mid_block.attentions[0].proj_in.register_forward_hook(lambda *_: None)  # pyright: ignore
+    with pytest.raises(Exception, match="the block has changed since replace"):
+        run(unet, inputs)

@@ -10,6 +10,7 @@ import torch
 from diffusers.models.attention_processor import Attention, SlicedAttnProcessor
 from svd_blocks import C, indicator, resnet, resnet_inputs, transformer, transformer_inputs
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 from mmkernels.blocks.recognition.transformer import why_not_transformer
 from mmkernels.blocks.resnet import FusedResBlock
@@ -45,6 +46,10 @@ TRANSFORMER_REASONS: dict[str, tuple[Change, str]] = {
     "LoRA beside the module": (
         lambda m: m.transformer_blocks[0].attn1.add_module("lora", nn.Linear(2, 2)),
         "has an extra module attn1.lora, torch.nn.Linear",
+    ),
+    "a weight that is computed": (
+        lambda m: parametrizations.weight_norm(m.temporal_transformer_blocks[0].ff.net[2]),
+        "its weight is not a parameter of its own but computed",
     ),
     "another norm": (
         _set(f"{SPATIAL}.norm3", lambda _: nn.RMSNorm(C)),

@@ -67,7 +67,7 @@ class FusedTransformer(FusedBlock):
     why_not = staticmethod(why_not_transformer)
     probe_inputs = staticmethod(transformer_inputs)
     plain_parts = staticmethod(plain_parts_of_transformer)
-    __slots__ = ()
+    __slots__ = ("context_rule",)
     norm: nn.GroupNorm
     proj_in: nn.Linear
     transformer_blocks: nn.ModuleList
@@ -76,6 +76,10 @@ class FusedTransformer(FusedBlock):
     time_proj: nn.Module
     time_mixer: Any
     proj_out: nn.Linear
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__(original)
+        self.context_rule = RULES.get(digest_of_form(original) or "", of_first_frame)
 
     def units(self) -> dict[str, tuple[Choice, ...]]:
         """One for each operation; a feed-forward can keep its up-projection, attention over frames its q, k, v."""
@@ -116,8 +120,7 @@ class FusedTransformer(FusedBlock):
     ) -> Tensor:
         BF, _, H, W = hidden_states.shape
         F = image_only_indicator.shape[-1]
-        rule = RULES.get(digest_of_form(self.original) or "", of_first_frame)
-        context_of_frames = rule(context, self, BF // F, H * W)  # (B, T, C_context) or (B*P, T, C_context)
+        context_of_frames = self.context_rule(context, self, BF // F, H * W)  # (B, T, C_context) or (B*P, T, C_context)
         x = hidden_states.permute(0, 2, 3, 1).flatten(1, 2)  # (B*F, P, C), a view
         with unit("norm_projection"):
             layer = _linear(self.proj_in, x)

@@ -108,6 +108,8 @@ def _is_idle_lora(layer: Any) -> bool:
 
 
 def _why_not_weight(layer: Any) -> str | None:
+    if "weight" not in layer._parameters:
+        return "its weight is not a parameter of its own but computed, as torch.nn.utils.parametrize does"
     weight, shape = layer.weight, (layer.out_features, layer.in_features)
     if _is_4bit(layer):
         return None if weight.quant_state is not None else "is of 4 bits and not yet quantised; move it to its device"
