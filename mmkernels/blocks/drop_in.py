@@ -143,8 +143,8 @@ class FusedBlock(DropIn):
         """What `why_not` looks at."""
         return self.original
 
-    # What it reads is no part of a graph, which would not ask again. torch.compiler.disable does the same, but loads the
-    # compiler with this module, which takes seconds.
+    # What it reads is no part of a graph, which would not ask again. torch.compiler.disable does the same, but loading
+    # it takes seconds.
     @torch._disable_dynamo
     def check_unchanged(self) -> None:
         """Raise RuntimeError with the reason where the block is no longer what replace() found."""
