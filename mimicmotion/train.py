@@ -83,7 +83,7 @@ def _parsed(words: list[str]) -> Arguments:
 def _given(words: list[str], name: str) -> str | None:
     """The value of an option, the last where it is given several times."""
     value = None
-    for word, after in zip(words, [*words[1:], None], strict=True):
+    for word, after in zip(words, [*words, None][1:], strict=True):
         if word.startswith(f"{name}="):
             value = word.partition("=")[2]
         elif word == name:

@@ -39,8 +39,14 @@ def patched(
         at_draw(step, ids)
         return draw_samples(config, step, ids, shape)
 
-    def dataset(*_: object) -> Any:
-        return SimpleNamespace(sample=wrap(clips.sample), manifest=SimpleNamespace(encoder_name="noise"))
+    def dataset(*_: object, **__: object) -> Any:
+        return SimpleNamespace(
+            sample=wrap(clips.sample),
+            clip_of=clips.clip_of,
+            identity=clips.identity,
+            clip_ids=["noise"],
+            num_held_out=0,
+        )
 
     arguments = train.Arguments(config=config)
     with (

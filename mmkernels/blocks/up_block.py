@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from mmkernels.blocks.contexts import Context
 from mmkernels.blocks.drop_in import PLAIN, DropIn, FusedBlock
 from mmkernels.blocks.recognition.resnet import why_not_up_block
-from mmkernels.blocks.recognition.structure import is_hooked
+from mmkernels.blocks.recognition.structure import is_read
 from mmkernels.blocks.resnet import FusedResBlock
 from mmkernels.blocks.segment import segment
 from mmkernels.memory.units import Choice, unit
@@ -54,7 +54,7 @@ class FusedUpBlock(FusedBlock):
         attentions = getattr(self, "attentions", None) or [None] * len(self.resnets)
         skips = reversed(res_hidden_states_tuple)
         for resnet, attention, skip in zip(self.resnets, attentions, skips, strict=False):
-            if isinstance(resnet, FusedResBlock) and not is_hooked(resnet):  # a hook sees what diffusers gives it
+            if isinstance(resnet, FusedResBlock) and not is_read(resnet):  # a hook sees what diffusers gives it
                 hidden_states = resnet(hidden_states, temb, image_only_indicator, skip=skip)
             else:
                 joined = torch.cat([hidden_states, skip], dim=1)

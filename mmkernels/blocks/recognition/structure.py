@@ -15,6 +15,7 @@ from mmkernels.blocks.recognition.forms import class_path, why_not_known
 from mmkernels.blocks.weights import why_not_linear
 
 Kinds = Mapping[str, type | str]  # by the dotted name within a block: a class of torch's, or a role that is known
+_WATCHERS = ("mmkernels.", "torch.distributed.")  # whose hooks count, time or gather a block, whatever it is given
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _NORMS = (nn.LayerNorm, nn.GroupNorm)
 
@@ -22,6 +23,13 @@ _NORMS = (nn.LayerNorm, nn.GroupNorm)
 def is_hooked(module: nn.Module) -> bool:
     """Whether calling the module does more, or other things, than the forward of its class."""
     return "forward" in module.__dict__ or any(getattr(module, hooks, None) for hooks in _HOOKS)
+
+
+def is_read(module: nn.Module) -> bool:
+    """Whether somebody beside the module may read its inputs or change them: hooks, but for those that only watch."""
+    hooks = [hook for name in _HOOKS for hook in getattr(module, name, {}).values()]
+    are_watching = (str(getattr(hook, "__module__", "")).startswith(_WATCHERS) for hook in hooks)
+    return "forward" in module.__dict__ or not all(are_watching)
 
 
 def why_not_built_of(
