@@ -8,11 +8,11 @@ import torch
 from safetensors import SafetensorError
 
 from mimicmotion.checkpoint import CheckpointError
+from mimicmotion.data.cache import FULL
 from mimicmotion.paths import free_gib
 
 # What files, weights, disks, memory and missing packages can do, and what is refused.
 _EXPECTED = (ValueError, OSError, MemoryError, torch.OutOfMemoryError, ImportError, SafetensorError, CheckpointError)
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -38,7 +38,7 @@ def sentence(error: Exception) -> str:
         return str(error) or "the memory ran out; give fewer workers or smaller clips"
     if isinstance(error, ImportError):
         return f"{error}; `pip install -e .` in the checkout installs what is needed"
-    if isinstance(error, OSError) and error.errno in _FULL:
+    if isinstance(error, OSError) and error.errno in FULL:
         return f"no space left to write {_name(error)}{free_gib(error.filename)}; free some and start again"
     if isinstance(error, OSError) and error.errno in _FORBIDDEN:
         return f"{_name(error)} cannot be used ({error.strerror}); give another place, or the rights to this one"

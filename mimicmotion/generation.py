@@ -103,6 +103,13 @@ def decode_clip(latents: Tensor, config: Config, decoder: Decoder) -> Tensor:
     return sampler.decode(latents, decoder.decode, scaling_factor=decoder.scaling_factor, frames_at_once=frames_at_once)
 
 
+def reference_and_truth(clip: dict[str, Any], config: Config, decoder: Decoder) -> tuple[Tensor, Tensor]:
+    """What a generated clip is held against: frames (1, 3, H, W) of its reference and (F - 1, 3, H, W) of its own."""
+    truth = decode_clip(clip["latents"][1:], config, decoder)
+    reference = decode_clip(clip["reference_latent"].unsqueeze(0) * decoder.scaling_factor, config, decoder)
+    return reference, truth
+
+
 def other_order(num_frames: int, seed: int) -> Tensor:
     """Fixed order (F,) of frames in which frame 0, the reference, keeps its place and every other frame moves.
 

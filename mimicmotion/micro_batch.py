@@ -72,14 +72,13 @@ def clip_losses(
 def draw_samples(config: Config, step: int, sample_ids: range, latent_shape: tuple[int, ...]) -> list[diffusion.Draw]:
     """The random numbers of some samples of a step; latent_shape is (F, 4, h, w)."""
     settings = config.diffusion
-    mean = settings.log_sigma_mean
     return [
         diffusion.draw(
             config.trainer.seed,
             step,
             sample_id,
             latent_shape,
-            mean=diffusion.log_sigma_mean(config.data.height, config.data.width) if mean is None else mean,
+            mean=log_sigma_mean(config),
             std=settings.log_sigma_std,
             reference_mean=settings.reference_log_sigma_mean,
             reference_std=settings.reference_log_sigma_std,
@@ -87,3 +86,9 @@ def draw_samples(config: Config, step: int, sample_ids: range, latent_shape: tup
         )
         for sample_id in sample_ids
     ]
+
+
+def log_sigma_mean(config: Config) -> float:
+    """Mean of ln sigma of a run: the one that it names, else that of its resolution."""
+    mean = config.diffusion.log_sigma_mean
+    return diffusion.log_sigma_mean(config.data.height, config.data.width) if mean is None else mean

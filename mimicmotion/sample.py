@@ -24,11 +24,11 @@ from mimicmotion.data.cache import atomic_write
 from mimicmotion.data.dataset import ClipDataset
 from mimicmotion.generation import (
     Decoder,
-    decode_clip,
     generate,
     load_averaged,
     load_decoder,
     other_order,
+    reference_and_truth,
     run_folder_of,
 )
 from mimicmotion.metrics import psnr
@@ -59,8 +59,7 @@ def sample_clip(
     model: MimicMotionModel, config: Config, clip: dict[str, Any], decoder: Decoder, *, seed: int, checks_order: bool
 ) -> tuple[Tensor, dict[str, Any]]:
     """The wide picture (F - 1, H, 4 W, 3) and the figures of one clip."""
-    truth = decode_clip(clip["latents"][1:], config, decoder)
-    reference = decode_clip(clip["reference_latent"].unsqueeze(0) * decoder.scaling_factor, config, decoder)
+    reference, truth = reference_and_truth(clip, config, decoder)
     generated = generate(model, config, clip, decoder, seed=seed, on_step=_say("right poses", config))
     figures: dict[str, Any] = {
         "psnr_db": psnr(generated, truth),
@@ -98,7 +97,7 @@ def run(arguments: Arguments) -> bool:
     dataset = ClipDataset(arguments.prepared or config.data.prepared, config.data.num_frames, config.trainer.seed)
     clip_id = dataset.clip_ids[0] if arguments.clip is None else arguments.clip
     clip = dataset.clip(clip_id, arguments.reference, arguments.start, arguments.num_frames)
-    rate = next(clip.frames_per_second for clip in dataset.manifest.clips if clip.clip_id == clip_id)
+    rate = dataset.frames_per_second(clip_id)
     print(f"checkpoint {folder}, clip {clip_id}, encoder {decoder.name}", flush=True)
     wide, figures = sample_clip(
         model, config, clip, decoder, seed=arguments.seed, checks_order=arguments.check_pose_order

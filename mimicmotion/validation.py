@@ -13,9 +13,9 @@ import torch
 from mimicmotion import diffusion
 from mimicmotion.data.dataset import ClipDataset
 from mimicmotion.execution import free_what_is_left
-from mimicmotion.generation import decode_clip, generate, load_decoder
+from mimicmotion.generation import generate, load_decoder, reference_and_truth
 from mimicmotion.history import History
-from mimicmotion.micro_batch import FIELDS, clip_losses
+from mimicmotion.micro_batch import FIELDS, clip_losses, log_sigma_mean
 from mimicmotion.run_page import VALIDATION_ROWS, VALIDATION_VIDEO
 from mimicmotion.trainer import Trainer
 from mimicmotion.video import side_by_side, write_video
@@ -67,10 +67,8 @@ class Validation:
         }  # fmt: skip
 
     def _sigmas(self) -> list[float]:
-        settings, data = self._config.diffusion, self._config.data
-        mean = settings.log_sigma_mean
-        mean = diffusion.log_sigma_mean(data.height, data.width) if mean is None else mean
-        return [math.exp(mean + settings.log_sigma_std * quantile) for quantile in QUANTILES]
+        mean, std = log_sigma_mean(self._config), self._config.diffusion.log_sigma_std
+        return [math.exp(mean + std * quantile) for quantile in QUANTILES]
 
     def _loss(self, number: int, level: int) -> float:
         """Of one clip at one level, conditions in place and the reference as it is."""
@@ -91,10 +89,9 @@ class Validation:
         if self._decoder is None:
             self._decoder = load_decoder(self._config.data.encoder)
         clip, decoder = self._clips[0], self._decoder
-        truth = decode_clip(clip["latents"][1:], self._config, decoder)
-        reference = decode_clip(clip["reference_latent"].unsqueeze(0) * decoder.scaling_factor, self._config, decoder)
+        reference, truth = reference_and_truth(clip, self._config, decoder)
         generated = generate(self._trainer.model, self._config, clip, decoder, seed=self._config.trainer.seed)
-        rate = next(c.frames_per_second for c in self._dataset.manifest.clips if c.clip_id == clip["clip_id"])
+        rate = self._dataset.frames_per_second(clip["clip_id"])
         wide = side_by_side([reference, clip["pose"][1:], generated, truth])
         comment = f"reference | pose | generated | truth; encoder: {decoder.name}; held-out clip {clip['clip_id']}"
         write_video(self._config.run_dir / VALIDATION_VIDEO, wide, frames_per_second=rate, comment=comment)

@@ -28,6 +28,25 @@ def wide_like(like: Tensor, is_wanted: bool = True) -> Tensor:
     return torch.empty_like(like, dtype=dtype) if is_wanted else torch.empty(0, dtype=dtype, device=like.device)
 
 
+def through_norm(needs: Sequence[bool]) -> bool:
+    """Whether an operation's norm is differentiated: for x or the norm's parameters, its first three inputs."""
+    return any(needs[:3])
+
+
+def gradients_of_attention(
+    x: Tensor, qkv_weight: Tensor, out_weight: Tensor, adapters: Sequence[Tensor], needs: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    """What the backward of norm + attention returns, uninitialised: of x, both weights, the (3, C) vectors, adapters.
+
+    Empty where it is not wanted, but for the vectors. needs: of x, the norm's weight and bias, both weights, the
+    output's bias, and the adapters together.
+    """
+    dx = torch.empty(x.shape if through_norm(needs) else 0, dtype=x.dtype, device=x.device)
+    vectors = x.new_empty((3, x.shape[-1]), dtype=wide_dtype(x.dtype))
+    dadapters = [wide_like(factor) for factor in adapters if needs[6]]
+    return dx, wide_like(qkv_weight, needs[3]), wide_like(out_weight, needs[4]), vectors, dadapters
+
+
 class Matrix:
     """One weight W (K, C), with the sum of its gradient where that is wanted."""
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
+from partial_ops import Calls
 from test_plan import CARD, small_workload
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmkernels.costs import modelled_device
 from mmkernels.memory.operator_body import Bodies
@@ -29,19 +28,6 @@ from mmkernels.scratch import DEFAULT_BYTES, scratch_within
 
 F = 72
 LEVELS = {320: (128, 72), 640: (64, 36), 1280: (32, 18)}
-
-
-class Calls(TorchDispatchMode):
-    """Keeps the calls of our operators."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[tuple[Any, tuple[Any, ...]]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func.namespace == "mmkernels":
-            self.seen.append((func, args))
-        return func(*args, **(kwargs or {}))
 
 
 def _leaf(*shape: int) -> Tensor:
@@ -88,9 +74,9 @@ def test_a_chunk_takes_what_the_bound_allows(op: str, bound: int) -> None:
         with FakeTensorMode(), modelled_device("cuda"), scratch_within(bound), Calls() as calls:
             y = OPS[op](C)
             y.backward(torch.empty_like(y))
-        assert len(calls.seen) == 2
+        assert len(calls.made) == 2
         with modelled_device("cuda"):
-            bodies = [Bodies(OperatorCosts()).of(func, args, {}) for func, args in calls.seen]
+            bodies = [Bodies(OperatorCosts()).of(func, args, {}) for func, args in calls.made]
         taken = [sum(body.buffers) for body in bodies if body is not None]
         assert len(taken) == 2
         # A weight of two inputs laid out anew, its gradient in 2 bytes, and its sum in 4.
@@ -105,7 +91,7 @@ def test_frames_of_level_0_that_a_3x3_takes_at_once() -> None:
     with FakeTensorMode(), modelled_device("cuda"), Calls() as calls:
         for C2 in (0, 320, 640):
             _convolution(320, C2)
-    frames = [args[-1] // 9216 for _, args in calls.seen]
+    frames = [args[-1] // 9216 for _, args in calls.made]
     assert frames[0] >= F and 12 <= frames[2] <= frames[1] <= 24
 
 
@@ -122,7 +108,7 @@ def test_a_plan_hands_its_bound_to_every_operation(is_whole: bool) -> None:
             workload.step()
         undo()
         found = chunks.setdefault(bound, {})
-        for func, args in calls.seen:
+        for func, args in calls.made:
             chunk = [x for x in args if isinstance(x, int) and not isinstance(x, bool)]
             found.setdefault(func.name(), set()).add(chunk[-1] if chunk else 0)
     large, small = chunks.values()

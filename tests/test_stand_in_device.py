@@ -16,6 +16,7 @@ from diffusers.models.resnet import AlphaBlender
 from placed import placed
 from stand_in_device import StandInDevice
 from torch import nn
+from versions import marks_op
 
 from mmkernels.ops.blend import blend
 
@@ -100,9 +101,7 @@ def test_a_move_copies_and_memory_that_is_freed_is_not_taken_for_the_device() ->
 
 def test_autocast_in_tests_of_ops_names_the_device_of_the_test() -> None:
     """autocast of the CPU does nothing to tensors of a GPU; the stand-in is a CPU and would not tell."""
-    modules = [
-        path for path in HERE.glob("test_*.py") if re.search(r"^pytestmark = pytest.mark.op$", path.read_text(), re.M)
-    ]
+    modules = [path for path in HERE.glob("test_*.py") if marks_op(path)]
     assert len(modules) >= 15
     assert [path.name for path in modules if re.search(r"autocast\(\s*[\"']", path.read_text())] == []
 

@@ -81,6 +81,10 @@ class ClipDataset:
         """
         return {**self.clip(*self._draw(step, sample_id)), "sample_id": sample_id}
 
+    def frames_per_second(self, clip_id: str) -> float:
+        """The rate of a clip's frames. Raises ValueError where there is none of that name."""
+        return self._clip(clip_id).frames_per_second
+
     def clip_of(self, step: int, sample_id: int) -> str:
         """Name of the clip that `sample` takes."""
         return self._draw(step, sample_id)[0]

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mmkernels.kernels import blend as kernels
+from mmkernels.matrices import wanted
 
 
 def reference(spatial: Tensor, temporal: Tensor, alpha: Tensor) -> Tensor:
@@ -68,8 +69,7 @@ def _save(ctx: Any, inputs: Sequence[Tensor], output: Tensor) -> None:
 
 
 def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = zip(_backward(dy, *ctx.saved_tensors), ctx.needs_input_grad, strict=True)
-    return tuple(gradient if is_needed else None for gradient, is_needed in gradients)
+    return tuple(wanted(_backward(dy, *ctx.saved_tensors), ctx.needs_input_grad))
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

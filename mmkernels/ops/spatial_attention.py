@@ -25,7 +25,17 @@ from mmkernels.kernels import attention
 from mmkernels.kernels.column_sums import column_sums
 from mmkernels.kernels.launch import MOST_GRID_YZ
 from mmkernels.kernels.layer_norm import add_residual_into, layer_norm_backward_into, layer_norm_of
-from mmkernels.matrices import Matrix, adapter_flops, check_adapters, matrices, of_lists, summed, wanted, wide_like
+from mmkernels.matrices import (
+    Matrix,
+    adapter_flops,
+    check_adapters,
+    gradients_of_attention,
+    matrices,
+    of_lists,
+    summed,
+    through_norm,
+    wanted,
+)  # fmt: skip
 from mmkernels.rows import check_shapes, chunk_size, chunks, default_chunk, rows_of, wide_dtype, wide_vector
 from mmkernels.scratch import Buffers
 
@@ -140,10 +150,11 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
     """Gradients of x, qkv_weight, out_weight, the (3, C) of norm_weight, norm_bias and out_bias, and of the adapters.
 
-    needs: which of the forward's tensors want theirs, the adapters last and together; see `_gradients` for the rest.
+    needs: which of the forward's tensors want theirs, the adapters last and together; for the rest see
+    `gradients_of_attention`.
     Those of parameters are at least float32; autograd rounds them to the dtype of the parameter.
     """
-    dx, _, _, vector_sums, _ = _gradients(x, qkv_weight, out_weight, adapters, needs)
+    dx, _, _, vector_sums, _ = gradients_of_attention(x, qkv_weight, out_weight, adapters, needs)
     vector_sums.zero_()
     norm_weight, norm_bias = wide_vector(norm_weight, x), wide_vector(norm_bias, x)
     (qkv, out), sums = matrices((qkv_weight, out_weight), (needs[3], needs[4]), adapters, places, needs[6])
@@ -157,17 +168,12 @@ def _backward(
         h, mean, rstd = layer_norm_of(part, None, norm_weight, norm_bias, eps, buffers)
         packed = _packed_gradient(h, dout, o_part, logsumexp[chunk], qkv, out, num_heads, attend)
         qkv.collect(packed, h)
-        if _is_through(needs):
+        if through_norm(needs):
             dh = qkv.back(packed, h)
             vector_sums += layer_norm_backward_into(dh, part, None, norm_weight, mean, rstd, dy[chunk], dx[chunk])
-    if needs[5] and not _is_through(needs):
+    if needs[5] and not through_norm(needs):
         vector_sums[2] = column_sums(dy).sum(0)
     return dx, qkv.sum, out.sum, vector_sums, sums
-
-
-def _is_through(needs: Sequence[bool]) -> bool:
-    """Whether the norm is differentiated: for x or the norm's parameters."""
-    return any(needs[:3])
 
 
 def _is_inside(needs: Sequence[bool]) -> bool:
@@ -181,24 +187,14 @@ def _backward_fake(
     out_weight: Tensor, adapters: Sequence[Tensor], places: Sequence[int], num_heads: int, eps: float,
     chunk_frames: int, backend: str, needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
-    return _gradients(x, qkv_weight, out_weight, adapters, needs)
-
-
-def _gradients(
-    x: Tensor, qkv_weight: Tensor, out_weight: Tensor, adapters: Sequence[Tensor], needs: Sequence[bool]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    """What `_backward` returns, uninitialised: empty where it is not wanted, but for the vectors."""
-    dx = torch.empty(x.shape if _is_through(needs) else 0, dtype=x.dtype, device=x.device)
-    vectors = x.new_empty((3, x.shape[2]), dtype=wide_dtype(x.dtype))
-    dadapters = [wide_like(factor) for factor in adapters if needs[6]]
-    return dx, wide_like(qkv_weight, needs[3]), wide_like(out_weight, needs[4]), vectors, dadapters
+    return gradients_of_attention(x, qkv_weight, out_weight, adapters, needs)
 
 
 @register_flop_formula(torch.ops.mmkernels.spatial_attention_backward)
 def _backward_flops(_: Sequence[int], x_shape: Sequence[int], *rest: Any, **__: Any) -> int:
     _, _, _, _, qkv_shape, out_shape, adapters, places, num_heads, _, _, _, needs = rest
     heads, wants = _heads_shape(x_shape, qkv_shape, num_heads), 2 * needs[6]
-    inside, through, num_rows = _is_inside(needs), _is_through(needs), (qkv_shape[0], out_shape[0])
+    inside, through, num_rows = _is_inside(needs), through_norm(needs), (qkv_shape[0], out_shape[0])
     products = 3 * (inside + needs[3] + through) + inside + needs[4]  # the first three recomputed
     times = (inside + wants + through, inside + wants)
     flops = adapter_flops(x_shape[0] * x_shape[1], adapters, places, num_rows, times)

@@ -25,8 +25,16 @@ from mmkernels.costs import device_kind
 from mmkernels.kernels.column_sums import column_sums
 from mmkernels.kernels.layer_norm import add_residual_into, layer_norm_backward_into, layer_norm_of
 from mmkernels.kernels.temporal_attention import temporal_attention_backward_into, temporal_attention_into
-from mmkernels.matrices import adapter_flops, check_adapters, matrices, of_lists, wanted, wide_like
-from mmkernels.rows import check_shapes, chunk_size, num_sharing, wide_dtype, wide_vector
+from mmkernels.matrices import (
+    adapter_flops,
+    check_adapters,
+    gradients_of_attention,
+    matrices,
+    of_lists,
+    through_norm,
+    wanted,
+)  # fmt: skip
+from mmkernels.rows import check_shapes, chunk_size, num_sharing, wide_vector
 from mmkernels.scratch import Buffers, scratch_rows
 
 Keep = Literal["input", "qkv"]
@@ -120,11 +128,12 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
     """Gradients of x, qkv_weight, out_weight, the (3, C) of norm_weight, norm_bias and out_bias, and of the adapters.
 
-    needs: which of the forward's tensors want theirs, the adapters last and together; see `_gradients` for the rest.
+    needs: which of the forward's tensors want theirs, the adapters last and together; for the rest see
+    `gradients_of_attention`.
     Those of parameters are at least float32; autograd rounds them to the dtype of the parameter.
     """
     C = x.shape[3]
-    dx, _, _, vector_sums, _ = _gradients(x, qkv_weight, out_weight, adapters, needs)
+    dx, _, _, vector_sums, _ = gradients_of_attention(x, qkv_weight, out_weight, adapters, needs)
     vector_sums.zero_()
     norm_weight, norm_bias = wide_vector(norm_weight, x), wide_vector(norm_bias, x)
     (to_qkv, out), sums = matrices((qkv_weight, out_weight), (needs[3], needs[4]), adapters, places, needs[6])
@@ -141,19 +150,14 @@ def _backward(
         temporal_attention_backward_into(q, k, v, do_heads, (dq, dk, dv), o=o_heads)
         out.collect(dinner, o)
         to_qkv.collect(dqkv, h)
-        if _is_through(needs):
+        if through_norm(needs):
             vector_sums += layer_norm_backward_into(
                 to_qkv.back(dqkv, do), x[b, :, pixels], None, norm_weight, mean, rstd, dy[b, :, pixels],
                 dx[b, :, pixels],
             )  # fmt: skip
-    if needs[5] and not _is_through(needs):
+    if needs[5] and not through_norm(needs):
         vector_sums[2] = column_sums(dy.flatten(1, 2)).sum(0)
     return dx, to_qkv.sum, out.sum, vector_sums, sums
-
-
-def _is_through(needs: Sequence[bool]) -> bool:
-    """Whether the norm is differentiated: for x or the norm's parameters."""
-    return any(needs[:3])
 
 
 def _is_inside(needs: Sequence[bool]) -> bool:
@@ -167,17 +171,7 @@ def _backward_fake(
     out_weight: Tensor, adapters: Sequence[Tensor], places: Sequence[int], num_heads: int, eps: float,
     chunk_pixels: int, needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
-    return _gradients(x, qkv_weight, out_weight, adapters, needs)
-
-
-def _gradients(
-    x: Tensor, qkv_weight: Tensor, out_weight: Tensor, adapters: Sequence[Tensor], needs: Sequence[bool]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    """What `_backward` returns, uninitialised: empty where it is not wanted, but for the vectors."""
-    dx = torch.empty(x.shape if _is_through(needs) else 0, dtype=x.dtype, device=x.device)
-    vectors = x.new_empty((3, x.shape[3]), dtype=wide_dtype(x.dtype))
-    dadapters = [wide_like(factor) for factor in adapters if needs[6]]
-    return dx, wide_like(qkv_weight, needs[3]), wide_like(out_weight, needs[4]), vectors, dadapters
+    return gradients_of_attention(x, qkv_weight, out_weight, adapters, needs)
 
 
 def _save(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor]) -> None:
@@ -227,7 +221,7 @@ def _backward_flops(_: Sequence[int], x_shape: Sequence[int], *shapes: Any, **__
     saved_shape, _, _, _, _, adapters, places, _, _, _, needs = shapes
     if not _is_inside(needs):
         return 0
-    again, through, wants = not saved_shape[0], _is_through(needs), 2 * needs[6]
+    again, through, wants = not saved_shape[0], through_norm(needs), 2 * needs[6]
     products = 3 * (again + needs[3] + through) + 1 + needs[4]
     flops = _product_flops(x_shape, products) + _attention_flops(x_shape, 6)
     return flops + _adapter_flops(x_shape, adapters, places, (again + wants + through, 1 + wants))
