@@ -246,7 +246,7 @@ class Manifest:
     decoder: str  # and its version
     encoder_device: str  # kind of device
     frame_stride: int  # every clip's
-    bounds: dict[str, float]  # what clips were held to, by the names of curate.Bounds
+    bounds: dict[str, Any]  # what clips were held to, by the names of curate.Bounds
     clips: list[Clip]
     dropped: list[Drop] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)  # digest of the content of each keypoints and tensors file

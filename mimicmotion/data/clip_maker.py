@@ -145,7 +145,9 @@ class ClipMaker:
     def _drop_all(self, source: _Source, num_stretches: int, longest: int) -> Drop:
         whole = slice(0, len(source.watched))
         measures = measure(source.watched, whole)
-        reason = f"the longest of {num_stretches} stretches with one person and no cut has {longest} frames"
+        reason = (
+            f"the longest of {num_stretches} stretches that move and show one person without a cut has {longest} frames"
+        )
         reasons = [f"{reason}, fewer than {self._bounds.min_frames}", *reasons_to_drop(measures, self._bounds)]
         return self._drop(source.path, "curate", "; ".join(reasons), **self._place(source, whole, measures))
 
