@@ -19,7 +19,7 @@ from mimicmotion.data.cache import Manifest, check_writable
 from mimicmotion.data.curate import Bounds
 from mimicmotion.data.footage import embedded_footage, find_all, not_looked_at
 from mimicmotion.data.poses import load_backend
-from mimicmotion.data.preparation import Recipe, prepare
+from mimicmotion.data.preparation import Engine, Recipe, prepare
 from mimicmotion.data.progress import VideoProgress
 from mimicmotion.data.rehearsal import Rehearsal, rehearse
 from mimicmotion.data.verification import damages
@@ -38,12 +38,14 @@ class Arguments:
     width: int | None = None  # pixels, a multiple of 8 (64 for the UNet)
     num_frames: int | None = None  # frames of a training clip; shorter stretches of a video are left out
     frame_stride: int = 1  # keep every frame_stride-th frame
+    with_mirrored: bool = False  # each clip a second time, flipped left to right, with left and right joints exchanged
     poses: Literal["dwpose", "holistic"] | None = None  # dwpose for your own videos, else the preset's
     dwpose_dir: Path | None = None  # folder of yolox_l.onnx and dw-ll_ucoco_384.onnx; downloaded where none is given
     encoder: str | None = None  # patch-codec (a stand-in), or a folder or hub id of Stable Video Diffusion
     device: str | None = None  # where the encoder runs; the GPU where there is one
     workers: int | None = None  # videos worked on at once; one a processor core where none is given
     bounds: Bounds = field(default_factory=Bounds)  # what a stretch of a video must meet
+    engine: Engine = "pool"  # pool: this process; ray: a Ray cluster (RAY_ADDRESS), or Ray on this machine
     dry_run: bool = False  # look at the first minute of each video, say what would be kept and how long all would take
     verify: bool = False  # read all of a prepared folder again and say what is damaged
     debug: bool = False  # show where in the code an error arose
@@ -62,6 +64,7 @@ def recipe_of(arguments: Arguments) -> Recipe:
         width=data.width if arguments.width is None else arguments.width,
         num_frames=data.num_frames if arguments.num_frames is None else arguments.num_frames,
         frame_stride=arguments.frame_stride,
+        with_mirrored=arguments.with_mirrored,
         bounds=arguments.bounds,
         workers=arguments.workers,
     )
@@ -83,7 +86,9 @@ def run(arguments: Arguments) -> Manifest | Rehearsal:
     poses = load_backend(backend, dwpose_dir=arguments.dwpose_dir)
     if arguments.dry_run:
         return rehearse(videos, recipe=recipe, poses=poses, encoder=encoder, progress=progress)
-    return prepare(videos, prepared, recipe=recipe, poses=poses, encoder=encoder, progress=progress)
+    return prepare(
+        videos, prepared, recipe=recipe, poses=poses, encoder=encoder, progress=progress, engine=arguments.engine
+    )
 
 
 def verify(prepared: Path) -> None:

@@ -7,18 +7,22 @@ remakes only its own files, and an interrupted run goes on where it was.
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Literal
 
 from mimicmotion.config import Config, DataConfig, demo
+from mimicmotion.data import pool, ray_engine
 from mimicmotion.data.cache import Clip, Drop, Manifest, check_writable, is_prepared, stated_sha256
 from mimicmotion.data.clip_maker import ClipMaker, Recipe
 from mimicmotion.data.curate import Bounds
 from mimicmotion.data.film import DECODER
 from mimicmotion.data.footage import embedded_footage
-from mimicmotion.data.pool import make_all
 from mimicmotion.data.poses import PoseBackend, load_backend
 from mimicmotion.data.progress import VideoProgress
 from mimicmotion.model.encoders import PATCH_CODEC, SPATIAL_FACTOR, Encoder, PatchCodec, load_encoder
 from mimicmotion.paths import printable
+
+Engine = Literal["pool", "ray"]
+ENGINES = {"pool": pool, "ray": ray_engine}
 
 
 def prepare(
@@ -29,9 +33,11 @@ def prepare(
     poses: PoseBackend,
     encoder: Encoder,
     progress: VideoProgress | None = None,
+    engine: Engine = "pool",
 ) -> Manifest:
     """Make the clips of videos in the folder prepared, and its manifest.
 
+    engine: threads of this process, or the workers of a Ray cluster, whose machines have to see the same folders.
     A video that cannot be used is recorded with its reason and the rest goes on. Raises ValueError where none is left,
     NotWritableError where the folder cannot be written, at once or later, and RuntimeError where memory ran out: what
     was made until then stays, and the next call goes on from it.
@@ -40,7 +46,7 @@ def prepare(
         check_writable(folder)
     with progress or VideoProgress() as shown:
         maker = ClipMaker(prepared, recipe, poses, encoder, shown)
-        results = make_all(maker, videos, recipe.num_workers(len(videos)))
+        results = ENGINES[engine].make_all(maker, videos, recipe.num_workers(len(videos)))
     clips, dropped = _sorted_out(results)
     if not clips:
         reasons = "\n".join(f"  {printable(drop.source)}: {drop.reason}" for drop in dropped)
@@ -58,6 +64,7 @@ def prepare(
         decoder=DECODER,
         encoder_device=encoder.device,
         frame_stride=recipe.frame_stride,
+        with_mirrored=recipe.with_mirrored,
         bounds=asdict(recipe.bounds),
         clips=clips,
         dropped=dropped,
@@ -112,7 +119,12 @@ def prepare_if_missing(config: Config, progress: VideoProgress | None = None) ->
         # in order and once, however many clips each gave
         videos = list(dict.fromkeys(Path(part.source) for part in (*manifest.clips, *manifest.dropped)))
         backend = manifest.pose_backend
-        recipe = replace(recipe, frame_stride=manifest.frame_stride, bounds=Bounds(**manifest.bounds))
+        recipe = replace(
+            recipe,
+            frame_stride=manifest.frame_stride,
+            with_mirrored=manifest.with_mirrored,
+            bounds=Bounds(**manifest.bounds),
+        )
     return prepare(
         videos,
         data.prepared,
