@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,7 @@ def make_all(maker: ClipMaker, videos: Sequence[Path], workers: int) -> list[lis
     RAY_ADDRESS names the cluster; without it Ray starts on this machine, and is stopped at the end.
     """
     try:
-        import ray
-        from ray.exceptions import RayTaskError
-        from ray.util import ActorPool
+        ray: Any = import_module("ray")
     except ImportError as error:
         raise ValueError(f"the engine ray needs Ray ({error}); `pip install ray`, or leave --engine out") from error
     was_running = ray.is_initialized()
@@ -27,9 +26,11 @@ def make_all(maker: ClipMaker, videos: Sequence[Path], workers: int) -> list[lis
         kept: Any = ray.put(maker)  # serialised once, however many workers there are
         actor: Any = ray.remote(_Worker)
         num_gpus = 1.0 if maker.encoder.device == "cuda" else 0.0
-        pool = ActorPool([actor.options(num_cpus=1, num_gpus=num_gpus).remote(kept) for _ in range(workers)])
+        pool = import_module("ray.util").ActorPool(
+            [actor.options(num_cpus=1, num_gpus=num_gpus).remote(kept) for _ in range(workers)]
+        )
         return list(pool.map(lambda worker, video: worker.make.remote(video), list(videos)))
-    except RayTaskError as error:
+    except ray.exceptions.RayTaskError as error:
         raise error.cause from error
     finally:
         if not was_running:
