@@ -1,5 +1,6 @@
 """A micro-batch, its loss and its random numbers, each a function of (seed, step, sample id) alone."""
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -16,7 +17,7 @@ FIELDS = ("latents", "reference_latent", "image_embedding", "pose", "loss_weight
 
 
 class Samples(Protocol):
-    """Where samples come from: a function of (step, sample id) alone, sample id from 0 to the batch size."""
+    """Where samples come from: a function of the place and of (step, sample id), from 0 to the batch size."""
 
     identity: FootageIdentity
 
@@ -26,6 +27,14 @@ class Samples(Protocol):
 
     def sample(self, step: int, sample_id: int) -> dict[str, Any]:
         """One clip: latents (F,4,h,w), reference_latent (4,h,w), image_embedding (1,C), pose (F,3,H,W), loss_weight."""
+        ...
+
+    def place(self) -> dict[str, Any]:
+        """What of the order of samples a checkpoint keeps, as JSON values."""
+        ...
+
+    def go_on_from(self, place: Mapping[str, Any], step: int) -> None:
+        """Go on at a step of the run that had this place."""
         ...
 
 

@@ -1,6 +1,5 @@
 """The training loop: dataset, noise, model, loss, backward, step, moving average, checkpoint. No maths here."""
 
-import gc
 import math
 import time
 from collections.abc import Callable
@@ -16,13 +15,14 @@ from mimicmotion import checkpoint, resumption
 from mimicmotion.checkpoint import Checkpoint
 from mimicmotion.config import Config, to_json
 from mimicmotion.distributed import Ranks, no_sync, rank_sample_ids
-from mimicmotion.execution import describe, peak_gib, put_kernels, same_bits
+from mimicmotion.execution import peak_gib, same_bits
 from mimicmotion.fitting import Change, Fitting, NoSmallerPlanError
 from mimicmotion.history import Reporter
 from mimicmotion.micro_batch import Samples, clip_losses, draw_samples, stacked
 from mimicmotion.model import weights
 from mimicmotion.model.unet import build_model
 from mimicmotion.optimization import build_optimization
+from mimicmotion.planned_blocks import PlannedBlocks
 from mimicmotion.record import Record
 from mimicmotion.stopping import Stop
 from mmkernels.planning.choices import Plan, document
@@ -70,16 +70,8 @@ class Trainer:
             self.notes += weights.load(self.model, released)
         self.optimization = build_optimization(self.model, config, scales_loss=config.trainer.precision == "fp16")
         self.fitting, self.say = fitting, print
-        self.plan = plan = plan if fitting is None else fitting.plan
-        self._put_kernels()
-        if fitting is not None and fitting.origin:
-            self.notes.append(fitting.origin)
-        if plan is not None:
-            self.notes.append(str(plan))
-            if config.optimizer.ema == "host":
-                self.notes.append(
-                    "not in the plan's time: the moving average on the host, a copy of the weights a step"
-                )
+        self.blocks = PlannedBlocks(self.model, config, plan, fitting)
+        self.notes += self.blocks.notes
         # Where memory may run out on one rank alone, gradients are averaged once all have theirs.
         self.wrapped = ranks.wrap(self.model) if fitting is None else self.model
         self.around_step: Callable[[Callable[[], Any]], Any] = lambda step: step()  # what watches a step runs it
@@ -93,6 +85,11 @@ class Trainer:
         elif start is not None:
             self.notes += resumption.begin_from(start, self.model, self.optimization)
         self.record = self._new_record()
+
+    @property
+    def plan(self) -> Plan | None:
+        """What the blocks follow."""
+        return self.blocks.plan
 
     def run(self) -> bool:
         """Train from the current step to the last; False where a signal ended it early, after saving."""
@@ -159,8 +156,9 @@ class Trainer:
                 documents={
                     "config": to_json(self.config),
                     "state": state,
-                    "kernels": {"report": self.kernels.splitlines()},
+                    "kernels": {"report": self.blocks.report.splitlines()},
                     "encoder": self.dataset.identity.document(),
+                    "place": self.dataset.place(),
                     **({} if self.plan is None else {"plan": document(self.plan)}),
                 },
             )
@@ -186,6 +184,8 @@ class Trainer:
         self.model.load_state_dict(saved.tensors["model"])
         self.optimization.load(saved.tensors, saved.documents["state"])
         self.step = saved.step
+        if "place" in saved.documents:
+            self.dataset.go_on_from(saved.documents["place"], self.step)
         self.skipped = saved.documents["state"]["skipped"]
         self.skipped_in_a_row = saved.documents["state"]["skipped_in_a_row"]
         return [f"resumed {folder} at step {self.step}", *notes]
@@ -324,19 +324,8 @@ class Trainer:
         self.say(str(change))
         if not change.is_new:
             return
-        self.plan = change.plan
-        self._undo()
-        gc.collect()  # what a failed step left
-        self.fitting.allocator.begin()
-        self._put_kernels()
+        self.blocks.follow(change)
         self.optimization.weight_update.place(on_host=change.plan.optimizer.states_on_host)
-
-    def _put_kernels(self) -> None:
-        device = None if self.fitting is None else self.fitting.device
-        self._undo = put_kernels(self.model, self.config.kernels, self.plan, device)
-        settings = self.config.trainer
-        is_deterministic = settings.deterministic
-        self.kernels = describe(self.model, self.config.kernels, settings.precision, is_deterministic=is_deterministic)
 
     def _check_skipped(self) -> None:
         """Raise after too many steps in a row that were not finite."""

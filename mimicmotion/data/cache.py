@@ -187,6 +187,8 @@ class Clip:
     num_frames: int
     frame_stride: int  # of the source's frames, at one rate, every frame_stride-th is kept
     crop: Crop
+    height: int  # pixels of the frames that the crop was scaled to
+    width: int
     keypoints_file: str  # relative to the prepared folder; full frame
     tensors_file: str  # relative to the prepared folder; latents, image_embedding, keypoints in the crop
     statistics: dict[str, float]
@@ -243,6 +245,7 @@ class Manifest:
             raise ValueError(
                 f"got {path} of version {stored.get('version')}, wanted {MANIFEST_VERSION}; run prepare again"
             )
-        clips = [Clip(**{**clip, "crop": Crop(**clip["crop"])}) for clip in stored.pop("clips")]
+        size = {name: stored[name] for name in ("height", "width")}  # of clips that earlier versions made
+        clips = [Clip(**{**size, **clip, "crop": Crop(**clip["crop"])}) for clip in stored.pop("clips")]
         dropped = [Drop(**drop) for drop in stored.pop("dropped")]
         return cls(clips=clips, dropped=dropped, **stored)

@@ -143,6 +143,8 @@ class ClipMaker:
             num_frames=len(source.track.num_people),
             frame_stride=self._recipe.frame_stride,
             crop=crop,
+            height=self._recipe.height,
+            width=self._recipe.width,
             keypoints_file=source.keypoints_file,
             tensors_file=tensors_file,
             statistics=measures,
