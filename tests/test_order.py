@@ -66,7 +66,7 @@ def make(tmp_path):
         described = [
             Clip(
                 clip_id=f"{height}x{width}-{number}", source="a.mp4", source_sha256=f"{number}", source_height=8,
-                source_width=8, frames_per_second=8.0, num_frames=num_frames, frame_stride=1,
+                source_width=8, frames_per_second=8.0, first_frame=0, num_frames=num_frames, frame_stride=1,
                 crop=Crop(left=0, top=0, width=8, height=8), height=height, width=width, keypoints_file="k",
                 tensors_file="t", statistics={},
             )
@@ -75,7 +75,7 @@ def make(tmp_path):
         ]  # fmt: skip
         manifest = Manifest(
             height=64, width=64, num_frames=9, encoder_name="e", encoder_version="1", scaling_factor=1.0,
-            spatial_factor=8, pose_backend="p", pose_version="1", clips=described,
+            spatial_factor=8, pose_backend="p", pose_version="1", decoder="d", clips=described,
         )  # fmt: skip
         manifest.write(tmp_path)
         return ClipDataset(tmp_path, 9, seed, batch_size=batch_size, lengths=lengths)

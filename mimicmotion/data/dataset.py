@@ -201,8 +201,9 @@ class ClipDataset:
             raise ValueError(f"got frames {list(indices)} of clip {clip_id}, which has {chosen.num_frames}")
         wanted = set(indices)
         pictures = {}
-        for index, frame in enumerate(_until(decode(source, frame_stride=chosen.frame_stride), max(indices))):
-            if index in wanted:
+        film = decode(source, frame_stride=chosen.frame_stride)
+        for row, frame in enumerate(_until(film, chosen.rows.start + max(indices))):
+            if (index := row - chosen.rows.start) in wanted:
                 picture = crop_frame(frame, chosen.crop, chosen.height, chosen.width)
                 pictures[index] = torch.from_numpy(picture).permute(2, 0, 1)
         return torch.stack([pictures[index] for index in indices])
