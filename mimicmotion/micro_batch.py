@@ -10,7 +10,7 @@ from mimicmotion import diffusion
 from mimicmotion.config import Config
 from mimicmotion.data.footage_identity import FootageIdentity
 from mimicmotion.execution import autocast
-from mimicmotion.loss import denoising_loss
+from mimicmotion.loss import Losses, denoising_loss
 from mimicmotion.model.unet import image_latents, model_input
 
 FIELDS = ("latents", "reference_latent", "image_embedding", "pose", "loss_weight")
@@ -46,13 +46,13 @@ def stacked(samples: Samples, step: int, sample_ids: range) -> dict[str, Tensor]
 
 def batch_loss(model: torch.nn.Module, batch: dict[str, Tensor], draws: list[diffusion.Draw], config: Config) -> Tensor:
     """Mean loss of a micro-batch; as `clip_losses`."""
-    return clip_losses(model, batch, draws, config).mean()
+    return clip_losses(model, batch, draws, config).clips.mean()
 
 
 def clip_losses(
     model: torch.nn.Module, batch: dict[str, Tensor], draws: list[diffusion.Draw], config: Config
-) -> Tensor:
-    """Loss (B,) of each clip of a micro-batch, stacked on the model's device; model may be wrapped by DDP.
+) -> Losses:
+    """Losses of each clip of a micro-batch, stacked on the model's device; model may be wrapped by DDP.
 
     Float32 weights run under autocast; others as they are, and what the model reads is rounded to their dtype. Noise
     levels and time ids stay as they are.

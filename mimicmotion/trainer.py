@@ -16,6 +16,7 @@ from mimicmotion.checkpoint import Checkpoint
 from mimicmotion.config import Config, to_json
 from mimicmotion.distributed import Ranks, no_sync, rank_sample_ids
 from mimicmotion.execution import peak_gib, same_bits
+from mimicmotion.figures import Figures
 from mimicmotion.fitting import Change, Fitting, NoSmallerPlanError
 from mimicmotion.history import Reporter
 from mimicmotion.micro_batch import Samples, clip_losses, draw_samples, stacked
@@ -79,7 +80,7 @@ class Trainer:
         self.step = self.skipped = self.skipped_in_a_row = 0
         self._stop = stop or Stop()
         self.is_stopping = self._has_run_out = False  # agreed by all ranks
-        self._clip_losses: list[tuple[Tensor, Tensor]] = []  # sigma and loss of this rank's clips of a step
+        self._figures = Figures(self.model)
         if resume:
             self.notes += self._resume()
         elif start is not None:
@@ -213,7 +214,7 @@ class Trainer:
         None where it was dropped before anything came of it: it is_stopping, or memory ran out.
         """
         start = time.monotonic()
-        self._clip_losses.clear()
+        self._figures.begin(is_logged=(self.step + 1) % self.config.trainer.log_every == 0)
         if self.fitting is not None and not self.fitting.is_held:
             self.fitting.allocator.begin()
         mean_loss = self._backward(batches)
@@ -221,9 +222,10 @@ class Trainer:
             return None
         norm = float(self.optimization.gradient_norm())
         is_bad = not (math.isfinite(norm) and math.isfinite(mean_loss))
-        agreed = self.ranks.sum(torch.tensor([mean_loss, float(is_bad)]))  # one sum settles both for every rank alike
-        is_skipped = bool(agreed[1] > 0)
-        rate = self.optimization.learning_rate
+        # one sum settles all of it for every rank alike
+        agreed = self.ranks.sum(torch.tensor([mean_loss, float(is_bad), *self._figures.hands()])).tolist()
+        is_skipped = agreed[1] > 0
+        rate, pose_share = self.optimization.learning_rate, self._figures.pose_share()
         try:
             self.optimization.step(is_finite=not is_skipped)
         except torch.OutOfMemoryError as error:  # for all that was asked for beforehand
@@ -236,12 +238,14 @@ class Trainer:
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if is_skipped else 0
         return {
             "step": self.step,
-            "loss": None if is_skipped else float(agreed[0]) / self.ranks.world_size,
+            "loss": None if is_skipped else agreed[0] / self.ranks.world_size,
+            "hand_loss": None if is_skipped or not agreed[3] else agreed[2] / agreed[3],
             "gradient_norm": None if is_skipped else norm,
             "learning_rate": rate,
             "is_skipped": is_skipped,
             **({"clips": self._clips_of(self.step - 1)} if is_skipped else {}),
-            "clip_losses": [[float(sigma), float(loss)] for sigma, loss in self._clip_losses if not is_skipped],
+            "clip_losses": [] if is_skipped else self._figures.clip_losses(),
+            **({} if is_skipped else pose_share),
             "num_clips": self.config.trainer.batch_size,
             "peak_gib": peak_gib(self.ranks.device),
             "seconds": round(time.monotonic() - start, 3),
@@ -281,8 +285,8 @@ class Trainer:
         on_device = {name: tensor.to(self.ranks.device, non_blocking=True) for name, tensor in batch.items()}
         draws = draw_samples(self.config, self.step, ids, tuple(batch["latents"].shape[1:]))
         losses = clip_losses(self.wrapped, on_device, draws, self.config)
-        self._clip_losses += [(draw.sigma, loss) for draw, loss in zip(draws, losses.detach(), strict=True)]
-        loss = losses.mean() / len(self._sample_ids)
+        self._figures.add(draws, losses)
+        loss = losses.clips.mean() / len(self._sample_ids)
         self.optimization.backward(loss)
         return loss.detach()
 

@@ -64,6 +64,7 @@ LAYERS = [
     ("mimicmotion.fitting", 6.5),
     ("mimicmotion.micro_batch", 6.5),
     ("mimicmotion.planned_blocks", 6.6),
+    ("mimicmotion.figures", 6.6),
     ("mimicmotion.trainer", 7),
     ("mimicmotion.commands", 7.5),
     ("mimicmotion.dry_run", 7.5),
