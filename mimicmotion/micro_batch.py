@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from mimicmotion import diffusion
-from mimicmotion.config import Config
+from mimicmotion.config import LATENT_STRIDE, Config
 from mimicmotion.data.footage_identity import FootageIdentity
 from mimicmotion.execution import autocast
 from mimicmotion.loss import Losses, denoising_loss
 from mimicmotion.model.unet import image_latents, model_input
+from mimicmotion.shapes import Bucket
 
 FIELDS = ("latents", "reference_latent", "image_embedding", "pose", "loss_weight")
 
@@ -27,6 +28,10 @@ class Samples(Protocol):
 
     def sample(self, step: int, sample_id: int) -> dict[str, Any]:
         """One clip: latents (F,4,h,w), reference_latent (4,h,w), image_embedding (1,C), pose (F,3,H,W), loss_weight."""
+        ...
+
+    def bucket_of(self, step: int) -> Bucket:
+        """The shape of a step's clips, on all ranks."""
         ...
 
     def place(self) -> dict[str, Any]:
@@ -87,7 +92,7 @@ def draw_samples(config: Config, step: int, sample_ids: range, latent_shape: tup
             step,
             sample_id,
             latent_shape,
-            mean=log_sigma_mean(config),
+            mean=log_sigma_mean(config, *latent_shape[-2:]),
             std=settings.log_sigma_std,
             reference_mean=settings.reference_log_sigma_mean,
             reference_std=settings.reference_log_sigma_std,
@@ -97,7 +102,8 @@ def draw_samples(config: Config, step: int, sample_ids: range, latent_shape: tup
     ]
 
 
-def log_sigma_mean(config: Config) -> float:
-    """Mean of ln sigma of a run: the one that it names, else that of its resolution."""
+def log_sigma_mean(config: Config, latent_height: int, latent_width: int) -> float:
+    """Mean of ln sigma of a run's clips of a size: the one that it names, else that of the resolution."""
     mean = config.diffusion.log_sigma_mean
-    return diffusion.log_sigma_mean(config.data.height, config.data.width) if mean is None else mean
+    size = (LATENT_STRIDE * latent_height, LATENT_STRIDE * latent_width)
+    return diffusion.log_sigma_mean(*size) if mean is None else mean

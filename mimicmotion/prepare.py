@@ -34,6 +34,7 @@ class Arguments:
     prepared: Path | None = None  # folder to write into
     height: int | None = None  # pixels, a multiple of 8 (64 for the UNet)
     width: int | None = None  # pixels, a multiple of 8 (64 for the UNet)
+    sizes: tuple[str, ...] = ()  # further sizes, as 576x1024 (height x width); a clip has the one nearest its video's
     num_frames: int | None = None  # frames of a training clip; shorter videos are left out
     frame_stride: int = 1  # keep every frame_stride-th frame
     poses: Literal["dwpose", "holistic"] | None = None  # dwpose for your own videos, else the preset's
@@ -51,6 +52,7 @@ def run(arguments: Arguments) -> Manifest:
     recipe = Recipe(
         height=data.height if arguments.height is None else arguments.height,
         width=data.width if arguments.width is None else arguments.width,
+        sizes=arguments.sizes,
         num_frames=data.num_frames if arguments.num_frames is None else arguments.num_frames,
         frame_stride=arguments.frame_stride,
         workers=arguments.workers,

@@ -26,7 +26,7 @@ from mimicmotion.optimization import build_optimization
 from mimicmotion.planned_blocks import PlannedBlocks
 from mimicmotion.record import Record
 from mimicmotion.stopping import Stop
-from mmkernels.planning.choices import Plan, document
+from mmkernels.planning.choices import Plan
 
 WAIT_S = 0.1  # between two looks at whether to stop, while data are awaited
 
@@ -70,8 +70,9 @@ class Trainer:
             released = weights.read(config.model.pretrained, config.model.pretrained_pose_net)
             self.notes += weights.load(self.model, released)
         self.optimization = build_optimization(self.model, config, scales_loss=config.trainer.precision == "fp16")
-        self.fitting, self.say = fitting, print
-        self.blocks = PlannedBlocks(self.model, config, plan, fitting)
+        self.say = print
+        place = self.optimization.weight_update.place
+        self.blocks = PlannedBlocks(self.model, config, plan, fitting, lambda on_host: place(on_host=on_host))
         self.notes += self.blocks.notes
         # Where memory may run out on one rank alone, gradients are averaged once all have theirs.
         self.wrapped = ranks.wrap(self.model) if fitting is None else self.model
@@ -86,6 +87,11 @@ class Trainer:
         elif start is not None:
             self.notes += resumption.begin_from(start, self.model, self.optimization)
         self.record = self._new_record()
+
+    @property
+    def fitting(self) -> Fitting | None:
+        """What makes the plans of a run with a budget."""
+        return self.blocks.fitting
 
     @property
     def plan(self) -> Plan | None:
@@ -128,6 +134,8 @@ class Trainer:
             ready = self._await(batches)
             waiting_s = time.monotonic() - waited_from
             batches = loader.submit(self._load, self.step + 1)
+            for note in self.blocks.enter(self.dataset.bucket_of(self.step)):
+                self.say(note)
             row = self.around_step(partial(self._train_step, ready))
             if self.is_stopping:
                 break
@@ -160,7 +168,7 @@ class Trainer:
                     "kernels": {"report": self.blocks.report.splitlines()},
                     "encoder": self.dataset.identity.document(),
                     "place": self.dataset.place(),
-                    **({} if self.plan is None else {"plan": document(self.plan)}),
+                    **self.blocks.documents(),
                 },
             )
             checkpoint.save(self.config.run_dir, saved, keep=self.config.trainer.keep_checkpoints)
@@ -324,12 +332,9 @@ class Trainer:
 
     def _follow(self, change: Change) -> None:
         """Run the same blocks by another plan; weights, optimizer and averages stay."""
-        assert self.fitting is not None
         self.say(str(change))
-        if not change.is_new:
-            return
-        self.blocks.follow(change)
-        self.optimization.weight_update.place(on_host=change.plan.optimizer.states_on_host)
+        if change.is_new:
+            self.blocks.follow(change)
 
     def _check_skipped(self) -> None:
         """Raise after too many steps in a row that were not finite."""

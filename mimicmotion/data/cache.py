@@ -232,6 +232,7 @@ class Manifest:
 
     height: int
     width: int
+    sizes: list[str] = field(default_factory=list)  # further ones, as 576x1024: a clip has one of all
     num_frames: int  # every clip has at least this many
     encoder_name: str  # as asked for: "patch-codec (stand-in)", a folder's path or a hub id
     encoder_version: str

@@ -3,6 +3,7 @@
 import traceback
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from math import isclose, log
 from pathlib import Path
 from threading import Event, Lock
 from typing import Any
@@ -29,6 +30,7 @@ from mimicmotion.data.poses import PoseBackend, PoseTrack
 from mimicmotion.data.progress import VideoProgress, Work
 from mimicmotion.model.encoders import SPATIAL_FACTOR, Encoder
 from mimicmotion.paths import printable
+from mimicmotion.shapes import size_of
 
 # Bumped where the meaning of a stored file changes, so that old files are not met.
 KEYPOINTS_FORMAT = 2
@@ -41,6 +43,7 @@ class Recipe:
 
     height: int  # pixels, a multiple of 8
     width: int  # pixels, a multiple of 8
+    sizes: tuple[str, ...] = ()  # further ones, as 576x1024; a clip has the one nearest its video's
     num_frames: int  # frames of a training clip; shorter videos are dropped
     frame_stride: int = 1  # every frame_stride-th frame of a video is kept
     bounds: Bounds = field(default_factory=Bounds)
@@ -48,12 +51,24 @@ class Recipe:
     workers: int | None = None  # videos worked on at once; None is one a processor core
 
     def __post_init__(self) -> None:
-        for name in ("height", "width"):
-            if getattr(self, name) < SPATIAL_FACTOR or getattr(self, name) % SPATIAL_FACTOR:
-                raise ValueError(f"got {name} {getattr(self, name)}, wanted a positive multiple of {SPATIAL_FACTOR}")
+        for size in ((self.height, self.width), *map(size_of, self.sizes)):
+            for name, side in zip(("height", "width"), size, strict=True):
+                if side < SPATIAL_FACTOR or side % SPATIAL_FACTOR:
+                    raise ValueError(f"got {name} {side}, wanted a positive multiple of {SPATIAL_FACTOR}")
         for name in ("num_frames", "frame_stride", "frames_at_once"):
             if getattr(self, name) < 1:
                 raise ValueError(f"got {name} {getattr(self, name)}, wanted at least 1")
+
+    def size(self, source_height: int, source_width: int) -> tuple[int, int]:
+        """Height and width of the clips of a video: of the nearest aspect ratio the largest that it fills.
+
+        Where it fills none, the smallest of that ratio.
+        """
+        sizes = [(self.height, self.width), *map(size_of, self.sizes)]
+        away = {size: abs(log(size[0] / size[1] * source_width / source_height)) for size in sizes}
+        near = sorted(size for size in sizes if isclose(away[size], min(away.values()), abs_tol=1e-9))
+        filled = [size for size in near if size[0] <= source_height and size[1] <= source_width]
+        return filled[-1] if filled else near[0]
 
 
 @dataclass(frozen=True)
@@ -143,6 +158,7 @@ class ClipMaker:
         }
         if reasons := reasons_to_drop(measures, self._bounds):
             return self._drop(path, "curate", "; ".join(reasons), **place)
+        kept_height, kept_width = self._recipe.size(properties.height, properties.width)
         tensors_file, crop = self._encode(source)
         kept = f"{printable(path.name)}: kept, {measures['num_frames']:.0f} frames"
         self._progress.say("; ".join([kept, *properties.notes]))
@@ -154,8 +170,8 @@ class ClipMaker:
             source_width=properties.width,
             frames_per_second=properties.frames_per_second / self._recipe.frame_stride,
             crop=crop,
-            height=self._recipe.height,
-            width=self._recipe.width,
+            height=kept_height,
+            width=kept_width,
             tensors_file=tensors_file,
             notes=list(properties.notes),
             **place,
@@ -203,19 +219,19 @@ class ClipMaker:
             raise
 
     def _encode(self, source: _Source) -> tuple[str, Crop]:
-        recipe, (height, width) = self._recipe, (source.properties.height, source.properties.width)
-        crop = person_crop(source.track.keypoints, height, width, recipe.height, recipe.width)
+        height, width = source.properties.height, source.properties.width
+        size = self._recipe.size(height, width)
+        crop = person_crop(source.track.keypoints, height, width, *size)
         inputs = [
-            TENSORS_FORMAT, source.keypoints_file, asdict(crop), recipe.height, recipe.width, self._encoder.name,
-            self._encoder.version,
+            TENSORS_FORMAT, source.keypoints_file, asdict(crop), *size, self._encoder.name, self._encoder.version,
         ]  # fmt: skip
         name = f"clips/{content_key(inputs)}.safetensors"
         if load_intact(self._prepared / name) is not None:
             return name, crop
         work = self._progress.start(f"{printable(source.path.name)}: encoding", len(source.track.num_people))
         latents, embeddings = [], []
-        for batch in _batches(self._frames(source.properties, work), recipe.frames_at_once):
-            cropped = np.stack([crop_frame(frame, crop, recipe.height, recipe.width) for frame in batch])
+        for batch in _batches(self._frames(source.properties, work), self._recipe.frames_at_once):
+            cropped = np.stack([crop_frame(frame, crop, *size) for frame in batch])
             frames = torch.from_numpy(cropped).permute(0, 3, 1, 2).float() / 127.5 - 1  # (F, 3, H, W)
             with self._encoder_lock:  # one batch on the device at a time, however many videos are worked on
                 latents.append(self._encoder.encode(frames).half())

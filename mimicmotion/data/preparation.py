@@ -50,6 +50,7 @@ def prepare(
     manifest = Manifest(
         height=recipe.height,
         width=recipe.width,
+        sizes=list(recipe.sizes),
         num_frames=recipe.num_frames,
         encoder_name=encoder.name,
         encoder_version=encoder.version,
@@ -104,13 +105,14 @@ def prepare_if_missing(config: Config, progress: VideoProgress | None = None) ->
     is one that somebody meant to hold videos of their own. Raises ValueError there.
     """
     data, shown = config.data, progress or VideoProgress()
-    recipe = Recipe(height=data.height, width=data.width, num_frames=data.num_frames)
+    fewest = min((data.num_frames, *data.lengths))
+    recipe = Recipe(height=data.height, width=data.width, sizes=data.sizes, num_frames=fewest)
     if data.prepared.absolute() == demo().data.prepared.absolute() and not is_prepared(data.prepared):
         shown.say(f"nothing is prepared in {data.prepared}: preparing the embedded footage")
         videos, backend = embedded_footage(), data.poses
     else:
         manifest = Manifest.read(data.prepared)
-        why = _why_stale(manifest, data)
+        why = why_stale(manifest, data)
         if not manifest.clips:
             raise ValueError(f"{data.prepared} holds no clip; run prepare.py for it with videos that can be used")
         if why is None:
@@ -130,15 +132,17 @@ def prepare_if_missing(config: Config, progress: VideoProgress | None = None) ->
     )
 
 
-def _why_stale(manifest: Manifest, data: DataConfig) -> str | None:
+def why_stale(manifest: Manifest, data: DataConfig) -> str | None:
     """What of a manifest does not fit the settings, or None. Its poses are as the user chose them.
 
     Another version of the decoder is no reason: videos may have been prepared on another machine.
     """
     if (manifest.height, manifest.width) != (data.height, data.width):
         return f"{manifest.height}x{manifest.width} pixels, not {data.height}x{data.width}"
-    if manifest.num_frames < data.num_frames:
-        return f"clips of {manifest.num_frames} frames or more, not {data.num_frames}"
+    if set(manifest.sizes) != set(data.sizes):
+        return f"further sizes {manifest.sizes}, not {list(data.sizes)}"
+    if manifest.num_frames < (fewest := min((data.num_frames, *data.lengths))):
+        return f"clips of {manifest.num_frames} frames or more, not {fewest}"
     encoder = PatchCodec.name if data.encoder == PATCH_CODEC else data.encoder
     if manifest.encoder_name != encoder:
         return f"the encoder {manifest.encoder_name}, not {encoder}"
