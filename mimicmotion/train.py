@@ -109,12 +109,18 @@ def train(arguments: Arguments, stages: list[Config], ranks: Ranks, stop: Stop) 
     """Prepare what is to be prepared, then train on this rank, stage after stage; False where a signal ended it."""
     check_given(arguments)
     run_dir = arguments.config.run_dir
-    done = _num_done(stages) if arguments.resume else 0
-    planned = choose_plan(stages[done], ranks, resume=arguments.resume)  # before anything is touched
     with ExitStack() as ends:
 
-        def make_ready() -> None:
+        def take() -> None:
             ends.enter_context(owned(run_dir))
+            for note in checkpoint.set_damaged_aside(run_dir) if arguments.resume else ():
+                print(note, flush=True)
+
+        ranks.from_first(take)
+        done = _num_done(stages) if arguments.resume else 0
+        planned = choose_plan(stages[done], ranks, resume=arguments.resume)  # before anything is made
+
+        def make_ready() -> None:
             for config in stages:
                 prepare_if_missing(config)
             if not arguments.resume and (note := start_afresh(run_dir)):
