@@ -25,6 +25,7 @@ from mimicmotion import checkpoint
 from mimicmotion.commands import one_sentence
 from mimicmotion.config import PRESETS, Config
 from mimicmotion.data.dataset import ClipDataset
+from mimicmotion.data.ownership import sign
 from mimicmotion.data.preparation import prepare_if_missing
 from mimicmotion.distributed import Ranks, join_ranks
 from mimicmotion.dry_run import dry_run
@@ -33,7 +34,7 @@ from mimicmotion.fitting import Fitting
 from mimicmotion.memory_plan import choose_plan, reserve_as_planned
 from mimicmotion.memory_report import MemoryReport
 from mimicmotion.paths import check_there, near
-from mimicmotion.run_folder import owned, sign, start_afresh
+from mimicmotion.run_folder import owned, start_afresh
 from mimicmotion.settings_file import read, write
 from mimicmotion.stopping import EndedBySignalError, Stop, say
 from mimicmotion.trainer import Trainer, TrainingStoppedError
