@@ -25,6 +25,22 @@ def _require(is_good: bool, name: str, got: object, wanted: str) -> None:
         raise ValueError(f"{name} is {got!r}; give {wanted}.")
 
 
+@dataclass(frozen=True, kw_only=True, order=True)
+class Bucket:
+    """The shape of the clips of a step. The order is by pixels of the clip."""
+
+    num_values: int = field(init=False, repr=False)
+    height: int  # pixels
+    width: int  # pixels
+    num_frames: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "num_values", self.height * self.width * self.num_frames)
+
+    def __str__(self) -> str:
+        return f"{self.height}x{self.width}, {self.num_frames} frames"
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """What the model is trained on."""

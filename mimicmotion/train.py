@@ -159,7 +159,12 @@ def train_stage(
     """Train by one config and its plan, from `start` where nothing is resumed; False where a signal ended it early."""
     config, plan, fitting = planned
     clips = partial(
-        ClipDataset, config.data.prepared, config.data.num_frames, config.trainer.seed, held_out=config.data.held_out
+        ClipDataset,
+        config.data.prepared,
+        config.data.num_frames,
+        config.trainer.seed,
+        held_out=config.data.held_out,
+        batch_size=config.trainer.batch_size,
     )
     dataset = clips()
     trainer = Trainer(config, dataset, ranks, resume=resume, start=start, plan=plan, fitting=fitting, stop=stop)

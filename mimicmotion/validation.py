@@ -82,7 +82,7 @@ class Validation:
             reference_noise=torch.zeros(clip["reference_latent"].shape),
         )
         batch = {name: clip[name].unsqueeze(0).to(device) for name in FIELDS}
-        return float(clip_losses(self._trainer.model, batch, [draw], self._config))
+        return float(clip_losses(self._trainer.model, batch, [draw], self._config).clips)
 
     def _write_video(self) -> None:
         """reference | pose | generated | truth of the first held-out clip."""

@@ -43,6 +43,8 @@ def patched(
         return SimpleNamespace(
             sample=wrap(clips.sample),
             clip_of=clips.clip_of,
+            place=clips.place,
+            go_on_from=clips.go_on_from,
             identity=clips.identity,
             clip_ids=["noise"],
             num_held_out=0,

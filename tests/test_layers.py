@@ -63,6 +63,8 @@ LAYERS = [
     ("mimicmotion.run_folder", 6.5),
     ("mimicmotion.fitting", 6.5),
     ("mimicmotion.micro_batch", 6.5),
+    ("mimicmotion.planned_blocks", 6.6),
+    ("mimicmotion.figures", 6.6),
     ("mimicmotion.trainer", 7),
     ("mimicmotion.commands", 7.5),
     ("mimicmotion.dry_run", 7.5),

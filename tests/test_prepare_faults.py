@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,17 +18,15 @@ import torch
 import videos
 from people import Swaying
 from rich.console import Console
-from test_prepare import RECIPE, CountingCodec, make, quiet
+from test_prepare import RECIPE, CountingCodec, make
 
 from mimicmotion import prepare as command
-from mimicmotion.config import Config, DataConfig
 from mimicmotion.data import cache, clip_maker, preparation
 from mimicmotion.data.cache import Drop, Manifest, NotWritableError, check_writable
-from mimicmotion.data.curate import Bounds
 from mimicmotion.data.film import DECODER
 from mimicmotion.data.footage import find_videos, not_looked_at
 from mimicmotion.data.poses import PoseTrack
-from mimicmotion.data.preparation import Recipe, prepare, prepare_if_missing
+from mimicmotion.data.preparation import prepare
 from mimicmotion.data.progress import VideoProgress
 from mimicmotion.model.encoders import PatchCodec
 from mimicmotion.paths import printable
@@ -67,22 +64,6 @@ def test_another_decoder_makes_all_anew(clips: list[Path], tmp_path: Path, monke
     monkeypatch.setattr(clip_maker, "DECODER", "PyAV 99")
     assert make(tmp_path / "p", clips, poses=poses, encoder=encoder).decoder == "PyAV 99"
     assert (poses.num_videos, encoder.num_frames) == (6, 72)
-
-
-def test_clips_of_before_there_was_a_decoder_are_made_anew(
-    clips: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    poses = Swaying()
-    monkeypatch.setattr(preparation, "load_backend", lambda name: poses)
-    monkeypatch.setattr(preparation, "Recipe", lambda **settings: Recipe(**settings, bounds=Bounds(min_frames=1)))
-    folder = tmp_path / "p"
-    manifest = make(folder, clips)
-    config = Config(data=DataConfig(prepared=folder, height=64, width=64, num_frames=8, poses="holistic"))
-    progress, lines = quiet()
-    for decoder, said in ((DECODER, False), ("PyAV 99", False), ("", True)):
-        replace(manifest, decoder=decoder).write(folder)
-        assert prepare_if_missing(config, progress).decoder == (DECODER if said else decoder)
-        assert ("did not yet go by what a player shows" in lines.getvalue()) == said
 
 
 def test_what_was_overruled_stands_in_the_manifest(clips: list[Path], tmp_path: Path) -> None:

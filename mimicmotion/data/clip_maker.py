@@ -1,10 +1,11 @@
-"""The clip of one video: poses, curation, crop, latents. Each stage is cached under a key of all it follows from."""
+"""The clips of one video: poses, curation, crop, latents. Each stage is cached under a key of all it follows from."""
 
 import traceback
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from threading import Event, Lock
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,7 +72,7 @@ class StoppedError(Exception):
 
 
 class ClipMaker:
-    """Makes the clip of one video at a time; threads share it."""
+    """Makes the clips of one video at a time; threads share it."""
 
     def __init__(
         self,
@@ -95,8 +96,8 @@ class ClipMaker:
         """Videos under way raise StoppedError at their next frame, later ones at once."""
         self._is_stopped.set()
 
-    def make(self, path: Path) -> Clip | Drop:
-        """The clip of a video, or why there is none, whatever the video raised.
+    def make(self, path: Path) -> list[Clip | Drop]:
+        """The clips of a video and what of it was left out, in order, whatever the video raised.
 
         What is no video's own fault is raised: NotWritableError, StoppedError, and RuntimeError where memory ran out.
         """
@@ -110,48 +111,59 @@ class ClipMaker:
                 " take this video out"
             ) from error
         except (VideoError, OSError) as error:
-            return self._drop(path, "decode", str(error))
+            return [self._drop(path, "decode", str(error))]
         except NotFiniteError as error:
             made_by = f"{self._poses.name} {self._poses.version}, {self._encoder.name} {self._encoder.version}"
-            return self._drop(path, "check", f"gives values that are {error} (made by {made_by})")
+            return [self._drop(path, "check", f"gives values that are {error} (made by {made_by})")]
         except Exception as error:  # one video must not take the others with it
             place = traceback.extract_tb(error.__traceback__)[-1]
             where = f"{Path(place.filename).name}:{place.lineno}"
-            return self._drop(path, "unforeseen", f"{type(error).__name__} at {where}: {_first_line(error)}")
+            return [self._drop(path, "unforeseen", f"{type(error).__name__} at {where}: {_first_line(error)}")]
 
-    def _make(self, path: Path) -> Clip | Drop:
+    def _make(self, path: Path) -> list[Clip | Drop]:
         properties = read_properties(path)
         most_frames = -(-properties.num_frames // self._recipe.frame_stride)
         if most_frames < self._bounds.min_frames:
             notes = "".join(f"; {note}" for note in properties.notes)
             reason = f"has {most_frames} frames, fewer than {self._bounds.min_frames}{notes}"
-            return self._drop(path, "curate", reason)
+            return [self._drop(path, "curate", reason)]
         source = self._find_poses(path, properties)
+        return [self._make_clip(source, 0, len(source.track.num_people))]
+
+    def _make_clip(self, source: _Source, first_frame: int, num_frames: int) -> Clip | Drop:
+        """One stretch of a video, if it is good enough. first_frame is one of the source's at one rate."""
+        path, properties = source.path, source.properties
         measures = measure(source.track, properties.height, properties.width)
+        place: dict[str, Any] = {
+            "statistics": measures,
+            "first_frame": first_frame,
+            "num_frames": num_frames,
+            "frame_stride": self._recipe.frame_stride,
+            "keypoints_file": source.keypoints_file,
+        }
         if reasons := reasons_to_drop(measures, self._bounds):
-            return self._drop(path, "curate", "; ".join(reasons))
+            return self._drop(path, "curate", "; ".join(reasons), **place)
         tensors_file, crop = self._encode(source)
         kept = f"{printable(path.name)}: kept, {measures['num_frames']:.0f} frames"
         self._progress.say("; ".join([kept, *properties.notes]))
         return Clip(
-            clip_id=f"{printable(path.stem)}-{source.sha256[:8]}",
+            clip_id=f"{printable(path.stem)}-{source.sha256[:8]}-{first_frame}",
             source=str(path.absolute()),
             source_sha256=source.sha256,
             source_height=properties.height,
             source_width=properties.width,
             frames_per_second=properties.frames_per_second / self._recipe.frame_stride,
-            num_frames=len(source.track.num_people),
-            frame_stride=self._recipe.frame_stride,
             crop=crop,
-            keypoints_file=source.keypoints_file,
+            height=self._recipe.height,
+            width=self._recipe.width,
             tensors_file=tensors_file,
-            statistics=measures,
             notes=list(properties.notes),
+            **place,
         )
 
-    def _drop(self, path: Path, stage: str, reason: str) -> Drop:
+    def _drop(self, path: Path, stage: str, reason: str, **place: Any) -> Drop:
         self._progress.say(f"{printable(path.name)}: dropped, {reason}")
-        return Drop(source=str(path.absolute()), stage=stage, reason=reason)
+        return Drop(source=str(path.absolute()), stage=stage, reason=reason, **place)
 
     def _find_poses(self, path: Path, properties: VideoProperties) -> _Source:
         sha256 = file_sha256(path)

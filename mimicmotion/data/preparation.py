@@ -64,15 +64,7 @@ def _prepare(
     with progress or VideoProgress() as shown:
         maker = ClipMaker(prepared, recipe, bounds, poses, encoder, shown)
         results = _make_all(maker, videos, max(1, workers))
-    clips: dict[str, Clip] = {}  # by content
-    dropped = []
-    for result in results:
-        if isinstance(result, Drop):
-            dropped.append(result)
-        elif (first := clips.setdefault(result.source_sha256, result)) is not result:
-            dropped.append(
-                Drop(source=result.source, stage="curate", reason=f"is the same video as {printable(first.source)}")
-            )
+    clips, dropped = _sorted_out(results)
     if not clips:
         reasons = "\n".join(f"  {printable(drop.source)}: {drop.reason}" for drop in dropped)
         raise ValueError(f"got {len(videos)} videos, none of which can be trained on:\n{reasons}")
@@ -87,14 +79,30 @@ def _prepare(
         pose_backend=poses.name,
         pose_version=poses.version,
         decoder=DECODER,
-        clips=list(clips.values()),
+        clips=clips,
         dropped=dropped,
     )
     manifest.write(prepared)
     return manifest
 
 
-def _make_all(maker: ClipMaker, videos: Sequence[Path], workers: int) -> list[Clip | Drop]:
+def _sorted_out(results: Sequence[Sequence[Clip | Drop]]) -> tuple[list[Clip], list[Drop]]:
+    """Clips and drops of what came of each video; a second copy of a video gives one drop and no clip."""
+    clips: list[Clip] = []
+    dropped: list[Drop] = []
+    sources: dict[str, str] = {}  # by content
+    for result in results:
+        of_this = [part for part in result if isinstance(part, Clip)]
+        if of_this and (first := sources.setdefault(of_this[0].source_sha256, of_this[0].source)) != of_this[0].source:
+            reason = f"is the same video as {printable(first)}"
+            dropped.append(Drop(source=of_this[0].source, stage="curate", reason=reason))
+            continue
+        clips += of_this
+        dropped += [part for part in result if isinstance(part, Drop)]
+    return clips, dropped
+
+
+def _make_all(maker: ClipMaker, videos: Sequence[Path], workers: int) -> list[list[Clip | Drop]]:
     """What came of each video, in order. The first error stops all."""
     with ThreadPoolExecutor(workers) as pool:
         futures = [pool.submit(maker.make, video) for video in videos]
@@ -129,7 +137,8 @@ def prepare_if_missing(config: Config, progress: VideoProgress | None = None) ->
         if why is None:
             return manifest
         shown.say(f"{data.prepared} was prepared with {why}: preparing its videos again")
-        videos = [Path(source.source) for source in (*manifest.clips, *manifest.dropped)]
+        # in order and once, however many clips each gave
+        videos = list(dict.fromkeys(Path(part.source) for part in (*manifest.clips, *manifest.dropped)))
         backend = manifest.pose_backend
         recipe = replace(recipe, frame_stride=manifest.clips[0].frame_stride)
     return prepare(
@@ -147,8 +156,6 @@ def _why_stale(manifest: Manifest, data: DataConfig) -> str | None:
 
     Another version of the decoder is no reason: videos may have been prepared on another machine.
     """
-    if not manifest.decoder:
-        return "a version of this package that did not yet go by what a player shows"
     if (manifest.height, manifest.width) != (data.height, data.width):
         return f"{manifest.height}x{manifest.width} pixels, not {data.height}x{data.width}"
     if manifest.num_frames < data.num_frames:
