@@ -91,7 +91,7 @@ PLAIN: tuple[Choice, ...] = ("recompute", "move")  # the choices of a unit that 
 class FusedBlock(DropIn):
     """A drop-in that computes only for blocks which `why_not` finds to be exactly the known kind.
 
-    name: dotted, within the UNet; its units are named below it. choices: for its units, "recompute" where not named.
+    name: dotted, within the UNet; its units are named below it. choices: for its units, none where nothing is planned.
     is_recomputed: its only unit is `WHOLE`; nothing but its inputs is saved and it runs whole again in backward.
     scratch_bytes: what a chunk inside its operations may take. plain: the parts that are called as they are.
     """
@@ -121,7 +121,7 @@ class FusedBlock(DropIn):
     def follow(
         self, name: str, choices: Mapping[str, Choice], *, is_recomputed: bool, scratch_bytes: int = DEFAULT_BYTES
     ) -> None:
-        """Take a name in the UNet and what a plan has for this block, which has been checked."""
+        """Take a name in the UNet and what a plan has for all units of this block, which has been checked."""
         self.name, self.choices, self.is_recomputed = name, dict(choices), is_recomputed
         self.scratch_bytes = scratch_bytes
 
