@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmkernels.blocks.contexts import RULES, Context, of_first_frame
+from mmkernels.blocks.contexts import RULES, Context, num_rows, of_first_frame
 from mmkernels.blocks.cross_attention import Block, attend_context, one_token_value
 from mmkernels.blocks.drop_in import PLAIN, FusedBlock
 from mmkernels.blocks.operations import of_transformer, product_dtype
@@ -205,7 +205,7 @@ def spatial_transformer_block(
             attend = block.attn2
             tokens = plainly(block.norm2, attend, tokens, lambda x: attend(x, encoder_hidden_states=context, **given))
         elif (value := one_token_value(block, context)) is None:
-            tokens = attend_context(block, tokens, context)
+            tokens = attend_context(block, tokens, context, kwargs)
         choice = choices.get(f"{prefix}spatial_feed_forward")
         return _feed_forward(block.norm3, block.ff, tokens, value, choice, is_plain="ff" in plain)
 
@@ -259,7 +259,7 @@ def _attend_over_frames(
             value = value.repeat_interleave(F, 0)  # (B*F, 1, C)
         else:  # of each pixel
             tokens, value = tokens + value.view(B, 1, P, C), None
-    elif context.shape[0] == B:
+    elif num_rows(context) == B:
         # Queries do not see each other here, so the frames and pixels of a clip share one sequence.
         tokens = attend_context(block, tokens.reshape(B, F * P, C), context)
     else:
