@@ -26,7 +26,7 @@ from torch import Tensor
 import mmkernels
 from mmkernels.planning.choices import Plan
 
-# Of attention itself, which `Products` does not count, forward and backward; and what is differentiated without it.
+# Of attention itself where no products are counted, forward and backward; and what is differentiated without it.
 ATTENTION = {
     "spatial_attention": (2 * 2 * 3 * 5 * 5 * C, 5 * 2 * 3 * 5 * 5 * C, {"out_weight", "out_bias"}),
     "temporal_attention_block": (2 * 2 * 2 * 5 * 3 * 3 * C, 6 * 2 * 2 * 5 * 3 * 3 * C, {"out_bias"}),
@@ -66,6 +66,7 @@ PRODUCTS: dict[str, tuple[int, int, dict[str, int]]] = {
     "geglu_feed_forward, input": (3, 8, _FED),  # two of them computed again
     "geglu_feed_forward, up": (3, 6, {name: max(0, number - 2) for name, number in _FED.items()}),
     "spatial_attention": (4, 11, _ATTENDED | {"out_weight": 1}),  # three again
+    "context_attention": (2, 5, {"x": 3, "norm_bias": 3, "to_q": 3, "out_weight": 2, "keys": 2, "out_bias": 0}),
     "temporal_attention_block, input": (4, 11, _ATTENDED | {"out_weight": 5}),
     "temporal_attention_block, qkv": (4, 8, {"x": 4, "to_q": 4, "out_weight": 2, "out_bias": 0}),
     "group_norm_projection": (1, 2, _PROJECTED | {"x": 1, "gamma": 1}),
