@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import mmkernels
 from mmkernels.blocks import sources
 from mmkernels.blocks.recognition import forms
+from mmkernels.blocks.source_statistics import like_the_first
 from mmkernels.blocks.transformer_blocks import FusedSpatialBlock
 from mmkernels.ops.context_attention import context_attention, reference
 
@@ -129,6 +130,14 @@ def test_opcheck_and_compile() -> None:
     assert all(torch.equal(value, actual[name]) for name, value in expected.items())
 
 
+def test_autocast_narrows_no_score() -> None:
+    inputs, settings, dy = build(Case(P=64, dtype=torch.bfloat16))
+    expected = differentiate(context_attention, inputs, dy, **settings)
+    with torch.autocast(inputs["x"].device.type, torch.bfloat16):
+        actual = differentiate(context_attention, inputs, dy, **settings)
+    assert all(torch.equal(value, actual[name]) for name, value in expected.items())
+
+
 def test_what_does_not_fit_is_said() -> None:
     inputs, settings, _ = build(Case())
     for change, message in (
@@ -228,6 +237,42 @@ class OfFaces(nn.Module):
         return attn.to_out[0](sum(found))
 
 
+@pytest.mark.only("cpu", "torch's attention in float64")
+def test_a_source_that_is_normalised_to_the_first() -> None:
+    """Values are changed so that what is found has the mean and the deviation of the first source's, by gradients."""
+    torch.manual_seed(0)
+    attention: Any = Attention(64, 24, heads=2, dim_head=32).double()
+    block: Any = nn.ModuleDict({"norm2": nn.LayerNorm(64), "attn2": attention}).double()
+    block.norm2, block.attn2 = block["norm2"], attention
+    x, keys = torch.randn(3, 700, 64).double(), [torch.randn(3, n, 64).double() for n in (2, 5)]
+    values = [torch.randn(3, n, 64).double() + 4 for n in (2, 5)]
+    inputs = {"x": x, "k0": keys[0], "k1": keys[1], "v0": values[0], "v1": values[1]}
+
+    def plain(x: Tensor, k0: Tensor, k1: Tensor, v0: Tensor, v1: Tensor) -> Tensor:
+        found = []
+        for k, v in ((k0, v0), (k1, v1)):
+            parts = (attention.to_q(block["norm2"](x)), k, v)
+            q, k, v = (attention.head_to_batch_dim(part) for part in parts)
+            found.append(attention.batch_to_head_dim(attention.get_attention_scores(q, k) @ v))
+        (mean, std), (own, own_std) = ((a.mean((1, 2), True), a.std((1, 2), keepdim=True)) for a in found)
+        return (found[1] - own) * (std / (own_std + 1e-5)) + mean
+
+    def changed(x: Tensor, k0: Tensor, k1: Tensor, v0: Tensor, v1: Tensor) -> Tensor:
+        first, second = like_the_first(block, x, [k0, k1], [v0, v1], [False, True])
+        assert first is v0
+        q, k, v = (attention.head_to_batch_dim(part) for part in (attention.to_q(block["norm2"](x)), k1, second))
+        return attention.batch_to_head_dim(attention.get_attention_scores(q, k) @ v)
+
+    dy = torch.randn_like(x)
+    expected, actual = (differentiate(function, inputs, dy) for function in (plain, changed))
+    for name, value in expected.items():
+        assert relative_error(actual[name], value) < 1e-11, name
+    narrow = {name: value.float() for name, value in inputs.items()}
+    block.float()
+    plainly, found = (differentiate(function, narrow, dy.float()) for function in (plain, changed))
+    assert_within_budget(found, plainly, expected)
+
+
 def is_xformers_available() -> bool:
     return IS_THERE
 
@@ -239,7 +284,8 @@ IS_THERE = True
 @pytest.mark.parametrize("is_there", [True, False])
 def test_faces_beside_a_context(is_there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(f"{__name__}.IS_THERE", is_there)
-    monkeypatch.setattr(forms, "_why_not", lambda kind, role: None if kind is OfFaces else "is not")
+    known = (OfFaces, sources.DECOUPLED)
+    monkeypatch.setattr(forms, "_why_not", lambda kind, role: None if (kind, role) == known else "is not")
     torch.manual_seed(0)
     attention: Any = Attention(64, 24, heads=2, dim_head=32)
     attention.set_processor(OfFaces())

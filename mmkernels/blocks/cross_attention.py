@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mmkernels.blocks.contexts import Context
 from mmkernels.blocks.operations import product_dtype
 from mmkernels.blocks.recognition.transformer import SPATIAL, TEMPORAL, plain_parts_of_block, why_not_block
+from mmkernels.blocks.source_statistics import like_the_first
 from mmkernels.blocks.sources import is_decoupled, sources_of
 from mmkernels.blocks.weights import adapters_of, linear_of
 from mmkernels.ops.context_attention import context_attention
@@ -91,11 +92,13 @@ def attend_context(block: Block, tokens: Tensor, context: Context, kwargs: Mappi
     norm, attention = block.norm2, block.attn2
     sources = sources_of(attention, context, kwargs, tokens)
     q, out = (linear_of(layer, product_dtype(tokens)) for layer in (attention.to_q, attention.to_out[0]))
-    keys = torch.cat([source.to_k(source.tokens) for source in sources], 1)
-    values = torch.cat([source.to_v(source.tokens) * source.scale for source in sources], 1)
+    keys, values = ([getattr(x, name)(x.tokens) for x in sources] for name in ("to_k", "to_v"))
+    if any(source.is_normalised for source in sources):
+        values = like_the_first(block, tokens, keys, values, [source.is_normalised for source in sources])
+    values = [value * source.scale for value, source in zip(values, sources, strict=True)]
     shares = [source.share for source in sources if source.share is not None]
     return context_attention(
-        tokens, norm.weight, norm.bias, q.weight, out.weight, out.bias, keys, values, attention.heads,
-        sizes=[source.tokens.shape[1] for source in sources], shares=torch.cat(shares, 2) if shares else None,
-        eps=norm.eps, **adapters_of(q, out),
+        tokens, norm.weight, norm.bias, q.weight, out.weight, out.bias, torch.cat(keys, 1), torch.cat(values, 1),
+        attention.heads, sizes=[source.tokens.shape[1] for source in sources],
+        shares=torch.cat(shares, 2) if shares else None, eps=norm.eps, **adapters_of(q, out),
     )  # fmt: skip

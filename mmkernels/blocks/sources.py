@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from mmkernels.blocks.contexts import Context
 from mmkernels.blocks.recognition.forms import is_known, known_class
 
-DECOUPLED = "decoupled attention processor"
+DECOUPLED, NORMALISED = "decoupled attention processor", "normalising attention processor"
 
 
 class Source(NamedTuple):
     """tokens (rows, T, C_context), what makes keys and values of them, and what their attention is multiplied by.
 
-    share: (rows, queries, 1), of each query, or None for 1.
+    share: (rows, queries, 1), of each query, or None for 1. is_normalised: what it finds gets the mean and the
+    deviation of what the first source finds, over all queries and channels of a row, before its scale.
     """
 
     tokens: Tensor
@@ -28,12 +29,13 @@ class Source(NamedTuple):
     to_v: nn.Module
     scale: float = 1.0
     share: Tensor | None = None
+    is_normalised: bool = False
 
 
 def is_decoupled(attention: Any) -> bool:
     """Whether its processor reads as one that adds sources."""
     processor = getattr(attention, "processor", None)
-    return isinstance(processor, nn.Module) and is_known(processor, DECOUPLED)
+    return isinstance(processor, nn.Module) and any(is_known(processor, role) for role in (DECOUPLED, NORMALISED))
 
 
 def why_not_scaled(processor: Any) -> str | None:
@@ -81,12 +83,15 @@ def _of_images(attention: Any, context: Context, kwargs: Mapping[str, Any], quer
 
 
 def _of_faces(attention: Any, context: Tensor, kwargs: Mapping[str, Any], queries: Tensor) -> list[Source]:
-    """StableAnimator's: the last tokens are a face's. Without xformers its code attends to the others once more."""
+    """StableAnimator's: the last tokens are a face's.
+
+    Without xformers the one that does not normalise them attends to the others once more, as its code is.
+    """
     processor, context = attention.processor, context.to(queries.dtype)
-    end = context.shape[1] - processor.num_tokens
-    if not _globals_of(processor)["is_xformers_available"]():
+    end, is_normalised = context.shape[1] - processor.num_tokens, is_known(processor, NORMALISED)
+    if not is_normalised and not _globals_of(processor)["is_xformers_available"]():
         return [Source(context[:, :end], attention.to_k, attention.to_v, 1 + processor.scale)]
-    face = Source(context[:, end:], processor.id_to_k, processor.id_to_v, processor.scale)
+    face = Source(context[:, end:], processor.id_to_k, processor.id_to_v, processor.scale, is_normalised=is_normalised)
     return [Source(context[:, :end], attention.to_k, attention.to_v), face]
 
 

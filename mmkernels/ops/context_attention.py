@@ -14,7 +14,8 @@ taken only where they are wanted. Adapters stand on the rows of Wq, and on those
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -67,6 +68,17 @@ def _heads(packed: Tensor, num_heads: int) -> Tensor:
 # --- what a chunk is
 
 
+def _without_autocast(body: Callable[..., Any]) -> Callable[..., Any]:
+    """Autocast would narrow the scores: the dtypes of the products are chosen by hand."""
+
+    @functools.wraps(body)
+    def run(x: Tensor, *rest: Any) -> Any:
+        with torch.autocast(x.device.type, enabled=False):
+            return body(x, *rest)
+
+    return run
+
+
 class _Chunk:
     """Scores and their sum of the tokens of a chunk: q (r, N, p, D), k and v (r, N, T, D), all wide."""
 
@@ -106,6 +118,7 @@ def _rows(heads: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @torch.library.custom_op("mmkernels::context_attention", mutates_args=())
+@_without_autocast
 def _forward(
     x: Tensor, norm_weight: Tensor, norm_bias: Tensor, q_weight: Tensor, out_weight: Tensor, out_bias: Tensor,
     keys: Tensor, values: Tensor, shares: Tensor | None, adapters: Sequence[Tensor], places: Sequence[int],
@@ -136,6 +149,7 @@ def _forward_fake(x: Tensor, *_: Any) -> Tensor:
 
 
 @torch.library.custom_op("mmkernels::context_attention_backward", mutates_args=())
+@_without_autocast
 def _backward(
     dy: Tensor, x: Tensor, norm_weight: Tensor, norm_bias: Tensor, q_weight: Tensor, out_weight: Tensor,
     keys: Tensor, values: Tensor, shares: Tensor | None, adapters: Sequence[Tensor], places: Sequence[int],

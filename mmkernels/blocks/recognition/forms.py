@@ -97,6 +97,7 @@ FORMS: Mapping[str, Mapping[str, Mapping[str, str]]] = {  # role: method: digest
             "e7a676c1aefbf455": "StableAnimator's for faces",
         }
     },
+    "normalising attention processor": {"__call__": {"0c46aa12b2fd9830": "StableAnimator's for faces, as it trains"}},
     "up block": {
         "forward": {
             "cdd7effe16ea72bd": f"without attention, {_UP_UNTIL_32} and Sonic",
