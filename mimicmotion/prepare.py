@@ -3,12 +3,16 @@
 Without --videos the embedded footage is used. Run it again after a change: only what changed is made anew.
 """
 
+import signal
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-if __name__ == "__main__":  # python puts this folder first, where our modules would hide others of the same name
+if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends without a traceback
+    # python puts this folder first, where our modules would hide others of the same name
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import tyro
@@ -23,6 +27,10 @@ from mimicmotion.data.preparation import Recipe, prepare
 from mimicmotion.data.progress import VideoProgress
 from mimicmotion.model.encoders import load_encoder
 from mimicmotion.paths import printable
+from mimicmotion.stopping import EndedBySignalError, Stop, say
+
+_STOPPING = "videos under way are left at their next frame; again ends at once"
+_GOES_ON = "what is whole stays, and the same command goes on from it"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +82,13 @@ def run(arguments: Arguments) -> Manifest:
 def main() -> None:
     """Run the command line; exits with 1 and the reason where nothing could be prepared."""
     arguments = tyro.cli(Arguments)
-    with one_sentence("preparing stopped", RuntimeError, debug=arguments.debug):
-        manifest = run(arguments)
+    stop = Stop(before=_STOPPING, again=_GOES_ON)
+    try:
+        with stop, one_sentence("preparing stopped", RuntimeError, debug=arguments.debug):
+            manifest = run(arguments)
+    except EndedBySignalError as error:
+        say(f"stopped by {stop}: {_GOES_ON}")
+        raise SystemExit(stop.exit_code) from error
     path = (arguments.prepared or PRESETS[arguments.preset]().data.prepared) / "manifest.json"
     kept, dropped = len(manifest.clips), len(manifest.dropped)
     VideoProgress().say(f"{kept} clips kept, {dropped} videos or stretches of them dropped; see {printable(path)}")

@@ -24,6 +24,7 @@ from mimicmotion import checkpoint
 from mimicmotion.commands import one_sentence
 from mimicmotion.config import PRESETS, Config
 from mimicmotion.data.dataset import ClipDataset
+from mimicmotion.data.ownership import sign
 from mimicmotion.data.preparation import prepare_if_missing
 from mimicmotion.distributed import Ranks, join_ranks
 from mimicmotion.dry_stages import dry_stages
@@ -32,7 +33,7 @@ from mimicmotion.fitting import Fitting
 from mimicmotion.memory_plan import choose_plan, reserve_as_planned
 from mimicmotion.memory_report import MemoryReport
 from mimicmotion.paths import check_there, near
-from mimicmotion.run_folder import owned, sign, start_afresh
+from mimicmotion.run_folder import owned, start_afresh
 from mimicmotion.settings_file import read, write
 from mimicmotion.stopping import EndedBySignalError, Stop, say
 from mimicmotion.trainer import Trainer, TrainingStoppedError
@@ -109,12 +110,18 @@ def train(arguments: Arguments, stages: list[Config], ranks: Ranks, stop: Stop) 
     """Prepare what is to be prepared, then train on this rank, stage after stage; False where a signal ended it."""
     check_given(arguments)
     run_dir = arguments.config.run_dir
-    done = _num_done(stages) if arguments.resume else 0
-    planned = choose_plan(stages[done], ranks, resume=arguments.resume)  # before anything is touched
     with ExitStack() as ends:
 
-        def make_ready() -> None:
+        def take() -> None:
             ends.enter_context(owned(run_dir))
+            for note in checkpoint.set_damaged_aside(run_dir) if arguments.resume else ():
+                print(note, flush=True)
+
+        ranks.from_first(take)
+        done = _num_done(stages) if arguments.resume else 0
+        planned = choose_plan(stages[done], ranks, resume=arguments.resume)  # before anything is made
+
+        def make_ready() -> None:
             for config in stages:
                 prepare_if_missing(config)
             if not arguments.resume and (note := start_afresh(run_dir)):

@@ -16,6 +16,7 @@ from mimicmotion.data.clip_maker import ClipMaker, Recipe
 from mimicmotion.data.curate import Bounds
 from mimicmotion.data.film import DECODER
 from mimicmotion.data.footage import embedded_footage
+from mimicmotion.data.ownership import locked, sign
 from mimicmotion.data.poses import PoseBackend, load_backend
 from mimicmotion.data.progress import VideoProgress
 from mimicmotion.model.encoders import PATCH_CODEC, SPATIAL_FACTOR, Encoder, PatchCodec, load_encoder
@@ -33,12 +34,32 @@ def prepare(
 ) -> Manifest:
     """Make the clips of videos in the folder prepared, and its manifest.
 
-    A video that cannot be used is recorded with its reason and the rest goes on. Raises ValueError where none is left,
-    NotWritableError where the folder cannot be written, at once or later, and RuntimeError where memory ran out: what
-    was made until then stays, and the next call goes on from it.
+    A video that cannot be used is recorded with its reason and the rest goes on. Raises ValueError where none is left
+    or another process prepares the folder, NotWritableError where it cannot be written, at once or later, and
+    RuntimeError where memory ran out: what was made until then stays, and the next call goes on from it.
     """
     for folder in (prepared / "keypoints", prepared / "clips", prepared):
         check_writable(folder)
+
+    def refusal(owner: str) -> str:
+        return f"{printable(prepared)} is being prepared by {owner}; wait for that, or give another --prepared"
+
+    with locked(prepared, prepared / ".lock", refusal=refusal):
+        sign(prepared)
+        for left in prepared.rglob(".*.tmp"):  # by a process that was killed while it wrote
+            left.unlink()
+        return _prepare(videos, prepared, recipe, poses, encoder, progress)
+
+
+def _prepare(
+    videos: Sequence[Path],
+    prepared: Path,
+    recipe: Recipe,
+    poses: PoseBackend,
+    encoder: Encoder,
+    progress: VideoProgress | None,
+) -> Manifest:
+    """Make the clips of videos in a folder that is this process's."""
     bounds = replace(recipe.bounds, min_frames=max(recipe.bounds.min_frames, recipe.num_frames))
     workers = recipe.workers or min(len(videos), cpu_count() or 1)
     with progress or VideoProgress() as shown:
