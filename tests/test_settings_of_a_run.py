@@ -59,7 +59,7 @@ def test_only_what_a_pattern_finds_is_trained_and_the_rest_costs_nothing(tmp_pat
     trained = {name for name in start if re.search(pattern, name)}
     assert len(moved) > 50 and moved <= trained
     live = set(trainer.optimization.live)
-    dead = {name for name in trained - live}
+    dead = trained - live
     assert dead and all("attn2.to_q" in name or "attn2.to_k" in name or "norm2" in name for name in dead)
     # a gradient, a moment or a copy of anything else would be seen here
     assert given == live == {name.rpartition("/")[0] for name in tensors["optimizer"]} == set(tensors["ema"])
