@@ -163,7 +163,7 @@ class TrainerConfig:
     num_steps: int = 10_000  # optimizer steps; the paper says 20 epochs, of clips it does not count
     batch_size: int = 8  # clips a step over all ranks and accumulation together (the paper's batch)
     micro_batch_size: int = 1  # clips at once on one rank; the rest of the batch is accumulated
-    precision: Precision = "bf16"  # fp16 needs a GPU and scales the loss; weights are as optimizer.kind says
+    precision: Precision = "bf16"  # fp16 scales the loss and is slow on a CPU; weights are as optimizer.kind says
     deterministic: bool = False  # a GPU gives a rerun or a resume the same bits; attention over pixels is slower
     seed: int = 0  # of the weights' initial values and of every sample's noise, sigma and dropout
     save_every: int = 500  # steps between checkpoints; one more is written at the end

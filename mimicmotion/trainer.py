@@ -51,8 +51,6 @@ class Trainer:
         """
         self.config, self.dataset, self.ranks = config, dataset, ranks
         self._sample_ids = rank_sample_ids(config, ranks)
-        if config.trainer.precision == "fp16" and ranks.device.type == "cpu":
-            raise ValueError("trainer.precision is 'fp16' on a CPU; give fp32 or bf16, or run on a GPU.")
         if config.optimizer.in_backward and (ranks.world_size > 1 or len(self._sample_ids) > 1):
             batch, micro = config.trainer.batch_size, config.trainer.micro_batch_size
             raise ValueError(

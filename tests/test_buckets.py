@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,9 @@ def prepared(tmp_path_factory):
             ("tall", 9, 96, 52), ("wide", 9, 52, 96), ("square", 5, 72, 80), ("wide-short", 5, 60, 106),
         )
     ]  # fmt: skip
-    recipe = Recipe(height=128, width=64, sizes=SIZES, num_frames=3, bounds=Bounds(min_frames=1), workers=1)
+    recipe = Recipe(
+        height=128, width=64, sizes=SIZES, num_frames=3, bounds=Bounds(min_frames=1, max_camera=9.0), workers=1
+    )
     prepare(clips, folder, recipe=recipe, poses=Swaying(), encoder=PatchCodec())
     return folder
 
@@ -77,7 +80,8 @@ def test_a_clip_is_prepared_in_the_size_nearest_its_videos_shape(prepared):
 
 def test_of_one_shape_the_largest_size_that_the_video_fills():
     recipe = Recipe(height=1024, width=576, sizes=("512x288", "256x144", "576x1024"), num_frames=9)
-    assert [recipe.size(*source) for source in ((1920, 1080), (1280, 720), (640, 360), (120, 60), (720, 1280))] == [
+    shaped = [recipe.shaped(*video) for video in ((1920, 1080), (1280, 720), (640, 360), (120, 60), (720, 1280))]
+    assert [(found.height, found.width) for found in shaped] == [
         (1024, 576), (1024, 576), (512, 288), (256, 144), (576, 1024),
     ]  # fmt: skip
 
@@ -104,12 +108,12 @@ def test_a_run_trains_in_batches_of_one_shape(prepared, tmp_path, capsys):
     assert json.loads((newest / "place.json").read_text())["num_samples"] == {
         "128x128x5": 1, "64x128x5": 3, "128x64x5": 2,
     }  # fmt: skip
-    parts = list(dry_stages([config, config], None))
+    parts = list(islice(dry_stages([config, config], None), 6))  # those of the first stage
     assert parts[0] == f"stage 1 of 2: 6 steps of 2 clips, {tmp_path}"
     assert "clips: 4 and 0 held out in" in parts[1]
     assert "1 of 128x128x5, 2 of 128x64x5, 3 of 64x128x5; 2.0 epochs" in parts[1]
     assert [part.split(" of 5 frames, ")[1][:7] for part in parts[2:5]] == ["128x128", "128x64 ", "64x128 "]
-    assert len(parts) == 12 and parts[5].startswith("time: not known without a card")
+    assert parts[5].startswith("time: not known without a card")
 
 
 class Alternating(NoiseClips):

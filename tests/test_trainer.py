@@ -235,7 +235,7 @@ def test_training_stops_with_the_reason_after_too_many_bad_steps(tmp_path):
 
 
 def test_overflow_of_the_scaled_loss_lowers_the_scale(tmp_path):
-    """The bookkeeping of fp16, with float32 arithmetic: a CPU has no fp16 training."""
+    """The bookkeeping of fp16, with float32 arithmetic."""
     config = tiny_config(tmp_path)
     model = build_model(config.model)
     optimization = build_optimization(model, config, scales_loss=True)
@@ -302,12 +302,6 @@ def test_without_an_average_a_checkpoint_gives_the_weights(tmp_path):
     averaging = dataclasses.replace(config, optimizer=dataclasses.replace(optimizer, ema="host"))
     with pytest.raises(ValueError, match=r"no moving average of the weights; resume with optimizer.ema off"):
         Trainer(averaging, NoiseClips(config=config), ONE, resume=True)
-
-
-def test_fp16_on_a_cpu_is_refused(tmp_path):
-    config = tiny_config(tmp_path, precision="fp16")
-    with pytest.raises(ValueError, match="fp16"):
-        Trainer(config, NoiseClips(config=config), ONE)
 
 
 def test_an_error_of_the_dataset_reaches_the_caller(tmp_path):

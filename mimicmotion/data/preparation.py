@@ -1,4 +1,4 @@
-"""From videos to a prepared folder: poses, curation, crop, latents, manifest.
+"""From videos to a prepared folder: poses, splitting, curation, crop, latents, manifest.
 
 Each stage is cached under a key of all it follows from: a changed size or encoder keeps the poses, a changed video
 remakes only its own files, and an interrupted run goes on where it was.
@@ -6,13 +6,14 @@ remakes only its own files, and an interrupted run goes on where it was.
 
 from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import replace
+from dataclasses import asdict, replace
 from os import cpu_count
 from pathlib import Path
 
 from mimicmotion.config import Config, DataConfig, demo
-from mimicmotion.data.cache import Clip, Drop, Manifest, check_writable, is_prepared
+from mimicmotion.data.cache import Clip, Drop, Manifest, check_writable, is_prepared, stated_sha256
 from mimicmotion.data.clip_maker import ClipMaker, Recipe
+from mimicmotion.data.curate import Bounds
 from mimicmotion.data.film import DECODER
 from mimicmotion.data.footage import embedded_footage
 from mimicmotion.data.ownership import locked, sign
@@ -80,11 +81,21 @@ def _prepare(
         pose_backend=poses.name,
         pose_version=poses.version,
         decoder=DECODER,
+        encoder_device=encoder.device,
+        frame_stride=recipe.frame_stride,
+        bounds=asdict(recipe.bounds),
         clips=clips,
         dropped=dropped,
+        files=_digests(prepared, clips, dropped),
     )
     manifest.write(prepared)
     return manifest
+
+
+def _digests(prepared: Path, clips: Sequence[Clip], dropped: Sequence[Drop]) -> dict[str, str]:
+    """The digest of every file that a manifest names."""
+    names = {clip.tensors_file for clip in clips} | {part.keypoints_file for part in (*clips, *dropped)} - {""}
+    return {name: stated_sha256(prepared / name) for name in sorted(names)}
 
 
 def _sorted_out(results: Sequence[Sequence[Clip | Drop]]) -> tuple[list[Clip], list[Drop]]:
@@ -142,7 +153,7 @@ def prepare_if_missing(config: Config, progress: VideoProgress | None = None) ->
         # in order and once, however many clips each gave
         videos = list(dict.fromkeys(Path(part.source) for part in (*manifest.clips, *manifest.dropped)))
         backend = manifest.pose_backend
-        recipe = replace(recipe, frame_stride=manifest.clips[0].frame_stride)
+        recipe = replace(recipe, frame_stride=manifest.frame_stride, bounds=Bounds(**manifest.bounds))
     return prepare(
         videos,
         data.prepared,
