@@ -3,12 +3,16 @@
 Without --videos the embedded footage is used. Run it again after a change: only what changed is made anew.
 """
 
+import signal
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-if __name__ == "__main__":  # python puts this folder first, where our modules would hide others of the same name
+if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends without a traceback
+    # python puts this folder first, where our modules would hide others of the same name
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import tyro
@@ -25,6 +29,10 @@ from mimicmotion.data.rehearsal import Rehearsal, rehearse
 from mimicmotion.data.verification import damages
 from mimicmotion.model.encoders import load_encoder
 from mimicmotion.paths import printable
+from mimicmotion.stopping import EndedBySignalError, Stop, say
+
+_STOPPING = "videos under way are left at their next frame; again ends at once"
+_GOES_ON = "what is whole stays, and the same command goes on from it"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +44,7 @@ class Arguments:
     prepared: Path | None = None  # folder to write into
     height: int | None = None  # pixels, a multiple of 8 (64 for the UNet)
     width: int | None = None  # pixels, a multiple of 8 (64 for the UNet)
+    sizes: tuple[str, ...] = ()  # further sizes, as 576x1024 (height x width); a clip has the one nearest its video's
     num_frames: int | None = None  # frames of a training clip; shorter stretches of a video are left out
     frame_stride: int = 1  # keep every frame_stride-th frame
     with_mirrored: bool = False  # each clip a second time, flipped left to right, with left and right joints exchanged
@@ -62,6 +71,7 @@ def recipe_of(arguments: Arguments) -> Recipe:
     return Recipe(
         height=data.height if arguments.height is None else arguments.height,
         width=data.width if arguments.width is None else arguments.width,
+        sizes=arguments.sizes,
         num_frames=data.num_frames if arguments.num_frames is None else arguments.num_frames,
         frame_stride=arguments.frame_stride,
         with_mirrored=arguments.with_mirrored,
@@ -104,12 +114,16 @@ def verify(prepared: Path) -> None:
 def main() -> None:
     """Run the command line; exits with 1 and the reason where nothing could be prepared or something is damaged."""
     arguments = tyro.cli(Arguments)
-    prepared = prepared_folder(arguments)
-    with one_sentence("preparing stopped", RuntimeError, debug=arguments.debug):
-        if arguments.verify:
-            verify(prepared)
-            return
-        made = run(arguments)
+    prepared, stop = prepared_folder(arguments), Stop(before=_STOPPING, again=_GOES_ON)
+    try:
+        with stop, one_sentence("preparing stopped", RuntimeError, debug=arguments.debug):
+            if arguments.verify:
+                verify(prepared)
+                return
+            made = run(arguments)
+    except EndedBySignalError as error:
+        say(f"stopped by {stop}: {_GOES_ON}")
+        raise SystemExit(stop.exit_code) from error
     if isinstance(made, Rehearsal):
         for line in made.lines():
             VideoProgress().say(line)

@@ -195,6 +195,8 @@ class Clip:
     num_frames: int
     frame_stride: int  # of the source's frames at one rate, from first_frame on, every frame_stride-th is kept
     crop: Crop
+    height: int  # pixels of the frames that the crop was scaled to
+    width: int
     keypoints_file: str  # relative to the prepared folder; of the whole source at frame_stride, full frame
     tensors_file: str  # relative to the prepared folder; latents, image_embedding, keypoints in the crop
     statistics: dict[str, float]
@@ -237,6 +239,7 @@ class Manifest:
 
     height: int
     width: int
+    sizes: list[str] = field(default_factory=list)  # further ones, as 576x1024: a clip has one of all
     num_frames: int  # every clip has at least this many
     encoder_name: str  # as asked for: "patch-codec (stand-in)", a folder's path or a hub id
     encoder_version: str

@@ -4,6 +4,7 @@ import traceback
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
+from math import isclose, log
 from os import cpu_count
 from pathlib import Path
 from threading import Event, Lock
@@ -33,6 +34,7 @@ from mimicmotion.data.progress import VideoProgress, Work
 from mimicmotion.data.watching import keep, kept, watch, watched_file
 from mimicmotion.model.encoders import SPATIAL_FACTOR, Encoder
 from mimicmotion.paths import printable
+from mimicmotion.shapes import size_of
 
 # Bumped where the meaning of a clip's file changes, so that old files are not met.
 TENSORS_FORMAT = 3
@@ -44,6 +46,7 @@ class Recipe:
 
     height: int  # pixels, a multiple of 8
     width: int  # pixels, a multiple of 8
+    sizes: tuple[str, ...] = ()  # further ones, as 576x1024; a clip has the one nearest its video's
     num_frames: int  # frames of a training clip; shorter stretches of a video are dropped
     frame_stride: int = 1  # every frame_stride-th frame of a video is kept
     bounds: Bounds = field(default_factory=Bounds)
@@ -52,9 +55,10 @@ class Recipe:
     workers: int | None = None  # videos worked on at once; None is one a processor core
 
     def __post_init__(self) -> None:
-        for name in ("height", "width"):
-            if getattr(self, name) < SPATIAL_FACTOR or getattr(self, name) % SPATIAL_FACTOR:
-                raise ValueError(f"got {name} {getattr(self, name)}, wanted a positive multiple of {SPATIAL_FACTOR}")
+        for size in ((self.height, self.width), *map(size_of, self.sizes)):
+            for name, side in zip(("height", "width"), size, strict=True):
+                if side < SPATIAL_FACTOR or side % SPATIAL_FACTOR:
+                    raise ValueError(f"got {name} {side}, wanted a positive multiple of {SPATIAL_FACTOR}")
         for name in ("num_frames", "frame_stride", "frames_at_once"):
             if getattr(self, name) < 1:
                 raise ValueError(f"got {name} {getattr(self, name)}, wanted at least 1")
@@ -67,6 +71,18 @@ class Recipe:
     def num_workers(self, num_videos: int) -> int:
         """Videos worked on at once."""
         return max(1, self.workers or min(num_videos, cpu_count() or 1))
+
+    def shaped(self, source_height: int, source_width: int) -> "Recipe":
+        """For a video of this shape: with one size, of the nearest aspect ratio the largest that the video fills.
+
+        Where it fills none, the smallest of that ratio.
+        """
+        sizes = [(self.height, self.width), *map(size_of, self.sizes)]
+        away = {size: abs(log(size[0] / size[1] * source_width / source_height)) for size in sizes}
+        near = sorted(size for size in sizes if isclose(away[size], min(away.values()), abs_tol=1e-9))
+        filled = [size for size in near if size[0] <= source_height and size[1] <= source_width]
+        height, width = filled[-1] if filled else near[0]
+        return replace(self, height=height, width=width, sizes=())
 
 
 @dataclass(frozen=True)
@@ -170,7 +186,8 @@ class ClipMaker:
         self, source: Source, rows: slice, frames: Iterator[tuple[int, np.ndarray]]
     ) -> Sequence[Clip | Drop]:
         """One stretch of a video, if it is good enough; frames are the video's from an earlier stretch on."""
-        path, properties, recipe = source.path, source.properties, self.recipe
+        path, properties = source.path, source.properties
+        recipe = self.recipe.shaped(properties.height, properties.width)
         keypoints = source.watched.track.keypoints[rows]
         crop = person_crop(keypoints, properties.height, properties.width, recipe.height, recipe.width)
         measures = measure(source.watched, rows, crop)
@@ -194,6 +211,8 @@ class ClipMaker:
                 source_width=properties.width,
                 frames_per_second=properties.frames_per_second / recipe.frame_stride,
                 crop=crop,
+                height=recipe.height,
+                width=recipe.width,
                 tensors_file=tensors_file,
                 is_mirrored=is_mirrored,
                 notes=list(properties.notes),
@@ -253,7 +272,7 @@ class ClipMaker:
         self, source: Source, rows: slice, crop: Crop, frames: Iterator[tuple[int, np.ndarray]]
     ) -> dict[bool, str]:
         """Write the tensors of a stretch, unless they are there; their files, as filmed (False) and mirrored (True)."""
-        recipe, encoder = self.recipe, self.encoder
+        encoder, recipe = self.encoder, self.recipe.shaped(source.properties.height, source.properties.width)
         inputs = [
             TENSORS_FORMAT, source.keypoints_file, rows.start, rows.stop, asdict(crop), recipe.height, recipe.width,
             encoder.name, encoder.version, encoder.device,
@@ -271,8 +290,11 @@ class ClipMaker:
         self, source: Source, rows: slice, crop: Crop, frames: Iterator[tuple[int, np.ndarray]]
     ) -> dict[bool, dict[str, torch.Tensor]]:
         """What is kept of a stretch, as filmed and mirrored: latents, deviation, embeddings, cropped keypoints."""
-        recipe, keypoints = self.recipe, source.watched.track.keypoints[rows]
-        placed = crop_keypoints(keypoints, crop, source.properties.height, source.properties.width)
+        keypoints, (height, width) = (
+            source.watched.track.keypoints[rows],
+            (source.properties.height, source.properties.width),
+        )
+        recipe, placed = self.recipe.shaped(height, width), crop_keypoints(keypoints, crop, height, width)
         encoded: dict[bool, list[tuple[torch.Tensor, ...]]] = {False: []} | ({True: []} if recipe.with_mirrored else {})
         for batch in _batches(_between(frames, rows), recipe.frames_at_once):
             cropped = np.stack([crop_frame(frame, crop, recipe.height, recipe.width) for frame in batch])
