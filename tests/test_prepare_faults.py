@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -177,7 +178,7 @@ def test_ctrl_c_keeps_what_is_whole_and_the_same_command_goes_on(
 ) -> None:
     backend: list[Swaying] = [Interrupted()]
     monkeypatch.setattr(command, "load_backend", lambda name, dwpose_dir: backend[-1])
-    monkeypatch.setattr(command, "Recipe", lambda **settings: Recipe(**settings, bounds=Bounds(min_frames=1)))
+    monkeypatch.setattr(command, "Recipe", lambda **settings: replace(RECIPE, **settings))
     words = ["--videos", str(clips[0].parent), "--prepared", str(tmp_path / "p"), "--workers", "1"]
     words += ["--height", "64", "--width", "64", "--num-frames", "8"]
     monkeypatch.setattr("sys.argv", ["prepare.py", *words])
