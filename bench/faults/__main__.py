@@ -24,12 +24,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # forked processes must find no t
 import torch
 
 from bench import environment
-from bench.faults import damaged, killed, signalled
+from bench.faults import damaged, footage, full_disk, hostile, killed, not_finite, ranks, signalled
 from bench.faults.judge import Judge
 from bench.faults.outcome import Outcome, figures
 from mimicmotion.data.cache import atomic_write
 
-ROWS: dict[str, ModuleType] = {"killed": killed, "signalled": signalled, "damaged": damaged}
+ROWS: dict[str, ModuleType] = {
+    module.__name__.rpartition(".")[2]: module
+    for module in (killed, signalled, damaged, full_disk, footage, not_finite, hostile, ranks)
+}
 
 
 def run_row(name: str, judge: Judge, *, share: float, seed: int) -> dict[str, Any]:
