@@ -15,6 +15,13 @@ _STYLE = """body{font-family:sans-serif;max-width:60rem;margin:2rem auto;padding
 svg{max-width:100%;height:auto}video{max-width:100%}
 table{border-collapse:collapse}td{padding:.15rem .8rem .15rem 0;vertical-align:top}"""
 _SAMPLE = "sample.mp4"
+_CURVES = {
+    "loss": "loss",
+    "hand_loss": "loss in hands",
+    "pose_share": "PoseNet's share\nof conv_in",
+    "gradient_norm": "gradient norm",
+    "learning_rate": "learning rate",
+}
 VALIDATION_ROWS, VALIDATION_VIDEO = "validation.jsonl", "validation.mp4"
 
 
@@ -64,17 +71,19 @@ def _summary(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _curves(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Loss, gradient norm and learning rate over the steps, as SVG."""
+    """Loss, that in hands, PoseNet's share of conv_in, gradient norm and learning rate over the steps, as SVG."""
     import matplotlib.figure  # slow to import, wanted once at a save
 
-    figure = matplotlib.figure.Figure(figsize=(9, 7), layout="constrained")
     kept = [row for row in rows if not row["is_skipped"]]
-    steps = [row["step"] for row in kept]
-    below = figure.subplots(3, sharex=True)
-    for axes, name in zip(below, ("loss", "gradient_norm", "learning_rate"), strict=True):
-        axes.plot(steps, [row[name] for row in kept], ".-" if len(steps) < 50 else "-", linewidth=0.8)
-        axes.set_ylabel(name.replace("_", " "))
-        if name != "learning_rate":
+    shown = {name: [row for row in kept if row.get(name) is not None] for name in _CURVES}
+    shown = {name: found for name, found in shown.items() if found or name == "loss"}
+    figure = matplotlib.figure.Figure(figsize=(9, 1 + 2 * len(shown)), layout="constrained")
+    below = figure.subplots(len(shown), sharex=True, squeeze=False)[:, 0]
+    for axes, (name, found) in zip(below, shown.items(), strict=True):
+        style = ".-" if len(found) < 50 else "-"
+        axes.plot([row["step"] for row in found], [row[name] for row in found], style, linewidth=0.8)
+        axes.set_ylabel(_CURVES[name])
+        if name not in ("learning_rate", "pose_share"):
             axes.set_yscale("log")
     below[-1].set_xlabel("step")
     drawn = io.StringIO()

@@ -102,9 +102,12 @@ def manifest() -> Manifest:
         source_height=64,
         source_width=48,
         frames_per_second=30.0,
+        first_frame=12,
         num_frames=40,
         frame_stride=1,
         crop=Crop(left=1, top=2, width=30, height=40),
+        height=64,
+        width=64,
         keypoints_file="keypoints/k.safetensors",
         tensors_file="clips/c.safetensors",
         statistics={"motion": 0.01},
@@ -119,14 +122,32 @@ def manifest() -> Manifest:
         spatial_factor=8,
         pose_backend="holistic",
         pose_version="1",
+        decoder="PyAV 18",
+        encoder_device="cpu",
+        frame_stride=1,
+        bounds={},
         clips=[clip],
-        dropped=[Drop(source="/videos/b.mp4", stage="decode", reason="is empty")],
+        dropped=[
+            Drop(source="/videos/b.mp4", stage="decode", reason="is empty"),
+            Drop(
+                source="/videos/a.mp4",
+                stage="curate",
+                reason="jumps",
+                statistics={"jump": 2.0},
+                num_frames=7,
+                first_frame=90,
+                frame_stride=3,
+                keypoints_file="keypoints/k.safetensors",
+            ),
+        ],
     )
 
 
 def test_manifest_comes_back(tmp_path: Path) -> None:
     manifest().write(tmp_path)
-    assert Manifest.read(tmp_path) == manifest()
+    again = Manifest.read(tmp_path)
+    assert again == manifest()
+    assert again.clips[0].rows == slice(12, 52) and again.dropped[1].rows == slice(30, 37)
 
 
 def test_manifest_of_another_kind_is_refused(tmp_path: Path) -> None:
@@ -134,8 +155,8 @@ def test_manifest_of_another_kind_is_refused(tmp_path: Path) -> None:
         Manifest.read(tmp_path)
     manifest().write(tmp_path)
     path = tmp_path / "manifest.json"
-    path.write_text(path.read_text().replace('"version": 1', '"version": 0'))
-    with pytest.raises(ValueError, match="version 0, wanted 1"):
+    path.write_text(path.read_text().replace('"version": 2', '"version": 1'))
+    with pytest.raises(ValueError, match="version 1, wanted 2; run prepare again"):
         Manifest.read(tmp_path)
     path.write_text("{")
     with pytest.raises(ValueError, match="is damaged"):

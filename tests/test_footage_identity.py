@@ -9,7 +9,9 @@ from mimicmotion.data.footage_identity import FootageIdentity
 def _clip(name, **changes):
     clip = Clip(
         clip_id=name, source=f"/videos/{name}.mp4", source_sha256=name * 8, source_height=90, source_width=160,
-        frames_per_second=15.0, num_frames=80, frame_stride=1, crop=Crop(left=0, top=0, width=90, height=90),
+        frames_per_second=15.0, first_frame=0, num_frames=80, frame_stride=1,
+        crop=Crop(left=0, top=0, width=90, height=90),
+        height=64, width=64,
         keypoints_file=f"keypoints/{name}", tensors_file=f"clips/{name}", statistics={"motion": 0.1},
     )  # fmt: skip
     return dataclasses.replace(clip, **changes)
@@ -18,7 +20,8 @@ def _clip(name, **changes):
 def _identity(*clips, name="svd", version="abc-float16"):
     manifest = Manifest(
         height=64, width=64, num_frames=72, encoder_name=name, encoder_version=version, scaling_factor=0.18,
-        spatial_factor=8, pose_backend="dwpose", pose_version="1", clips=list(clips),
+        spatial_factor=8, pose_backend="dwpose", pose_version="1", decoder="PyAV 18",
+        encoder_device="cpu", frame_stride=1, bounds={}, clips=list(clips),
     )  # fmt: skip
     return FootageIdentity.of(manifest)
 
@@ -33,7 +36,7 @@ def test_moved_videos_and_a_moved_encoder_are_the_same_footage():
 
 
 def test_gone_new_and_changed_clips_are_counted():
-    now = _identity(_clip("b"), _clip("c", num_frames=79), _clip("d"), _clip("e"))
+    now = _identity(_clip("b"), _clip("c", first_frame=1), _clip("d"), _clip("e"))
     (line,) = now.changes_since(BEFORE)
     assert "the checkpoint's 3: 1 gone, 2 new, 1 made anew" in line
 

@@ -4,8 +4,11 @@ import errno
 import io
 import os
 import re
-from collections.abc import Iterable
-from dataclasses import replace
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,20 +18,21 @@ import torch
 import videos
 from people import Swaying
 from rich.console import Console
-from test_prepare import RECIPE, CountingCodec, make, quiet
+from test_prepare import RECIPE, CountingCodec, make
 
 from mimicmotion import prepare as command
-from mimicmotion.config import Config, DataConfig
-from mimicmotion.data import cache, clip_maker, preparation
+from mimicmotion.data import cache, clip_maker, preparation, watching
 from mimicmotion.data.cache import Drop, Manifest, NotWritableError, check_writable
+from mimicmotion.data.clip_maker import Recipe
 from mimicmotion.data.curate import Bounds
 from mimicmotion.data.film import DECODER
 from mimicmotion.data.footage import find_videos, not_looked_at
 from mimicmotion.data.poses import PoseTrack
-from mimicmotion.data.preparation import Recipe, prepare, prepare_if_missing
+from mimicmotion.data.preparation import prepare
 from mimicmotion.data.progress import VideoProgress
 from mimicmotion.model.encoders import PatchCodec
 from mimicmotion.paths import printable
+from mimicmotion.stopping import SIGNALS
 
 
 class Failing(Swaying):
@@ -59,25 +63,9 @@ def test_another_decoder_makes_all_anew(clips: list[Path], tmp_path: Path, monke
     poses, encoder = Swaying(), CountingCodec()
     assert make(tmp_path / "p", clips, poses=poses, encoder=encoder).decoder == DECODER
     monkeypatch.setattr(preparation, "DECODER", "PyAV 99")
-    monkeypatch.setattr(clip_maker, "DECODER", "PyAV 99")
+    monkeypatch.setattr(watching, "DECODER", "PyAV 99")
     assert make(tmp_path / "p", clips, poses=poses, encoder=encoder).decoder == "PyAV 99"
     assert (poses.num_videos, encoder.num_frames) == (6, 72)
-
-
-def test_clips_of_before_there_was_a_decoder_are_made_anew(
-    clips: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    poses = Swaying()
-    monkeypatch.setattr(preparation, "load_backend", lambda name: poses)
-    monkeypatch.setattr(preparation, "Recipe", lambda **settings: Recipe(**settings, bounds=Bounds(min_frames=1)))
-    folder = tmp_path / "p"
-    manifest = make(folder, clips)
-    config = Config(data=DataConfig(prepared=folder, height=64, width=64, num_frames=8, poses="holistic"))
-    progress, lines = quiet()
-    for decoder, said in ((DECODER, False), ("PyAV 99", False), ("", True)):
-        replace(manifest, decoder=decoder).write(folder)
-        assert prepare_if_missing(config, progress).decoder == (DECODER if said else decoder)
-        assert ("did not yet go by what a player shows" in lines.getvalue()) == said
 
 
 def test_what_was_overruled_stands_in_the_manifest(clips: list[Path], tmp_path: Path) -> None:
@@ -159,6 +147,71 @@ def test_one_stop_ends_the_others_soon(clips: list[Path], tmp_path: Path) -> Non
     assert len(seen) <= 12 + 2
 
 
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell ignores it
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+class Interrupted(Swaying):
+    """Ctrl-C at a frame of the second video, which has 10."""
+
+    def track(self, frames: Iterable[np.ndarray]) -> PoseTrack:
+        def until_asked() -> Iterable[np.ndarray]:
+            for index, frame in enumerate(frames):
+                yield frame
+                if self.num_videos == 2 and index == 4:
+                    os.kill(os.getpid(), signal.SIGINT)
+                    time.sleep(0.5)  # until the first thread has heard of it
+
+        return super().track(until_asked())
+
+
+def test_ctrl_c_keeps_what_is_whole_and_the_same_command_goes_on(
+    clips: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    handlers: None,
+) -> None:
+    backend: list[Swaying] = [Interrupted()]
+    monkeypatch.setattr(command, "load_backend", lambda name, dwpose_dir: backend[-1])
+    monkeypatch.setattr(command, "Recipe", lambda **given: Recipe(**given | {"bounds": Bounds(min_frames=1)}))
+    words = ["--videos", str(clips[0].parent), "--prepared", str(tmp_path / "p"), "--workers", "1"]
+    words += ["--height", "64", "--width", "64", "--num-frames", "8"]
+    monkeypatch.setattr("sys.argv", ["prepare.py", *words])
+    with pytest.raises(SystemExit) as ended:
+        command.main()
+    said = capfd.readouterr()
+    assert ended.value.code == 130 and "Traceback" not in said.err
+    assert "Ctrl-C: videos under way are left at their next frame; again ends at once" in said.err
+    assert "stopped by Ctrl-C: what is whole stays, and the same command goes on from it" in said.err
+    assert backend[-1].num_videos == 2 and "c.mp4" not in said.out
+    (tmp_path / "p" / "clips" / ".killed.safetensors.x.tmp").write_bytes(bytes(9))  # by an earlier kill
+    backend.append(Swaying())
+    command.main()
+    assert backend[-1].num_videos == 2, "the first video's poses were whole"
+    assert len(Manifest.read(tmp_path / "p").clips) == 3 and not list((tmp_path / "p").rglob("*.tmp"))
+
+
+def test_two_processes_never_prepare_one_folder(clips: list[Path], tmp_path: Path) -> None:
+    folder = tmp_path / "p"
+
+    class Meeting(Swaying):
+        def track(self, frames: Iterable[np.ndarray]) -> PoseTrack:
+            code = "import sys, pathlib\nfrom mimicmotion.data import preparation as p\n"
+            code += "p.prepare([], pathlib.Path(sys.argv[1]), recipe=None, poses=None, encoder=None)"
+            late.append(subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True))
+            return super().track(frames)
+
+    late: list[subprocess.CompletedProcess[str]] = []
+    make(folder, clips[:1], poses=Meeting())
+    assert re.search(rf"p is being prepared by process {os.getpid()} on .* since 20.*; wait for that", late[0].stderr)
+
+
 def test_the_folder_is_tried_before_any_work(clips: list[Path], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     poses = Swaying()
@@ -238,7 +291,9 @@ def test_the_command_says_what_it_did_not_look_at_and_why_it_stopped(
     monkeypatch.setattr("sys.argv", [*given, str(tmp_path / "p")])
     command.main()
     said = capsys.readouterr().out
-    assert "not looked at: 1 file ending in .txt" in said and "1 clips kept, 1 videos dropped" in said
+    assert (
+        "not looked at: 1 file ending in .txt" in said and "1 clips kept, 1 videos or stretches of them dropped" in said
+    )
     (tmp_path / "file").touch()
     monkeypatch.setattr("sys.argv", [*given, str(tmp_path / "file" / "p")])
     with pytest.raises(SystemExit, match=r"preparing stopped: cannot write .*Not a directory"):

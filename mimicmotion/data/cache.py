@@ -1,7 +1,8 @@
 """What is kept on disk: atomic files, keys of content, tensors of clips and the manifest of a prepared folder.
 
 A prepared folder holds manifest.json, keypoints/<key>.safetensors (one a video) and clips/<key>.safetensors (one a
-clip). A key is a digest of everything its file follows from, so a changed input never meets a stale file.
+clip, of which a video gives none, one or several). A key is a digest of everything its file follows from, so a changed
+input never meets a stale file.
 """
 
 import errno
@@ -22,7 +23,7 @@ from safetensors.torch import save
 
 from mimicmotion.paths import free_gib, near, printable
 
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
 
 
 # What keeps any file from being written there, whatever it holds.
@@ -151,6 +152,12 @@ def load_intact(path: Path) -> dict[str, torch.Tensor] | None:
     return tensors if stated == _tensors_sha256(tensors) else None
 
 
+def stated_sha256(path: Path) -> str:
+    """The digest that save_tensors wrote into a file with its tensors. Raises OSError or SafetensorError."""
+    with safe_open(path, framework="pt") as opened:
+        return (opened.metadata() or {}).get("content_sha256", "")
+
+
 def _tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
@@ -184,22 +191,45 @@ class Clip:
     source_height: int  # as a player shows it: upright, with square pixels
     source_width: int
     frames_per_second: float
+    first_frame: int  # of the source's frames at one rate, a multiple of frame_stride
     num_frames: int
-    frame_stride: int  # of the source's frames, at one rate, every frame_stride-th is kept
+    frame_stride: int  # of the source's frames at one rate, from first_frame on, every frame_stride-th is kept
     crop: Crop
-    keypoints_file: str  # relative to the prepared folder; full frame
+    height: int  # pixels of the frames that the crop was scaled to
+    width: int
+    keypoints_file: str  # relative to the prepared folder; of the whole source at frame_stride, full frame
     tensors_file: str  # relative to the prepared folder; latents, image_embedding, keypoints in the crop
     statistics: dict[str, float]
     notes: list[str] = field(default_factory=list)  # what of the video's own statements was overruled
 
+    @property
+    def rows(self) -> slice:
+        """The rows of keypoints_file that are this clip's."""
+        return _rows(self)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Drop:
-    """A video that was left out, and why."""
+    """A video that was left out, or a stretch of one, and why."""
 
     source: str
-    stage: str  # decode, curate, check (what was made of it is not finite) or unforeseen
+    stage: str  # decode, split (a stretch is too short), curate, check (what was made is not finite) or unforeseen
     reason: str
+    statistics: dict[str, float] = field(default_factory=dict)  # as a clip's; empty where nothing was measured
+    first_frame: int = 0  # as a clip's
+    num_frames: int = 0  # 0 where the video was not looked into
+    frame_stride: int = 1
+    keypoints_file: str = ""  # as a clip's; "" where no poses were found
+
+    @property
+    def rows(self) -> slice:
+        """The rows of keypoints_file that are this stretch's."""
+        return _rows(self)
+
+
+def _rows(stretch: Clip | Drop) -> slice:
+    first = stretch.first_frame // stretch.frame_stride
+    return slice(first, first + stretch.num_frames)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,6 +238,7 @@ class Manifest:
 
     height: int
     width: int
+    sizes: list[str] = field(default_factory=list)  # further ones, as 576x1024: a clip has one of all
     num_frames: int  # every clip has at least this many
     encoder_name: str  # as asked for: "patch-codec (stand-in)", a folder's path or a hub id
     encoder_version: str
@@ -215,9 +246,13 @@ class Manifest:
     spatial_factor: int  # pixels per latent cell
     pose_backend: str
     pose_version: str
-    decoder: str = ""  # and its version; "" where an earlier version of this package decoded
+    decoder: str  # and its version
+    encoder_device: str  # kind of device
+    frame_stride: int  # every clip's
+    bounds: dict[str, float]  # what clips were held to, by the names of curate.Bounds
     clips: list[Clip]
     dropped: list[Drop] = field(default_factory=list)
+    files: dict[str, str] = field(default_factory=dict)  # digest of the content of each keypoints and tensors file
     version: int = MANIFEST_VERSION
 
     def write(self, folder: Path) -> None:

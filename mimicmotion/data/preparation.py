@@ -1,4 +1,4 @@
-"""From videos to a prepared folder: poses, curation, crop, latents, manifest.
+"""From videos to a prepared folder: poses, splitting, curation, crop, latents, manifest.
 
 Each stage is cached under a key of all it follows from: a changed size or encoder keeps the poses, a changed video
 remakes only its own files, and an interrupted run goes on where it was.
@@ -6,15 +6,17 @@ remakes only its own files, and an interrupted run goes on where it was.
 
 from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import replace
+from dataclasses import asdict, replace
 from os import cpu_count
 from pathlib import Path
 
 from mimicmotion.config import Config, DataConfig, demo
-from mimicmotion.data.cache import Clip, Drop, Manifest, check_writable, is_prepared
+from mimicmotion.data.cache import Clip, Drop, Manifest, check_writable, is_prepared, stated_sha256
 from mimicmotion.data.clip_maker import ClipMaker, Recipe
+from mimicmotion.data.curate import Bounds
 from mimicmotion.data.film import DECODER
 from mimicmotion.data.footage import embedded_footage
+from mimicmotion.data.ownership import locked, sign
 from mimicmotion.data.poses import PoseBackend, load_backend
 from mimicmotion.data.progress import VideoProgress
 from mimicmotion.model.encoders import PATCH_CODEC, SPATIAL_FACTOR, Encoder, PatchCodec, load_encoder
@@ -32,32 +34,45 @@ def prepare(
 ) -> Manifest:
     """Make the clips of videos in the folder prepared, and its manifest.
 
-    A video that cannot be used is recorded with its reason and the rest goes on. Raises ValueError where none is left,
-    NotWritableError where the folder cannot be written, at once or later, and RuntimeError where memory ran out: what
-    was made until then stays, and the next call goes on from it.
+    A video that cannot be used is recorded with its reason and the rest goes on. Raises ValueError where none is left
+    or another process prepares the folder, NotWritableError where it cannot be written, at once or later, and
+    RuntimeError where memory ran out: what was made until then stays, and the next call goes on from it.
     """
     for folder in (prepared / "keypoints", prepared / "clips", prepared):
         check_writable(folder)
+
+    def refusal(owner: str) -> str:
+        return f"{printable(prepared)} is being prepared by {owner}; wait for that, or give another --prepared"
+
+    with locked(prepared, prepared / ".lock", refusal=refusal):
+        sign(prepared)
+        for left in prepared.rglob(".*.tmp"):  # by a process that was killed while it wrote
+            left.unlink()
+        return _prepare(videos, prepared, recipe, poses, encoder, progress)
+
+
+def _prepare(
+    videos: Sequence[Path],
+    prepared: Path,
+    recipe: Recipe,
+    poses: PoseBackend,
+    encoder: Encoder,
+    progress: VideoProgress | None,
+) -> Manifest:
+    """Make the clips of videos in a folder that is this process's."""
     bounds = replace(recipe.bounds, min_frames=max(recipe.bounds.min_frames, recipe.num_frames))
     workers = recipe.workers or min(len(videos), cpu_count() or 1)
     with progress or VideoProgress() as shown:
         maker = ClipMaker(prepared, recipe, bounds, poses, encoder, shown)
         results = _make_all(maker, videos, max(1, workers))
-    clips: dict[str, Clip] = {}  # by content
-    dropped = []
-    for result in results:
-        if isinstance(result, Drop):
-            dropped.append(result)
-        elif (first := clips.setdefault(result.source_sha256, result)) is not result:
-            dropped.append(
-                Drop(source=result.source, stage="curate", reason=f"is the same video as {printable(first.source)}")
-            )
+    clips, dropped = _sorted_out(results)
     if not clips:
         reasons = "\n".join(f"  {printable(drop.source)}: {drop.reason}" for drop in dropped)
         raise ValueError(f"got {len(videos)} videos, none of which can be trained on:\n{reasons}")
     manifest = Manifest(
         height=recipe.height,
         width=recipe.width,
+        sizes=list(recipe.sizes),
         num_frames=recipe.num_frames,
         encoder_name=encoder.name,
         encoder_version=encoder.version,
@@ -66,14 +81,40 @@ def prepare(
         pose_backend=poses.name,
         pose_version=poses.version,
         decoder=DECODER,
-        clips=list(clips.values()),
+        encoder_device=encoder.device,
+        frame_stride=recipe.frame_stride,
+        bounds=asdict(recipe.bounds),
+        clips=clips,
         dropped=dropped,
+        files=_digests(prepared, clips, dropped),
     )
     manifest.write(prepared)
     return manifest
 
 
-def _make_all(maker: ClipMaker, videos: Sequence[Path], workers: int) -> list[Clip | Drop]:
+def _digests(prepared: Path, clips: Sequence[Clip], dropped: Sequence[Drop]) -> dict[str, str]:
+    """The digest of every file that a manifest names."""
+    names = {clip.tensors_file for clip in clips} | {part.keypoints_file for part in (*clips, *dropped)} - {""}
+    return {name: stated_sha256(prepared / name) for name in sorted(names)}
+
+
+def _sorted_out(results: Sequence[Sequence[Clip | Drop]]) -> tuple[list[Clip], list[Drop]]:
+    """Clips and drops of what came of each video; a second copy of a video gives one drop and no clip."""
+    clips: list[Clip] = []
+    dropped: list[Drop] = []
+    sources: dict[str, str] = {}  # by content
+    for result in results:
+        of_this = [part for part in result if isinstance(part, Clip)]
+        if of_this and (first := sources.setdefault(of_this[0].source_sha256, of_this[0].source)) != of_this[0].source:
+            reason = f"is the same video as {printable(first)}"
+            dropped.append(Drop(source=of_this[0].source, stage="curate", reason=reason))
+            continue
+        clips += of_this
+        dropped += [part for part in result if isinstance(part, Drop)]
+    return clips, dropped
+
+
+def _make_all(maker: ClipMaker, videos: Sequence[Path], workers: int) -> list[list[Clip | Drop]]:
     """What came of each video, in order. The first error stops all."""
     with ThreadPoolExecutor(workers) as pool:
         futures = [pool.submit(maker.make, video) for video in videos]
@@ -96,21 +137,23 @@ def prepare_if_missing(config: Config, progress: VideoProgress | None = None) ->
     is one that somebody meant to hold videos of their own. Raises ValueError there.
     """
     data, shown = config.data, progress or VideoProgress()
-    recipe = Recipe(height=data.height, width=data.width, num_frames=data.num_frames)
+    fewest = min((data.num_frames, *data.lengths))
+    recipe = Recipe(height=data.height, width=data.width, sizes=data.sizes, num_frames=fewest)
     if data.prepared.absolute() == demo().data.prepared.absolute() and not is_prepared(data.prepared):
         shown.say(f"nothing is prepared in {data.prepared}: preparing the embedded footage")
         videos, backend = embedded_footage(), data.poses
     else:
         manifest = Manifest.read(data.prepared)
-        why = _why_stale(manifest, data)
+        why = why_stale(manifest, data)
         if not manifest.clips:
             raise ValueError(f"{data.prepared} holds no clip; run prepare.py for it with videos that can be used")
         if why is None:
             return manifest
         shown.say(f"{data.prepared} was prepared with {why}: preparing its videos again")
-        videos = [Path(source.source) for source in (*manifest.clips, *manifest.dropped)]
+        # in order and once, however many clips each gave
+        videos = list(dict.fromkeys(Path(part.source) for part in (*manifest.clips, *manifest.dropped)))
         backend = manifest.pose_backend
-        recipe = replace(recipe, frame_stride=manifest.clips[0].frame_stride)
+        recipe = replace(recipe, frame_stride=manifest.frame_stride, bounds=Bounds(**manifest.bounds))
     return prepare(
         videos,
         data.prepared,
@@ -121,17 +164,17 @@ def prepare_if_missing(config: Config, progress: VideoProgress | None = None) ->
     )
 
 
-def _why_stale(manifest: Manifest, data: DataConfig) -> str | None:
+def why_stale(manifest: Manifest, data: DataConfig) -> str | None:
     """What of a manifest does not fit the settings, or None. Its poses are as the user chose them.
 
     Another version of the decoder is no reason: videos may have been prepared on another machine.
     """
-    if not manifest.decoder:
-        return "a version of this package that did not yet go by what a player shows"
     if (manifest.height, manifest.width) != (data.height, data.width):
         return f"{manifest.height}x{manifest.width} pixels, not {data.height}x{data.width}"
-    if manifest.num_frames < data.num_frames:
-        return f"clips of {manifest.num_frames} frames or more, not {data.num_frames}"
+    if set(manifest.sizes) != set(data.sizes):
+        return f"further sizes {manifest.sizes}, not {list(data.sizes)}"
+    if manifest.num_frames < (fewest := min((data.num_frames, *data.lengths))):
+        return f"clips of {manifest.num_frames} frames or more, not {fewest}"
     encoder = PatchCodec.name if data.encoder == PATCH_CODEC else data.encoder
     if manifest.encoder_name != encoder:
         return f"the encoder {manifest.encoder_name}, not {encoder}"
