@@ -184,10 +184,8 @@ def train_stage(
     if ranks.is_first:
         if config.run_dir != arguments.config.run_dir:  # a stage: the page of the whole run
             record.draw(arguments.config.run_dir, config, encoder=dataset.identity.encoder)
-        where = checkpoint.newest(config.run_dir)
-        saved = (
-            "nothing was trained" if where is None else f"checkpoint {where}, {arguments.config.run_dir / 'index.html'}"
-        )
+        where, page = checkpoint.newest(config.run_dir), arguments.config.run_dir / "index.html"
+        saved = "nothing was trained" if where is None else f"checkpoint {where}, {page}"
         how = "finished" if is_finished else f"stopped by {stop}, --resume goes on,"
         print(f"{how} at step {trainer.step}: {saved}", flush=True)
     return is_finished
@@ -212,6 +210,7 @@ def main() -> None:
             with one_sentence("training stopped", TrainingStoppedError, debug=debug), join_ranks() as ranks:
                 is_asked = any(word.startswith("--preset") for word in words)
                 why = "as asked" if is_asked else "the default, no --preset given"
+                why = why if arguments.settings is None else f"by {arguments.settings}"
                 if ranks.is_first:
                     footage = arguments.config.data.prepared
                     print(f"preset {arguments.config.preset} ({why}), footage in {footage}", flush=True)
