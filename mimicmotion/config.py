@@ -39,6 +39,7 @@ class DataConfig:
     lengths: tuple[int, ...] = ()  # further numbers of frames, fewer ones, for clips that are too short for num_frames
     encoder: str = "patch-codec"  # "patch-codec" (stand-in) or a folder or hub id of Stable Video Diffusion
     poses: Literal["dwpose", "holistic"] = "dwpose"  # pose backend that prepare.py runs
+    draw_latents: bool = True  # from the VAE's distribution, as SVD's and MimicMotion's trainers do; its mean where off
     held_out: float = 0.05  # share of the source videos, rounded down, that is looked at and not trained on
 
     def __post_init__(self) -> None:

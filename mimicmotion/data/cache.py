@@ -200,6 +200,7 @@ class Clip:
     keypoints_file: str  # relative to the prepared folder; of the whole source at frame_stride, full frame
     tensors_file: str  # relative to the prepared folder; latents, image_embedding, keypoints in the crop
     statistics: dict[str, float]
+    is_mirrored: bool = False  # tensors_file holds the clip flipped left to right; keypoints_file is as filmed
     notes: list[str] = field(default_factory=list)  # what of the video's own statements was overruled
 
     @property
@@ -249,7 +250,8 @@ class Manifest:
     decoder: str  # and its version
     encoder_device: str  # kind of device
     frame_stride: int  # every clip's
-    bounds: dict[str, float]  # what clips were held to, by the names of curate.Bounds
+    with_mirrored: bool = False  # whether each clip is there a second time, flipped left to right
+    bounds: dict[str, Any]  # what clips were held to, by the names of curate.Bounds
     clips: list[Clip]
     dropped: list[Drop] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)  # digest of the content of each keypoints and tensors file
