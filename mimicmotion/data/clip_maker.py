@@ -172,8 +172,6 @@ class ClipMaker:
             clip_id=f"{printable(path.stem)}-{source.sha256[:8]}-{first}",
             source=str(path.absolute()),
             source_sha256=source.sha256,
-            source_height=properties.height,
-            source_width=properties.width,
             frames_per_second=properties.frames_per_second / recipe.frame_stride,
             crop=crop,
             tensors_file=tensors_file,
@@ -189,6 +187,8 @@ class ClipMaker:
             "num_frames": rows.stop - rows.start,
             "frame_stride": stride,
             "keypoints_file": source.keypoints_file,
+            "source_height": source.properties.height,
+            "source_width": source.properties.width,
         }
 
     def _drop(self, path: Path, stage: str, reason: str, where: str = "", **place: Any) -> Drop:
@@ -198,7 +198,7 @@ class ClipMaker:
     def _watch(self, path: Path, properties: VideoProperties) -> _Source:
         sha256 = file_sha256(path)
         name = watched_file(sha256, self._poses, self._recipe.frame_stride)
-        watched = kept(self._prepared / name, properties)
+        watched = kept(self._prepared / name, properties.height, properties.width)
         if watched is None:
             num_frames = -(-properties.num_frames // self._recipe.frame_stride)
             work = self._progress.start(f"{printable(path.name)}: finding poses", num_frames)
