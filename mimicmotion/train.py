@@ -117,6 +117,7 @@ def train(arguments: Arguments, stages: list[Config], ranks: Ranks, stop: Stop) 
             ends.enter_context(owned(run_dir))
             for config in stages:
                 prepare_if_missing(config)
+            free_what_is_left()  # an encoder on the GPU
             if not arguments.resume and (note := start_afresh(run_dir)):
                 print(note, flush=True)
             sign(run_dir)

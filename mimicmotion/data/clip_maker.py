@@ -3,7 +3,8 @@
 import traceback
 from collections.abc import Generator, Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from os import cpu_count
 from pathlib import Path
 from threading import Event, Lock
 from typing import Any
@@ -56,9 +57,18 @@ class Recipe:
             if getattr(self, name) < 1:
                 raise ValueError(f"got {name} {getattr(self, name)}, wanted at least 1")
 
+    @property
+    def held_to(self) -> Bounds:
+        """The bounds, with no fewer frames than a training clip has."""
+        return replace(self.bounds, min_frames=max(self.bounds.min_frames, self.num_frames))
+
+    def num_workers(self, num_videos: int) -> int:
+        """Videos worked on at once."""
+        return max(1, self.workers or min(num_videos, cpu_count() or 1))
+
 
 @dataclass(frozen=True)
-class _Source:
+class Source:
     """A video that was looked through."""
 
     path: Path
@@ -79,17 +89,16 @@ class ClipMaker:
         self,
         prepared: Path,
         recipe: Recipe,
-        bounds: Bounds,
         poses: PoseBackend,
         encoder: Encoder,
         progress: VideoProgress,
     ) -> None:
         self._prepared = prepared
-        self._recipe = recipe
-        self._bounds = bounds
-        self._poses = poses
+        self.recipe = recipe
+        self.poses = poses
+        self.progress = progress
+        self._bounds = recipe.held_to
         self._encoder = encoder
-        self._progress = progress
         self._encoder_lock = Lock()
         self._is_stopped = Event()
 
@@ -114,7 +123,7 @@ class ClipMaker:
         except (VideoError, OSError) as error:
             return [self._drop(path, "decode", str(error))]
         except NotFiniteError as error:
-            made_by = f"{self._poses.name} {self._poses.version}, {self._encoder.name} {self._encoder.version}"
+            made_by = f"{self.poses.name} {self.poses.version}, {self._encoder.name} {self._encoder.version}"
             return [self._drop(path, "check", f"gives values that are {error} (made by {made_by})")]
         except Exception as error:  # one video must not take the others with it
             place = traceback.extract_tb(error.__traceback__)[-1]
@@ -123,12 +132,12 @@ class ClipMaker:
 
     def _make(self, path: Path) -> list[Clip | Drop]:
         properties = read_properties(path)
-        most_frames = -(-properties.num_frames // self._recipe.frame_stride)
+        most_frames = -(-properties.num_frames // self.recipe.frame_stride)
         if most_frames < self._bounds.min_frames:
             notes = "".join(f"; {note}" for note in properties.notes)
             reason = f"has {most_frames} frames, fewer than {self._bounds.min_frames}{notes}"
             return [self._drop(path, "curate", reason)]
-        source = self._watch(path, properties)
+        source = self.watch(path, properties)
         found = split(source.watched, self._bounds)
         longest = max((rows.stop - rows.start for rows in found), default=0)
         if longest < self._bounds.min_frames:
@@ -137,12 +146,12 @@ class ClipMaker:
             made = [self._make_clip(source, rows, frames) for rows in found]
         num_short = sum(isinstance(part, Drop) and part.stage == "split" for part in made)
         if num_short:
-            self._progress.say(
+            self.progress.say(
                 f"{printable(path.name)}: {num_short} stretches of fewer than {self._bounds.min_frames} frames left out"
             )
         return made
 
-    def _drop_all(self, source: _Source, num_stretches: int, longest: int) -> Drop:
+    def _drop_all(self, source: Source, num_stretches: int, longest: int) -> Drop:
         whole = slice(0, len(source.watched))
         measures = measure(source.watched, whole)
         reason = (
@@ -151,9 +160,9 @@ class ClipMaker:
         reasons = [f"{reason}, fewer than {self._bounds.min_frames}", *reasons_to_drop(measures, self._bounds)]
         return self._drop(source.path, "curate", "; ".join(reasons), **self._place(source, whole, measures))
 
-    def _make_clip(self, source: _Source, rows: slice, frames: Iterator[tuple[int, np.ndarray]]) -> Clip | Drop:
+    def _make_clip(self, source: Source, rows: slice, frames: Iterator[tuple[int, np.ndarray]]) -> Clip | Drop:
         """One stretch of a video, if it is good enough; frames are the video's from an earlier stretch on."""
-        path, properties, recipe = source.path, source.properties, self._recipe
+        path, properties, recipe = source.path, source.properties, self.recipe
         keypoints = source.watched.track.keypoints[rows]
         crop = person_crop(keypoints, properties.height, properties.width, recipe.height, recipe.width)
         measures = measure(source.watched, rows, crop)
@@ -165,9 +174,9 @@ class ClipMaker:
         where = "" if len(keypoints) == len(source.watched) else f" {first} to {last}"
         if reasons:
             return self._drop(path, "curate", "; ".join(reasons), where, **place)
-        tensors_file = self._encode(source, rows, crop, frames)
+        tensors_file = self.encode(source, rows, crop, frames)
         said = f"{printable(path.name)}{where}: kept, {len(keypoints)} frames"
-        self._progress.say("; ".join([said, *properties.notes]))
+        self.progress.say("; ".join([said, *properties.notes]))
         return Clip(
             clip_id=f"{printable(path.stem)}-{source.sha256[:8]}-{first}",
             source=str(path.absolute()),
@@ -179,8 +188,8 @@ class ClipMaker:
             **place,
         )
 
-    def _place(self, source: _Source, rows: slice, measures: dict[str, float]) -> dict[str, Any]:
-        stride = self._recipe.frame_stride
+    def _place(self, source: Source, rows: slice, measures: dict[str, float]) -> dict[str, Any]:
+        stride = self.recipe.frame_stride
         return {
             "statistics": measures,
             "first_frame": rows.start * stride,
@@ -192,24 +201,26 @@ class ClipMaker:
         }
 
     def _drop(self, path: Path, stage: str, reason: str, where: str = "", **place: Any) -> Drop:
-        self._progress.say(f"{printable(path.name)}{where}: dropped, {reason}")
+        self.progress.say(f"{printable(path.name)}{where}: dropped, {reason}")
         return Drop(source=str(path.absolute()), stage=stage, reason=reason, **place)
 
-    def _watch(self, path: Path, properties: VideoProperties) -> _Source:
+    def watch(self, path: Path, properties: VideoProperties) -> Source:
+        """A video, looked through now or before."""
         sha256 = file_sha256(path)
-        name = watched_file(sha256, self._poses, self._recipe.frame_stride)
+        name = watched_file(sha256, self.poses, self.recipe.frame_stride)
         watched = kept(self._prepared / name, properties.height, properties.width)
         if watched is None:
-            num_frames = -(-properties.num_frames // self._recipe.frame_stride)
-            work = self._progress.start(f"{printable(path.name)}: finding poses", num_frames)
-            watched = watch(self._frames(properties, work), properties, self._poses)
+            num_frames = -(-properties.num_frames // self.recipe.frame_stride)
+            work = self.progress.start(f"{printable(path.name)}: finding poses", num_frames)
+            watched = watch(self.frames(properties, work), properties, self.poses)
             keep(self._prepared / name, watched)
             work.finish()
-        return _Source(path, properties, sha256, watched, name)
+        return Source(path, properties, sha256, watched, name)
 
-    def _frames(self, properties: VideoProperties, work: Work) -> Iterator[np.ndarray]:
+    def frames(self, properties: VideoProperties, work: Work) -> Iterator[np.ndarray]:
+        """The frames of a video at the recipe's stride, each a step of work."""
         try:
-            for frame in decode(properties.film.path, frame_stride=self._recipe.frame_stride, properties=properties):
+            for frame in decode(properties.film.path, frame_stride=self.recipe.frame_stride, properties=properties):
                 if self._is_stopped.is_set():
                     raise StoppedError
                 yield frame
@@ -218,45 +229,49 @@ class ClipMaker:
             work.abandon()
             raise
 
-    def _all_frames(self, source: _Source) -> Generator[tuple[int, np.ndarray]]:
+    def _all_frames(self, source: Source) -> Generator[tuple[int, np.ndarray]]:
         """Numbered frames until no more are wanted; nothing is decoded before the first is asked for."""
-        work = self._progress.start(f"{printable(source.path.name)}: encoding", len(source.watched))
+        work = self.progress.start(f"{printable(source.path.name)}: encoding", len(source.watched))
         try:
-            yield from enumerate(self._frames(source.properties, work))
+            yield from enumerate(self.frames(source.properties, work))
         finally:
             work.finish()
 
-    def _encode(self, source: _Source, rows: slice, crop: Crop, frames: Iterator[tuple[int, np.ndarray]]) -> str:
+    def encode(self, source: Source, rows: slice, crop: Crop, frames: Iterator[tuple[int, np.ndarray]]) -> str:
         """Write the tensors of a stretch, unless they are there; returns their file."""
-        recipe, encoder, keypoints = self._recipe, self._encoder, source.watched.track.keypoints[rows]
+        recipe, encoder = self.recipe, self._encoder
         inputs = [
             TENSORS_FORMAT, source.keypoints_file, rows.start, rows.stop, asdict(crop), recipe.height, recipe.width,
             encoder.name, encoder.version, encoder.device,
         ]  # fmt: skip
         name = f"clips/{content_key(inputs)}.safetensors"
-        if load_intact(self._prepared / name) is not None:
-            return name
+        if load_intact(self._prepared / name) is None:
+            save_tensors(self._prepared / name, self.tensors(source, rows, crop, frames))
+        return name
+
+    def tensors(
+        self, source: Source, rows: slice, crop: Crop, frames: Iterator[tuple[int, np.ndarray]]
+    ) -> dict[str, torch.Tensor]:
+        """What is kept of a stretch: latents, their deviation, image embeddings and keypoints in the crop."""
+        recipe, keypoints = self.recipe, source.watched.track.keypoints[rows]
         means, deviations, embeddings = [], [], []
         for batch in _batches(_between(frames, rows), recipe.frames_at_once):
             cropped = np.stack([crop_frame(frame, crop, recipe.height, recipe.width) for frame in batch])
             pictures = torch.from_numpy(cropped).permute(0, 3, 1, 2).float() / 127.5 - 1  # (F, 3, H, W)
             with self._encoder_lock:  # one batch on the device at a time, however many videos are worked on
-                mean, deviation = encoder.distribution(pictures)
-                embeddings.append(encoder.embed(pictures).half())
+                mean, deviation = self._encoder.distribution(pictures)
+                embeddings.append(self._encoder.embed(pictures).half())
             means.append(mean.half())
             deviations.append(deviation.half())
         if sum(map(len, means)) != len(keypoints):
             raise VideoError(f"had {len(source.watched)} frames when poses were found and has fewer now")
-        tensors = {
+        placed = crop_keypoints(keypoints, crop, source.properties.height, source.properties.width)
+        return {
             "latents": torch.cat(means),  # (F, 4, h, w), unscaled
             "latents_deviation": torch.cat(deviations),  # (F, 4, h, w), unscaled
             "image_embedding": torch.cat(embeddings),  # (F, 1024)
-            "keypoints": torch.from_numpy(
-                crop_keypoints(keypoints, crop, source.properties.height, source.properties.width)
-            ),  # (F, 128, 3)
+            "keypoints": torch.from_numpy(placed),  # (F, 128, 3)
         }
-        save_tensors(self._prepared / name, tensors)
-        return name
 
 
 def _between(frames: Iterator[tuple[int, np.ndarray]], rows: slice) -> Iterator[np.ndarray]:

@@ -5,9 +5,7 @@ remakes only its own files, and an interrupted run goes on where it was.
 """
 
 from collections.abc import Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import asdict, replace
-from os import cpu_count
 from pathlib import Path
 
 from mimicmotion.config import Config, DataConfig, demo
@@ -16,6 +14,7 @@ from mimicmotion.data.clip_maker import ClipMaker, Recipe
 from mimicmotion.data.curate import Bounds
 from mimicmotion.data.film import DECODER
 from mimicmotion.data.footage import embedded_footage
+from mimicmotion.data.pool import make_all
 from mimicmotion.data.poses import PoseBackend, load_backend
 from mimicmotion.data.progress import VideoProgress
 from mimicmotion.model.encoders import PATCH_CODEC, SPATIAL_FACTOR, Encoder, PatchCodec, load_encoder
@@ -39,11 +38,9 @@ def prepare(
     """
     for folder in (prepared / "keypoints", prepared / "clips", prepared):
         check_writable(folder)
-    bounds = replace(recipe.bounds, min_frames=max(recipe.bounds.min_frames, recipe.num_frames))
-    workers = recipe.workers or min(len(videos), cpu_count() or 1)
     with progress or VideoProgress() as shown:
-        maker = ClipMaker(prepared, recipe, bounds, poses, encoder, shown)
-        results = _make_all(maker, videos, max(1, workers))
+        maker = ClipMaker(prepared, recipe, poses, encoder, shown)
+        results = make_all(maker, videos, recipe.num_workers(len(videos)))
     clips, dropped = _sorted_out(results)
     if not clips:
         reasons = "\n".join(f"  {printable(drop.source)}: {drop.reason}" for drop in dropped)
@@ -90,21 +87,6 @@ def _sorted_out(results: Sequence[Sequence[Clip | Drop]]) -> tuple[list[Clip], l
         clips += of_this
         dropped += [part for part in result if isinstance(part, Drop)]
     return clips, dropped
-
-
-def _make_all(maker: ClipMaker, videos: Sequence[Path], workers: int) -> list[list[Clip | Drop]]:
-    """What came of each video, in order. The first error stops all."""
-    with ThreadPoolExecutor(workers) as pool:
-        futures = [pool.submit(maker.make, video) for video in videos]
-        try:
-            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-            for future in done:
-                future.result()
-        except BaseException:
-            maker.stop()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return [future.result() for future in futures]
 
 
 def prepare_if_missing(config: Config, progress: VideoProgress | None = None) -> Manifest:
