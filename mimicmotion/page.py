@@ -1,4 +1,4 @@
-"""What our pages share: one file that opens from disk, light and dark, readable on a phone, and nothing from elsewhere."""
+"""What our pages share: each is one file that opens from disk, light or dark, wide or on a phone."""
 
 import html
 from collections.abc import Iterable, Mapping

@@ -29,7 +29,7 @@ PICTURE_SECONDS = 60.0  # of decoding, after which poses are shown alone
 # What can be said of a single clip comes before what was never looked into and before scraps between cuts.
 _STAGES = ("curate", "check", "unforeseen", "decode", "split")
 # Figures of one clip, but not those of a bound, which stand after "than".
-_FIGURES = re.compile(r"(?<!than )(?<![\w.])\d[\d.,]*(?:e[+-]?\d+)?")
+_FIGURES = re.compile(r"(?<!than )(?<![a-wyz\d.])\d+(?:[.,]\d+)*(?:e[+-]?\d+)?")
 
 _STYLE = """
 .bar{display:block;height:.7rem;min-width:2px;background:var(--dropped);border-radius:2px}
@@ -37,8 +37,9 @@ _STYLE = """
 .figures{display:grid;grid-template-columns:repeat(auto-fill,minmax(8.5rem,1fr));gap:0 .8rem;margin:.5rem 0 0;padding:0;
 list-style:none;font-size:.8125rem}
 .figures li{display:flex;justify-content:space-between;gap:.4rem}.figures b{font-weight:600}
-.card img{display:block;border-radius:4px;max-height:16.5rem;width:auto;margin:.5rem 0 .2rem}.card figure{margin-top:.5rem}
-.card .why{font-size:.875rem}.tag{font-size:.75rem;font-weight:700;text-transform:uppercase;letter-spacing:.04em}
+.card img{display:block;border-radius:4px;max-height:16.5rem;width:auto;margin:.5rem 0 .2rem}
+.card figure{margin-top:.5rem}.card .why{font-size:.875rem}
+.tag{font-size:.75rem;font-weight:700;text-transform:uppercase;letter-spacing:.04em}
 .scroll{overflow-x:auto}
 """
 
@@ -117,7 +118,7 @@ def _summary(manifest: Manifest) -> Iterator[str]:
         f" {_count(len(of_all), 'video')} looked at.</p>"
     )
     yield (
-        f"<p>{manifest.width}&times;{manifest.height} pixels, clips of {manifest.num_frames} frames or more,"
+        f"<p>{manifest.width}x{manifest.height} pixels, clips of {manifest.num_frames} frames or more,"
         f" {_count(sum(clip.num_frames for clip in clips), 'frame')} or {seconds:,.1f} seconds of footage kept.</p>"
     )
     yield (

@@ -157,4 +157,4 @@ def _joined(tiles: Iterable[np.ndarray], frames: tuple[int, ...], note: str) -> 
     between = np.zeros((clear[0].shape[0], GAP, 4), dtype=np.uint8)
     whole = np.concatenate([part for tile in clear for part in (tile, between)][:-1], axis=1)
     _, encoded = cv2.imencode(".webp", whole, [cv2.IMWRITE_WEBP_QUALITY, QUALITY])
-    return Strip(encoded.tobytes(), *whole.shape[:2], frames, note)
+    return Strip(encoded.tobytes(), whole.shape[0], whole.shape[1], frames, note)

@@ -61,7 +61,7 @@ def kept(path: Path, height: int, width: int) -> Watched | None:
     None where nothing whole is there, or what another version kept.
     """
     stored = load_intact(path)
-    if stored is None or not _NAMES <= stored.keys():
+    if stored is None or _NAMES - stored.keys():
         return None
     arrays = {name: tensor.numpy() for name, tensor in stored.items()}
     track = PoseTrack(
