@@ -13,7 +13,7 @@ NUM_BINS = 24
 FAR_APART = 30.0
 MOST_POINTS = 160  # of a curve; more are joined into their means
 
-_WIDTH, _HEIGHT, _BASE, _TOP = 320, 132, 112, 16
+_WIDTH, _HEIGHT, _BASE, _TOP = 320, 124, 104, 8
 _CURVE_WIDTH, _CURVE_HEIGHT = 320, 46
 
 
@@ -30,7 +30,7 @@ class Axis:
         """An axis that shows all bounds, and all values but for the most distant fiftieth."""
         most = max([*bounds, 0.0])
         high = max(1.5 * most, float(np.quantile(values, 0.98)) if len(values) else 0.0, 1e-9)
-        if len(values) and values.max() <= 1 and most <= 1 and high > 0.5:
+        if len(values) and values.max() <= 1 and most < 1 and high > 0.5:
             high = 1.0  # a share
         least = min(bounds, default=0.0)
         if least > 0 and most / least >= FAR_APART:
@@ -54,7 +54,8 @@ class Axis:
 
 def histogram(kept: np.ndarray, dropped: np.ndarray, bounds: Sequence[float], label: str) -> str:
     """How many clips have which figure, kept ones below and dropped ones on top, with each bound as a line."""
-    axis = Axis.of(np.concatenate([kept, dropped]), bounds)
+    values = np.concatenate([kept, dropped])
+    axis = Axis.of(values, bounds)
     counts = [_counts(values, axis) for values in (kept, dropped)]
     most = max(1, int(sum(counts).max()))  # type: ignore[call-overload]
     parts = [_figure(_WIDTH, _HEIGHT, label)]
@@ -74,10 +75,11 @@ def histogram(kept: np.ndarray, dropped: np.ndarray, bounds: Sequence[float], la
         parts.append("</g>")
     parts.append(f'<path class="axis" d="M0 {_BASE}.5H{_WIDTH}"/>')
     for bound in bounds:
-        parts.append(f'<path class="bound" d="M{axis.place(bound) * _WIDTH:.1f} {_TOP - 8}V{_BASE}"/>')
-    for place, anchor in ((0.0, "start"), (0.5, "middle"), (1.0, "end")):
-        parts.append(_label(place * _WIDTH, _BASE + 15, anchor, f"{axis.value(place):.2g}"))
-    parts.append(_label(_WIDTH, 10, "end", f"{most} in the highest bin"))
+        parts.append(f'<path class="bound" d="M{axis.place(bound) * _WIDTH:.1f} 0V{_BASE}"/>')
+    low, middle, high = (f"{axis.value(place):.3g}" for place in (0.0, 0.5, 1.0))
+    parts.append(_label(0, "start", f"up to {low}" if axis.is_logarithmic else low))
+    parts.append(_label(_WIDTH / 2, "middle", middle))
+    parts.append(_label(_WIDTH, "end", f"{high} and more" if values.max(initial=0.0) > axis.high else high))
     return "".join([*parts, "</svg>"])
 
 
@@ -109,8 +111,8 @@ def _figure(width: int, height: int, label: str) -> str:
     return f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{text(label)}">'
 
 
-def _label(x: float, y: float, anchor: str, said: str) -> str:
-    return f'<text x="{x:.0f}" y="{y:.0f}" text-anchor="{anchor}">{text(said)}</text>'
+def _label(x: float, anchor: str, said: str) -> str:
+    return f'<text x="{x:.0f}" y="{_BASE + 15}" text-anchor="{anchor}">{text(said)}</text>'
 
 
 def _counts(values: np.ndarray, axis: Axis) -> np.ndarray:

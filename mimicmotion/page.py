@@ -20,10 +20,13 @@ a{color:var(--kept)}nav a{margin-right:1rem}
 img,svg,video{max-width:100%;height:auto}figure{margin:0}svg{fill:currentColor}svg text{font-size:11px;fill:var(--soft)}
 table{border-collapse:collapse;font-size:.925rem}caption{text-align:left;padding-bottom:.3rem}
 th{text-align:left;font-weight:600}td,th{padding:.2rem 1rem .2rem 0;vertical-align:top}
-tr+tr td,tbody tr th{border-top:1px solid var(--line)}.number{text-align:right;font-variant-numeric:tabular-nums}
-.cards{display:grid;gap:1rem;grid-template-columns:repeat(auto-fill,minmax(min(100%,20rem),1fr))}
+tbody td,tbody th{border-top:1px solid var(--line)}tbody th{font-weight:500}
+.number{text-align:right;font-variant-numeric:tabular-nums}
+.cards{display:grid;gap:1rem;grid-template-columns:repeat(auto-fill,minmax(min(100%,var(--card-width,20rem)),1fr))}
+.small{--card-width:15rem}
 .card{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:.8rem}
 .kept{color:var(--kept)}.dropped{color:var(--dropped)}.wrong{color:var(--wrong);font-weight:600}
+.unseen{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
 """
 
 

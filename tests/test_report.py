@@ -73,8 +73,10 @@ def test_its_numbers_are_those_of_the_manifest(tmp_path: Path) -> None:
     words = html.unescape(re.sub(r"<[^>]+>", "", page))
     assert "3 clips of 2 videos kept, 5 videos or stretches dropped; 6 videos looked at." in words
     assert "96x128 pixels, clips of 16 frames or more, 110 frames or 4.8 seconds of footage kept." in words
-    rows = re.findall(r'<tr><td>(.*?)</td><td>(\w+)</td><td class="number">(\d+)</td>', page)
-    assert {(html.unescape(reason), stage): int(number) for reason, stage, number in rows} == {
+    rows = re.findall(
+        r'<tr><td class="number">(\d+)</td><td class="wide">(.*?)<span.*?</span></td>\s*<td class="stage">(\w+)<', page
+    )
+    assert {(html.unescape(reason), stage): int(number) for number, reason, stage in rows} == {
         ("has a mean body confidence of …, less than 0.5", "curate"): 2,
         ("moves by … torso lengths a frame, more than 0.3", "curate"): 1,
         ("is damaged at frame …: Invalid data", "decode"): 2,
@@ -102,7 +104,7 @@ def test_each_bar_holds_the_clips_whose_figure_lies_in_it(tmp_path: Path) -> Non
     assert found == {
         bin_: pair for bin_, pair in enumerate(zip(*map(np.ndarray.tolist, expected), strict=True)) if any(pair)
     }
-    assert '<path class="bound" d="M160.0 ' in page, "the bound of 0.5 stands in the middle of 320"
+    assert '<path class="bound" d="M160.0 0V' in page, "the bound of 0.5 stands in the middle of 320"
 
 
 def test_far_bounds_share_an_axis_and_outliers_do_not_stretch_it() -> None:

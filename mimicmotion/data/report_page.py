@@ -24,6 +24,7 @@ REPORT = "report.html"
 MOST_KEPT, MOST_DROPPED = 100, 200
 MOST_ROWS = 2000
 MOST_REASONS = 40
+MOST_LINES = 3  # said of one clip before they are folded
 PICTURE_SECONDS = 60.0  # of decoding, after which poses are shown alone
 
 # What can be said of a single clip comes before what was never looked into and before scraps between cuts.
@@ -32,13 +33,14 @@ _STAGES = ("curate", "check", "unforeseen", "decode", "split")
 _FIGURES = re.compile(r"(?<!than )(?<![a-wyz\d.])\d+(?:[.,]\d+)*(?:e[+-]?\d+)?")
 
 _STYLE = """
-.bar{display:block;height:.7rem;min-width:2px;background:var(--dropped);border-radius:2px}
-.bars{width:30%}.reasons{width:100%;max-width:60rem}
+.bar{display:block;height:.35rem;min-width:2px;background:var(--dropped);border-radius:2px;margin:.15rem 0}
+.reasons{width:100%;max-width:56rem}.reasons .number,.reasons .stage{white-space:nowrap}.reasons .wide{width:100%}
 .figures{display:grid;grid-template-columns:repeat(auto-fill,minmax(8.5rem,1fr));gap:0 .8rem;margin:.5rem 0 0;padding:0;
 list-style:none;font-size:.8125rem}
 .figures li{display:flex;justify-content:space-between;gap:.4rem}.figures b{font-weight:600}
 .card img{display:block;border-radius:4px;max-height:16.5rem;width:auto;margin:.5rem 0 .2rem}
-.card figure{margin-top:.5rem}.card .why{font-size:.875rem}
+.card figure{margin-top:.5rem}.card .why,.card details{font-size:.875rem}.card .why{margin:.2rem 0}
+summary{cursor:pointer}
 .tag{font-size:.75rem;font-weight:700;text-transform:uppercase;letter-spacing:.04em}
 .scroll{overflow-x:auto}
 """
@@ -101,7 +103,7 @@ def _name(figure: str) -> str:
 
 
 def _said(bounds: dict[str, float]) -> str:
-    return " and ".join(f"at {side} {bound:g}" for side, bound in bounds.items()) or "no bound"
+    return " and ".join(f"at {side} {bound:g}" for side, bound in bounds.items())
 
 
 def _count(number: int, what: str) -> str:
@@ -140,11 +142,12 @@ def _reasons(dropped: Sequence[Drop]) -> Iterator[str]:
     )
     most = max(counts.values())
     yield '<table class="reasons"><caption>A video or a stretch of one may have several reasons.</caption><thead><tr>'
-    yield '<th scope="col">Reason</th><th scope="col">Stage</th><th scope="col" class="number">Dropped</th>'
-    yield '<th class="bars" aria-hidden="true"></th></tr></thead><tbody>'
+    yield '<th scope="col" class="number">Dropped</th><th scope="col">Reason</th><th scope="col">Stage</th>'
+    yield "</tr></thead><tbody>"
     for (stage, reason), number in counts.most_common(MOST_REASONS):
         bar = f'<span class="bar" style="width:{100 * number / most:.1f}%"></span>'
-        yield f'<tr><td>{text(reason)}</td><td>{text(stage)}</td><td class="number">{number:,}</td><td>{bar}</td></tr>'
+        yield f'<tr><td class="number">{number:,}</td><td class="wide">{text(reason)}{bar}</td>'
+        yield f'<td class="stage">{text(stage)}</td></tr>'
     yield "</tbody></table>"
     if len(counts) > MOST_REASONS:
         yield f'<p class="soft">and {len(counts) - MOST_REASONS:,} rarer reasons, which manifest.json holds.</p>'
@@ -157,14 +160,13 @@ def _gates(manifest: Manifest) -> Iterator[str]:
     yield '<h2 id="gates">Gates</h2>'
     yield (
         '<p class="soft">Each figure over all clips that were measured: <span class="kept">&#9632; kept</span>,'
-        ' <span class="dropped">&#9632; dropped</span>; a dashed line is a bound.</p><div class="cards">'
+        ' <span class="dropped">&#9632; dropped</span>; a dashed line is a bound.</p><div class="cards small">'
     )
     for figure in figures:
         kept, dropped = (_values(figure, group) for group in (manifest.clips, manifest.dropped))
         bounds = bounds_of(figure, manifest)
         num_failing = sum(_fails(value, bounds) for value in (*kept.tolist(), *dropped.tolist()))
-        outside = f"{num_failing:,} of {len(kept) + len(dropped):,} outside" if bounds else ""
-        about = f"{_said(bounds)}{'; ' * bool(bounds)}{outside}"
+        about = f"{_said(bounds)}; {num_failing:,} of {len(kept) + len(dropped):,} outside" if bounds else "no bound"
         label = f"Histogram of {_name(figure)}, {about}: {_range(kept)} kept, {_range(dropped)} dropped"
         yield (
             f'<figure class="card"><h3>{text(_name(figure))}</h3><figcaption>{text(about)}</figcaption>'
@@ -222,13 +224,10 @@ def _card(part: Clip | Drop, watched: Watched | None, strip: Strip, manifest: Ma
         alt = f"Frame{'s' * (len(strip.frames) > 1)} {', '.join(map(str, strip.frames))} of {name}, {pose}"
         size = f'width="{strip.width}" height="{strip.height}"'
         parts.append(f'<img src="{strip.data_uri}" alt="{text(alt)}" {size}>')
-    if strip.note:
+    said = part.reason.split("; ") if isinstance(part, Drop) else part.notes
+    if strip.note and strip.note.removeprefix("the video ") not in said:
         parts.append(f'<p class="soft">{text(strip.note)}</p>')
-    if isinstance(part, Drop):
-        reasons = "<br>".join(map(text, part.reason.split("; ")))
-        parts.append(f'<p class="why">{reasons}</p>')
-    elif part.notes:
-        parts.append(f'<p class="why">{"<br>".join(map(text, part.notes))}</p>')
+    parts.append(_why(said))
     if watched is not None and part.num_frames:
         parts += _curves(part, watched, manifest, group)
     if part.statistics:
@@ -236,12 +235,22 @@ def _card(part: Clip | Drop, watched: Watched | None, strip: Strip, manifest: Ma
     return "".join([*parts, "</article>"])
 
 
+def _why(said: Sequence[str]) -> str:
+    """Reasons or notes; where there are many, the figures show them too, and all but the first stand folded."""
+    lines = [f'<p class="why">{text(line)}</p>' for line in said]
+    if len(lines) <= MOST_LINES:
+        return "".join(lines)
+    folded = f"<details><summary>{len(lines) - 1} more</summary>{''.join(lines[1:])}</details>"
+    return lines[0] + folded
+
+
 def _figures(statistics: dict[str, float], manifest: Manifest) -> str:
     lines = []
     for figure, value in statistics.items():
         fails = _fails(value, bounds_of(figure, manifest))
-        said = f'<b class="wrong">{value:.3g} &#10007;<span hidden> outside its bound</span></b>'
-        lines.append(f"<li><span>{text(_name(figure))}</span>{said if fails else f'<b>{value:.3g}</b>'}</li>")
+        said = f"{value:.3g}" if abs(value) >= 0.001 else f"{value:.4f}".rstrip("0").rstrip(".")
+        wrong = f'<b class="wrong">{said} &#10007;<span class="unseen"> outside its bound</span></b>'
+        lines.append(f"<li><span>{text(_name(figure))}</span>{wrong if fails else f'<b>{said}</b>'}</li>")
     return f'<ul class="figures">{"".join(lines)}</ul>'
 
 
@@ -260,11 +269,10 @@ def _curves(part: Clip | Drop, watched: Watched, manifest: Manifest, group: str)
     about_confidence = f"Confidence of the body, 0 to 1: {confidence.min():.2f} to {confidence.max():.2f}"
     bound = bounds_of("confidence", manifest).get("least")
     # A person who stands still is to look still: the axis reaches at least far above the least motion.
-    for about, drawn in (
-        (about_motion, curve(motion, max(most, 10 * least), about_motion, group)),
-        (about_confidence, curve(confidence, 1.0, about_confidence, group, bound)),
-    ):
-        yield f"<figure><figcaption>{text(about)}</figcaption>{drawn}</figure>"
+    drawn = curve(motion, max(most, 10 * least), about_motion, group) if len(known_motion) else ""
+    yield f"<figure><figcaption>{text(about_motion)}</figcaption>{drawn}</figure>"
+    drawn = curve(confidence, 1.0, about_confidence, group, bound)
+    yield f"<figure><figcaption>{text(about_confidence)}</figcaption>{drawn}</figure>"
 
 
 def _settings(manifest: Manifest) -> Iterator[str]:
