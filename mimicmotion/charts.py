@@ -13,7 +13,7 @@ NUM_BINS = 24
 FAR_APART = 30.0
 MOST_POINTS = 160  # of a curve; more are joined into their means
 
-_WIDTH, _HEIGHT, _BASE, _TOP = 320, 124, 104, 8
+_WIDTH, _HEIGHT, _BASE, _TOP = 240, 112, 92, 8
 _CURVE_WIDTH, _CURVE_HEIGHT = 320, 46
 
 

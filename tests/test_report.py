@@ -104,7 +104,7 @@ def test_each_bar_holds_the_clips_whose_figure_lies_in_it(tmp_path: Path) -> Non
     assert found == {
         bin_: pair for bin_, pair in enumerate(zip(*map(np.ndarray.tolist, expected), strict=True)) if any(pair)
     }
-    assert '<path class="bound" d="M160.0 0V' in page, "the bound of 0.5 stands in the middle of 320"
+    assert '<path class="bound" d="M120.0 0V' in page, "the bound of 0.5 stands in the middle of 240"
 
 
 def test_far_bounds_share_an_axis_and_outliers_do_not_stretch_it() -> None:

@@ -188,6 +188,8 @@ def _range(values: np.ndarray) -> str:
 def _section(anchor: str, title: str, cards: Sequence[str], more: Sequence[Clip | Drop]) -> Iterator[str]:
     """The cards, and what has none in a table."""
     yield f'<h2 id="{anchor}">{title}: {len(cards) + len(more):,}</h2>'
+    if cards:
+        yield '<p class="soft">First, middle and last frame; what lies outside of a clip&#39;s crop is dark.</p>'
     yield f'<div class="cards">{"".join(cards)}</div>' if cards else "<p>None.</p>"
     if not more:
         return
