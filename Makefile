@@ -21,11 +21,12 @@ export OMP_WAIT_POLICY ?= passive
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc ptxrun tests/native -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help setup demo test verify-deep gpu-at-hand verify-gpu modelled lint format clean
+.PHONY: help setup demo test faults verify-deep gpu-at-hand verify-gpu modelled lint format clean
 
 help:
 	@echo "make demo   footage -> poses -> 72-frame training with fused kernels -> video, in $(DEMO)/"
 	@echo "make test   the test suite"
+	@echo "make faults faults put into training and preparing on purpose, and what came of them"
 	@echo "make lint   ruff, clang-format and pyright"
 	@echo "make setup  only the virtual environment, in $(VENV)/"
 	@echo "make verify-deep  long shapes, whole recounts, every pass of Triton's compiler, the tests of ops and blocks"
@@ -65,6 +66,9 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+faults: $(VENV)/.installed-test
+	$(BIN)/python -m bench.faults --json bench/results/faults.json
 
 verify-deep: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m deep --durations=0

@@ -21,6 +21,7 @@ from mimicmotion.paths import free_gib
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d+)")
+_DAMAGED = ".damaged"  # after the name of what was set aside
 _STAGE = re.compile(r"stage-(\d+)")
 
 
@@ -47,15 +48,15 @@ def _flush(path: Path) -> None:
 
 
 def folders(run_dir: Path) -> list[Path]:
-    """Complete checkpoint folders of a run, oldest first."""
+    """Checkpoint folders of a run, oldest first; each was complete when it got its name, and damage() tells."""
     if not run_dir.is_dir():
         return []
-    found = [(int(m[1]), p) for p in run_dir.iterdir() if (m := _NAME.fullmatch(p.name)) and (p / MANIFEST).is_file()]
+    found = [(int(m[1]), path) for path in run_dir.iterdir() if (m := _NAME.fullmatch(path.name)) and path.is_dir()]
     return [path for _, path in sorted(found)]
 
 
 def is_run(folder: Path) -> bool:
-    """Whether there is a complete checkpoint in a folder."""
+    """Whether there is a checkpoint in a folder."""
     return newest(folder) is not None
 
 
@@ -78,7 +79,9 @@ def save(run_dir: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
             f"{free_gib(run_dir)}; {kept}. Make room there and go on with --resume"
         ) from error
     for old in folders(run_dir)[:-keep]:
-        shutil.rmtree(old)
+        old.rename(old.with_name(f".{old.name}.old"))  # a kill must not leave half of one under its name
+    for left in run_dir.glob(".step-*"):  # by runs that were killed while saving, too
+        shutil.rmtree(left)
     return final
 
 
@@ -94,8 +97,8 @@ def _write(checkpoint: Checkpoint, final: Path, partial: Path) -> None:
     files = sorted(partial.iterdir())
     for path in files:
         _flush(path)
-    manifest = {"step": checkpoint.step, "sha256": {path.name: file_sha256(path) for path in files}}
-    (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    sums = {path.name: file_sha256(path) for path in files}
+    (partial / MANIFEST).write_text(_manifest(checkpoint.step, sums))
     _flush(partial / MANIFEST)
     _flush(partial)
     replaced = final.with_name(f".{final.name}.replaced")
@@ -104,22 +107,61 @@ def _write(checkpoint: Checkpoint, final: Path, partial: Path) -> None:
         final.rename(replaced)
     partial.rename(final)
     _flush(final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _manifest(step: int, sums: dict[str, str]) -> str:
+    return json.dumps({"step": step, "sha256": sums}, indent=1) + "\n"
 
 
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint folder, or None where every file has its SHA-256 sum."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        sums = dict(manifest["sha256"])
+        text = (folder / MANIFEST).read_text()
+        manifest = json.loads(text)
+        step, sums = manifest["step"], dict(manifest["sha256"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"
+    named = _NAME.fullmatch(folder.name)
+    if text != _manifest(step, sums) or (named and int(named[1]) != step):
+        return f"{MANIFEST} is not as it was written"
     for name, wanted in sums.items():
         if not (folder / name).is_file():
             return f"{name} is missing"
         if (got := file_sha256(folder / name)) != wanted:
             return f"{name} has SHA-256 {got[:12]}..., the manifest says {wanted[:12]}..."
     return None
+
+
+def set_damaged_aside(run_dir: Path) -> list[str]:
+    """Rename the newest checkpoints of a run, of all its stages, down to the first intact one; what to say of each.
+
+    Raises CheckpointError, and renames nothing, where none is intact.
+    """
+    whys: dict[Path, str] = {}
+    for folder in (path for place in _places(run_dir) for path in reversed(folders(place))):
+        if (why := damage(folder)) is None:
+            for damaged in whys:
+                damaged.rename(_aside(damaged))
+            return [
+                f"{damaged} is damaged: {why}. It was not loaded and lies in {damaged.name}{_DAMAGED} now; {folder} is "
+                "the newest intact one and is gone on from"
+                for damaged, why in whys.items()
+            ]
+        whys[folder] = why
+    if whys:
+        first, why = next(iter(whys.items()))
+        raise CheckpointError(
+            f"{first} is damaged: {why}. It was not loaded: no checkpoint of {run_dir} is intact; start again without "
+            "--resume, which moves the run's folder aside"
+        )
+    return []
+
+
+def _aside(folder: Path) -> Path:
+    """A name beside a damaged checkpoint that is no checkpoint's; what lies there was damaged before, and goes."""
+    aside = folder.with_name(folder.name + _DAMAGED)
+    shutil.rmtree(aside, ignore_errors=True)
+    return aside
 
 
 def load(folder: Path) -> Checkpoint:
@@ -135,20 +177,26 @@ def load(folder: Path) -> Checkpoint:
             else f"no earlier checkpoint in {folder.parent} is intact; start again in another --run-dir"
         )
         raise CheckpointError(f"{folder} is damaged: {why}. It was not loaded: {advice}.")
-    step = json.loads((folder / MANIFEST).read_text())["step"]
+    manifest = json.loads((folder / MANIFEST).read_text())
+    paths = [folder / name for name in sorted(manifest["sha256"])]  # nothing that was not checked
     return Checkpoint(
-        step=step,
-        tensors={path.stem: safetensors.torch.load_file(path) for path in sorted(folder.glob("*.safetensors"))},
-        documents={p.stem: json.loads(p.read_text()) for p in sorted(folder.glob("*.json")) if p.name != MANIFEST},
+        step=manifest["step"],
+        tensors={path.stem: safetensors.torch.load_file(path) for path in paths if path.suffix == ".safetensors"},
+        documents={path.stem: json.loads(path.read_text()) for path in paths if path.suffix == ".json"},
     )
 
 
 def newest(run_dir: Path) -> Path | None:
-    """Newest complete checkpoint folder of a run, or None; of one in stages, of the last stage that has one."""
-    for folder in (run_dir, *reversed(stages(run_dir))):
+    """Newest checkpoint folder of a run, or None; of one in stages, of the last stage that has one."""
+    for folder in _places(run_dir):
         if found := folders(folder):
             return found[-1]
     return None
+
+
+def _places(run_dir: Path) -> list[Path]:
+    """Where a run's checkpoints may lie, the newest first."""
+    return [run_dir, *reversed(stages(run_dir))]
 
 
 def step_of(folder: Path) -> int:

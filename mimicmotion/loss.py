@@ -1,12 +1,23 @@
 """Denoising loss with the hand region weighted."""
 
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor
 
 from mimicmotion.diffusion import denoised, preconditioning, widened
 
 
-def denoising_loss(output: Tensor, noisy: Tensor, clean: Tensor, sigma: Tensor, region_weight: Tensor) -> Tensor:
-    """Of each clip the mean over its elements of w(s) * r * (D(x; s) - x0)^2, in float32 or wider -> (B,).
+@dataclass(frozen=True, kw_only=True)
+class Losses:
+    """Of each clip of a batch, (B,)."""
+
+    clips: Tensor  # what is trained on
+    hands: Tensor  # the mean in the hands' boxes without their weight, to be watched; NaN of a clip without such a box
+
+
+def denoising_loss(output: Tensor, noisy: Tensor, clean: Tensor, sigma: Tensor, region_weight: Tensor) -> Losses:
+    """Of each clip the mean over its elements of w(s) * r * (D(x; s) - x0)^2, in float32 or wider.
 
     output, noisy, clean (B, F, 4, h, w); sigma (B,); region_weight r (B, F, 1, h, w), 10 in a sure hand's box and 1
     elsewhere. r multiplies before the mean (Tencent/MimicMotion #42), so hands gain weight and nothing is divided out;
@@ -16,4 +27,13 @@ def denoising_loss(output: Tensor, noisy: Tensor, clean: Tensor, sigma: Tensor, 
         wanted = (*clean.shape[:2], 1, *clean.shape[3:])
         raise ValueError(f"region_weight is {tuple(region_weight.shape)}; give {wanted} (B, F, 1, h, w).")
     weight = preconditioning(sigma.float().view(-1, 1, 1, 1, 1)).weight
-    return (weight * region_weight * (denoised(output, noisy, sigma) - widened(clean)) ** 2).flatten(1).mean(1)
+    error = weight * region_weight * (denoised(output, noisy, sigma) - widened(clean)) ** 2
+    return Losses(clips=error.flatten(1).mean(1), hands=_in_hands(error, region_weight))
+
+
+@torch.no_grad()
+def _in_hands(error: Tensor, region_weight: Tensor) -> Tensor:
+    """Mean (B,) of error / r where r > 1: of what is there already, no forward more."""
+    is_hand = region_weight > 1
+    of_cells = error.sum(2, keepdim=True) / region_weight * is_hand
+    return of_cells.flatten(1).sum(1) / (is_hand.flatten(1).sum(1) * error.shape[2])

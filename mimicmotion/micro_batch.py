@@ -1,22 +1,24 @@
 """A micro-batch, its loss and its random numbers, each a function of (seed, step, sample id) alone."""
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from mimicmotion import diffusion
-from mimicmotion.config import Config
+from mimicmotion.config import LATENT_STRIDE, Config
 from mimicmotion.data.footage_identity import FootageIdentity
 from mimicmotion.execution import autocast
-from mimicmotion.loss import denoising_loss
+from mimicmotion.loss import Losses, denoising_loss
 from mimicmotion.model.unet import image_latents, model_input
+from mimicmotion.shapes import Bucket
 
 FIELDS = ("latents", "reference_latent", "image_embedding", "pose", "loss_weight")
 
 
 class Samples(Protocol):
-    """Where samples come from: a function of (step, sample id) alone, sample id from 0 to the batch size."""
+    """Where samples come from: a function of the place and of (step, sample id), from 0 to the batch size."""
 
     identity: FootageIdentity
 
@@ -28,6 +30,18 @@ class Samples(Protocol):
         """One clip: latents (F,4,h,w), reference_latent (4,h,w), image_embedding (1,C), pose (F,3,H,W), loss_weight."""
         ...
 
+    def bucket_of(self, step: int) -> Bucket:
+        """The shape of a step's clips, on all ranks."""
+        ...
+
+    def place(self) -> dict[str, Any]:
+        """What of the order of samples a checkpoint keeps, as JSON values."""
+        ...
+
+    def go_on_from(self, place: Mapping[str, Any], step: int) -> None:
+        """Go on at a step of the run that had this place."""
+        ...
+
 
 def stacked(samples: Samples, step: int, sample_ids: range) -> dict[str, Tensor]:
     """What the model reads of some samples of a step, each field (B, ...) on the CPU."""
@@ -37,13 +51,13 @@ def stacked(samples: Samples, step: int, sample_ids: range) -> dict[str, Tensor]
 
 def batch_loss(model: torch.nn.Module, batch: dict[str, Tensor], draws: list[diffusion.Draw], config: Config) -> Tensor:
     """Mean loss of a micro-batch; as `clip_losses`."""
-    return clip_losses(model, batch, draws, config).mean()
+    return clip_losses(model, batch, draws, config).clips.mean()
 
 
 def clip_losses(
     model: torch.nn.Module, batch: dict[str, Tensor], draws: list[diffusion.Draw], config: Config
-) -> Tensor:
-    """Loss (B,) of each clip of a micro-batch, stacked on the model's device; model may be wrapped by DDP.
+) -> Losses:
+    """Losses of each clip of a micro-batch, stacked on the model's device; model may be wrapped by DDP.
 
     Float32 weights run under autocast; others as they are, and what the model reads is rounded to their dtype. Noise
     levels and time ids stay as they are.
@@ -78,7 +92,7 @@ def draw_samples(config: Config, step: int, sample_ids: range, latent_shape: tup
             step,
             sample_id,
             latent_shape,
-            mean=log_sigma_mean(config),
+            mean=log_sigma_mean(config, *latent_shape[-2:]),
             std=settings.log_sigma_std,
             reference_mean=settings.reference_log_sigma_mean,
             reference_std=settings.reference_log_sigma_std,
@@ -88,7 +102,8 @@ def draw_samples(config: Config, step: int, sample_ids: range, latent_shape: tup
     ]
 
 
-def log_sigma_mean(config: Config) -> float:
-    """Mean of ln sigma of a run: the one that it names, else that of its resolution."""
+def log_sigma_mean(config: Config, latent_height: int, latent_width: int) -> float:
+    """Mean of ln sigma of a run's clips of a size: the one that it names, else that of the resolution."""
     mean = config.diffusion.log_sigma_mean
-    return diffusion.log_sigma_mean(config.data.height, config.data.width) if mean is None else mean
+    size = (LATENT_STRIDE * latent_height, LATENT_STRIDE * latent_width)
+    return diffusion.log_sigma_mean(*size) if mean is None else mean

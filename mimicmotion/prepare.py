@@ -3,12 +3,16 @@
 Without --videos the embedded footage is used. Run it again after a change: only what changed is made anew.
 """
 
+import signal
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-if __name__ == "__main__":  # python puts this folder first, where our modules would hide others of the same name
+if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends without a traceback
+    # python puts this folder first, where our modules would hide others of the same name
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import tyro
@@ -19,13 +23,17 @@ from mimicmotion.data.cache import Manifest, check_writable, is_prepared
 from mimicmotion.data.curate import Bounds
 from mimicmotion.data.footage import embedded_footage, find_all, not_looked_at
 from mimicmotion.data.poses import load_backend
-from mimicmotion.data.preparation import Recipe, prepare
+from mimicmotion.data.preparation import Engine, Recipe, prepare
 from mimicmotion.data.progress import VideoProgress
 from mimicmotion.data.rehearsal import Rehearsal, rehearse
 from mimicmotion.data.report_page import write_report
 from mimicmotion.data.verification import damages
 from mimicmotion.model.encoders import load_encoder
 from mimicmotion.paths import printable
+from mimicmotion.stopping import EndedBySignalError, Stop, say
+
+_STOPPING = "videos under way are left at their next frame; again ends at once"
+_GOES_ON = "what is whole stays, and the same command goes on from it"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,14 +45,17 @@ class Arguments:
     prepared: Path | None = None  # folder to write into
     height: int | None = None  # pixels, a multiple of 8 (64 for the UNet)
     width: int | None = None  # pixels, a multiple of 8 (64 for the UNet)
+    sizes: tuple[str, ...] = ()  # further sizes, as 576x1024 (height x width); a clip has the one nearest its video's
     num_frames: int | None = None  # frames of a training clip; shorter stretches of a video are left out
     frame_stride: int = 1  # keep every frame_stride-th frame
+    with_mirrored: bool = False  # each clip a second time, flipped left to right, with left and right joints exchanged
     poses: Literal["dwpose", "holistic"] | None = None  # dwpose for your own videos, else the preset's
     dwpose_dir: Path | None = None  # folder of yolox_l.onnx and dw-ll_ucoco_384.onnx; downloaded where none is given
     encoder: str | None = None  # patch-codec (a stand-in), or a folder or hub id of Stable Video Diffusion
     device: str | None = None  # where the encoder runs; the GPU where there is one
     workers: int | None = None  # videos worked on at once; one a processor core where none is given
     bounds: Bounds = field(default_factory=Bounds)  # what a stretch of a video must meet
+    engine: Engine = "pool"  # pool: this process; ray: a Ray cluster (RAY_ADDRESS), or Ray on this machine
     dry_run: bool = False  # look at the first minute of each video, say what would be kept and how long all would take
     verify: bool = False  # read all of a prepared folder again and say what is damaged
     report: bool = False  # write report.html into the prepared folder; with no other setting, of what is there already
@@ -62,8 +73,10 @@ def recipe_of(arguments: Arguments) -> Recipe:
     return Recipe(
         height=data.height if arguments.height is None else arguments.height,
         width=data.width if arguments.width is None else arguments.width,
+        sizes=arguments.sizes,
         num_frames=data.num_frames if arguments.num_frames is None else arguments.num_frames,
         frame_stride=arguments.frame_stride,
+        with_mirrored=arguments.with_mirrored,
         bounds=arguments.bounds,
         workers=arguments.workers,
     )
@@ -85,7 +98,9 @@ def run(arguments: Arguments) -> Manifest | Rehearsal:
     poses = load_backend(backend, dwpose_dir=arguments.dwpose_dir)
     if arguments.dry_run:
         return rehearse(videos, recipe=recipe, poses=poses, encoder=encoder, progress=progress)
-    return prepare(videos, prepared, recipe=recipe, poses=poses, encoder=encoder, progress=progress)
+    return prepare(
+        videos, prepared, recipe=recipe, poses=poses, encoder=encoder, progress=progress, engine=arguments.engine
+    )
 
 
 def verify(prepared: Path) -> None:
@@ -107,15 +122,19 @@ def is_report_alone(arguments: Arguments) -> bool:
 def main() -> None:
     """Run the command line; exits with 1 and the reason where nothing could be prepared or something is damaged."""
     arguments = tyro.cli(Arguments)
-    prepared = prepared_folder(arguments)
-    with one_sentence("preparing stopped", RuntimeError, debug=arguments.debug):
-        if arguments.verify:
-            verify(prepared)
-            return
-        if arguments.dry_run and arguments.report:
-            raise ValueError("got --dry-run and --report, wanted one of them: a dry run leaves nothing to report on")
-        made = Manifest.read(prepared) if is_report_alone(arguments) else run(arguments)
-        page = write_report(prepared) if arguments.report else None
+    prepared, stop = prepared_folder(arguments), Stop(before=_STOPPING, again=_GOES_ON)
+    try:
+        with stop, one_sentence("preparing stopped", RuntimeError, debug=arguments.debug):
+            if arguments.verify:
+                verify(prepared)
+                return
+            if arguments.dry_run and arguments.report:
+                raise ValueError("got --dry-run and --report, wanted one of them: a dry run makes nothing to report on")
+            made = Manifest.read(prepared) if is_report_alone(arguments) else run(arguments)
+            page = write_report(prepared) if arguments.report else None
+    except EndedBySignalError as error:
+        say(f"stopped by {stop}: {_GOES_ON}")
+        raise SystemExit(stop.exit_code) from error
     if isinstance(made, Rehearsal):
         for line in made.lines():
             VideoProgress().say(line)

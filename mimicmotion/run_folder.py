@@ -1,54 +1,25 @@
-"""A run's folder has one owner: two processes never write into the same one, and a new run never mixes with an old."""
+"""A run's folder has one owner, and a new run never mixes with an old."""
 
-import json
-import os
-import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import datetime
+from contextlib import AbstractContextManager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from mimicmotion import checkpoint
-from mimicmotion.data.cache import atomic_write
-
-OWNER = "owner.json"
+from mimicmotion.data.ownership import locked
 
 
-@contextmanager
-def owned(run_dir: Path) -> Iterator[None]:
-    """While entered, the folder is this process's; what ends the process, a kill included, gives it back.
+def owned(run_dir: Path) -> AbstractContextManager[None]:
+    """While entered, the folder is this process's. The lock lies beside it, since a new run moves the folder aside.
 
-    The lock lies beside the folder, which a new run moves aside. Raises ValueError where another process has it.
+    Raises ValueError where another process has it.
     """
-    run_dir.absolute().parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(run_dir.absolute().parent / f".{run_dir.absolute().name}.lock", thread_local=False)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise ValueError(
-            f"{run_dir} belongs to another run, {_owner(run_dir)}; give this one a --run-dir of its own, or stop that"
-        ) from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def sign(run_dir: Path) -> None:
-    """Say in an owned folder whose it is."""
-    about = {"process": os.getpid(), "host": socket.gethostname(), "since": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}
-    with atomic_write(run_dir / OWNER) as temporary:
-        temporary.write_text(json.dumps(about) + "\n")
-
-
-def _owner(run_dir: Path) -> str:
-    try:
-        about = json.loads((run_dir / OWNER).read_text())
-        return f"process {about['process']} on {about['host']} since {about['since']}"
-    except (OSError, ValueError, KeyError):
-        return "which has only begun"
+    whole = run_dir.absolute()
+    return locked(
+        run_dir,
+        whole.parent / f".{whole.name}.lock",
+        refusal=lambda owner: (
+            f"{run_dir} belongs to another run, {owner}; give this one a --run-dir of its own, or stop that"
+        ),
+    )
 
 
 def start_afresh(run_dir: Path) -> str | None:

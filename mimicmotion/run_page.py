@@ -11,7 +11,15 @@ from mimicmotion.history import read_history
 from mimicmotion.page import document, pairs, text
 from mimicmotion.trackers import by_sigma
 
+_STYLE = ".plot{width:100%;max-width:36rem}"  # drawn small, so that a phone's width leaves it readable
 _SAMPLE = "sample.mp4"
+_CURVES = {
+    "loss": "loss",
+    "hand_loss": "loss in hands",
+    "pose_share": "PoseNet's share\nof conv_in",
+    "gradient_norm": "gradient norm",
+    "learning_rate": "learning rate",
+}
 VALIDATION_ROWS, VALIDATION_VIDEO = "validation.jsonl", "validation.mp4"
 
 
@@ -29,7 +37,7 @@ def write_page(run_dir: Path, rows: Sequence[Mapping[str, Any]], settings: Mappi
     parts += ["<h2>Settings</h2>", pairs(_flat(settings))]
     path = run_dir / "index.html"
     with atomic_write(path) as temporary:
-        temporary.write_text(document(run_dir.name, parts), encoding="utf-8")
+        temporary.write_text(document(run_dir.name, parts, _STYLE), encoding="utf-8")
     return path
 
 
@@ -60,24 +68,26 @@ def _summary(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _curves(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Loss, gradient norm and learning rate over the steps, as SVG."""
+    """Loss, that in hands, PoseNet's share of conv_in, gradient norm and learning rate over the steps, as SVG."""
     import matplotlib.figure  # slow to import, wanted once at a save
 
-    figure = matplotlib.figure.Figure(figsize=(9, 7), layout="constrained")
     kept = [row for row in rows if not row["is_skipped"]]
-    steps = [row["step"] for row in kept]
-    below = figure.subplots(3, sharex=True)
-    for axes, name in zip(below, ("loss", "gradient_norm", "learning_rate"), strict=True):
-        axes.plot(steps, [row[name] for row in kept], ".-" if len(steps) < 50 else "-", linewidth=0.8)
-        axes.set_ylabel(name.replace("_", " "))
-        if name != "learning_rate":
+    shown = {name: [row for row in kept if row.get(name) is not None] for name in _CURVES}
+    shown = {name: found for name, found in shown.items() if found or name == "loss"}
+    figure = matplotlib.figure.Figure(figsize=(5, 0.6 + 1.4 * len(shown)), layout="constrained")
+    below = figure.subplots(len(shown), sharex=True, squeeze=False)[:, 0]
+    for axes, (name, found) in zip(below, shown.items(), strict=True):
+        style = ".-" if len(found) < 50 else "-"
+        axes.plot([row["step"] for row in found], [row[name] for row in found], style, linewidth=0.8)
+        axes.set_ylabel(_CURVES[name])
+        if name not in ("learning_rate", "pose_share"):
             axes.set_yscale("log")
     below[-1].set_xlabel("step")
     drawn = io.StringIO()
     figure.savefig(drawn, format="svg", transparent=True)
     # What is black in it is ink, which a dark page has light.
     svg = drawn.getvalue()[drawn.getvalue().index("<svg") :].replace("#000000", "currentColor")
-    return svg.replace("<svg", '<svg role="img" aria-label="Curves over the steps"', 1)
+    return svg.replace("<svg", '<svg class="plot" role="img" aria-label="Curves over the steps"', 1)
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

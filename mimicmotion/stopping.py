@@ -21,7 +21,9 @@ class Stop:
     ignored from the start stays ignored, as under nohup. Enter it in the main thread.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, before: str = "", again: str = "--resume goes on from the newest checkpoint") -> None:
+        """before: what is said to a signal before `begin()`; again: to the second one, after "ended at once"."""
+        self._before, self._again = before, again
         self.number: int | None = None  # of the signal that asked
         self.has_begun = False
         self._since_s = 0.0
@@ -61,10 +63,12 @@ class Stop:
         if self.number is None:
             self.number, self._since_s = number, time.monotonic()
             if not self.has_begun:
+                if self._before:
+                    say(f"{self}: {self._before}")
                 raise EndedBySignalError(number)
             say(f"{self}: the step is finished or dropped, then saved; again ends at once")
         elif time.monotonic() - self._since_s > REPEAT_S and (self.number, number) != (signal.SIGTERM, signal.SIGTERM):
-            say("asked again: ended at once, --resume goes on from the newest checkpoint")
+            say(f"asked again: ended at once, {self._again}")
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 

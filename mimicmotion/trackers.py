@@ -12,10 +12,14 @@ from mimicmotion.config import Config, Tracker, to_json
 
 SIGMA_EDGES = (0.0, 0.3, 1.0, 3.0, 10.0, 30.0)  # of the bins that losses are told in; the last is open
 
+# figures that not every step has: one without a sure hand, one that is not logged
+_MAY_LACK = {"loss in hands": "hand_loss", "PoseNet's share of conv_in": "pose_share"}
+
 
 def scalars(row: Mapping[str, Any]) -> dict[str, float]:
     """The figures of one step's row of the history by the names they are tracked under; none that it has not."""
     found = {name: row[name] for name in ("loss", "gradient_norm", "learning_rate") if row[name] is not None}
+    found |= {name: row[key] for name, key in _MAY_LACK.items() if row.get(key) is not None}
     found["skipped"] = float(row["is_skipped"])
     both = row["seconds"] + row["waiting_seconds"]
     found["time/seconds a step"] = both

@@ -18,22 +18,22 @@ if __name__ == "__main__":
     # python puts this folder first, where our modules would hide others of the same name
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import torch
 import tyro
 
 from mimicmotion import checkpoint
 from mimicmotion.commands import one_sentence
 from mimicmotion.config import PRESETS, Config
 from mimicmotion.data.dataset import ClipDataset
+from mimicmotion.data.ownership import sign
 from mimicmotion.data.preparation import prepare_if_missing
 from mimicmotion.distributed import Ranks, join_ranks
-from mimicmotion.dry_run import dry_run
+from mimicmotion.dry_stages import dry_stages
 from mimicmotion.execution import free_what_is_left
 from mimicmotion.fitting import Fitting
 from mimicmotion.memory_plan import choose_plan, reserve_as_planned
 from mimicmotion.memory_report import MemoryReport
 from mimicmotion.paths import check_there, near
-from mimicmotion.run_folder import owned, sign, start_afresh
+from mimicmotion.run_folder import owned, start_afresh
 from mimicmotion.settings_file import read, write
 from mimicmotion.stopping import EndedBySignalError, Stop, say
 from mimicmotion.trainer import Trainer, TrainingStoppedError
@@ -50,7 +50,8 @@ class Arguments:
     resume: bool = False  # go on from the newest checkpoint; bit for bit on a CPU or with trainer.deterministic
     memory_report: bool = False  # write where the bytes at the peak of a step are, to memory_report.json and .png
     debug: bool = False  # show where in the code an error arose
-    dry_run: bool = False  # only print parameters and modelled memory of a step; needs neither a GPU nor the memory
+    dry_run: bool = False  # only print each stage's clips, shapes, plan, memory and time; needs no GPU and no memory
+    card: str | None = None  # of --dry-run: plan for this GPU and model its time, as for "RTX 4090"
 
 
 def parse(words: list[str]) -> Arguments:
@@ -109,12 +110,18 @@ def train(arguments: Arguments, stages: list[Config], ranks: Ranks, stop: Stop) 
     """Prepare what is to be prepared, then train on this rank, stage after stage; False where a signal ended it."""
     check_given(arguments)
     run_dir = arguments.config.run_dir
-    done = _num_done(stages) if arguments.resume else 0
-    planned = choose_plan(stages[done], ranks, resume=arguments.resume)  # before anything is touched
     with ExitStack() as ends:
 
-        def make_ready() -> None:
+        def take() -> None:
             ends.enter_context(owned(run_dir))
+            for note in checkpoint.set_damaged_aside(run_dir) if arguments.resume else ():
+                print(note, flush=True)
+
+        ranks.from_first(take)
+        done = _num_done(stages) if arguments.resume else 0
+        planned = choose_plan(stages[done], ranks, resume=arguments.resume)  # before anything is made
+
+        def make_ready() -> None:
             for config in stages:
                 prepare_if_missing(config)
             free_what_is_left()  # an encoder on the GPU
@@ -153,7 +160,14 @@ def train_stage(
     """Train by one config and its plan, from `start` where nothing is resumed; False where a signal ended it early."""
     config, plan, fitting = planned
     clips = partial(
-        ClipDataset, config.data.prepared, config.data.num_frames, config.trainer.seed, held_out=config.data.held_out
+        ClipDataset,
+        config.data.prepared,
+        config.data.num_frames,
+        config.trainer.seed,
+        held_out=config.data.held_out,
+        batch_size=config.trainer.batch_size,
+        lengths=config.data.lengths,
+        draw_latents=config.data.draw_latents,
     )
     dataset = clips()
     trainer = Trainer(config, dataset, ranks, resume=resume, start=start, plan=plan, fitting=fitting, stop=stop)
@@ -165,6 +179,8 @@ def train_stage(
         write(config, config.run_dir)
         about = f"kernels {config.kernels}, encoder {dataset.identity.encoder}, {ranks.world_size} rank(s)"
         about += f", {len(dataset.clip_ids)} clips and {dataset.num_held_out} held out"
+        shapes = ", ".join(f"{count} of {bucket}" for bucket, count in dataset.buckets.items())
+        about += f", samples an epoch: {shapes} (height x width x frames)"
         print(f"{about}, run folder {config.run_dir}", flush=True)
     is_finished = trainer.run()
     if ranks.is_first:
@@ -173,17 +189,6 @@ def train_stage(
         how = "finished" if is_finished else f"stopped by {stop}, --resume goes on,"
         print(f"{how} at step {trainer.step}: {saved}", flush=True)
     return is_finished
-
-
-def _planned(config: Config) -> tuple[Config, Plan | None]:
-    """A config and its plan: a budget's for the GPU that is here, or none, which is said."""
-    is_for_this_gpu = config.memory_budget is not None and torch.cuda.is_available()
-    if config.memory_budget is not None and not is_for_this_gpu:
-        print(f"no GPU here: fused without the plan that --memory-budget {config.memory_budget} makes on one")
-        config = dataclasses.replace(config, memory_budget=None)
-    device = torch.device("cuda", torch.cuda.current_device()) if is_for_this_gpu else torch.device("cpu")
-    planned, plan, _ = choose_plan(config, Ranks(rank=0, world_size=1, device=device))
-    return planned, plan
 
 
 def main() -> None:
@@ -195,8 +200,8 @@ def main() -> None:
         stages = stages_of(words, arguments.config)
     if arguments.dry_run:
         with one_sentence("no dry run", debug=debug):
-            for config in stages:
-                print(dry_run(*_planned(config)))
+            for part in dry_stages(stages, arguments.card):
+                print(part, flush=True)
         return
     if any(config.plan is not None or config.memory_budget is not None for config in stages):
         reserve_as_planned()

@@ -1,6 +1,5 @@
 """The training loop: dataset, noise, model, loss, backward, step, moving average, checkpoint. No maths here."""
 
-import gc
 import math
 import time
 from collections.abc import Callable
@@ -16,16 +15,18 @@ from mimicmotion import checkpoint, resumption
 from mimicmotion.checkpoint import Checkpoint
 from mimicmotion.config import Config, to_json
 from mimicmotion.distributed import Ranks, no_sync, rank_sample_ids
-from mimicmotion.execution import describe, peak_gib, put_kernels, same_bits
+from mimicmotion.execution import peak_gib, same_bits
+from mimicmotion.figures import Figures
 from mimicmotion.fitting import Change, Fitting, NoSmallerPlanError
 from mimicmotion.history import Reporter
 from mimicmotion.micro_batch import Samples, clip_losses, draw_samples, stacked
 from mimicmotion.model import weights
 from mimicmotion.model.unet import build_model
 from mimicmotion.optimization import build_optimization
+from mimicmotion.planned_blocks import PlannedBlocks
 from mimicmotion.record import Record
 from mimicmotion.stopping import Stop
-from mmkernels.planning.choices import Plan, document
+from mmkernels.planning.choices import Plan
 
 WAIT_S = 0.1  # between two looks at whether to stop, while data are awaited
 
@@ -50,8 +51,6 @@ class Trainer:
         """
         self.config, self.dataset, self.ranks = config, dataset, ranks
         self._sample_ids = rank_sample_ids(config, ranks)
-        if config.trainer.precision == "fp16" and ranks.device.type == "cpu":
-            raise ValueError("trainer.precision is 'fp16' on a CPU; give fp32 or bf16, or run on a GPU.")
         if config.optimizer.in_backward and (ranks.world_size > 1 or len(self._sample_ids) > 1):
             batch, micro = config.trainer.batch_size, config.trainer.micro_batch_size
             raise ValueError(
@@ -69,17 +68,10 @@ class Trainer:
             released = weights.read(config.model.pretrained, config.model.pretrained_pose_net)
             self.notes += weights.load(self.model, released)
         self.optimization = build_optimization(self.model, config, scales_loss=config.trainer.precision == "fp16")
-        self.fitting, self.say = fitting, print
-        self.plan = plan = plan if fitting is None else fitting.plan
-        self._put_kernels()
-        if fitting is not None and fitting.origin:
-            self.notes.append(fitting.origin)
-        if plan is not None:
-            self.notes.append(str(plan))
-            if config.optimizer.ema == "host":
-                self.notes.append(
-                    "not in the plan's time: the moving average on the host, a copy of the weights a step"
-                )
+        self.say = print
+        place = self.optimization.weight_update.place
+        self.blocks = PlannedBlocks(self.model, config, plan, fitting, lambda on_host: place(on_host=on_host))
+        self.notes += self.blocks.notes
         # Where memory may run out on one rank alone, gradients are averaged once all have theirs.
         self.wrapped = ranks.wrap(self.model) if fitting is None else self.model
         self.around_step: Callable[[Callable[[], Any]], Any] = lambda step: step()  # what watches a step runs it
@@ -87,12 +79,22 @@ class Trainer:
         self.step = self.skipped = self.skipped_in_a_row = 0
         self._stop = stop or Stop()
         self.is_stopping = self._has_run_out = False  # agreed by all ranks
-        self._clip_losses: list[tuple[Tensor, Tensor]] = []  # sigma and loss of this rank's clips of a step
+        self._figures = Figures(self.model)
         if resume:
             self.notes += self._resume()
         elif start is not None:
             self.notes += resumption.begin_from(start, self.model, self.optimization)
         self.record = self._new_record()
+
+    @property
+    def fitting(self) -> Fitting | None:
+        """What makes the plans of a run with a budget."""
+        return self.blocks.fitting
+
+    @property
+    def plan(self) -> Plan | None:
+        """What the blocks follow."""
+        return self.blocks.plan
 
     def run(self) -> bool:
         """Train from the current step to the last; False where a signal ended it early, after saving."""
@@ -130,6 +132,8 @@ class Trainer:
             ready = self._await(batches)
             waiting_s = time.monotonic() - waited_from
             batches = loader.submit(self._load, self.step + 1)
+            for note in self.blocks.enter(self.dataset.bucket_of(self.step)):
+                self.say(note)
             row = self.around_step(partial(self._train_step, ready))
             if self.is_stopping:
                 break
@@ -159,9 +163,10 @@ class Trainer:
                 documents={
                     "config": to_json(self.config),
                     "state": state,
-                    "kernels": {"report": self.kernels.splitlines()},
+                    "kernels": {"report": self.blocks.report.splitlines()},
                     "encoder": self.dataset.identity.document(),
-                    **({} if self.plan is None else {"plan": document(self.plan)}),
+                    "place": self.dataset.place(),
+                    **self.blocks.documents(),
                 },
             )
             checkpoint.save(self.config.run_dir, saved, keep=self.config.trainer.keep_checkpoints)
@@ -186,6 +191,8 @@ class Trainer:
         self.model.load_state_dict(saved.tensors["model"])
         self.optimization.load(saved.tensors, saved.documents["state"])
         self.step = saved.step
+        if "place" in saved.documents:
+            self.dataset.go_on_from(saved.documents["place"], self.step)
         self.skipped = saved.documents["state"]["skipped"]
         self.skipped_in_a_row = saved.documents["state"]["skipped_in_a_row"]
         return [f"resumed {folder} at step {self.step}", *notes]
@@ -213,7 +220,7 @@ class Trainer:
         None where it was dropped before anything came of it: it is_stopping, or memory ran out.
         """
         start = time.monotonic()
-        self._clip_losses.clear()
+        self._figures.begin(is_logged=(self.step + 1) % self.config.trainer.log_every == 0)
         if self.fitting is not None and not self.fitting.is_held:
             self.fitting.allocator.begin()
         mean_loss = self._backward(batches)
@@ -221,9 +228,10 @@ class Trainer:
             return None
         norm = float(self.optimization.gradient_norm())
         is_bad = not (math.isfinite(norm) and math.isfinite(mean_loss))
-        agreed = self.ranks.sum(torch.tensor([mean_loss, float(is_bad)]))  # one sum settles both for every rank alike
-        is_skipped = bool(agreed[1] > 0)
-        rate = self.optimization.learning_rate
+        # one sum settles all of it for every rank alike
+        agreed = self.ranks.sum(torch.tensor([mean_loss, float(is_bad), *self._figures.hands()])).tolist()
+        is_skipped = agreed[1] > 0
+        rate, pose_share = self.optimization.learning_rate, self._figures.pose_share()
         try:
             self.optimization.step(is_finite=not is_skipped)
         except torch.OutOfMemoryError as error:  # for all that was asked for beforehand
@@ -236,12 +244,14 @@ class Trainer:
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if is_skipped else 0
         return {
             "step": self.step,
-            "loss": None if is_skipped else float(agreed[0]) / self.ranks.world_size,
+            "loss": None if is_skipped else agreed[0] / self.ranks.world_size,
+            "hand_loss": None if is_skipped or not agreed[3] else agreed[2] / agreed[3],
             "gradient_norm": None if is_skipped else norm,
             "learning_rate": rate,
             "is_skipped": is_skipped,
             **({"clips": self._clips_of(self.step - 1)} if is_skipped else {}),
-            "clip_losses": [[float(sigma), float(loss)] for sigma, loss in self._clip_losses if not is_skipped],
+            "clip_losses": [] if is_skipped else self._figures.clip_losses(),
+            **({} if is_skipped else pose_share),
             "num_clips": self.config.trainer.batch_size,
             "peak_gib": peak_gib(self.ranks.device),
             "seconds": round(time.monotonic() - start, 3),
@@ -281,8 +291,8 @@ class Trainer:
         on_device = {name: tensor.to(self.ranks.device, non_blocking=True) for name, tensor in batch.items()}
         draws = draw_samples(self.config, self.step, ids, tuple(batch["latents"].shape[1:]))
         losses = clip_losses(self.wrapped, on_device, draws, self.config)
-        self._clip_losses += [(draw.sigma, loss) for draw, loss in zip(draws, losses.detach(), strict=True)]
-        loss = losses.mean() / len(self._sample_ids)
+        self._figures.add(draws, losses)
+        loss = losses.clips.mean() / len(self._sample_ids)
         self.optimization.backward(loss)
         return loss.detach()
 
@@ -320,23 +330,9 @@ class Trainer:
 
     def _follow(self, change: Change) -> None:
         """Run the same blocks by another plan; weights, optimizer and averages stay."""
-        assert self.fitting is not None
         self.say(str(change))
-        if not change.is_new:
-            return
-        self.plan = change.plan
-        self._undo()
-        gc.collect()  # what a failed step left
-        self.fitting.allocator.begin()
-        self._put_kernels()
-        self.optimization.weight_update.place(on_host=change.plan.optimizer.states_on_host)
-
-    def _put_kernels(self) -> None:
-        device = None if self.fitting is None else self.fitting.device
-        self._undo = put_kernels(self.model, self.config.kernels, self.plan, device)
-        settings = self.config.trainer
-        is_deterministic = settings.deterministic
-        self.kernels = describe(self.model, self.config.kernels, settings.precision, is_deterministic=is_deterministic)
+        if change.is_new:
+            self.blocks.follow(change)
 
     def _check_skipped(self) -> None:
         """Raise after too many steps in a row that were not finite."""

@@ -106,6 +106,8 @@ def manifest() -> Manifest:
         num_frames=40,
         frame_stride=1,
         crop=Crop(left=1, top=2, width=30, height=40),
+        height=64,
+        width=64,
         keypoints_file="keypoints/k.safetensors",
         tensors_file="clips/c.safetensors",
         statistics={"motion": 0.01},

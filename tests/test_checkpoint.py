@@ -8,7 +8,16 @@ import time
 import pytest
 import torch
 
-from mimicmotion.checkpoint import Checkpoint, CheckpointError, folders, load, newest, save
+from mimicmotion.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    folders,
+    load,
+    newest,
+    save,
+    set_damaged_aside,
+    stage,
+)
 
 
 def _checkpoint(step, value=None):
@@ -57,6 +66,34 @@ def test_missing_file_and_unreadable_manifest_are_refused(tmp_path):
     (first / "manifest.json").write_text("")
     with pytest.raises(CheckpointError, match="no earlier checkpoint"):
         load(first)
+
+
+def test_what_is_damaged_is_set_aside_down_to_the_newest_intact_one_over_all_stages(tmp_path):
+    first = save(stage(tmp_path, 1), _checkpoint(4), keep=3)
+    bad = [save(stage(tmp_path, 2), _checkpoint(step), keep=3) for step in (1, 2)]
+    (bad[0] / "manifest.json").unlink()
+    manifest = bad[1] / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"step": 2', '"step": 3'))  # no file's sum tells
+    said = set_damaged_aside(tmp_path)
+    assert [line.partition(" is damaged: ")[0] for line in said] == [str(folder) for folder in reversed(bad)]
+    assert "manifest.json is not as it was written" in said[0] and all(
+        f"{first} is the newest" in line for line in said
+    )
+    assert newest(tmp_path) == first and all(folder.with_name(f"{folder.name}.damaged").is_dir() for folder in bad)
+    assert set_damaged_aside(tmp_path) == []
+    (first / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"no checkpoint of .* is intact; start again without --resume"):
+        set_damaged_aside(tmp_path)
+    assert newest(tmp_path) == first, "none is renamed where none is intact"
+
+
+def test_only_what_the_manifest_names_is_loaded_and_what_killed_runs_left_goes(tmp_path):
+    folder = save(tmp_path, _checkpoint(1), keep=2)
+    (folder / "more.json").write_text("{}")
+    assert "more" not in load(folder).documents
+    (tmp_path / ".step-00000009.partial").mkdir()
+    save(tmp_path, _checkpoint(2), keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
 
 
 def test_saving_a_step_again_replaces_it_whole(tmp_path):

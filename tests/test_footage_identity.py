@@ -11,6 +11,7 @@ def _clip(name, **changes):
         clip_id=name, source=f"/videos/{name}.mp4", source_sha256=name * 8, source_height=90, source_width=160,
         frames_per_second=15.0, first_frame=0, num_frames=80, frame_stride=1,
         crop=Crop(left=0, top=0, width=90, height=90),
+        height=64, width=64,
         keypoints_file=f"keypoints/{name}", tensors_file=f"clips/{name}", statistics={"motion": 0.1},
     )  # fmt: skip
     return dataclasses.replace(clip, **changes)

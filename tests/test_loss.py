@@ -7,7 +7,7 @@ from mimicmotion.diffusion import preconditioning
 
 def denoising_loss(*inputs):
     """Of all clips."""
-    return losses.denoising_loss(*inputs).mean()
+    return losses.denoising_loss(*inputs).clips.mean()
 
 
 def _case(B=3):
@@ -23,6 +23,20 @@ def test_loss_is_the_error_of_the_networks_target():
     wanted = ((output - target) ** 2).mean()
     loss = denoising_loss(output, noisy, clean, sigma, torch.ones(3, 2, 1, 5, 6))
     torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=0)
+
+
+def test_the_loss_in_hands_is_the_plain_mean_there_and_none_without_hands():
+    output, noisy, clean, sigma = _case()
+    region = torch.zeros(3, 2, 1, 5, 6)
+    region[0, 1, 0, 1:3, 2:5] = region[2, :, :, 4] = 1
+    output.requires_grad_()
+    found = losses.denoising_loss(output, noisy, clean, sigma, 1 + 9 * region).hands
+    got = preconditioning(sigma.view(-1, 1, 1, 1, 1))
+    error = (output - (clean - got.c_skip * noisy) / got.c_out).detach() ** 2
+    for clip in (0, 2):
+        wanted = error[clip][region[clip].expand(2, 4, 5, 6) == 1].mean()
+        torch.testing.assert_close(found[clip], wanted, rtol=1e-4, atol=0)
+    assert found[1].isnan() and not found.requires_grad
 
 
 def test_hand_region_weighs_ten_before_the_mean():

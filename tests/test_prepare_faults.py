@@ -4,7 +4,11 @@ import errno
 import io
 import os
 import re
-from collections.abc import Iterable
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +23,8 @@ from test_prepare import RECIPE, CountingCodec, make
 from mimicmotion import prepare as command
 from mimicmotion.data import cache, clip_maker, preparation, watching
 from mimicmotion.data.cache import Drop, Manifest, NotWritableError, check_writable
+from mimicmotion.data.clip_maker import Recipe
+from mimicmotion.data.curate import Bounds
 from mimicmotion.data.film import DECODER
 from mimicmotion.data.footage import find_videos, not_looked_at
 from mimicmotion.data.poses import PoseTrack
@@ -26,6 +32,7 @@ from mimicmotion.data.preparation import prepare
 from mimicmotion.data.progress import VideoProgress
 from mimicmotion.model.encoders import PatchCodec
 from mimicmotion.paths import printable
+from mimicmotion.stopping import SIGNALS
 
 
 class Failing(Swaying):
@@ -138,6 +145,71 @@ def test_one_stop_ends_the_others_soon(clips: list[Path], tmp_path: Path) -> Non
     with pytest.raises(NotWritableError):
         make(tmp_path / "p", clips, poses=Waiting())
     assert len(seen) <= 12 + 2
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell ignores it
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+class Interrupted(Swaying):
+    """Ctrl-C at a frame of the second video, which has 10."""
+
+    def track(self, frames: Iterable[np.ndarray]) -> PoseTrack:
+        def until_asked() -> Iterable[np.ndarray]:
+            for index, frame in enumerate(frames):
+                yield frame
+                if self.num_videos == 2 and index == 4:
+                    os.kill(os.getpid(), signal.SIGINT)
+                    time.sleep(0.5)  # until the first thread has heard of it
+
+        return super().track(until_asked())
+
+
+def test_ctrl_c_keeps_what_is_whole_and_the_same_command_goes_on(
+    clips: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    handlers: None,
+) -> None:
+    backend: list[Swaying] = [Interrupted()]
+    monkeypatch.setattr(command, "load_backend", lambda name, dwpose_dir: backend[-1])
+    monkeypatch.setattr(command, "Recipe", lambda **given: Recipe(**given | {"bounds": Bounds(min_frames=1)}))
+    words = ["--videos", str(clips[0].parent), "--prepared", str(tmp_path / "p"), "--workers", "1"]
+    words += ["--height", "64", "--width", "64", "--num-frames", "8"]
+    monkeypatch.setattr("sys.argv", ["prepare.py", *words])
+    with pytest.raises(SystemExit) as ended:
+        command.main()
+    said = capfd.readouterr()
+    assert ended.value.code == 130 and "Traceback" not in said.err
+    assert "Ctrl-C: videos under way are left at their next frame; again ends at once" in said.err
+    assert "stopped by Ctrl-C: what is whole stays, and the same command goes on from it" in said.err
+    assert backend[-1].num_videos == 2 and "c.mp4" not in said.out
+    (tmp_path / "p" / "clips" / ".killed.safetensors.x.tmp").write_bytes(bytes(9))  # by an earlier kill
+    backend.append(Swaying())
+    command.main()
+    assert backend[-1].num_videos == 2, "the first video's poses were whole"
+    assert len(Manifest.read(tmp_path / "p").clips) == 3 and not list((tmp_path / "p").rglob("*.tmp"))
+
+
+def test_two_processes_never_prepare_one_folder(clips: list[Path], tmp_path: Path) -> None:
+    folder = tmp_path / "p"
+
+    class Meeting(Swaying):
+        def track(self, frames: Iterable[np.ndarray]) -> PoseTrack:
+            code = "import sys, pathlib\nfrom mimicmotion.data import preparation as p\n"
+            code += "p.prepare([], pathlib.Path(sys.argv[1]), recipe=None, poses=None, encoder=None)"
+            late.append(subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True))
+            return super().track(frames)
+
+    late: list[subprocess.CompletedProcess[str]] = []
+    make(folder, clips[:1], poses=Meeting())
+    assert re.search(rf"p is being prepared by process {os.getpid()} on .* since 20.*; wait for that", late[0].stderr)
 
 
 def test_the_folder_is_tried_before_any_work(clips: list[Path], tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ def _row(step, *, is_skipped=False):
     return {
         "step": step, "loss": None if is_skipped else 1 / step, "gradient_norm": None if is_skipped else 2.0,
         "learning_rate": 1e-3, "is_skipped": is_skipped, "clip_losses": [] if is_skipped else [[0.2, 0.1], [5.0, 0.7]],
+        "hand_loss": None if is_skipped or step == 3 else 0.9, **({"pose_share": 0.05} if step == 4 else {}),
         "num_clips": 8, "peak_gib": 21.5, "seconds": 3.0, "waiting_seconds": 1.0,
         **({"clips": ["a <b>"]} if is_skipped else {}),
     }  # fmt: skip
@@ -26,7 +27,9 @@ def test_figures_of_a_step():
         "loss": 0.25, "gradient_norm": 2.0, "learning_rate": 1e-3, "skipped": 0.0, "time/seconds a step": 4.0,
         "time/clips a second": 2.0, "time/share waiting for data": 0.25, "memory/peak GiB": 21.5,
         "loss by sigma/0 to 0.3": 0.1, "loss by sigma/3 to 10": 0.7,
+        "loss in hands": 0.9, "PoseNet's share of conv_in": 0.05,
     }  # fmt: skip
+    assert not {"loss in hands", "PoseNet's share of conv_in"} & set(scalars(_row(3)))  # no hand, not logged
     assert "loss" not in scalars(_row(4, is_skipped=True)) and scalars(_row(4, is_skipped=True))["skipped"] == 1.0
 
 
@@ -67,7 +70,11 @@ def test_the_page_opens_by_itself_and_shows_what_the_run_did(tmp_path):
     assert "patch &lt;codec&gt;" in page and "http" not in page.replace("http://www.w3.org", "").replace(
         "http://purl.org", ""
     ).replace("https://matplotlib.org", "").replace("http://creativecommons.org", "")
-    assert "<video" not in page
+    assert "<video" not in page and "<!-- loss in hands -->" in page and "PoseNet's share" not in page
+    for step in (4, 5):
+        record.add(_row(step))
+    record.draw()
+    assert "<!-- PoseNet's share -->" in (tmp_path / "index.html").read_text()
     drawn = ElementTree.fromstring(page[page.index("<svg") : page.index("</svg>") + len("</svg>")])
     assert len(list(drawn.iter("{http://www.w3.org/2000/svg}path"))) > 10
     (tmp_path / "sample.mp4").write_bytes(b"")

@@ -33,7 +33,8 @@ def clip(number: int, source: str, **changes: Any) -> Clip:
     fields: dict[str, Any] = {
         "clip_id": f"clip-{number}", "source": source, "source_sha256": "", "source_height": 64, "source_width": 48,
         "frames_per_second": 20.0, "first_frame": 0, "num_frames": 30, "frame_stride": 1,
-        "crop": Crop(left=0, top=0, width=48, height=64), "keypoints_file": "", "tensors_file": "",
+        "crop": Crop(left=0, top=0, width=48, height=64), "height": 128, "width": 96,
+        "keypoints_file": "", "tensors_file": "",
         "statistics": {"num_frames": 30.0, "confidence": 0.9, "motion": 0.01},
     }  # fmt: skip
     return Clip(**fields | changes)

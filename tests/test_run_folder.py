@@ -4,7 +4,8 @@ import textwrap
 
 import pytest
 
-from mimicmotion.run_folder import owned, sign
+from mimicmotion.data.ownership import sign
+from mimicmotion.run_folder import owned
 
 
 def _owner(run_dir):
@@ -12,7 +13,8 @@ def _owner(run_dir):
     script = f"""
         import sys
         from pathlib import Path
-        from mimicmotion.run_folder import owned, sign
+        from mimicmotion.data.ownership import sign
+        from mimicmotion.run_folder import owned
         with owned(Path({str(run_dir)!r})):
             sign(Path({str(run_dir)!r}))
             print("mine", flush=True)

@@ -61,6 +61,19 @@ def test_pose_features_are_added_once_right_after_the_first_convolution():
 
 
 @torch.no_grad()
+def test_the_share_of_poses_is_of_the_clips_that_keep_them():
+    model, inputs = _model(), _inputs(B=2)
+    plain = model(**inputs, pose_keep=torch.tensor([1.0, 0.0]))
+    assert model.pose_squares is None
+    model.pose_squares = []
+    assert torch.equal(model(**inputs, pose_keep=torch.tensor([1.0, 0.0])), plain)
+    features = model.pose_net(inputs["pose"][0])
+    whole = model.unet.conv_in(inputs["sample"][0]) + features
+    wanted = torch.stack([features.square().sum(), whole.square().sum()])
+    torch.testing.assert_close(model.pose_squares, [wanted], rtol=1e-5, atol=0)
+
+
+@torch.no_grad()
 def test_hook_is_gone_after_the_call_and_after_an_error():
     model, inputs = _model(), _inputs()
     assert type(model.unet) is UNetSpatioTemporalConditionModel

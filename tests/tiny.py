@@ -1,6 +1,7 @@
 """A model of a few hundred thousand parameters with the real block structure, and clips made of noise."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from mimicmotion.config import (
     TrainerConfig,
 )
 from mimicmotion.data.footage_identity import FootageIdentity
+from mimicmotion.shapes import Bucket
 
 MODEL = ModelConfig(
     block_out_channels=(64, 64, 64, 64),
@@ -51,6 +53,17 @@ class NoiseClips:
     def clip_of(self, step: int, sample_id: int) -> str:
         """The name of a sample's clip."""
         return f"noise {1000 * step + sample_id}"
+
+    def bucket_of(self, step: int) -> Bucket:
+        """The one shape of the run."""
+        return self.config.data.buckets[0]
+
+    def place(self) -> dict[str, Any]:
+        """Noise has no order to go on in."""
+        return {}
+
+    def go_on_from(self, place: Mapping[str, Any], step: int) -> None:
+        """Noise follows from the step alone."""
 
     def sample(self, step: int, sample_id: int) -> dict[str, Any]:
         data, generator = self.config.data, torch.Generator().manual_seed(1000 * step + sample_id)

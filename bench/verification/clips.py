@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from bench.verification.device import Gpu
 from mimicmotion.config import LATENT_STRIDE, Config
 from mimicmotion.data.footage_identity import FootageIdentity
 from mimicmotion.fitting import Fitting
+from mimicmotion.shapes import Bucket
 from mimicmotion.trainer import Trainer
 from mmkernels.planning.choices import Plan
 
@@ -28,6 +29,17 @@ class NoiseClips:
     def clip_of(self, step: int, sample_id: int) -> str:
         """The name of a sample's clip."""
         return f"noise {1000 * step + sample_id}"
+
+    def bucket_of(self, step: int) -> Bucket:
+        """The one shape of the run."""
+        return self.config.data.buckets[0]
+
+    def place(self) -> dict[str, Any]:
+        """Noise has no order to go on in."""
+        return {}
+
+    def go_on_from(self, place: Mapping[str, Any], step: int) -> None:
+        """Noise follows from the step alone."""
 
     def sample(self, step: int, sample_id: int) -> dict[str, Any]:
         """One clip."""

@@ -195,9 +195,12 @@ class Clip:
     num_frames: int
     frame_stride: int  # of the source's frames at one rate, from first_frame on, every frame_stride-th is kept
     crop: Crop
+    height: int  # pixels of the frames that the crop was scaled to
+    width: int
     keypoints_file: str  # relative to the prepared folder; of the whole source at frame_stride, full frame
     tensors_file: str  # relative to the prepared folder; latents, image_embedding, keypoints in the crop
     statistics: dict[str, float]
+    is_mirrored: bool = False  # tensors_file holds the clip flipped left to right; keypoints_file is as filmed
     notes: list[str] = field(default_factory=list)  # what of the video's own statements was overruled
 
     @property
@@ -238,6 +241,7 @@ class Manifest:
 
     height: int
     width: int
+    sizes: list[str] = field(default_factory=list)  # further ones, as 576x1024: a clip has one of all
     num_frames: int  # every clip has at least this many
     encoder_name: str  # as asked for: "patch-codec (stand-in)", a folder's path or a hub id
     encoder_version: str
@@ -248,6 +252,7 @@ class Manifest:
     decoder: str  # and its version
     encoder_device: str  # kind of device
     frame_stride: int  # every clip's
+    with_mirrored: bool = False  # whether each clip is there a second time, flipped left to right
     bounds: dict[str, Any]  # what clips were held to, by the names of curate.Bounds
     clips: list[Clip]
     dropped: list[Drop] = field(default_factory=list)

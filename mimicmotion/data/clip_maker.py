@@ -1,9 +1,10 @@
 """The clips of one video: poses, curation, crop, latents. Each stage is cached under a key of all it follows from."""
 
 import traceback
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
+from math import isclose, log
 from os import cpu_count
 from pathlib import Path
 from threading import Event, Lock
@@ -28,10 +29,12 @@ from mimicmotion.data.curate import Bounds, Watched, measure, reasons_to_drop, s
 from mimicmotion.data.film import VideoError
 from mimicmotion.data.footage import VideoProperties, decode, read_properties
 from mimicmotion.data.poses import PoseBackend
+from mimicmotion.data.poses.keypoints import mirrored
 from mimicmotion.data.progress import VideoProgress, Work
 from mimicmotion.data.watching import keep, kept, watch, watched_file
 from mimicmotion.model.encoders import SPATIAL_FACTOR, Encoder
 from mimicmotion.paths import printable
+from mimicmotion.shapes import size_of
 
 # Bumped where the meaning of a clip's file changes, so that old files are not met.
 TENSORS_FORMAT = 3
@@ -43,16 +46,19 @@ class Recipe:
 
     height: int  # pixels, a multiple of 8
     width: int  # pixels, a multiple of 8
+    sizes: tuple[str, ...] = ()  # further ones, as 576x1024; a clip has the one nearest its video's
     num_frames: int  # frames of a training clip; shorter stretches of a video are dropped
     frame_stride: int = 1  # every frame_stride-th frame of a video is kept
     bounds: Bounds = field(default_factory=Bounds)
+    with_mirrored: bool = False  # each clip a second time, flipped left to right
     frames_at_once: int = 16  # encoded together
     workers: int | None = None  # videos worked on at once; None is one a processor core
 
     def __post_init__(self) -> None:
-        for name in ("height", "width"):
-            if getattr(self, name) < SPATIAL_FACTOR or getattr(self, name) % SPATIAL_FACTOR:
-                raise ValueError(f"got {name} {getattr(self, name)}, wanted a positive multiple of {SPATIAL_FACTOR}")
+        for size in ((self.height, self.width), *map(size_of, self.sizes)):
+            for name, side in zip(("height", "width"), size, strict=True):
+                if side < SPATIAL_FACTOR or side % SPATIAL_FACTOR:
+                    raise ValueError(f"got {name} {side}, wanted a positive multiple of {SPATIAL_FACTOR}")
         for name in ("num_frames", "frame_stride", "frames_at_once"):
             if getattr(self, name) < 1:
                 raise ValueError(f"got {name} {getattr(self, name)}, wanted at least 1")
@@ -65,6 +71,18 @@ class Recipe:
     def num_workers(self, num_videos: int) -> int:
         """Videos worked on at once."""
         return max(1, self.workers or min(num_videos, cpu_count() or 1))
+
+    def shaped(self, source_height: int, source_width: int) -> "Recipe":
+        """For a video of this shape: with one size, of the nearest aspect ratio the largest that the video fills.
+
+        Where it fills none, the smallest of that ratio.
+        """
+        sizes = [(self.height, self.width), *map(size_of, self.sizes)]
+        away = {size: abs(log(size[0] / size[1] * source_width / source_height)) for size in sizes}
+        near = sorted(size for size in sizes if isclose(away[size], min(away.values()), abs_tol=1e-9))
+        filled = [size for size in near if size[0] <= source_height and size[1] <= source_width]
+        height, width = filled[-1] if filled else near[0]
+        return replace(self, height=height, width=width, sizes=())
 
 
 @dataclass(frozen=True)
@@ -98,9 +116,13 @@ class ClipMaker:
         self.poses = poses
         self.progress = progress
         self._bounds = recipe.held_to
-        self._encoder = encoder
+        self.encoder = encoder
         self._encoder_lock = Lock()
         self._is_stopped = Event()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As another process gets it: with a progress of its own, and poses and encoder loaded there."""
+        return _maker_elsewhere, (self._prepared, self.recipe, self.poses, self.encoder)
 
     def stop(self) -> None:
         """Videos under way raise StoppedError at their next frame, later ones at once."""
@@ -123,7 +145,7 @@ class ClipMaker:
         except (VideoError, OSError) as error:
             return [self._drop(path, "decode", str(error))]
         except NotFiniteError as error:
-            made_by = f"{self.poses.name} {self.poses.version}, {self._encoder.name} {self._encoder.version}"
+            made_by = f"{self.poses.name} {self.poses.version}, {self.encoder.name} {self.encoder.version}"
             return [self._drop(path, "check", f"gives values that are {error} (made by {made_by})")]
         except Exception as error:  # one video must not take the others with it
             place = traceback.extract_tb(error.__traceback__)[-1]
@@ -143,7 +165,7 @@ class ClipMaker:
         if longest < self._bounds.min_frames:
             return [self._drop_all(source, len(found), longest)]
         with closing(self._all_frames(source)) as frames:
-            made = [self._make_clip(source, rows, frames) for rows in found]
+            made = [part for rows in found for part in self._make_clips(source, rows, frames)]
         num_short = sum(isinstance(part, Drop) and part.stage == "split" for part in made)
         if num_short:
             self.progress.say(
@@ -160,33 +182,42 @@ class ClipMaker:
         reasons = [f"{reason}, fewer than {self._bounds.min_frames}", *reasons_to_drop(measures, self._bounds)]
         return self._drop(source.path, "curate", "; ".join(reasons), **self._place(source, whole, measures))
 
-    def _make_clip(self, source: Source, rows: slice, frames: Iterator[tuple[int, np.ndarray]]) -> Clip | Drop:
+    def _make_clips(
+        self, source: Source, rows: slice, frames: Iterator[tuple[int, np.ndarray]]
+    ) -> Sequence[Clip | Drop]:
         """One stretch of a video, if it is good enough; frames are the video's from an earlier stretch on."""
-        path, properties, recipe = source.path, source.properties, self.recipe
+        path, properties = source.path, source.properties
+        recipe = self.recipe.shaped(properties.height, properties.width)
         keypoints = source.watched.track.keypoints[rows]
         crop = person_crop(keypoints, properties.height, properties.width, recipe.height, recipe.width)
         measures = measure(source.watched, rows, crop)
         place = self._place(source, rows, measures)
         reasons = reasons_to_drop(measures, self._bounds)
         if measures["num_frames"] < self._bounds.min_frames:
-            return Drop(source=str(path.absolute()), stage="split", reason="; ".join(reasons), **place)
+            return [Drop(source=str(path.absolute()), stage="split", reason="; ".join(reasons), **place)]
         first, last = place["first_frame"], place["first_frame"] + (len(keypoints) - 1) * recipe.frame_stride
         where = "" if len(keypoints) == len(source.watched) else f" {first} to {last}"
         if reasons:
-            return self._drop(path, "curate", "; ".join(reasons), where, **place)
-        tensors_file = self.encode(source, rows, crop, frames)
+            return [self._drop(path, "curate", "; ".join(reasons), where, **place)]
+        files = self.encode(source, rows, crop, frames)
         said = f"{printable(path.name)}{where}: kept, {len(keypoints)} frames"
         self.progress.say("; ".join([said, *properties.notes]))
-        return Clip(
-            clip_id=f"{printable(path.stem)}-{source.sha256[:8]}-{first}",
-            source=str(path.absolute()),
-            source_sha256=source.sha256,
-            frames_per_second=properties.frames_per_second / recipe.frame_stride,
-            crop=crop,
-            tensors_file=tensors_file,
-            notes=list(properties.notes),
-            **place,
-        )
+        return [
+            Clip(
+                clip_id=f"{printable(path.stem)}-{source.sha256[:8]}-{first}{'-mirrored' if is_mirrored else ''}",
+                source=str(path.absolute()),
+                source_sha256=source.sha256,
+                frames_per_second=properties.frames_per_second / recipe.frame_stride,
+                crop=crop,
+                height=recipe.height,
+                width=recipe.width,
+                tensors_file=tensors_file,
+                is_mirrored=is_mirrored,
+                notes=list(properties.notes),
+                **place,
+            )
+            for is_mirrored, tensors_file in files.items()
+        ]
 
     def _place(self, source: Source, rows: slice, measures: dict[str, float]) -> dict[str, Any]:
         stride = self.recipe.frame_stride
@@ -237,41 +268,57 @@ class ClipMaker:
         finally:
             work.finish()
 
-    def encode(self, source: Source, rows: slice, crop: Crop, frames: Iterator[tuple[int, np.ndarray]]) -> str:
-        """Write the tensors of a stretch, unless they are there; returns their file."""
-        recipe, encoder = self.recipe, self._encoder
+    def encode(
+        self, source: Source, rows: slice, crop: Crop, frames: Iterator[tuple[int, np.ndarray]]
+    ) -> dict[bool, str]:
+        """Write the tensors of a stretch, unless they are there; their files, as filmed (False) and mirrored (True)."""
+        encoder, recipe = self.encoder, self.recipe.shaped(source.properties.height, source.properties.width)
         inputs = [
             TENSORS_FORMAT, source.keypoints_file, rows.start, rows.stop, asdict(crop), recipe.height, recipe.width,
             encoder.name, encoder.version, encoder.device,
         ]  # fmt: skip
-        name = f"clips/{content_key(inputs)}.safetensors"
-        if load_intact(self._prepared / name) is None:
-            save_tensors(self._prepared / name, self.tensors(source, rows, crop, frames))
-        return name
+        names = {
+            is_mirrored: f"clips/{content_key([*inputs, is_mirrored])}.safetensors"
+            for is_mirrored in ((False, True) if recipe.with_mirrored else (False,))
+        }
+        if any(load_intact(self._prepared / name) is None for name in names.values()):
+            for is_mirrored, tensors in self.tensors(source, rows, crop, frames).items():
+                save_tensors(self._prepared / names[is_mirrored], tensors)
+        return names
 
     def tensors(
         self, source: Source, rows: slice, crop: Crop, frames: Iterator[tuple[int, np.ndarray]]
-    ) -> dict[str, torch.Tensor]:
-        """What is kept of a stretch: latents, their deviation, image embeddings and keypoints in the crop."""
-        recipe, keypoints = self.recipe, source.watched.track.keypoints[rows]
-        means, deviations, embeddings = [], [], []
+    ) -> dict[bool, dict[str, torch.Tensor]]:
+        """What is kept of a stretch, as filmed and mirrored: latents, deviation, embeddings, cropped keypoints."""
+        keypoints, (height, width) = (
+            source.watched.track.keypoints[rows],
+            (source.properties.height, source.properties.width),
+        )
+        recipe, placed = self.recipe.shaped(height, width), crop_keypoints(keypoints, crop, height, width)
+        encoded: dict[bool, list[tuple[torch.Tensor, ...]]] = {False: []} | ({True: []} if recipe.with_mirrored else {})
         for batch in _batches(_between(frames, rows), recipe.frames_at_once):
             cropped = np.stack([crop_frame(frame, crop, recipe.height, recipe.width) for frame in batch])
             pictures = torch.from_numpy(cropped).permute(0, 3, 1, 2).float() / 127.5 - 1  # (F, 3, H, W)
-            with self._encoder_lock:  # one batch on the device at a time, however many videos are worked on
-                mean, deviation = self._encoder.distribution(pictures)
-                embeddings.append(self._encoder.embed(pictures).half())
-            means.append(mean.half())
-            deviations.append(deviation.half())
-        if sum(map(len, means)) != len(keypoints):
+            for is_mirrored, parts in encoded.items():
+                shown = pictures.flip(-1) if is_mirrored else pictures
+                with self._encoder_lock:  # one batch on the device at a time, however many videos are worked on
+                    parts.append((*self.encoder.distribution(shown), self.encoder.embed(shown)))
+        if sum(len(mean) for mean, *_ in encoded[False]) != len(keypoints):
             raise VideoError(f"had {len(source.watched)} frames when poses were found and has fewer now")
-        placed = crop_keypoints(keypoints, crop, source.properties.height, source.properties.width)
-        return {
-            "latents": torch.cat(means),  # (F, 4, h, w), unscaled
-            "latents_deviation": torch.cat(deviations),  # (F, 4, h, w), unscaled
-            "image_embedding": torch.cat(embeddings),  # (F, 1024)
-            "keypoints": torch.from_numpy(placed),  # (F, 128, 3)
-        }
+        made = {}
+        for is_mirrored, parts in encoded.items():
+            mean, deviation, embedding = (torch.cat(values).half() for values in zip(*parts, strict=True))
+            made[is_mirrored] = {
+                "latents": mean,  # (F, 4, h, w), unscaled
+                "latents_deviation": deviation,  # (F, 4, h, w), unscaled
+                "image_embedding": embedding,  # (F, 1024)
+                "keypoints": torch.from_numpy(mirrored(placed) if is_mirrored else placed),  # (F, 128, 3)
+            }
+        return made
+
+
+def _maker_elsewhere(prepared: Path, recipe: Recipe, poses: PoseBackend, encoder: Encoder) -> ClipMaker:
+    return ClipMaker(prepared, recipe, poses, encoder, VideoProgress())
 
 
 def _between(frames: Iterator[tuple[int, np.ndarray]], rows: slice) -> Iterator[np.ndarray]:

@@ -2,9 +2,14 @@
 
 A sample follows from (seed, step, sample_id) alone: no ambient random state, so a resumed run sees the same samples.
 Frame 0 is the reference frame, frames 1 on are consecutive, as inference tiles [0, i+1 ... i+71].
+
+An epoch takes each clip once for each window of F - 1 frames that fits into it beside the others, so that footage
+counts by its length: cut into two clips or left in one, a dance is seen as often. The windows of a clip lie end to end
+from a frame that each epoch draws anew; the reference frame is drawn for each from the whole clip.
 """
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +24,10 @@ from mimicmotion.data.crop import crop_frame
 from mimicmotion.data.footage import decode
 from mimicmotion.data.footage_identity import FootageIdentity
 from mimicmotion.data.held_out import split
+from mimicmotion.data.order import Order, Place, number_of
 from mimicmotion.data.poses import draw, drawing_scale
 from mimicmotion.data.poses.keypoints import HANDS
+from mimicmotion.shapes import Bucket
 
 # The released model was always told 7 frames a second and motion 127, whatever the video: so is it in training.
 CONDITIONED_FRAMES_PER_SECOND = 7
@@ -32,54 +39,78 @@ HAND_MARGIN = 0.1  # of the box's longer side, on each side; joints end before f
 
 
 class ClipDataset:
-    """The clips of a prepared folder as samples of num_frames frames.
+    """The clips of a prepared folder as samples of num_frames frames, or of the most of `lengths` that a clip fills.
 
-    Raises ValueError where the folder is not prepared or a clip is shorter than num_frames.
+    Raises ValueError where the folder is not prepared or a clip is shorter than all of these.
     """
 
     def __init__(
-        self, prepared: Path, num_frames: int, seed: int, *, held_out: float = 0.0, is_held_out: bool = False,
-        hand_confidence: float = HAND_CONFIDENCE,
+        self, prepared: Path, num_frames: int, seed: int, *, batch_size: int = 1, lengths: Sequence[int] = (),
+        held_out: float = 0.0, is_held_out: bool = False, hand_confidence: float = HAND_CONFIDENCE,
+        draw_latents: bool = False,
     ) -> None:  # fmt: skip
-        """held_out: share of the source videos that is set aside; is_held_out: this dataset is of those."""
+        """batch_size: samples a step over all ranks. lengths: below num_frames, for clips that are too short for it.
+
+        held_out: share of the source videos that is set aside; is_held_out: this dataset is of those.
+        draw_latents: samples hold latents drawn from the encoder's distribution and not its mean.
+        """
         self.prepared = prepared
         self.manifest = Manifest.read(prepared)
         self.identity = FootageIdentity.of(self.manifest)
         parts = split(self.manifest.clips, held_out, seed)
         self.num_held_out, chosen = len(parts[1]), parts[int(is_held_out)]
         self.manifest = replace(self.manifest, clips=[clip for clip in self.manifest.clips if clip.clip_id in chosen])
-        self.num_frames = num_frames
+        self._lengths = (num_frames, *lengths)
         self.seed = seed
         self._hand_confidence = hand_confidence
+        self._draw_latents = draw_latents and not is_held_out  # what is looked at stays the same
         self._clips = {clip.clip_id: clip for clip in self.manifest.clips}
         if num_frames < 2:
             raise ValueError(f"got num_frames {num_frames}, wanted at least 2: a reference and one more")
         if not self._clips:
             raise ValueError(f"got {prepared}, whose manifest holds no clip; run prepare again")
+        self._samples: dict[Bucket, list[tuple[str, int]]] = {}  # a clip's name and which of its windows
         for clip in self.manifest.clips:
-            if clip.num_frames < num_frames:
-                raise ValueError(
-                    f"got num_frames {num_frames} and clip {clip.clip_id} of {clip.num_frames} frames; prepare again"
-                    f" for {num_frames} frames, which leaves it out"
-                )
+            bucket = _bucket(clip, self._lengths)
+            windows = clip.num_frames // (bucket.num_frames - 1)
+            self._samples.setdefault(bucket, []).extend((clip.clip_id, window) for window in range(windows))
+        self._by_name = {str(bucket): bucket for bucket in self._samples}
+        self._order = Order(self._counts(), batch_size, seed, Place())
 
     def __len__(self) -> int:
-        """Number of different windows, over all clips."""
-        return sum(self._num_windows(clip) for clip in self.manifest.clips)
+        """Number of samples of an epoch, over all buckets."""
+        return sum(self.buckets.values())
+
+    @property
+    def buckets(self) -> dict[Bucket, int]:
+        """The shapes that there are and the samples of an epoch of each, the largest shape first."""
+        return {bucket: len(self._samples[bucket]) for bucket in sorted(self._samples, reverse=True)}
 
     @property
     def clip_ids(self) -> list[str]:
         """The clips' names, in the manifest's order."""
         return list(self._clips)
 
-    def sample(self, step: int, sample_id: int) -> dict[str, Any]:
-        """Sample sample_id of a step: a random clip, window and reference frame, each window equally likely.
+    def bucket_of(self, step: int) -> Bucket:
+        """The shape of a step's samples, on all ranks."""
+        return self._by_name[self._order.bucket(step)]
 
-        Returns latents (F, 4, h, w) float32 scaled, reference_latent (4, h, w) unscaled, image_embedding (1, 1024),
+    def sample(self, step: int, sample_id: int) -> dict[str, Any]:
+        """Sample sample_id of a step, as `data/order.py` and the module's docstring say.
+
+        Returns latents and latents_deviation (F, 4, h, w) float32 scaled, reference_latent (4, h, w) unscaled,
+        image_embedding (1, 1024),
         keypoints (F, 128, 3), pose (F, 3, H, W) in [-1, 1], loss_weight (F, 1, h, w), fps, motion_bucket, sample_id,
         and what was chosen: clip_id, reference, start.
         """
-        return {**self.clip(*self._draw(step, sample_id)), "sample_id": sample_id}
+        clip_id, reference, start, num_frames = self._draw(step, sample_id)
+        sample = {**self.clip(clip_id, reference, start, num_frames), "sample_id": sample_id}
+        if self._draw_latents:  # but for reference_latent, which is the mean in sampling too
+            seed = np.random.SeedSequence([self.seed, step, sample_id]).spawn(1)[0].generate_state(1, np.uint64)[0]
+            generator = torch.Generator().manual_seed(int(seed) >> 1)
+            noise = torch.randn(sample["latents"].shape, generator=generator)
+            sample["latents"] = sample["latents"] + sample["latents_deviation"] * noise
+        return sample
 
     def frames_per_second(self, clip_id: str) -> float:
         """The rate of a clip's frames. Raises ValueError where there is none of that name."""
@@ -89,23 +120,59 @@ class ClipDataset:
         """Name of the clip that `sample` takes."""
         return self._draw(step, sample_id)[0]
 
-    def _draw(self, step: int, sample_id: int) -> tuple[str, int, int]:
-        """The clip's name, the reference frame and the first frame of a sample."""
-        random = np.random.default_rng(np.random.SeedSequence([self.seed, step, sample_id]))
-        window = int(random.integers(len(self)))
-        for clip in self.manifest.clips:
-            if window < self._num_windows(clip):
-                return clip.clip_id, int(random.integers(clip.num_frames)), window
-            window -= self._num_windows(clip)
-        raise AssertionError("a window lies within one of the clips")
+    def _draw(self, step: int, sample_id: int) -> tuple[str, int, int, int]:
+        """The clip's name, the reference frame, the first frame and the number of frames of a sample."""
+        pick = self._order.pick(step, sample_id)
+        bucket = self._by_name[pick.bucket]
+        clip_id, window = self._samples[bucket][pick.sample]
+        clip, length = self._clips[clip_id], bucket.num_frames - 1
+        of_epoch = [self.seed, pick.epoch, number_of(clip_id)]
+        first = int(np.random.default_rng(np.random.SeedSequence(of_epoch)).integers(clip.num_frames % length + 1))
+        random = np.random.default_rng(np.random.SeedSequence([*of_epoch, window]))
+        return clip_id, int(random.integers(clip.num_frames)), first + window * length, bucket.num_frames
+
+    def _counts(self) -> dict[str, int]:
+        return {str(bucket): len(samples) for bucket, samples in self._samples.items()}
+
+    def _digests(self) -> dict[str, str]:
+        """Of what the order of each bucket follows from."""
+        return {
+            str(bucket): hashlib.sha256(f"{self.seed} {samples}".encode()).hexdigest()[:16]
+            for bucket, samples in self._samples.items()
+        }
+
+    def place(self) -> dict[str, Any]:
+        """Where the order of samples began to be counted and of what, as JSON values; `go_on_from` takes it up."""
+        order = self._order
+        place = {"step": order.place.step, "taken": dict(order.place.taken)}
+        counted = {"num_samples": order.num_samples, "batch_size": order.batch_size, "seed": order.seed}
+        return {**place, **counted, "digests": self._digests()}
+
+    def go_on_from(self, place: Mapping[str, Any], step: int) -> None:
+        """Go on at a step of a run with the same or with another batch size or other clips.
+
+        Another batch size goes on within the epoch, with the samples that are still to come. A bucket whose clips or
+        seed are others begins its next epoch.
+        """
+        begun = Place(step=place["step"], taken=place["taken"])
+        before = Order(place["num_samples"], place["batch_size"], place["seed"], begun)
+        counts, digests, order = self._counts(), self._digests(), self._order
+        if (digests, order.batch_size) == (place["digests"], before.batch_size):
+            self._order = Order(counts, order.batch_size, self.seed, begun)
+            return
+        taken = before.taken(step)
+        for name in taken.keys() & counts.keys():
+            if digests[name] != place["digests"][name]:
+                taken[name] = -(-taken[name] // before.num_samples[name]) * counts[name]
+        self._order = Order(counts, order.batch_size, self.seed, Place(step=step, taken=taken))
 
     def clip(self, clip_id: str, reference: int, start: int, num_frames: int | None = None) -> dict[str, Any]:
-        """Frame `reference` of a clip, then num_frames - 1 frames from start on (default: the dataset's num_frames).
+        """Frame `reference` of a clip, then num_frames - 1 frames from start on (default: as many as it is trained in).
 
         Keys as in sample, with sample_id -1. Raises ValueError where the frames are not in the clip.
         """
         chosen = self._clip(clip_id)
-        num_frames = num_frames or self.num_frames
+        num_frames = num_frames or _bucket(chosen, self._lengths).num_frames
         stop = start + num_frames - 1
         if not (0 <= start < stop <= chosen.num_frames and 0 <= reference < chosen.num_frames):
             raise ValueError(
@@ -114,12 +181,11 @@ class ClipDataset:
             )
         stored = self._read(chosen, reference, start, stop)
         latents, keypoints = stored["latents"].float(), stored["keypoints"]
-        short_side, stroke = drawing_scale(self.manifest.height, self.manifest.width)
-        pictures = draw(
-            keypoints.numpy(), self.manifest.height, self.manifest.width, short_side=short_side, stroke=stroke
-        )
+        short_side, stroke = drawing_scale(chosen.height, chosen.width)
+        pictures = draw(keypoints.numpy(), chosen.height, chosen.width, short_side=short_side, stroke=stroke)
         return {
             "latents": latents * self.manifest.scaling_factor,
+            "latents_deviation": stored["latents_deviation"].float() * self.manifest.scaling_factor,
             "reference_latent": latents[0].clone(),
             "image_embedding": stored["image_embedding"].float(),
             "keypoints": keypoints,
@@ -149,12 +215,10 @@ class ClipDataset:
         film = decode(source, frame_stride=chosen.frame_stride)
         for row, frame in enumerate(_until(film, chosen.rows.start + max(indices))):
             if (index := row - chosen.rows.start) in wanted:
-                picture = crop_frame(frame, chosen.crop, self.manifest.height, self.manifest.width)
-                pictures[index] = torch.from_numpy(picture).permute(2, 0, 1)
+                picture = crop_frame(frame, chosen.crop, chosen.height, chosen.width)
+                shown = picture[:, ::-1].copy() if chosen.is_mirrored else picture
+                pictures[index] = torch.from_numpy(shown).permute(2, 0, 1)
         return torch.stack([pictures[index] for index in indices])
-
-    def _num_windows(self, clip: Clip) -> int:
-        return clip.num_frames - (self.num_frames - 1) + 1
 
     def _clip(self, clip_id: str) -> Clip:
         if clip_id not in self._clips:
@@ -168,7 +232,7 @@ class ClipDataset:
             with safe_open(path, framework="pt") as opened:
                 rows = {
                     name: torch.cat([part[reference : reference + 1], part[start:stop]])
-                    for name in ("latents", "keypoints")
+                    for name in ("latents", "latents_deviation", "keypoints")
                     for part in (opened.get_slice(name),)
                 }
                 embedding = opened.get_slice("image_embedding")[reference : reference + 1]
@@ -215,6 +279,17 @@ def hand_weights(
             right, bottom = torch.minimum(high.ceil(), size).int().tolist()
             weights[frame, 0, top : max(bottom, top + 1), left : max(right, left + 1)] = weight
     return weights
+
+
+def _bucket(clip: Clip, lengths: Sequence[int]) -> Bucket:
+    """The shape that a clip is trained in. Raises ValueError where it fills none of the lengths."""
+    fitting = [length for length in lengths if length <= clip.num_frames]
+    if not fitting:
+        raise ValueError(
+            f"got num_frames {min(lengths)} and clip {clip.clip_id} of {clip.num_frames} frames; prepare again"
+            f" for {min(lengths)} frames, which leaves it out"
+        )
+    return Bucket(height=clip.height, width=clip.width, num_frames=max(fitting))
 
 
 def _until(frames: Iterator[np.ndarray], last: int) -> Iterator[np.ndarray]:

@@ -7,18 +7,23 @@ remakes only its own files, and an interrupted run goes on where it was.
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Literal
 
 from mimicmotion.config import Config, DataConfig, demo
+from mimicmotion.data import pool, ray_engine
 from mimicmotion.data.cache import Clip, Drop, Manifest, check_writable, is_prepared, stated_sha256
 from mimicmotion.data.clip_maker import ClipMaker, Recipe
 from mimicmotion.data.curate import Bounds
 from mimicmotion.data.film import DECODER
 from mimicmotion.data.footage import embedded_footage
-from mimicmotion.data.pool import make_all
+from mimicmotion.data.ownership import locked, sign
 from mimicmotion.data.poses import PoseBackend, load_backend
 from mimicmotion.data.progress import VideoProgress
 from mimicmotion.model.encoders import PATCH_CODEC, SPATIAL_FACTOR, Encoder, PatchCodec, load_encoder
 from mimicmotion.paths import printable
+
+Engine = Literal["pool", "ray"]
+ENGINES = {"pool": pool, "ray": ray_engine}
 
 
 def prepare(
@@ -29,18 +34,41 @@ def prepare(
     poses: PoseBackend,
     encoder: Encoder,
     progress: VideoProgress | None = None,
+    engine: Engine = "pool",
 ) -> Manifest:
     """Make the clips of videos in the folder prepared, and its manifest.
 
-    A video that cannot be used is recorded with its reason and the rest goes on. Raises ValueError where none is left,
-    NotWritableError where the folder cannot be written, at once or later, and RuntimeError where memory ran out: what
-    was made until then stays, and the next call goes on from it.
+    engine: threads of this process, or the workers of a Ray cluster, whose machines have to see the same folders.
+    A video that cannot be used is recorded with its reason and the rest goes on. Raises ValueError where none is left
+    or another process prepares the folder, NotWritableError where it cannot be written, at once or later, and
+    RuntimeError where memory ran out: what was made until then stays, and the next call goes on from it.
     """
     for folder in (prepared / "keypoints", prepared / "clips", prepared):
         check_writable(folder)
+
+    def refusal(owner: str) -> str:
+        return f"{printable(prepared)} is being prepared by {owner}; wait for that, or give another --prepared"
+
+    with locked(prepared, prepared / ".lock", refusal=refusal):
+        sign(prepared)
+        for left in prepared.rglob(".*.tmp"):  # by a process that was killed while it wrote
+            left.unlink()
+        return _prepare(videos, prepared, recipe, poses, encoder, progress, engine)
+
+
+def _prepare(
+    videos: Sequence[Path],
+    prepared: Path,
+    recipe: Recipe,
+    poses: PoseBackend,
+    encoder: Encoder,
+    progress: VideoProgress | None,
+    engine: Engine,
+) -> Manifest:
+    """Make the clips of videos in a folder that is this process's."""
     with progress or VideoProgress() as shown:
         maker = ClipMaker(prepared, recipe, poses, encoder, shown)
-        results = make_all(maker, videos, recipe.num_workers(len(videos)))
+        results = ENGINES[engine].make_all(maker, videos, recipe.num_workers(len(videos)))
     clips, dropped = _sorted_out(results)
     if not clips:
         reasons = "\n".join(f"  {printable(drop.source)}: {drop.reason}" for drop in dropped)
@@ -48,6 +76,7 @@ def prepare(
     manifest = Manifest(
         height=recipe.height,
         width=recipe.width,
+        sizes=list(recipe.sizes),
         num_frames=recipe.num_frames,
         encoder_name=encoder.name,
         encoder_version=encoder.version,
@@ -58,6 +87,7 @@ def prepare(
         decoder=DECODER,
         encoder_device=encoder.device,
         frame_stride=recipe.frame_stride,
+        with_mirrored=recipe.with_mirrored,
         bounds=asdict(recipe.bounds),
         clips=clips,
         dropped=dropped,
@@ -97,13 +127,14 @@ def prepare_if_missing(config: Config, progress: VideoProgress | None = None) ->
     is one that somebody meant to hold videos of their own. Raises ValueError there.
     """
     data, shown = config.data, progress or VideoProgress()
-    recipe = Recipe(height=data.height, width=data.width, num_frames=data.num_frames)
+    fewest = min((data.num_frames, *data.lengths))
+    recipe = Recipe(height=data.height, width=data.width, sizes=data.sizes, num_frames=fewest)
     if data.prepared.absolute() == demo().data.prepared.absolute() and not is_prepared(data.prepared):
         shown.say(f"nothing is prepared in {data.prepared}: preparing the embedded footage")
         videos, backend = embedded_footage(), data.poses
     else:
         manifest = Manifest.read(data.prepared)
-        why = _why_stale(manifest, data)
+        why = why_stale(manifest, data)
         if not manifest.clips:
             raise ValueError(f"{data.prepared} holds no clip; run prepare.py for it with videos that can be used")
         if why is None:
@@ -112,7 +143,12 @@ def prepare_if_missing(config: Config, progress: VideoProgress | None = None) ->
         # in order and once, however many clips each gave
         videos = list(dict.fromkeys(Path(part.source) for part in (*manifest.clips, *manifest.dropped)))
         backend = manifest.pose_backend
-        recipe = replace(recipe, frame_stride=manifest.frame_stride, bounds=Bounds(**manifest.bounds))
+        recipe = replace(
+            recipe,
+            frame_stride=manifest.frame_stride,
+            with_mirrored=manifest.with_mirrored,
+            bounds=Bounds(**manifest.bounds),
+        )
     return prepare(
         videos,
         data.prepared,
@@ -123,15 +159,17 @@ def prepare_if_missing(config: Config, progress: VideoProgress | None = None) ->
     )
 
 
-def _why_stale(manifest: Manifest, data: DataConfig) -> str | None:
+def why_stale(manifest: Manifest, data: DataConfig) -> str | None:
     """What of a manifest does not fit the settings, or None. Its poses are as the user chose them.
 
     Another version of the decoder is no reason: videos may have been prepared on another machine.
     """
     if (manifest.height, manifest.width) != (data.height, data.width):
         return f"{manifest.height}x{manifest.width} pixels, not {data.height}x{data.width}"
-    if manifest.num_frames < data.num_frames:
-        return f"clips of {manifest.num_frames} frames or more, not {data.num_frames}"
+    if set(manifest.sizes) != set(data.sizes):
+        return f"further sizes {manifest.sizes}, not {list(data.sizes)}"
+    if manifest.num_frames < (fewest := min((data.num_frames, *data.lengths))):
+        return f"clips of {manifest.num_frames} frames or more, not {fewest}"
     encoder = PatchCodec.name if data.encoder == PATCH_CODEC else data.encoder
     if manifest.encoder_name != encoder:
         return f"the encoder {manifest.encoder_name}, not {encoder}"

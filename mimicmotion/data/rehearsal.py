@@ -46,7 +46,9 @@ class RehearsedMaker(ClipMaker):
         self.num_frames[path] = len(watched), num_frames
         return Source(path, properties, "", watched, "")
 
-    def encode(self, source: Source, rows: slice, crop: Crop, frames: Iterator[tuple[int, np.ndarray]]) -> str:
+    def encode(
+        self, source: Source, rows: slice, crop: Crop, frames: Iterator[tuple[int, np.ndarray]]
+    ) -> dict[bool, str]:
         """Encodes the first batch of the first clip, and nothing after it."""
         with self._first_encoding:
             if self.encoded is None:
@@ -54,7 +56,7 @@ class RehearsedMaker(ClipMaker):
                 started = time.perf_counter()
                 self.tensors(source, some, crop, frames)
                 self.encoded = time.perf_counter() - started, some.stop - some.start
-        return ""
+        return dict.fromkeys((False, True) if self.recipe.with_mirrored else (False,), "")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -211,7 +211,8 @@ def _where(part: Clip | Drop) -> str:
         return "not looked into"
     last = part.first_frame + (part.num_frames - 1) * part.frame_stride
     stride = f", every {part.frame_stride}" if part.frame_stride > 1 else ""
-    return f"{part.first_frame} to {last}{stride} ({part.num_frames})"
+    mirrored = ", mirrored" if isinstance(part, Clip) and part.is_mirrored else ""
+    return f"{part.first_frame} to {last}{stride} ({part.num_frames}){mirrored}"
 
 
 def _card(part: Clip | Drop, watched: Watched | None, strip: Strip, manifest: Manifest) -> str:

@@ -2,11 +2,12 @@
 
 import base64
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from os import cpu_count
 from pathlib import Path
+from threading import Event
 
 import cv2
 import numpy as np
@@ -47,17 +48,24 @@ def strips(parts: Sequence[tuple[Clip | Drop, Watched | None]], seconds: float) 
     by_source: dict[str, list[int]] = {}
     for index, (part, _) in enumerate(parts):
         by_source.setdefault(part.source, []).append(index)
-    end_s = time.monotonic() + seconds
+    end_s, stopped = time.monotonic() + seconds, Event()
     made: dict[int, Strip] = {}
+
+    def is_over() -> bool:
+        return stopped.is_set() or time.monotonic() > end_s
 
     def work(source: str) -> None:
         wanted = [parts[index] for index in by_source[source]]
-        pictures, why_not = _decoded(Path(source), wanted, end_s)
+        pictures, why_not = _decoded(Path(source), wanted, is_over)
         for index, (part, watched) in zip(by_source[source], wanted, strict=True):
             made[index] = _strip(part, watched, pictures, why_not)
 
     with ThreadPoolExecutor(cpu_count() or 1) as pool:
-        list(pool.map(work, by_source))
+        try:
+            list(pool.map(work, by_source))
+        except BaseException:
+            stopped.set()  # videos under way are left at their next frame
+            raise
     return [made[index] for index in range(len(parts))]
 
 
@@ -68,12 +76,12 @@ def _frames(part: Clip | Drop) -> tuple[int, ...]:
 
 
 def _decoded(
-    source: Path, wanted: Sequence[tuple[Clip | Drop, Watched | None]], end_s: float
+    source: Path, wanted: Sequence[tuple[Clip | Drop, Watched | None]], is_over: Callable[[], bool]
 ) -> tuple[dict[int, np.ndarray], str]:
     """Shrunk pictures of a video by their frames, and why any is missing."""
     indices = {index for part, _ in wanted for index in _frames(part)}
     pictures: dict[int, np.ndarray] = {}
-    if time.monotonic() > end_s:
+    if is_over():
         return pictures, "the time for pictures was over"
     try:
         properties = read_properties(source)
@@ -86,7 +94,7 @@ def _decoded(
                 pictures[index] = _shrunk(painter.paint(frame))
             if number >= last:
                 return pictures, ""
-            if time.monotonic() > end_s:
+            if is_over():
                 return pictures, "the time for pictures was over"
     except (VideoError, OSError) as error:
         return pictures, f"the video {error}"

@@ -37,6 +37,9 @@ class MimicMotionModel(nn.Module):
         self.unet = unet
         self.pose_net = pose_net
         self.is_channels_last = False  # how the UNet is given each frame
+        # where it is a list, each forward adds the squared 2-norms of PoseNet's features and of conv_in's output with
+        # them, (2,), over the clips whose features are kept
+        self.pose_squares: list[Tensor] | None = None
 
     def forward(
         self,
@@ -64,7 +67,10 @@ class MimicMotionModel(nn.Module):
             features = features * pose_keep.repeat_interleave(pose.shape[1]).to(features.dtype).view(-1, 1, 1, 1)
 
         def add_features(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-            return output + features
+            whole = output + features
+            if self.pose_squares is not None:
+                self.pose_squares.append(_squares((features, whole), pose_keep, pose.shape[1]))
+            return whole
 
         # A hook for this call only: the UNet stays diffusers' own class, whatever blocks are swapped inside it.
         handle = self.unet.conv_in.register_forward_hook(add_features)
@@ -72,6 +78,14 @@ class MimicMotionModel(nn.Module):
             return self.unet(sample, timestep, image_embedding, time_ids, return_dict=False)[0]
         finally:
             handle.remove()
+
+
+@torch.no_grad()
+def _squares(tensors: tuple[Tensor, ...], keep: Tensor | None, num_frames: int) -> Tensor:
+    """Squared 2-norm of each (B*F, C, h, w), over the clips of which keep (B,) is 1."""
+    of_frames = [torch.linalg.vector_norm(x, dim=(1, 2, 3), dtype=torch.float32) ** 2 for x in tensors]
+    of_clips = torch.stack(of_frames).unflatten(1, (-1, num_frames)).sum(2)
+    return (of_clips if keep is None else of_clips * keep).sum(1)
 
 
 def build_model(config: ModelConfig, kernels: Kernels = "torch") -> MimicMotionModel:

@@ -1,0 +1,94 @@
+"""Put faults into training and preparing and print the table: `make faults`, or `python -m bench.faults`.
+
+    python -m bench.faults --rows killed damaged --share 0.15 --seed 3 --json bench/results/faults.json
+
+Rows of the file that are not made anew stay. Ends with 1 where one injection was not survived.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from random import Random
+from types import ModuleType
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # forked processes must find no threads of torch's in their parent
+
+import torch
+
+from bench import environment
+from bench.faults import damaged, killed, signalled
+from bench.faults.judge import Judge
+from bench.faults.outcome import Outcome, figures
+from mimicmotion.data.cache import atomic_write
+
+ROWS: dict[str, ModuleType] = {"killed": killed, "signalled": signalled, "damaged": damaged}
+
+
+def run_row(name: str, judge: Judge, *, share: float, seed: int) -> dict[str, Any]:
+    """A row of the table: its injections one after the other, a line for each that was not survived."""
+    row, began_s = ROWS[name], time.monotonic()
+    number = max(len(row.KINDS), math.ceil(row.COUNT * share))
+    outcomes: list[Outcome] = []
+    for index in range(number):
+        kind, random = row.KINDS[index % len(row.KINDS)], Random(f"{seed} {name} {index}")
+        outcome = row.inject(judge, kind, random)
+        outcomes.append(outcome)
+        if outcome.why_not:
+            print(f"  {name} {index}, {kind}: {outcome.why_not}", flush=True)
+        judge.clear()
+    found = figures(outcomes)
+    print(f"{name}: {found['survived']} of {found['injected']} in {time.monotonic() - began_s:.0f} s", flush=True)
+    return {
+        "bench": "faults", "row": name, "fault": row.FAULT, "must": row.MUST, **found, "lost_unit": row.LOST,
+        "kind": "measured", "seed": seed, "took_s": round(time.monotonic() - began_s),
+        "device": environment.device_name(torch.device("cpu")), "cores": os.cpu_count(), "machine": platform.machine(),
+        "versions": environment.versions(), "commit": environment.commit(), "command": environment.command(),
+    }  # fmt: skip
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as Markdown."""
+    lines = ["| fault | injected | survived | lost, at most |", "|---|---|---|---|"]
+    lines += [
+        f"| {row['fault']}: {row['must']} | {row['injected']} | {row['survived']} | {row['lost']} {row['lost_unit']} |"
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", choices=sorted(ROWS), default=list(ROWS))
+    parser.add_argument("--share", type=float, default=1.0, help="of each row's injections; at least one of each kind")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="file of rows")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    shared = Path("/dev/shm")
+    folder = Path(tempfile.mkdtemp(prefix="faults-", dir=shared if shared.is_dir() else None))
+    try:
+        judge = Judge(folder)
+        rows = [run_row(name, judge, share=arguments.share, seed=arguments.seed) for name in arguments.rows]
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    if arguments.json is not None:
+        before = json.loads(arguments.json.read_text()) if arguments.json.exists() else []
+        kept = {row["row"]: row for row in [*before, *rows]}
+        rows_kept = [kept[name] for name in ROWS if name in kept]
+        with atomic_write(arguments.json) as temporary:
+            temporary.write_text(json.dumps(rows_kept, indent=1) + "\n")
+    print(table(rows))
+    sys.exit(any(row["failed"] for row in rows))
+
+
+if __name__ == "__main__":
+    main()
