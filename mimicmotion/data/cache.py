@@ -218,7 +218,9 @@ class Drop:
     reason: str
     statistics: dict[str, float] = field(default_factory=dict)  # as a clip's; empty where nothing was measured
     first_frame: int = 0  # as a clip's
-    num_frames: int = 0  # 0 where the video was not looked into
+    num_frames: int = 0  # 0 where the video was not looked into, as the size
+    source_height: int = 0  # as a clip's
+    source_width: int = 0
     frame_stride: int = 1
     keypoints_file: str = ""  # as a clip's; "" where no poses were found
 
