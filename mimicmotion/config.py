@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from mimicmotion.shapes import Bucket, size_of
+
 Kernels = Literal["fused", "checkpoint", "torch"]
 PresetName = Literal["demo", "mimicmotion-72", "mimicmotion-16"]
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -25,22 +27,6 @@ def _require(is_good: bool, name: str, got: object, wanted: str) -> None:
         raise ValueError(f"{name} is {got!r}; give {wanted}.")
 
 
-@dataclass(frozen=True, kw_only=True, order=True)
-class Bucket:
-    """The shape of the clips of a step. The order is by pixels of the clip."""
-
-    num_values: int = field(init=False, repr=False)
-    height: int  # pixels
-    width: int  # pixels
-    num_frames: int
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "num_values", self.height * self.width * self.num_frames)
-
-    def __str__(self) -> str:
-        return f"{self.height}x{self.width}, {self.num_frames} frames"
-
-
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """What the model is trained on."""
@@ -48,7 +34,9 @@ class DataConfig:
     prepared: Path = Path("data/prepared/demo")  # folder that prepare.py writes
     height: int = 1024  # pixels, a multiple of 8
     width: int = 576  # pixels, a multiple of 8
+    sizes: tuple[str, ...] = ()  # further sizes, as 576x1024 (height x width); a clip has the one nearest its video's
     num_frames: int = 72  # frames a clip, the reference frame included; also a tile when sampling
+    lengths: tuple[int, ...] = ()  # further numbers of frames, fewer ones, for clips that are too short for num_frames
     encoder: str = "patch-codec"  # "patch-codec" (stand-in) or a folder or hub id of Stable Video Diffusion
     poses: Literal["dwpose", "holistic"] = "dwpose"  # pose backend that prepare.py runs
     held_out: float = 0.05  # share of the source videos, rounded down, that is looked at and not trained on
@@ -58,9 +46,25 @@ class DataConfig:
             size = getattr(self, name)
             is_good = size >= LATENT_STRIDE and size % LATENT_STRIDE == 0
             _require(is_good, f"data.{name}", size, "a multiple of 8 pixels")
+        for size in self.sizes:
+            is_good = all(side >= LATENT_STRIDE and side % LATENT_STRIDE == 0 for side in size_of(size))
+            _require(is_good, "data.sizes", size, "height x width in multiples of 8 pixels, as 576x1024")
         _require(self.num_frames >= 2, "data.num_frames", self.num_frames, "at least 2 (reference and one more)")
+        is_good = all(2 <= length < self.num_frames for length in self.lengths)
+        _require(is_good, "data.lengths", self.lengths, f"numbers from 2 to below {self.num_frames} (data.num_frames)")
         _require(0 <= self.held_out < 1, "data.held_out", self.held_out, "a share from 0 to below 1")
         _require(bool(self.encoder), "data.encoder", self.encoder, '"patch-codec" or a folder or hub id')
+
+    @property
+    def all_sizes(self) -> tuple[tuple[int, int], ...]:
+        """Height and width of every size, the first one first."""
+        return ((self.height, self.width), *map(size_of, self.sizes))
+
+    @property
+    def buckets(self) -> list[Bucket]:
+        """The shapes that clips may have, the largest first."""
+        sizes, lengths = self.all_sizes, (self.num_frames, *self.lengths)
+        return sorted({Bucket(height=h, width=w, num_frames=f) for h, w in sizes for f in lengths}, reverse=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +163,7 @@ class TrainerConfig:
     num_steps: int = 10_000  # optimizer steps; the paper says 20 epochs, of clips it does not count
     batch_size: int = 8  # clips a step over all ranks and accumulation together (the paper's batch)
     micro_batch_size: int = 1  # clips at once on one rank; the rest of the batch is accumulated
-    precision: Precision = "bf16"  # fp16 needs a GPU and scales the loss; weights are as optimizer.kind says
+    precision: Precision = "bf16"  # fp16 scales the loss and is slow on a CPU; weights are as optimizer.kind says
     deterministic: bool = False  # a GPU gives a rerun or a resume the same bits; attention over pixels is slower
     seed: int = 0  # of the weights' initial values and of every sample's noise, sigma and dropout
     save_every: int = 500  # steps between checkpoints; one more is written at the end
@@ -238,6 +242,16 @@ class Config:
         overlap, tile = self.sampling.tile_overlap, self.data.num_frames
         is_good = overlap < tile - 1  # frame 0 of a tile is the reference, so a tile moves on by at most tile - 1
         _require(is_good, "sampling.tile_overlap", overlap, f"less than data.num_frames - 1 = {tile - 1}")
+
+    def at(self, bucket: Bucket) -> "Config":
+        """The run as if all of its clips had one shape."""
+        shape = {"height": bucket.height, "width": bucket.width, "num_frames": bucket.num_frames}
+        overlap = min(self.sampling.tile_overlap, bucket.num_frames - 2)
+        return dataclasses.replace(
+            self,
+            data=dataclasses.replace(self.data, **shape, sizes=(), lengths=()),
+            sampling=dataclasses.replace(self.sampling, tile_overlap=overlap),
+        )
 
 
 def demo() -> Config:

@@ -10,7 +10,7 @@ from mimicmotion.execution import use_kernels
 from mimicmotion.micro_batch import batch_loss, draw_samples
 from mimicmotion.model.unet import MimicMotionModel, build_model, num_parameters
 from mimicmotion.optimization import Optimization, build_optimization
-from mmkernels.cards import card, card_of
+from mmkernels.cards import Card, card, card_of
 from mmkernels.memory.attribution import History, marking_gradients
 from mmkernels.memory.clock import Clock
 from mmkernels.memory.cuda_autocast import norms_in_float32
@@ -27,6 +27,7 @@ class DryRun:
     num_parameters: int
     num_trained: int  # parameters that the optimizer updates
     cost: Trace
+    step_s: float | None  # modelled, where it is known on which card
 
     def __str__(self) -> str:
         data, settings, cost = self.config.data, self.config.trainer, self.cost
@@ -41,7 +42,8 @@ class DryRun:
                 f"{cost.reserved_bytes / GIB:.2f} GiB (modelled)",
                 f"  weights, optimizer, moving average and batch: {cost.resident_bytes / GIB:.2f} GiB (modelled)",
                 f"  activations saved for backward: {cost.saved_bytes / GIB:.2f} GiB (modelled)",
-                f"work of a step: {cost.flops / 1e12:.2f} TFLOP (modelled)",
+                f"work of a step: {cost.flops / 1e12:.2f} TFLOP (modelled)"
+                + ("" if self.step_s is None else f", {self.step_s:.2f} s (modelled)"),
                 "modelled: counted over the operators of a step with fake CPU tensors; not measured on any device. "
                 "It stands for a GPU: chunks, autocast and what libraries allocate inside are those of CUDA.",
             ]
@@ -87,16 +89,18 @@ def fake_step(config: Config) -> FakeStep:
     return FakeStep(config=config, model=model, optimization=optimization, batch=batch)
 
 
-def dry_run(config: Config, plan: Plan | None = None, history: History | None = None) -> DryRun:
+def dry_run(
+    config: Config, plan: Plan | None = None, history: History | None = None, on_card: Card | None = None
+) -> DryRun:
     """Build the model with fake tensors and trace one step after the optimizer's state exists.
 
-    What a plan moves goes to a host on a clock. history: told who made what. Raises ValueError where the plan's card
-    is not known.
+    What a plan moves goes to a host on a clock. history: told who made what. on_card: whose time is modelled, where no
+    plan says it. Raises ValueError where the plan's card is not known.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
         fake = fake_step(config)
         model, optimization = fake.model, fake.optimization
-        clock = None if plan is None else _clock_of(plan)
+        clock = _clock_of(plan) if plan is not None else None if on_card is None else Clock(on_card)
         use_kernels(model, config.kernels, plan, clock)
 
         def step() -> None:
@@ -116,6 +120,7 @@ def dry_run(config: Config, plan: Plan | None = None, history: History | None = 
         num_parameters=num_parameters(model),
         num_trained=sum(parameter.numel() for parameter in optimization.live.values()),
         cost=cost,
+        step_s=None if clock is None else clock.seconds,
     )
 
 

@@ -34,7 +34,10 @@ def run(arguments: Arguments) -> None:
     """Generate each clip from its frame 0 and write one row a clip and the means."""
     config, model, folder = load_averaged(arguments.run_dir)
     decoder = load_decoder(config.data.encoder)
-    dataset = ClipDataset(arguments.prepared or config.data.prepared, config.data.num_frames, config.trainer.seed)
+    data = config.data
+    dataset = ClipDataset(
+        arguments.prepared or data.prepared, data.num_frames, config.trainer.seed, lengths=data.lengths
+    )
     rows = []
     for clip_id in dataset.clip_ids[: arguments.num_clips]:
         clip = dataset.clip(clip_id, 0, 1)

@@ -5,11 +5,14 @@ budget - (P - p). A step that runs out of memory says only that the device has l
 plan's p is lower by a share of the budget, twice that where memory runs out again at once.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from mimicmotion.distributed import Ranks
+from mimicmotion.shapes import Bucket
 from mmkernels.allocator import Allocator
 from mmkernels.memory.transfer import Device
 from mmkernels.planning.choices import GIB, Modelled, Plan
@@ -51,6 +54,7 @@ class Fitting:
         device: Device | None = None, origin: str = "",
     ) -> None:  # fmt: skip
         self.origin = origin
+        self.another: Callable[[Bucket], Fitting] | None = None  # for clips of another shape, within the same budget
         self.plan, self.budget_gib, self.allocator, self.device = plan, budget_gib, allocator, device
         self.is_held = False
         self.changes: list[Change] = []

@@ -52,9 +52,7 @@ def run_folder_of(asked: Path) -> Path:
 
 
 def load_decoder(name_or_path: str) -> Decoder:
-    """The encoder of a run for its decoder, on the GPU in float16, unless it asks for float32, where there is one."""
-    if torch.cuda.is_available():
-        return load_encoder(name_or_path, device="cuda", dtype=torch.float16)
+    """The encoder of a run for its decoder, where and how precisely `load_encoder` has it by itself."""
     return load_encoder(name_or_path)
 
 

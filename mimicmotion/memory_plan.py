@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+from collections.abc import Callable
+from functools import cache, partial
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -15,7 +17,8 @@ from mimicmotion.distributed import Ranks
 from mimicmotion.dry_run import fake_step
 from mimicmotion.execution import same_bits
 from mimicmotion.fitting import Fitting, expected_gib
-from mimicmotion.planned import check_plan, made_for
+from mimicmotion.planned import check_plan, checkpoint_name, made_for
+from mimicmotion.shapes import Bucket
 from mmkernels.allocator import CudaAllocator
 from mmkernels.cards import CONTEXT_GIB, Card, without_fragments
 from mmkernels.planning.choices import GIB, Plan, read_plan
@@ -30,26 +33,50 @@ def choose_plan(config: Config, ranks: Ranks, *, resume: bool = False) -> tuple[
     No plan where none is asked for. A file's has no Fitting: it is followed as it is, and a run in which memory runs
     out under it ends and says what to do. The first rank reads or makes the plan, for the least memory that is free on
     any rank, and every rank follows it. resume: with a budget, the plan that the newest checkpoint was saved under is
-    gone on from where it is for this step and fits. Raises ValueError, on every rank, where the file is not a plan, was
-    made for another step, does not fit, or where no plan fits the budget.
+    gone on from where it is for this step and fits. Where clips may have several shapes, the plan is for the largest,
+    and the Fitting makes one for each of the others. Raises ValueError, on every rank, where the file is not a plan,
+    was made for another step or for one of several shapes, does not fit, or where no plan fits the budget.
     """
     if config.plan is None and config.memory_budget is None:
         return config, None, None
+    largest, *others = config.data.buckets
+    if config.plan is not None and others:
+        raise ValueError(
+            f"--plan is for clips of one shape, and there are {largest} and {', '.join(map(str, others))}; "
+            "give --memory-budget, which makes a plan for each"
+        )
     free_gib, fitting = ranks.least(usable_gib(ranks.device)), None
     if config.plan is not None:
-        plan = ranks.from_first(lambda: _read(config, free_gib))
+        plan = ranks.from_first(lambda: _read(config.at(largest), free_gib))
     else:
-        budget_gib, planner = _budget_gib(config, free_gib), StepPlanner(config, ranks.world_size)
-        plan, origin = ranks.from_first(lambda: _within(config, budget_gib, planner, resume=resume))
-        fitting = Fitting(plan, budget_gib, planner.plan_within, CudaAllocator(ranks.device), ranks, origin=origin)
+        budget_gib, allocator = _budget_gib(config, free_gib), CudaAllocator(ranks.device)
+        measure = cache(lambda: measured_card())  # once, while the memory is free
+
+        def fit(bucket: Bucket, like: Plan | None = None) -> Fitting:
+            shaped = config.at(bucket)
+            planner = StepPlanner(shaped, ranks.world_size, measure)
+            if like is not None:
+                planner.take(like)
+            name = checkpoint_name(config, bucket)
+            plan, origin = ranks.from_first(lambda: _within(shaped, budget_gib, planner, name if resume else None))
+            return Fitting(plan, budget_gib, planner.plan_within, allocator, ranks, origin=origin)
+
+        fitting = fit(largest)
+        plan = fitting.plan
+        fitting.another = partial(fit, like=plan)
+    return placed(config, plan), plan, fitting
+
+
+def placed(config: Config, plan: Plan) -> Config:
+    """The config with the optimizer where the plan has it."""
     settings, chosen = config.optimizer, plan.optimizer
-    placed = dataclasses.replace(
+    optimizer = dataclasses.replace(
         settings,
         in_backward=chosen.is_in_backward,
         states_on_host=chosen.states_on_host,
         ema="host" if settings.ema == "device" else settings.ema,
     )
-    return dataclasses.replace(config, optimizer=placed), plan, fitting
+    return dataclasses.replace(config, optimizer=optimizer)
 
 
 def _read(config: Config, free_gib: float) -> Plan:
@@ -63,10 +90,10 @@ def _read(config: Config, free_gib: float) -> Plan:
     return plan
 
 
-def _within(config: Config, budget_gib: float, planner: StepPlanner, *, resume: bool) -> tuple[Plan, str]:
-    """A plan for the budget, and where it is from."""
-    folder = checkpoint.newest(config.run_dir) if resume else None
-    if folder is None or not (saved := folder / "plan.json").is_file():
+def _within(config: Config, budget_gib: float, planner: StepPlanner, name: str | None) -> tuple[Plan, str]:
+    """A plan for the budget, and where it is from. name: of the plan that the newest checkpoint is asked for."""
+    folder = None if name is None else checkpoint.newest(config.run_dir)
+    if folder is None or not (saved := folder / f"{name}.json").is_file():
         return planner.plan_within(budget_gib), ""
     try:
         plan = read_plan(saved)
@@ -97,8 +124,9 @@ class StepPlanner:
     Once there is a first plan, made or taken, the others update weights inside or after backward as it does.
     """
 
-    def __init__(self, config: Config, world_size: int) -> None:
-        self._config = config
+    def __init__(self, config: Config, world_size: int, measure: Callable[[], Card] | None = None) -> None:
+        """measure: gives the card that plans are for; this rank's GPU where none is given."""
+        self._config, self._measure = config, measure
         self._search: Search | None = None
         self._last: Chosen | None = None
         self._is_in_backward: bool | None = None  # as the first plan has it
@@ -118,7 +146,7 @@ class StepPlanner:
 
     def _plan_within(self, budget_gib: float) -> Plan:
         if self._search is None:
-            card, can_update = measured_card(), self._can_update_in_backward
+            card, can_update = (self._measure or measured_card)(), self._can_update_in_backward
             self._search = search_step(self._config, card, can_update_in_backward=can_update)
             if self._is_in_backward is not None:
                 self._search.keep_update(is_in_backward=self._is_in_backward)

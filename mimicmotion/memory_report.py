@@ -59,7 +59,8 @@ class MemoryReport:
         config, device = self.trainer.config, self.trainer.ranks.device
         where = torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU"
         title = f"a step of preset {config.preset}, kernels {config.kernels}, {where}"
-        report = peak_report(title, modelled_peak(config, self.trainer.plan), measured)
+        shaped = config.at(self.trainer.blocks.bucket)
+        report = peak_report(title, modelled_peak(shaped, self.trainer.plan), measured)
         print_report(report, wide_console())
         paths = write_report(report, config.run_dir / "memory_report")
         print(f"memory report: {paths[0]}, {paths[1]}", flush=True)

@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 from mimicmotion import diffusion
-from mimicmotion.config import Config
+from mimicmotion.config import LATENT_STRIDE, Config
 from mimicmotion.data.cache import NotFiniteError
 from mimicmotion.data.footage_identity import FootageIdentity
 from mimicmotion.execution import autocast
 from mimicmotion.loss import Losses, denoising_loss
 from mimicmotion.model.unet import image_latents, model_input
+from mimicmotion.shapes import Bucket
 
 Batches = list[tuple[dict[str, Tensor] | NotFiniteError, range]]  # micro-batches of a step with their sample ids
 
@@ -30,6 +31,10 @@ class Samples(Protocol):
 
     def sample(self, step: int, sample_id: int) -> dict[str, Any]:
         """One clip: latents (F,4,h,w), reference_latent (4,h,w), image_embedding (1,C), pose (F,3,H,W), loss_weight."""
+        ...
+
+    def bucket_of(self, step: int) -> Bucket:
+        """The shape of a step's clips, on all ranks."""
         ...
 
     def place(self) -> dict[str, Any]:
@@ -101,7 +106,7 @@ def draw_samples(config: Config, step: int, sample_ids: range, latent_shape: tup
             step,
             sample_id,
             latent_shape,
-            mean=log_sigma_mean(config),
+            mean=log_sigma_mean(config, *latent_shape[-2:]),
             std=settings.log_sigma_std,
             reference_mean=settings.reference_log_sigma_mean,
             reference_std=settings.reference_log_sigma_std,
@@ -111,7 +116,8 @@ def draw_samples(config: Config, step: int, sample_ids: range, latent_shape: tup
     ]
 
 
-def log_sigma_mean(config: Config) -> float:
-    """Mean of ln sigma of a run: the one that it names, else that of its resolution."""
+def log_sigma_mean(config: Config, latent_height: int, latent_width: int) -> float:
+    """Mean of ln sigma of a run's clips of a size: the one that it names, else that of the resolution."""
     mean = config.diffusion.log_sigma_mean
-    return diffusion.log_sigma_mean(config.data.height, config.data.width) if mean is None else mean
+    size = (LATENT_STRIDE * latent_height, LATENT_STRIDE * latent_width)
+    return diffusion.log_sigma_mean(*size) if mean is None else mean

@@ -1,6 +1,7 @@
 """What a memory plan was made for, held to a run."""
 
 from mimicmotion.config import Config
+from mimicmotion.shapes import Bucket
 from mmkernels.planning.choices import Plan
 
 
@@ -24,6 +25,11 @@ def check_plan(config: Config, plan: Plan, where: object) -> None:
             f"{where} was made for another step: {'; '.join(differing)}. Make a plan for this run, python -m "
             "mmkernels.plan, or give the run what the plan was made for"
         )
+
+
+def checkpoint_name(config: Config, bucket: Bucket) -> str:
+    """What a checkpoint calls the plan of a bucket: plan of the largest, plan-576x320x16 of another."""
+    return "plan" if bucket == config.data.buckets[0] else f"plan-{bucket}"
 
 
 def made_for(config: Config) -> dict[str, object]:

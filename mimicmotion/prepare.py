@@ -5,7 +5,7 @@ Without --videos the embedded footage is used. Run it again after a change: only
 
 import signal
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -15,12 +15,12 @@ if __name__ == "__main__":
     # python puts this folder first, where our modules would hide others of the same name
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import torch
 import tyro
 
 from mimicmotion.commands import one_sentence
 from mimicmotion.config import PRESETS, PresetName
 from mimicmotion.data.cache import Manifest, check_writable
+from mimicmotion.data.curate import Bounds
 from mimicmotion.data.footage import embedded_footage, find_videos, not_looked_at
 from mimicmotion.data.poses import load_backend
 from mimicmotion.data.preparation import Recipe, prepare
@@ -42,14 +42,16 @@ class Arguments:
     prepared: Path | None = None  # folder to write into
     height: int | None = None  # pixels, a multiple of 8 (64 for the UNet)
     width: int | None = None  # pixels, a multiple of 8 (64 for the UNet)
-    num_frames: int | None = None  # frames of a training clip; shorter videos are left out
+    sizes: tuple[str, ...] = ()  # further sizes, as 576x1024 (height x width); a clip has the one nearest its video's
+    num_frames: int | None = None  # frames of a training clip; shorter stretches of a video are left out
     frame_stride: int = 1  # keep every frame_stride-th frame
     poses: Literal["dwpose", "holistic"] | None = None  # dwpose for your own videos, else the preset's
     dwpose_dir: Path | None = None  # folder of yolox_l.onnx and dw-ll_ucoco_384.onnx; downloaded where none is given
     encoder: str | None = None  # patch-codec (a stand-in), or a folder or hub id of Stable Video Diffusion
     device: str | None = None  # where the encoder runs; the GPU where there is one
-    debug: bool = False  # show where in the code an error arose
     workers: int | None = None  # videos worked on at once; one a processor core where none is given
+    bounds: Bounds = field(default_factory=Bounds)  # what a stretch of a video must meet
+    debug: bool = False  # show where in the code an error arose
 
 
 def run(arguments: Arguments) -> Manifest:
@@ -59,8 +61,10 @@ def run(arguments: Arguments) -> Manifest:
     recipe = Recipe(
         height=data.height if arguments.height is None else arguments.height,
         width=data.width if arguments.width is None else arguments.width,
+        sizes=arguments.sizes,
         num_frames=data.num_frames if arguments.num_frames is None else arguments.num_frames,
         frame_stride=arguments.frame_stride,
+        bounds=arguments.bounds,
         workers=arguments.workers,
     )
     check_writable(prepared)  # before anything is fetched or loaded
@@ -69,9 +73,7 @@ def run(arguments: Arguments) -> Manifest:
     for line in not_looked_at(arguments.videos) if arguments.videos is not None else ():
         progress.say(line)
     backend = arguments.poses or (data.poses if arguments.videos is None else "dwpose")
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.float16 if device.startswith("cuda") else torch.float32
-    encoder = load_encoder(arguments.encoder or data.encoder, device=device, dtype=dtype)
+    encoder = load_encoder(arguments.encoder or data.encoder, device=arguments.device)
     progress.say(f"{len(videos)} videos, {recipe.height}x{recipe.width}, poses {backend}, encoder {encoder.name}")
     poses = load_backend(backend, dwpose_dir=arguments.dwpose_dir)
     return prepare(videos, prepared, recipe=recipe, poses=poses, encoder=encoder, progress=progress)
@@ -89,7 +91,7 @@ def main() -> None:
         raise SystemExit(stop.exit_code) from error
     path = (arguments.prepared or PRESETS[arguments.preset]().data.prepared) / "manifest.json"
     kept, dropped = len(manifest.clips), len(manifest.dropped)
-    VideoProgress().say(f"{kept} clips kept, {dropped} videos dropped; see {printable(path)}")
+    VideoProgress().say(f"{kept} clips kept, {dropped} videos or stretches of them dropped; see {printable(path)}")
 
 
 if __name__ == "__main__":

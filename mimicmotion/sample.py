@@ -94,7 +94,10 @@ def run(arguments: Arguments) -> bool:
     sampling = dataclasses.replace(config.sampling, **given)
     config = dataclasses.replace(config, sampling=sampling)
     decoder = load_decoder(config.data.encoder)
-    dataset = ClipDataset(arguments.prepared or config.data.prepared, config.data.num_frames, config.trainer.seed)
+    data = config.data
+    dataset = ClipDataset(
+        arguments.prepared or data.prepared, data.num_frames, config.trainer.seed, lengths=data.lengths
+    )
     clip_id = dataset.clip_ids[0] if arguments.clip is None else arguments.clip
     clip = dataset.clip(clip_id, arguments.reference, arguments.start, arguments.num_frames)
     rate = dataset.frames_per_second(clip_id)

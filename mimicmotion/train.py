@@ -18,7 +18,6 @@ if __name__ == "__main__":
     # python puts this folder first, where our modules would hide others of the same name
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import torch
 import tyro
 
 from mimicmotion import checkpoint
@@ -28,7 +27,7 @@ from mimicmotion.data.dataset import ClipDataset
 from mimicmotion.data.ownership import sign
 from mimicmotion.data.preparation import prepare_if_missing
 from mimicmotion.distributed import Ranks, join_ranks
-from mimicmotion.dry_run import dry_run
+from mimicmotion.dry_stages import dry_stages
 from mimicmotion.execution import free_what_is_left
 from mimicmotion.fitting import Fitting
 from mimicmotion.memory_plan import choose_plan, reserve_as_planned
@@ -51,7 +50,8 @@ class Arguments:
     resume: bool = False  # go on from the newest checkpoint; bit for bit on a CPU or with trainer.deterministic
     memory_report: bool = False  # write where the bytes at the peak of a step are, to memory_report.json and .png
     debug: bool = False  # show where in the code an error arose
-    dry_run: bool = False  # only print parameters and modelled memory of a step; needs neither a GPU nor the memory
+    dry_run: bool = False  # only print each stage's clips, shapes, plan, memory and time; needs no GPU and no memory
+    card: str | None = None  # of --dry-run: plan for this GPU and model its time, as for "RTX 4090"
 
 
 def parse(words: list[str]) -> Arguments:
@@ -165,6 +165,7 @@ def train_stage(
         config.trainer.seed,
         held_out=config.data.held_out,
         batch_size=config.trainer.batch_size,
+        lengths=config.data.lengths,
     )
     dataset = clips()
     trainer = Trainer(config, dataset, ranks, resume=resume, start=start, plan=plan, fitting=fitting, stop=stop)
@@ -176,6 +177,8 @@ def train_stage(
         write(config, config.run_dir)
         about = f"kernels {config.kernels}, encoder {dataset.identity.encoder}, {ranks.world_size} rank(s)"
         about += f", {len(dataset.clip_ids)} clips and {dataset.num_held_out} held out"
+        shapes = ", ".join(f"{count} of {bucket}" for bucket, count in dataset.buckets.items())
+        about += f", samples an epoch: {shapes} (height x width x frames)"
         print(f"{about}, run folder {config.run_dir}", flush=True)
     is_finished = trainer.run()
     if ranks.is_first:
@@ -184,17 +187,6 @@ def train_stage(
         how = "finished" if is_finished else f"stopped by {stop}, --resume goes on,"
         print(f"{how} at step {trainer.step}: {saved}", flush=True)
     return is_finished
-
-
-def _planned(config: Config) -> tuple[Config, Plan | None]:
-    """A config and its plan: a budget's for the GPU that is here, or none, which is said."""
-    is_for_this_gpu = config.memory_budget is not None and torch.cuda.is_available()
-    if config.memory_budget is not None and not is_for_this_gpu:
-        print(f"no GPU here: fused without the plan that --memory-budget {config.memory_budget} makes on one")
-        config = dataclasses.replace(config, memory_budget=None)
-    device = torch.device("cuda", torch.cuda.current_device()) if is_for_this_gpu else torch.device("cpu")
-    planned, plan, _ = choose_plan(config, Ranks(rank=0, world_size=1, device=device))
-    return planned, plan
 
 
 def main() -> None:
@@ -206,8 +198,8 @@ def main() -> None:
         stages = stages_of(words, arguments.config)
     if arguments.dry_run:
         with one_sentence("no dry run", debug=debug):
-            for config in stages:
-                print(dry_run(*_planned(config)))
+            for part in dry_stages(stages, arguments.card):
+                print(part, flush=True)
         return
     if any(config.plan is not None or config.memory_budget is not None for config in stages):
         reserve_as_planned()

@@ -28,7 +28,7 @@ from mimicmotion.planned_blocks import PlannedBlocks
 from mimicmotion.record import Record
 from mimicmotion.skips import NOT_FINITE, Skips
 from mimicmotion.stopping import Stop
-from mmkernels.planning.choices import Plan, document
+from mmkernels.planning.choices import Plan
 
 WAIT_S = 0.1  # between two looks at whether to stop, while data are awaited
 
@@ -51,8 +51,6 @@ class Trainer:
         """
         self.config, self.dataset, self.ranks = config, dataset, ranks
         self._sample_ids = rank_sample_ids(config, ranks)
-        if config.trainer.precision == "fp16" and ranks.device.type == "cpu":
-            raise ValueError("trainer.precision is 'fp16' on a CPU; give fp32 or bf16, or run on a GPU.")
         if config.optimizer.in_backward and (ranks.world_size > 1 or len(self._sample_ids) > 1):
             batch, micro = config.trainer.batch_size, config.trainer.micro_batch_size
             raise ValueError(
@@ -70,8 +68,9 @@ class Trainer:
             released = weights.read(config.model.pretrained, config.model.pretrained_pose_net)
             self.notes += weights.load(self.model, released)
         self.optimization = build_optimization(self.model, config, scales_loss=config.trainer.precision == "fp16")
-        self.fitting, self.say = fitting, print
-        self.blocks = PlannedBlocks(self.model, config, plan, fitting)
+        self.say = print
+        place = self.optimization.weight_update.place
+        self.blocks = PlannedBlocks(self.model, config, plan, fitting, lambda on_host: place(on_host=on_host))
         self.notes += self.blocks.notes
         # Where memory may run out on one rank alone, gradients are averaged once all have theirs.
         self.wrapped = ranks.wrap(self.model) if fitting is None else self.model
@@ -88,6 +87,11 @@ class Trainer:
         elif start is not None:
             self.notes += resumption.begin_from(start, config, self.model, self.optimization)
         self.record = self._new_record()
+
+    @property
+    def fitting(self) -> Fitting | None:
+        """What makes the plans of a run with a budget."""
+        return self.blocks.fitting
 
     @property
     def plan(self) -> Plan | None:
@@ -130,6 +134,8 @@ class Trainer:
             ready = self._await(batches)
             waiting_s = time.monotonic() - waited_from
             batches = loader.submit(self._load, self.step + 1)
+            for note in self.blocks.enter(self.dataset.bucket_of(self.step)):
+                self.say(note)
             row = self.around_step(partial(self._train_step, ready))
             if self.is_stopping:
                 break
@@ -162,7 +168,7 @@ class Trainer:
                     "kernels": {"report": self.blocks.report.splitlines()},
                     "encoder": self.dataset.identity.document(),
                     "place": self.dataset.place(),
-                    **({} if self.plan is None else {"plan": document(self.plan)}),
+                    **self.blocks.documents(),
                 },
             )
             checkpoint.save(self.config.run_dir, saved, keep=self.config.trainer.keep_checkpoints)
@@ -333,18 +339,12 @@ class Trainer:
 
     def _follow(self, change: Change) -> None:
         """Run the same blocks by another plan; weights, optimizer and averages stay."""
-        assert self.fitting is not None
         self.say(str(change))
-        if not change.is_new:
-            return
-        self.blocks.follow(change)
-        self.optimization.weight_update.place(on_host=change.plan.optimizer.states_on_host)
+        if change.is_new:
+            self.blocks.follow(change)
 
     def _check_skipped(self) -> None:
         """Save and raise after too many steps in a row that were skipped."""
         if self.skips.are_too_many:
-            clips = {
-                clip for step in range(self.step - self.skips.in_a_row, self.step) for clip in self._clips_of(step)
-            }
             self.save()
-            raise TrainingStoppedError(self.skips.sentence(self.step, self.config.trainer.batch_size, sorted(clips)))
+            raise TrainingStoppedError(self.skips.sentence(self.step, self.config.trainer.batch_size, self._clips_of))

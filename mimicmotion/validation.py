@@ -67,7 +67,8 @@ class Validation:
         }  # fmt: skip
 
     def _sigmas(self) -> list[float]:
-        mean, std = log_sigma_mean(self._config), self._config.diffusion.log_sigma_std
+        height, width = self._clips[0]["latents"].shape[-2:]  # of all: what is compared has the same noise
+        mean, std = log_sigma_mean(self._config, height, width), self._config.diffusion.log_sigma_std
         return [math.exp(mean + std * quantile) for quantile in QUANTILES]
 
     def _loss(self, number: int, level: int) -> float:

@@ -88,7 +88,7 @@ def replace(unet: nn.Module, plan: str | Plan = "fused", device: Device | None =
             if site.kind is FusedOutputHead:
                 swaps += [(site.parent, name, PassThrough(site.parent.get_submodule(name))) for name in HEAD[:-1]]
     chosen = Plan() if isinstance(plan, str) else plan
-    _follow(unet, fused, chosen)
+    _follow(unet, fused, chosen, is_planned=not isinstance(plan, str))
     stop_moving = _move(unet, chosen, device) if chosen.moves else lambda: None
     for parent, child_name, drop_in in swaps:
         parent._modules[child_name] = drop_in
@@ -109,13 +109,15 @@ def _is_checkpointed(module: nn.Module) -> bool:
     return bool(getattr(module, "gradient_checkpointing", False))
 
 
-def _follow(unet: nn.Module, fused: Mapping[str, FusedBlock], plan: Plan) -> None:
-    """Tell every fused block its name and its part of the plan."""
+def _follow(unet: nn.Module, fused: Mapping[str, FusedBlock], plan: Plan, *, is_planned: bool) -> None:
+    """Tell every fused block its name and its part of the plan; is_planned: what the plan does not name is decided."""
     plain = {site.name: _why_not(site) or "" for site in _sites(unet) if site.name not in fused}
     plan.check(_units(fused), plain)
     for name, block in fused.items():
         is_recomputed = name in plan.recomputed_blocks
-        block.follow(name, plan.choices_of(name), is_recomputed=is_recomputed, scratch_bytes=plan.scratch_bytes)
+        unnamed: dict[str, Choice] = dict.fromkeys(block.units(), "recompute") if is_planned else {}
+        choices = unnamed | plan.choices_of(name)
+        block.follow(name, choices, is_recomputed=is_recomputed, scratch_bytes=plan.scratch_bytes)
 
 
 def plan_units(unet: nn.Module) -> dict[str, dict[str, tuple[Choice, ...]]]:

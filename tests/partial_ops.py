@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mmkernels.ops import (
     blend,
     blend_projection,
+    context_attention,
     geglu_feed_forward,
     group_norm_projection,
     group_norm_silu_conv,
@@ -89,6 +90,11 @@ _ON_FEED_FORWARD = (("up_weight", 4, 4), ("down_weight", 0, 2 * H), ("up_weight"
 _ON_ATTENTION = (("to_q", 0, 0), ("to_k", 4, C + 4), ("out_weight", 2, 3 * C + 2))
 _ON_PROJECTION = (("weight", 2, 2), ("weight", 0, 0))
 _PROJECTION: Shapes = {"x": (3, 5, C), "gamma": (C,), "beta": (C,), "weight": (K, C), "bias": (K,)}
+_CONTEXT: Shapes = {
+    "x": (2, 5, C), "norm_weight": (C,), "norm_bias": (C,), "to_q": (C, C), "out_weight": (C, C), "out_bias": (C,),
+    "keys": (2, 3, C), "values": (2, 3, C),
+}  # fmt: skip
+_ON_CONTEXT, _SOURCES = (("to_q", 4, 4), ("out_weight", 2, C + 2)), {"num_heads": HEADS, "sizes": (1, 2)}
 _BLEND: Shapes = {"spatial": (3, 5, C), "temporal": (3, 5, C), "alpha": (3,)}
 OPS: dict[str, Op] = {
     **{
@@ -107,6 +113,10 @@ OPS: dict[str, Op] = {
         )
         for keep in ("input", "qkv")
     },
+    "context_attention": _op(
+        context_attention, lambda **named: context_attention.reference(**named, **_SOURCES), _CONTEXT, _ON_CONTEXT,
+        **_SOURCES, chunk_tokens=3,
+    ),
     "group_norm_projection": _op(
         group_norm_projection, lambda **named: group_norm_projection.reference(**named, num_groups=3), _PROJECTION,
         _ON_PROJECTION, num_groups=3, chunk_frames=2,
@@ -186,11 +196,11 @@ class Calls(TorchDispatchMode):
 
 
 class Products(TorchDispatchMode):
-    """Counts the FLOPs of matrix products and convolutions, in place or not; attention's count as none."""
+    """Counts the FLOPs of matrix products and convolutions, in place or not; of attention those of batched products."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.flops = 0
+        self.flops = self.batched_flops = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -198,6 +208,8 @@ class Products(TorchDispatchMode):
         if name in ("mm", "addmm"):
             left, right = args[-2:]
             self.flops += 2 * left.shape[0] * left.shape[1] * right.shape[1]
+        elif name == "bmm":
+            self.batched_flops += 2 * args[0].numel() * args[1].shape[2]
         elif name == "convolution":
             self.flops += 2 * out[:, 0].numel() * args[1].numel()
         elif name == "convolution_backward":
@@ -206,10 +218,14 @@ class Products(TorchDispatchMode):
 
 
 def flops(module: Any, func: Any, args: tuple[Any, ...]) -> tuple[int, int]:
-    """Of one operator's call, as its formula has them, and of the products that are computed inside of it."""
+    """Of one operator's call, as its formula has them, and of the products that are computed inside of it.
+
+    Of attention to a context, which is batched products on every device, both without them.
+    """
     with FlopCounterMode(display=False) as formula:
         func(*args)
     body = module._backward if func._opname.endswith("_backward") else module._forward
     with torch.no_grad(), Products() as products:
         body._init_fn(*args)
-    return formula.get_total_flops(), products.flops
+    seen = products.batched_flops if module is context_attention else 0
+    return formula.get_total_flops() - seen, products.flops

@@ -43,6 +43,8 @@ def patched(
         return SimpleNamespace(
             sample=wrap(clips.sample),
             clip_of=clips.clip_of,
+            bucket_of=clips.bucket_of,
+            buckets={clips.bucket_of(0): 1},
             place=clips.place,
             go_on_from=clips.go_on_from,
             identity=clips.identity,

@@ -123,6 +123,9 @@ def manifest() -> Manifest:
         pose_backend="holistic",
         pose_version="1",
         decoder="PyAV 18",
+        encoder_device="cpu",
+        frame_stride=1,
+        bounds={},
         clips=[clip],
         dropped=[
             Drop(source="/videos/b.mp4", stage="decode", reason="is empty"),

@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
 import test_blend_projection
+import test_context_attention
 import test_geglu_feed_forward
 import test_group_norm_projection
 import test_group_norm_silu_conv
@@ -39,6 +40,7 @@ from mmkernels.kernels import launch
 from mmkernels.kernels.temporal_attention import formula
 from mmkernels.ops import blend, temporal_attention
 from mmkernels.ops.blend_projection import blend_projection
+from mmkernels.ops.context_attention import context_attention
 from mmkernels.ops.geglu_feed_forward import Keep, geglu_feed_forward
 from mmkernels.ops.group_norm_projection import group_norm_projection
 from mmkernels.ops.group_norm_silu_conv import group_norm_silu_conv
@@ -99,6 +101,15 @@ def _spatial_attention(level: Level, dtype: torch.dtype) -> Run:
     return Run(fused=fused, plain=module.diffusers_block, inputs=inputs, dy=dy, settings={"num_heads": level.num_heads})
 
 
+def _context_attention(level: Level, dtype: torch.dtype) -> Run:
+    module = test_context_attention
+    inputs, settings, dy = module.build(
+        module.Case(R=F, P=level.H * level.W, C=level.C, num_heads=level.num_heads, dtype=dtype, has_shares=True)
+    )
+    fused = partial(context_attention, chunk_tokens=5)
+    return Run(fused=fused, plain=module.by_diffusers, inputs=inputs, dy=dy, settings=settings)
+
+
 def _feed_forward(level: Level, dtype: torch.dtype, keep: Keep = "input") -> Run:
     module = test_geglu_feed_forward
     inputs, dy = module.build(module.Case(R=F, T=level.H * level.W, C=level.C, H=4 * level.C, dtype=dtype))
@@ -152,6 +163,7 @@ OPS: dict[str, Callable[[Level, torch.dtype], Run]] = {
     "temporal_attention": _temporal_attention,
     "temporal_attention_block": _temporal_block,
     "spatial_attention": _spatial_attention,
+    "context_attention": _context_attention,
     "geglu_feed_forward": _feed_forward,
     "geglu_feed_forward, kept": partial(_feed_forward, keep="up"),
     "group_norm_silu_conv, two inputs": partial(_convolution, kind="two inputs"),

@@ -146,9 +146,9 @@ def test_tracks_the_largest_person(models: Path) -> None:
 def test_follows_the_box_that_overlaps() -> None:
     left, right, larger = [0.0, 0.0, 10.0, 10.0], [20.0, 0.0, 30.0, 10.0], [40.0, 0.0, 80.0, 40.0]
     boxes = np.array([left, right, larger])
-    assert dwpose._followed(boxes, None).tolist() == larger
-    assert dwpose._followed(boxes, np.array([18.0, 0.0, 27.0, 10.0])).tolist() == right
-    assert dwpose._followed(boxes, np.array([100.0, 100.0, 101.0, 101.0])).tolist() == larger
+    assert boxes[dwpose._ranked(boxes, None)].tolist() == [larger]
+    assert boxes[dwpose._ranked(boxes, np.array([18.0, 0.0, 27.0, 10.0]))].tolist() == [right]
+    assert boxes[dwpose._ranked(boxes, np.array([100.0, 100.0, 101.0, 101.0]))].tolist() == [larger]
 
 
 def test_another_file_is_refused(models: Path) -> None:

@@ -17,6 +17,7 @@ from numerics import assert_within_budget
 from torch import Tensor
 
 from mmkernels.ops.blend_projection import blend_projection
+from mmkernels.ops.context_attention import context_attention
 from mmkernels.ops.geglu_feed_forward import geglu_feed_forward
 from mmkernels.ops.group_norm_projection import group_norm_projection
 from mmkernels.ops.group_norm_silu_conv import group_norm_silu_conv
@@ -98,6 +99,14 @@ OPS = {
         make=lambda R: {"x": normal(R, 32, C), **attention_parameters()},
         call=partial(spatial_attention, num_heads=5),
         long=("x",), axis=0, huge_rows=210_000,
+    ),
+    "context_attention": Op(
+        make=lambda R: {
+            "x": normal(R, 32, C), **{name: normal(R, 5, C) for name in ("keys", "values")},
+            **{name: normal(C) for name in VECTORS}, **{name: linear(C, C) for name in ("to_q", "out_weight")},
+        },
+        call=partial(context_attention, num_heads=5, sizes=(1, 4)),
+        long=("x", "keys", "values"), axis=0, huge_rows=210_000,
     ),
     "geglu_feed_forward": Op(
         make=feed_forward_inputs, call=geglu_feed_forward, long=("x",), axis=1, huge_rows=3_400_000

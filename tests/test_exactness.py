@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -106,8 +107,11 @@ def check_refused(
     reason: str,
 ) -> None:
     """Known as it is; after `change` refused with its reason, and by a fused twin that was made before."""
-    fused = fused_kind(original)
+    fused: Any = fused_kind(original)
+    fused.check_unchanged()  # and only watched from here on
+    assert fused.is_unchanged()
     change(original)
+    assert not fused.is_unchanged()
     assert reason in "; ".join([str(fused_kind.why_not(original)), *fused_kind.plain_parts(original).values()])
     with pytest.raises(RuntimeError, match="has changed since replace"):
         fused(**inputs, image_only_indicator=indicator())
@@ -127,3 +131,18 @@ def test_dropout_that_is_off_is_known() -> None:
     original = transformer()
     original.transformer_blocks[0].ff.net[1].p = 0.1
     assert why_not_transformer(original.eval()) is None
+
+
+def test_what_changes_no_number_is_looked_at_once_more_and_kept() -> None:
+    """A block is looked at when something in it is another object, not at every forward; tensors may change."""
+    block: Any = FusedTransformer(transformer())
+    assert not block.is_unchanged()
+    block.check_unchanged()
+    linear = block.transformer_blocks[0].attn1.to_q
+    linear.weight = nn.Parameter(linear.weight.detach() * 2)
+    block.double().requires_grad_(False)
+    assert block.is_unchanged()
+    block.eval()
+    assert not block.is_unchanged()
+    block.check_unchanged()
+    assert block.is_unchanged() and not copy.deepcopy(block).is_unchanged()

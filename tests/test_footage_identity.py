@@ -20,7 +20,8 @@ def _clip(name, **changes):
 def _identity(*clips, name="svd", version="abc-float16"):
     manifest = Manifest(
         height=64, width=64, num_frames=72, encoder_name=name, encoder_version=version, scaling_factor=0.18,
-        spatial_factor=8, pose_backend="dwpose", pose_version="1", decoder="PyAV 18", clips=list(clips),
+        spatial_factor=8, pose_backend="dwpose", pose_version="1", decoder="PyAV 18",
+        encoder_device="cpu", frame_stride=1, bounds={}, clips=list(clips),
     )  # fmt: skip
     return FootageIdentity.of(manifest)
 

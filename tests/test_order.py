@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_config
 
-from mimicmotion.config import Bucket
 from mimicmotion.data.cache import Clip, Crop, Manifest
 from mimicmotion.data.dataset import ClipDataset
 from mimicmotion.data.order import Order, Pick, Place
 from mimicmotion.distributed import Ranks, rank_sample_ids
+from mimicmotion.shapes import Bucket
 
 CPU = torch.device("cpu")
 
@@ -117,7 +117,7 @@ def test_other_clips_begin_the_next_epoch_of_their_bucket_alone(make):
     changed = {**CLIPS, (64, 32): [17, 9, 9]}  # of 3 samples now of 4
     after = make(2, changed)
     after.go_on_from(before.place(), 9)
-    wide, narrow = "64x64, 9 frames", "64x32, 9 frames"
+    wide, narrow = "64x64x9", "64x32x9"
     assert taken[narrow] % 3 and taken[wide] % 8
     assert after._order.place.taken[narrow] == 4 * (taken[narrow] // 3 + 1)
     assert after._order.place.taken[wide] == taken[wide]
@@ -137,7 +137,7 @@ def test_a_clip_is_trained_in_its_own_size_and_the_longest_length_that_it_fills(
     assert next(iter(dataset.buckets)).num_frames == 9  # the largest first
     for step in range(20):
         name, _, start, num_frames = dataset._draw(step, 0)
-        assert str(dataset.bucket_of(step)).endswith(f"{num_frames} frames")
+        assert str(dataset.bucket_of(step)).endswith(f"x{num_frames}")
         assert start + num_frames - 1 <= dataset._clips[name].num_frames
     with pytest.raises(ValueError, match=r"num_frames 7 and clip 64x64-3 of 6 frames; prepare again for 7 frames"):
         make(1, {(64, 64): [9, 8, 33, 6]}, lengths=(7,))

@@ -226,7 +226,8 @@ def real_clip() -> Path:
 
 def test_holistic_follows_a_real_person(real_clip: Path) -> None:
     track = load_backend("holistic").track(decode(real_clip, frame_stride=10))
-    assert track.num_people.tolist() == [1] * 10 and not track.counts_people
+    assert track.num_people.tolist() == [1] * 10 and track.counts_people
+    assert track.others is not None and not track.others.any(), "nobody beside"
     body = track.keypoints[:, BODY]
     assert body[..., 2].min() >= 0 and body[..., 2].mean() > 0.8
     # The man stands within this box in the first frame (looked up by eye), arms down, head above hips above feet.

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,8 +21,10 @@ from rich.console import Console
 from test_prepare import RECIPE, CountingCodec, make
 
 from mimicmotion import prepare as command
-from mimicmotion.data import cache, clip_maker, preparation
+from mimicmotion.data import cache, clip_maker, preparation, watching
 from mimicmotion.data.cache import Drop, Manifest, NotWritableError, check_writable
+from mimicmotion.data.clip_maker import Recipe
+from mimicmotion.data.curate import Bounds
 from mimicmotion.data.film import DECODER
 from mimicmotion.data.footage import find_videos, not_looked_at
 from mimicmotion.data.poses import PoseTrack
@@ -62,7 +63,7 @@ def test_another_decoder_makes_all_anew(clips: list[Path], tmp_path: Path, monke
     poses, encoder = Swaying(), CountingCodec()
     assert make(tmp_path / "p", clips, poses=poses, encoder=encoder).decoder == DECODER
     monkeypatch.setattr(preparation, "DECODER", "PyAV 99")
-    monkeypatch.setattr(clip_maker, "DECODER", "PyAV 99")
+    monkeypatch.setattr(watching, "DECODER", "PyAV 99")
     assert make(tmp_path / "p", clips, poses=poses, encoder=encoder).decoder == "PyAV 99"
     assert (poses.num_videos, encoder.num_frames) == (6, 72)
 
@@ -178,7 +179,7 @@ def test_ctrl_c_keeps_what_is_whole_and_the_same_command_goes_on(
 ) -> None:
     backend: list[Swaying] = [Interrupted()]
     monkeypatch.setattr(command, "load_backend", lambda name, dwpose_dir: backend[-1])
-    monkeypatch.setattr(command, "Recipe", lambda **settings: replace(RECIPE, **settings))
+    monkeypatch.setattr(command, "Recipe", lambda **given: Recipe(**given | {"bounds": Bounds(min_frames=1)}))
     words = ["--videos", str(clips[0].parent), "--prepared", str(tmp_path / "p"), "--workers", "1"]
     words += ["--height", "64", "--width", "64", "--num-frames", "8"]
     monkeypatch.setattr("sys.argv", ["prepare.py", *words])
@@ -290,7 +291,9 @@ def test_the_command_says_what_it_did_not_look_at_and_why_it_stopped(
     monkeypatch.setattr("sys.argv", [*given, str(tmp_path / "p")])
     command.main()
     said = capsys.readouterr().out
-    assert "not looked at: 1 file ending in .txt" in said and "1 clips kept, 1 videos dropped" in said
+    assert (
+        "not looked at: 1 file ending in .txt" in said and "1 clips kept, 1 videos or stretches of them dropped" in said
+    )
     (tmp_path / "file").touch()
     monkeypatch.setattr("sys.argv", [*given, str(tmp_path / "file" / "p")])
     with pytest.raises(SystemExit, match=r"preparing stopped: cannot write .*Not a directory"):

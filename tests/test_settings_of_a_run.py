@@ -9,6 +9,7 @@ from tiny import NoiseClips, tiny_config
 
 from mimicmotion.checkpoint import load
 from mimicmotion.distributed import Ranks
+from mimicmotion.dry_run import dry_run
 from mimicmotion.history import read_history
 from mimicmotion.optimization import build_optimization
 from mimicmotion.trainer import Trainer
@@ -48,15 +49,26 @@ def test_only_what_a_pattern_finds_is_trained_and_the_rest_costs_nothing(tmp_pat
     pattern = "temporal_transformer_blocks|pose_net"
     optimizer = dataclasses.replace(config.optimizer, train=pattern, learning_rates={"pose_net": 1e-2})
     config = dataclasses.replace(config, kernels="fused", optimizer=optimizer)
-    begun = Trainer(config, NoiseClips(config=config), ONE).model.state_dict()
-    start = {name: value.clone() for name, value in begun.items()}
+    begun = Trainer(config, NoiseClips(config=config), ONE)
+    start = {name: value.clone() for name, value in begun.model.state_dict().items()}
+    begun._backward(begun._load(0))
+    given = {name for name, parameter in begun.model.named_parameters() if parameter.grad is not None}
     _, trainer = _train(config)
     tensors = load(tmp_path / "step-00000002").tensors
     moved = {name for name, value in tensors["model"].items() if not torch.equal(value, start[name])}
     trained = {name for name in start if re.search(pattern, name)}
     assert len(moved) > 50 and moved <= trained
-    assert {name.rpartition("/")[0] for name in tensors["optimizer"]} <= trained
-    assert set(tensors["ema"]) <= trained
+    live = set(trainer.optimization.live)
+    dead = trained - live
+    assert dead and all("attn2.to_q" in name or "attn2.to_k" in name or "norm2" in name for name in dead)
+    # a gradient, a moment or a copy of anything else would be seen here
+    assert given == live == {name.rpartition("/")[0] for name in tensors["optimizer"]} == set(tensors["ema"])
+    moments = sum(value.numel() for name, value in tensors["optimizer"].items() if not name.endswith("/step"))
+    num_trained = sum(start[name].numel() for name in live)
+    assert moments == 2 * num_trained
+    cost, all_bytes = dry_run(config).cost, 4 * sum(value.numel() for value in start.values())
+    assert all_bytes + 12 * num_trained < cost.resident_bytes < all_bytes + 12 * num_trained + 2.5e6  # and the batch
+    assert cost.end_bytes < cost.resident_bytes + 1.1e8  # cuBLAS's workspaces of a Hopper GPU stay
     assert [group["initial_lr"] for group in trainer.optimization.optimizer.param_groups] == [1e-3, 1e-2]
     for pattern, words in (("nowhere", "in no name of a parameter"), ("(", "is no pattern")):
         with pytest.raises(ValueError, match=words):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mmkernels.kernels.layer_norm import layer_norm_backward_into
 from mmkernels.ops.blend_projection import blend_projection
+from mmkernels.ops.context_attention import context_attention
 from mmkernels.ops.geglu_feed_forward import geglu_feed_forward
 from mmkernels.ops.group_norm_projection import group_norm_projection
 from mmkernels.ops.group_norm_silu_conv import group_norm_silu_conv
@@ -45,6 +46,11 @@ OPS: dict[str, Callable[[], Op]] = {
         | vectors("norm_weight", "norm_bias", "up_bias", "down_bias"),
     ),
     "spatial_attention": lambda: (partial(spatial_attention, num_heads=1), {"x": torch.randn(R, P, C)} | attention()),
+    "context_attention": lambda: (
+        partial(context_attention, num_heads=1),
+        {"x": torch.randn(R, P, C), "keys": torch.randn(R, 4, C), "values": torch.randn(R, 4, C)}
+        | squares("to_q", "out_weight") | vectors("norm_weight", "norm_bias", "out_bias"),
+    ),
     "temporal_attention_block": lambda: (
         partial(temporal_attention_block, num_heads=1), {"x": torch.randn(1, R, P, C)} | attention(),
     ),

@@ -172,7 +172,7 @@ def test_every_step_draws_anew_and_the_moving_average_follows(tmp_path):
     assert is_finished and [row["step"] for row in rows] == [1, 2, 3, 4]
     assert len({row["loss"] for row in rows}) == 4 == len({row["hand_loss"] for row in rows})
     shares = [row.get("pose_share") for row in rows]  # at logged steps; zeros until a step of rate > 0
-    assert shares[0] is shares[2] is None and 0 == shares[1] < shares[3] < 0.5
+    assert shares[0] is shares[2] is None and shares[1] == 0 and 0 < float(shares[3] or 0) < 0.5
     assert trainer.model.pose_squares is None
     assert [row["learning_rate"] for row in rows] == pytest.approx([0, 5e-4, 1e-3, 1e-3])  # two steps of warm-up
     tensors, state = _files(config)
@@ -262,7 +262,7 @@ def test_a_clip_that_cannot_be_used_costs_its_step_alone(in_backward, tmp_path):
 
 
 def test_overflow_of_the_scaled_loss_lowers_the_scale(tmp_path):
-    """The bookkeeping of fp16, with float32 arithmetic: a CPU has no fp16 training."""
+    """The bookkeeping of fp16, with float32 arithmetic."""
     config = tiny_config(tmp_path)
     model = build_model(config.model)
     optimization = build_optimization(model, config, scales_loss=True)
@@ -329,12 +329,6 @@ def test_without_an_average_a_checkpoint_gives_the_weights(tmp_path):
     averaging = dataclasses.replace(config, optimizer=dataclasses.replace(optimizer, ema="host"))
     with pytest.raises(ValueError, match=r"no moving average of the weights; resume with optimizer.ema off"):
         Trainer(averaging, NoiseClips(config=config), ONE, resume=True)
-
-
-def test_fp16_on_a_cpu_is_refused(tmp_path):
-    config = tiny_config(tmp_path, precision="fp16")
-    with pytest.raises(ValueError, match="fp16"):
-        Trainer(config, NoiseClips(config=config), ONE)
 
 
 def test_an_error_of_the_dataset_reaches_the_caller(tmp_path):

@@ -16,6 +16,7 @@ from mimicmotion.config import (
     TrainerConfig,
 )
 from mimicmotion.data.footage_identity import FootageIdentity
+from mimicmotion.shapes import Bucket
 
 MODEL = ModelConfig(
     block_out_channels=(64, 64, 64, 64),
@@ -52,6 +53,10 @@ class NoiseClips:
     def clip_of(self, step: int, sample_id: int) -> str:
         """The name of a sample's clip."""
         return f"noise {1000 * step + sample_id}"
+
+    def bucket_of(self, step: int) -> Bucket:
+        """The one shape of the run."""
+        return self.config.data.buckets[0]
 
     def place(self) -> dict[str, Any]:
         """Noise has no order to go on in."""

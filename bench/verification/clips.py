@@ -13,6 +13,7 @@ from bench.verification.device import Gpu
 from mimicmotion.config import LATENT_STRIDE, Config
 from mimicmotion.data.footage_identity import FootageIdentity
 from mimicmotion.fitting import Fitting
+from mimicmotion.shapes import Bucket
 from mimicmotion.trainer import Trainer
 from mmkernels.planning.choices import Plan
 
@@ -28,6 +29,10 @@ class NoiseClips:
     def clip_of(self, step: int, sample_id: int) -> str:
         """The name of a sample's clip."""
         return f"noise {1000 * step + sample_id}"
+
+    def bucket_of(self, step: int) -> Bucket:
+        """The one shape of the run."""
+        return self.config.data.buckets[0]
 
     def place(self) -> dict[str, Any]:
         """Noise has no order to go on in."""

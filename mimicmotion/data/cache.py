@@ -152,6 +152,12 @@ def load_intact(path: Path) -> dict[str, torch.Tensor] | None:
     return tensors if stated == _tensors_sha256(tensors) else None
 
 
+def stated_sha256(path: Path) -> str:
+    """The digest that save_tensors wrote into a file with its tensors. Raises OSError or SafetensorError."""
+    with safe_open(path, framework="pt") as opened:
+        return (opened.metadata() or {}).get("content_sha256", "")
+
+
 def _tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
@@ -207,7 +213,7 @@ class Drop:
     """A video that was left out, or a stretch of one, and why."""
 
     source: str
-    stage: str  # decode, curate, check (what was made of it is not finite) or unforeseen
+    stage: str  # decode, split (a stretch is too short), curate, check (what was made is not finite) or unforeseen
     reason: str
     statistics: dict[str, float] = field(default_factory=dict)  # as a clip's; empty where nothing was measured
     first_frame: int = 0  # as a clip's
@@ -232,6 +238,7 @@ class Manifest:
 
     height: int
     width: int
+    sizes: list[str] = field(default_factory=list)  # further ones, as 576x1024: a clip has one of all
     num_frames: int  # every clip has at least this many
     encoder_name: str  # as asked for: "patch-codec (stand-in)", a folder's path or a hub id
     encoder_version: str
@@ -240,8 +247,12 @@ class Manifest:
     pose_backend: str
     pose_version: str
     decoder: str  # and its version
+    encoder_device: str  # kind of device
+    frame_stride: int  # every clip's
+    bounds: dict[str, float]  # what clips were held to, by the names of curate.Bounds
     clips: list[Clip]
     dropped: list[Drop] = field(default_factory=list)
+    files: dict[str, str] = field(default_factory=dict)  # digest of the content of each keypoints and tensors file
     version: int = MANIFEST_VERSION
 
     def write(self, folder: Path) -> None:

@@ -1,8 +1,10 @@
 """The clips of one video: poses, curation, crop, latents. Each stage is cached under a key of all it follows from."""
 
 import traceback
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Generator, Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass, field, replace
+from math import isclose, log
 from pathlib import Path
 from threading import Event, Lock
 from typing import Any
@@ -22,17 +24,18 @@ from mimicmotion.data.cache import (
     save_tensors,
 )
 from mimicmotion.data.crop import crop_frame, crop_keypoints, person_crop
-from mimicmotion.data.curate import Bounds, measure, reasons_to_drop
-from mimicmotion.data.film import DECODER, VideoError
+from mimicmotion.data.curate import Bounds, Watched, measure, reasons_to_drop, split
+from mimicmotion.data.film import VideoError
 from mimicmotion.data.footage import VideoProperties, decode, read_properties
-from mimicmotion.data.poses import PoseBackend, PoseTrack
+from mimicmotion.data.poses import PoseBackend
 from mimicmotion.data.progress import VideoProgress, Work
+from mimicmotion.data.watching import keep, kept, watch, watched_file
 from mimicmotion.model.encoders import SPATIAL_FACTOR, Encoder
 from mimicmotion.paths import printable
+from mimicmotion.shapes import size_of
 
-# Bumped where the meaning of a stored file changes, so that old files are not met.
-KEYPOINTS_FORMAT = 2
-TENSORS_FORMAT = 2
+# Bumped where the meaning of a clip's file changes, so that old files are not met.
+TENSORS_FORMAT = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,29 +44,43 @@ class Recipe:
 
     height: int  # pixels, a multiple of 8
     width: int  # pixels, a multiple of 8
-    num_frames: int  # frames of a training clip; shorter videos are dropped
+    sizes: tuple[str, ...] = ()  # further ones, as 576x1024; a clip has the one nearest its video's
+    num_frames: int  # frames of a training clip; shorter stretches of a video are dropped
     frame_stride: int = 1  # every frame_stride-th frame of a video is kept
     bounds: Bounds = field(default_factory=Bounds)
     frames_at_once: int = 16  # encoded together
     workers: int | None = None  # videos worked on at once; None is one a processor core
 
     def __post_init__(self) -> None:
-        for name in ("height", "width"):
-            if getattr(self, name) < SPATIAL_FACTOR or getattr(self, name) % SPATIAL_FACTOR:
-                raise ValueError(f"got {name} {getattr(self, name)}, wanted a positive multiple of {SPATIAL_FACTOR}")
+        for size in ((self.height, self.width), *map(size_of, self.sizes)):
+            for name, side in zip(("height", "width"), size, strict=True):
+                if side < SPATIAL_FACTOR or side % SPATIAL_FACTOR:
+                    raise ValueError(f"got {name} {side}, wanted a positive multiple of {SPATIAL_FACTOR}")
         for name in ("num_frames", "frame_stride", "frames_at_once"):
             if getattr(self, name) < 1:
                 raise ValueError(f"got {name} {getattr(self, name)}, wanted at least 1")
 
+    def shaped(self, source_height: int, source_width: int) -> "Recipe":
+        """For a video of this shape: with one size, of the nearest aspect ratio the largest that the video fills.
+
+        Where it fills none, the smallest of that ratio.
+        """
+        sizes = [(self.height, self.width), *map(size_of, self.sizes)]
+        away = {size: abs(log(size[0] / size[1] * source_width / source_height)) for size in sizes}
+        near = sorted(size for size in sizes if isclose(away[size], min(away.values()), abs_tol=1e-9))
+        filled = [size for size in near if size[0] <= source_height and size[1] <= source_width]
+        height, width = filled[-1] if filled else near[0]
+        return replace(self, height=height, width=width, sizes=())
+
 
 @dataclass(frozen=True)
 class _Source:
-    """A video whose poses are known."""
+    """A video that was looked through."""
 
     path: Path
     properties: VideoProperties
     sha256: str
-    track: PoseTrack
+    watched: Watched
     keypoints_file: str
 
 
@@ -127,69 +144,87 @@ class ClipMaker:
             notes = "".join(f"; {note}" for note in properties.notes)
             reason = f"has {most_frames} frames, fewer than {self._bounds.min_frames}{notes}"
             return [self._drop(path, "curate", reason)]
-        source = self._find_poses(path, properties)
-        return [self._make_clip(source, 0, len(source.track.num_people))]
+        source = self._watch(path, properties)
+        found = split(source.watched, self._bounds)
+        longest = max((rows.stop - rows.start for rows in found), default=0)
+        if longest < self._bounds.min_frames:
+            return [self._drop_all(source, len(found), longest)]
+        with closing(self._all_frames(source)) as frames:
+            made = [self._make_clip(source, rows, frames) for rows in found]
+        num_short = sum(isinstance(part, Drop) and part.stage == "split" for part in made)
+        if num_short:
+            self._progress.say(
+                f"{printable(path.name)}: {num_short} stretches of fewer than {self._bounds.min_frames} frames left out"
+            )
+        return made
 
-    def _make_clip(self, source: _Source, first_frame: int, num_frames: int) -> Clip | Drop:
-        """One stretch of a video, if it is good enough. first_frame is one of the source's at one rate."""
+    def _drop_all(self, source: _Source, num_stretches: int, longest: int) -> Drop:
+        whole = slice(0, len(source.watched))
+        measures = measure(source.watched, whole)
+        reason = (
+            f"the longest of {num_stretches} stretches that move and show one person without a cut has {longest} frames"
+        )
+        reasons = [f"{reason}, fewer than {self._bounds.min_frames}", *reasons_to_drop(measures, self._bounds)]
+        return self._drop(source.path, "curate", "; ".join(reasons), **self._place(source, whole, measures))
+
+    def _make_clip(self, source: _Source, rows: slice, frames: Iterator[tuple[int, np.ndarray]]) -> Clip | Drop:
+        """One stretch of a video, if it is good enough; frames are the video's from an earlier stretch on."""
         path, properties = source.path, source.properties
-        measures = measure(source.track, properties.height, properties.width)
-        place: dict[str, Any] = {
-            "statistics": measures,
-            "first_frame": first_frame,
-            "num_frames": num_frames,
-            "frame_stride": self._recipe.frame_stride,
-            "keypoints_file": source.keypoints_file,
-        }
-        if reasons := reasons_to_drop(measures, self._bounds):
-            return self._drop(path, "curate", "; ".join(reasons), **place)
-        tensors_file, crop = self._encode(source)
-        kept = f"{printable(path.name)}: kept, {measures['num_frames']:.0f} frames"
-        self._progress.say("; ".join([kept, *properties.notes]))
+        recipe = self._recipe.shaped(properties.height, properties.width)
+        keypoints = source.watched.track.keypoints[rows]
+        crop = person_crop(keypoints, properties.height, properties.width, recipe.height, recipe.width)
+        measures = measure(source.watched, rows, crop)
+        place = self._place(source, rows, measures)
+        reasons = reasons_to_drop(measures, self._bounds)
+        if measures["num_frames"] < self._bounds.min_frames:
+            return Drop(source=str(path.absolute()), stage="split", reason="; ".join(reasons), **place)
+        first, last = place["first_frame"], place["first_frame"] + (len(keypoints) - 1) * recipe.frame_stride
+        where = "" if len(keypoints) == len(source.watched) else f" {first} to {last}"
+        if reasons:
+            return self._drop(path, "curate", "; ".join(reasons), where, **place)
+        tensors_file = self._encode(source, rows, crop, frames)
+        said = f"{printable(path.name)}{where}: kept, {len(keypoints)} frames"
+        self._progress.say("; ".join([said, *properties.notes]))
         return Clip(
-            clip_id=f"{printable(path.stem)}-{source.sha256[:8]}-{first_frame}",
+            clip_id=f"{printable(path.stem)}-{source.sha256[:8]}-{first}",
             source=str(path.absolute()),
             source_sha256=source.sha256,
             source_height=properties.height,
             source_width=properties.width,
-            frames_per_second=properties.frames_per_second / self._recipe.frame_stride,
+            frames_per_second=properties.frames_per_second / recipe.frame_stride,
             crop=crop,
-            height=self._recipe.height,
-            width=self._recipe.width,
+            height=recipe.height,
+            width=recipe.width,
             tensors_file=tensors_file,
             notes=list(properties.notes),
             **place,
         )
 
-    def _drop(self, path: Path, stage: str, reason: str, **place: Any) -> Drop:
-        self._progress.say(f"{printable(path.name)}: dropped, {reason}")
+    def _place(self, source: _Source, rows: slice, measures: dict[str, float]) -> dict[str, Any]:
+        stride = self._recipe.frame_stride
+        return {
+            "statistics": measures,
+            "first_frame": rows.start * stride,
+            "num_frames": rows.stop - rows.start,
+            "frame_stride": stride,
+            "keypoints_file": source.keypoints_file,
+        }
+
+    def _drop(self, path: Path, stage: str, reason: str, where: str = "", **place: Any) -> Drop:
+        self._progress.say(f"{printable(path.name)}{where}: dropped, {reason}")
         return Drop(source=str(path.absolute()), stage=stage, reason=reason, **place)
 
-    def _find_poses(self, path: Path, properties: VideoProperties) -> _Source:
+    def _watch(self, path: Path, properties: VideoProperties) -> _Source:
         sha256 = file_sha256(path)
-        backend = self._poses
-        inputs = [KEYPOINTS_FORMAT, sha256, DECODER, backend.name, backend.version, self._recipe.frame_stride]
-        name = f"keypoints/{content_key(inputs)}.safetensors"
-        stored = load_intact(self._prepared / name)
-        if stored is None:
+        name = watched_file(sha256, self._poses, self._recipe.frame_stride)
+        watched = kept(self._prepared / name, properties)
+        if watched is None:
             num_frames = -(-properties.num_frames // self._recipe.frame_stride)
             work = self._progress.start(f"{printable(path.name)}: finding poses", num_frames)
-            track = backend.track(self._frames(properties, work))
-            if len(track.keypoints) != work.num_steps:
-                raise VideoError(f"has poses in {len(track.keypoints)} of {work.num_steps} frames ({backend.name})")
-            stored = {
-                "keypoints": torch.from_numpy(track.keypoints),
-                "num_people": torch.from_numpy(track.num_people),
-                "counts_people": torch.tensor([track.counts_people]),
-            }
-            save_tensors(self._prepared / name, stored)
+            watched = watch(self._frames(properties, work), properties, self._poses)
+            keep(self._prepared / name, watched)
             work.finish()
-        track = PoseTrack(
-            keypoints=stored["keypoints"].numpy(),
-            num_people=stored["num_people"].numpy(),
-            counts_people=bool(stored["counts_people"].item()),
-        )
-        return _Source(path, properties, sha256, track, name)
+        return _Source(path, properties, sha256, watched, name)
 
     def _frames(self, properties: VideoProperties, work: Work) -> Iterator[np.ndarray]:
         try:
@@ -202,37 +237,55 @@ class ClipMaker:
             work.abandon()
             raise
 
-    def _encode(self, source: _Source) -> tuple[str, Crop]:
-        recipe, (height, width) = self._recipe, (source.properties.height, source.properties.width)
-        crop = person_crop(source.track.keypoints, height, width, recipe.height, recipe.width)
+    def _all_frames(self, source: _Source) -> Generator[tuple[int, np.ndarray]]:
+        """Numbered frames until no more are wanted; nothing is decoded before the first is asked for."""
+        work = self._progress.start(f"{printable(source.path.name)}: encoding", len(source.watched))
+        try:
+            yield from enumerate(self._frames(source.properties, work))
+        finally:
+            work.finish()
+
+    def _encode(self, source: _Source, rows: slice, crop: Crop, frames: Iterator[tuple[int, np.ndarray]]) -> str:
+        """Write the tensors of a stretch, unless they are there; returns their file."""
+        encoder, keypoints = self._encoder, source.watched.track.keypoints[rows]
+        recipe = self._recipe.shaped(source.properties.height, source.properties.width)
         inputs = [
-            TENSORS_FORMAT, source.keypoints_file, asdict(crop), recipe.height, recipe.width, self._encoder.name,
-            self._encoder.version,
+            TENSORS_FORMAT, source.keypoints_file, rows.start, rows.stop, asdict(crop), recipe.height, recipe.width,
+            encoder.name, encoder.version, encoder.device,
         ]  # fmt: skip
         name = f"clips/{content_key(inputs)}.safetensors"
         if load_intact(self._prepared / name) is not None:
-            return name, crop
-        work = self._progress.start(f"{printable(source.path.name)}: encoding", len(source.track.num_people))
-        latents, embeddings = [], []
-        for batch in _batches(self._frames(source.properties, work), recipe.frames_at_once):
+            return name
+        means, deviations, embeddings = [], [], []
+        for batch in _batches(_between(frames, rows), recipe.frames_at_once):
             cropped = np.stack([crop_frame(frame, crop, recipe.height, recipe.width) for frame in batch])
-            frames = torch.from_numpy(cropped).permute(0, 3, 1, 2).float() / 127.5 - 1  # (F, 3, H, W)
+            pictures = torch.from_numpy(cropped).permute(0, 3, 1, 2).float() / 127.5 - 1  # (F, 3, H, W)
             with self._encoder_lock:  # one batch on the device at a time, however many videos are worked on
-                latents.append(self._encoder.encode(frames).half())
-                embeddings.append(self._encoder.embed(frames).half())
-        if work.num_steps != len(source.track.num_people):
-            raise VideoError(
-                f"had {len(source.track.num_people)} frames when poses were found and has {work.num_steps}"
-            )
-        keypoints = crop_keypoints(source.track.keypoints, crop, height, width)
+                mean, deviation = encoder.distribution(pictures)
+                embeddings.append(encoder.embed(pictures).half())
+            means.append(mean.half())
+            deviations.append(deviation.half())
+        if sum(map(len, means)) != len(keypoints):
+            raise VideoError(f"had {len(source.watched)} frames when poses were found and has fewer now")
         tensors = {
-            "latents": torch.cat(latents),  # (F, 4, h, w), unscaled
+            "latents": torch.cat(means),  # (F, 4, h, w), unscaled
+            "latents_deviation": torch.cat(deviations),  # (F, 4, h, w), unscaled
             "image_embedding": torch.cat(embeddings),  # (F, 1024)
-            "keypoints": torch.from_numpy(keypoints),  # (F, 128, 3)
+            "keypoints": torch.from_numpy(
+                crop_keypoints(keypoints, crop, source.properties.height, source.properties.width)
+            ),  # (F, 128, 3)
         }
         save_tensors(self._prepared / name, tensors)
-        work.finish()
-        return name, crop
+        return name
+
+
+def _between(frames: Iterator[tuple[int, np.ndarray]], rows: slice) -> Iterator[np.ndarray]:
+    """Those of numbered frames that lie in rows; takes no frame after the last of them."""
+    for index, frame in frames:
+        if index >= rows.start:
+            yield frame
+        if index + 1 >= rows.stop:
+            return
 
 
 def _batches(frames: Iterator[np.ndarray], size: int) -> Iterator[list[np.ndarray]]:

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mimicmotion.config import LATENT_STRIDE, Bucket
+from mimicmotion.config import LATENT_STRIDE
 from mimicmotion.data.cache import Clip, Manifest, NotFiniteError, check_finite
 from mimicmotion.data.crop import crop_frame
 from mimicmotion.data.footage import decode
@@ -28,6 +28,7 @@ from mimicmotion.data.held_out import split
 from mimicmotion.data.order import Order, Place, number_of
 from mimicmotion.data.poses import draw, drawing_scale
 from mimicmotion.data.poses.keypoints import HANDS, NUM_KEYPOINTS
+from mimicmotion.shapes import Bucket
 
 # The released model was always told 7 frames a second and motion 127, whatever the video: so is it in training.
 CONDITIONED_FRAMES_PER_SECOND = 7
@@ -58,7 +59,7 @@ class ClipDataset:
         parts = split(self.manifest.clips, held_out, seed)
         self.num_held_out, chosen = len(parts[1]), parts[int(is_held_out)]
         self.manifest = replace(self.manifest, clips=[clip for clip in self.manifest.clips if clip.clip_id in chosen])
-        self.num_frames = num_frames
+        self._lengths = (num_frames, *lengths)
         self.seed = seed
         self._hand_confidence = hand_confidence
         self._clips = {clip.clip_id: clip for clip in self.manifest.clips}
@@ -68,7 +69,7 @@ class ClipDataset:
             raise ValueError(f"got {prepared}, whose manifest holds no clip; run prepare again")
         self._samples: dict[Bucket, list[tuple[str, int]]] = {}  # a clip's name and which of its windows
         for clip in self.manifest.clips:
-            bucket = _bucket(clip, (num_frames, *lengths))
+            bucket = _bucket(clip, self._lengths)
             windows = clip.num_frames // (bucket.num_frames - 1)
             self._samples.setdefault(bucket, []).extend((clip.clip_id, window) for window in range(windows))
         self._by_name = {str(bucket): bucket for bucket in self._samples}
@@ -157,12 +158,12 @@ class ClipDataset:
         self._order = Order(counts, order.batch_size, self.seed, Place(step=step, taken=taken))
 
     def clip(self, clip_id: str, reference: int, start: int, num_frames: int | None = None) -> dict[str, Any]:
-        """Frame `reference` of a clip, then num_frames - 1 frames from start on (default: the dataset's num_frames).
+        """Frame `reference` of a clip, then num_frames - 1 frames from start on (default: as many as it is trained in).
 
         Keys as in sample, with sample_id -1. Raises ValueError where the frames are not in the clip.
         """
         chosen = self._clip(clip_id)
-        num_frames = num_frames or self.num_frames
+        num_frames = num_frames or _bucket(chosen, self._lengths).num_frames
         stop = start + num_frames - 1
         if not (0 <= start < stop <= chosen.num_frames and 0 <= reference < chosen.num_frames):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""From videos to a prepared folder: poses, curation, crop, latents, manifest.
+"""From videos to a prepared folder: poses, splitting, curation, crop, latents, manifest.
 
 Each stage is cached under a key of all it follows from: a changed size or encoder keeps the poses, a changed video
 remakes only its own files, and an interrupted run goes on where it was.
@@ -6,13 +6,14 @@ remakes only its own files, and an interrupted run goes on where it was.
 
 from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import replace
+from dataclasses import asdict, replace
 from os import cpu_count
 from pathlib import Path
 
 from mimicmotion.config import Config, DataConfig, demo
-from mimicmotion.data.cache import Clip, Drop, Manifest, check_writable, is_prepared
+from mimicmotion.data.cache import Clip, Drop, Manifest, check_writable, is_prepared, stated_sha256
 from mimicmotion.data.clip_maker import ClipMaker, Recipe
+from mimicmotion.data.curate import Bounds
 from mimicmotion.data.film import DECODER
 from mimicmotion.data.footage import embedded_footage
 from mimicmotion.data.ownership import locked, sign
@@ -71,6 +72,7 @@ def _prepare(
     manifest = Manifest(
         height=recipe.height,
         width=recipe.width,
+        sizes=list(recipe.sizes),
         num_frames=recipe.num_frames,
         encoder_name=encoder.name,
         encoder_version=encoder.version,
@@ -79,11 +81,21 @@ def _prepare(
         pose_backend=poses.name,
         pose_version=poses.version,
         decoder=DECODER,
+        encoder_device=encoder.device,
+        frame_stride=recipe.frame_stride,
+        bounds=asdict(recipe.bounds),
         clips=clips,
         dropped=dropped,
+        files=_digests(prepared, clips, dropped),
     )
     manifest.write(prepared)
     return manifest
+
+
+def _digests(prepared: Path, clips: Sequence[Clip], dropped: Sequence[Drop]) -> dict[str, str]:
+    """The digest of every file that a manifest names."""
+    names = {clip.tensors_file for clip in clips} | {part.keypoints_file for part in (*clips, *dropped)} - {""}
+    return {name: stated_sha256(prepared / name) for name in sorted(names)}
 
 
 def _sorted_out(results: Sequence[Sequence[Clip | Drop]]) -> tuple[list[Clip], list[Drop]]:
@@ -125,13 +137,14 @@ def prepare_if_missing(config: Config, progress: VideoProgress | None = None) ->
     is one that somebody meant to hold videos of their own. Raises ValueError there.
     """
     data, shown = config.data, progress or VideoProgress()
-    recipe = Recipe(height=data.height, width=data.width, num_frames=data.num_frames)
+    fewest = min((data.num_frames, *data.lengths))
+    recipe = Recipe(height=data.height, width=data.width, sizes=data.sizes, num_frames=fewest)
     if data.prepared.absolute() == demo().data.prepared.absolute() and not is_prepared(data.prepared):
         shown.say(f"nothing is prepared in {data.prepared}: preparing the embedded footage")
         videos, backend = embedded_footage(), data.poses
     else:
         manifest = Manifest.read(data.prepared)
-        why = _why_stale(manifest, data)
+        why = why_stale(manifest, data)
         if not manifest.clips:
             raise ValueError(f"{data.prepared} holds no clip; run prepare.py for it with videos that can be used")
         if why is None:
@@ -140,7 +153,7 @@ def prepare_if_missing(config: Config, progress: VideoProgress | None = None) ->
         # in order and once, however many clips each gave
         videos = list(dict.fromkeys(Path(part.source) for part in (*manifest.clips, *manifest.dropped)))
         backend = manifest.pose_backend
-        recipe = replace(recipe, frame_stride=manifest.clips[0].frame_stride)
+        recipe = replace(recipe, frame_stride=manifest.frame_stride, bounds=Bounds(**manifest.bounds))
     return prepare(
         videos,
         data.prepared,
@@ -151,15 +164,17 @@ def prepare_if_missing(config: Config, progress: VideoProgress | None = None) ->
     )
 
 
-def _why_stale(manifest: Manifest, data: DataConfig) -> str | None:
+def why_stale(manifest: Manifest, data: DataConfig) -> str | None:
     """What of a manifest does not fit the settings, or None. Its poses are as the user chose them.
 
     Another version of the decoder is no reason: videos may have been prepared on another machine.
     """
     if (manifest.height, manifest.width) != (data.height, data.width):
         return f"{manifest.height}x{manifest.width} pixels, not {data.height}x{data.width}"
-    if manifest.num_frames < data.num_frames:
-        return f"clips of {manifest.num_frames} frames or more, not {data.num_frames}"
+    if set(manifest.sizes) != set(data.sizes):
+        return f"further sizes {manifest.sizes}, not {list(data.sizes)}"
+    if manifest.num_frames < (fewest := min((data.num_frames, *data.lengths))):
+        return f"clips of {manifest.num_frames} frames or more, not {fewest}"
     encoder = PatchCodec.name if data.encoder == PATCH_CODEC else data.encoder
     if manifest.encoder_name != encoder:
         return f"the encoder {manifest.encoder_name}, not {encoder}"

@@ -29,15 +29,20 @@ class Encoder(Protocol):
     """Pictures (F, 3, H, W) in [-1, 1] to latents (F, 4, H/8, W/8) and back, and pictures to embeddings (F, 1024).
 
     Latents are the distribution's mode, unscaled; latents times `scaling_factor` have a standard deviation near 1.
-    `name` and `version` are part of every cache key; version says the weights and the precision they run in.
+    `name`, `version` and `device` are part of every cache key; version says the weights and the precision they run in.
     """
 
     name: str
     version: str
+    device: str  # kind of device it runs on, such as cpu
     scaling_factor: float
 
     def encode(self, frames: Tensor) -> Tensor:
         """Unscaled latents (F, 4, H/8, W/8) of frames (F, 3, H, W)."""
+        ...
+
+    def distribution(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean, which is `encode`, and standard deviation of the unscaled latents, each (F, 4, H/8, W/8)."""
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -49,13 +54,18 @@ class Encoder(Protocol):
         ...
 
 
-def load_encoder(name_or_path: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Encoder:
+def load_encoder(name_or_path: str, *, device: str | None = None, dtype: torch.dtype | None = None) -> Encoder:
     """The stand-in for "patch-codec", else Stable Video Diffusion's encoders from a folder or hub id.
 
-    dtype: of their weights and activations, but for a VAE that asks for float32 (`SVDEncoder`).
+    device: the GPU where there is one, unless given. dtype: of their weights and activations, float16 on a GPU and
+    float32 elsewhere unless given, but for a VAE that asks for float32 (`SVDEncoder`).
     """
     if name_or_path == PATCH_CODEC:
         return PatchCodec()
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype is None:
+        dtype = torch.float16 if device.startswith("cuda") else torch.float32
     return SVDEncoder.load(name_or_path, device=device, dtype=dtype)
 
 
@@ -76,6 +86,7 @@ class PatchCodec:
 
     name = "patch-codec (stand-in)"
     version = "1"
+    device = "cpu"
     scaling_factor = 0.35  # one over the root mean square of the embedded footage's latents
 
     def __init__(self) -> None:
@@ -88,6 +99,11 @@ class PatchCodec:
         """Unscaled latents (F, 4, H/8, W/8) of frames (F, 3, H, W)."""
         check_frames(frames)
         return F_.conv2d(frames, self._patterns.to(frames), stride=SPATIAL_FACTOR)
+
+    def distribution(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents as `encode` gives them, which are certain: their deviation is 0."""
+        latents = self.encode(frames)
+        return latents, torch.zeros_like(latents)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures (F, 3, H, W), clamped to [-1, 1], of unscaled latents (F, 4, H/8, W/8)."""
@@ -125,6 +141,7 @@ class SVDEncoder:
         self.name = name
         precision = "-".join(str(model.dtype).removeprefix("torch.") for model in (vae, image_encoder))
         self.version = f"{_fingerprint(vae, image_encoder)}-{precision}"
+        self.device = str(vae.device.type)
         self.scaling_factor = float(vae.config.scaling_factor)
         self._vae = vae
         self._image_encoder = image_encoder
@@ -158,9 +175,15 @@ class SVDEncoder:
     @torch.no_grad()
     def encode(self, frames: Tensor) -> Tensor:
         """Unscaled modes (F, 4, H/8, W/8) of frames (F, 3, H, W), in float32 on the frames' device."""
+        return self.distribution(frames)[0]
+
+    @torch.no_grad()
+    def distribution(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean, which is the mode, and standard deviation of the unscaled latents, in float32 on the frames' device."""
         check_frames(frames)
-        modes = [self._vae.encode(_as_read_by(self._vae, part)).latent_dist.mode() for part in self._parts(frames)]
-        return torch.cat(modes).to(frames.device, torch.float32)
+        found = [self._vae.encode(_as_read_by(self._vae, part)).latent_dist for part in self._parts(frames)]
+        mean, deviation = torch.cat([each.mode() for each in found]), torch.cat([each.std for each in found])
+        return mean.to(frames.device, torch.float32), deviation.to(frames.device, torch.float32)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -54,3 +54,8 @@ RULES: dict[str, Rule] = {  # by the digest of the transformer's forward; others
 def each(change: Callable[[Tensor], Tensor], context: Context) -> Context:
     """`change` of every tensor in a context."""
     return type(context)(each(change, x) for x in context) if isinstance(context, (tuple, list)) else change(context)
+
+
+def num_rows(context: Context) -> int:
+    """Of every tensor in a context."""
+    return num_rows(context[0]) if isinstance(context, (tuple, list)) else context.shape[0]

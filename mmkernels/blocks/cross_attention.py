@@ -7,21 +7,29 @@ for every parameter, as DistributedDataParallel does, sees them used, and who as
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mmkernels.blocks.contexts import Context
+from mmkernels.blocks.operations import product_dtype
 from mmkernels.blocks.recognition.transformer import SPATIAL, TEMPORAL, plain_parts_of_block, why_not_block
-from mmkernels.blocks.segment import segment
+from mmkernels.blocks.source_statistics import like_the_first
+from mmkernels.blocks.sources import is_decoupled, sources_of
+from mmkernels.blocks.weights import adapters_of, linear_of
+from mmkernels.ops.context_attention import context_attention
 
 Block = Any  # a BasicTransformerBlock or a TemporalBasicTransformerBlock, whose attn2 diffusers types as optional
+_NONE: Mapping[str, Any] = MappingProxyType({})
 BYPASSED = ("norm2", "attn2.to_q", "attn2.to_k")  # of a block whose context is one token
 
 
-def one_token_value(block: Block, context: Tensor) -> Tensor | None:
-    """What attn2 adds to every token, (rows, 1, C), or None where the context (rows, T, C_context) has T > 1."""
-    if context.shape[1] != 1:
+def one_token_value(block: Block, context: Context) -> Tensor | None:
+    """What attn2 adds to every token, (rows, 1, C), or None where it attends to more than one, (rows, T, C_context)."""
+    if is_decoupled(block.attn2) or context.shape[1] != 1:
         return None
     value = block.attn2.to_out[0](block.attn2.to_v(context))
     bypassed = [parameter for name in BYPASSED for parameter in block.get_submodule(name).parameters()]
@@ -75,24 +83,22 @@ def _is_bypassing(block: Any) -> bool:
         return False
     role = TEMPORAL if "ff_in" in block._modules else SPATIAL
     original = getattr(block, "original", block)  # of a drop-in
-    return why_not_block(original, role) is None and "attn2" not in plain_parts_of_block(original, role)
+    is_known = why_not_block(original, role) is None and "attn2" not in plain_parts_of_block(original, role)
+    return is_known and not is_decoupled(block.attn2)
 
 
-def attend_context(block: Block, tokens: Tensor, context: Tensor) -> Tensor:
+def attend_context(block: Block, tokens: Tensor, context: Context, kwargs: Mapping[str, Any] = _NONE) -> Tensor:
     """tokens + attn2(norm2(tokens)) over every token of the context; tokens (rows, queries, C), saves them only."""
-
-    def attend(x: Tensor, context: Tensor) -> Tensor:
-        return x + block.attn2(normalise(block.norm2, x), encoder_hidden_states=context)
-
-    return segment(attend, tokens, context)
-
-
-def normalise(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    """norm(x), taken at least in float32 and rounded to the dtype of x.
-
-    In bfloat16 torch's CPU kernel adds the gradients of weight and bias up row after row in bfloat16, so that their
-    error depends on the order of the rows, which is another here than in diffusers.
-    """
-    wide = torch.promote_types(x.dtype, torch.float32)
-    weight, bias = norm.weight.to(wide), norm.bias.to(wide)
-    return torch.nn.functional.layer_norm(x.to(wide), norm.normalized_shape, weight, bias, norm.eps).to(x.dtype)
+    norm, attention = block.norm2, block.attn2
+    sources = sources_of(attention, context, kwargs, tokens)
+    q, out = (linear_of(layer, product_dtype(tokens)) for layer in (attention.to_q, attention.to_out[0]))
+    keys, values = ([getattr(x, name)(x.tokens) for x in sources] for name in ("to_k", "to_v"))
+    if any(source.is_normalised for source in sources):
+        values = like_the_first(block, tokens, keys, values, [source.is_normalised for source in sources])
+    values = [value * source.scale for value, source in zip(values, sources, strict=True)]
+    shares = [source.share for source in sources if source.share is not None]
+    return context_attention(
+        tokens, norm.weight, norm.bias, q.weight, out.weight, out.bias, torch.cat(keys, 1), torch.cat(values, 1),
+        attention.heads, sizes=[source.tokens.shape[1] for source in sources],
+        shares=torch.cat(shares, 2) if shares else None, eps=norm.eps, **adapters_of(q, out),
+    )  # fmt: skip

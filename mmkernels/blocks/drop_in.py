@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from mmkernels.blocks.recognition.unchanged import watch
 from mmkernels.blocks.segment import segment
 from mmkernels.kernels.call import Call
 from mmkernels.memory.units import WHOLE, Choice, unit
@@ -65,7 +66,7 @@ class DropIn(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         slots = (name for kind in type(self).__mro__ for name in vars(kind).get("__slots__", ()))
-        own = {name: getattr(self, name) for name in slots if name != "_original"}
+        own = {name: getattr(self, name) for name in slots if name not in ("_original", "is_unchanged")}
         return _made_again, (type(self).kind, self.original, own)  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -80,6 +81,8 @@ def _made_again(kind: type[DropIn], original: nn.Module, own: dict[str, Any]) ->
     """A copied or unpickled drop-in."""
     drop_in = object.__new__(_class_of(kind, type(original)))
     DropIn.__init__(drop_in, original)
+    if isinstance(drop_in, FusedBlock):
+        drop_in.is_unchanged = _has_not_been_seen
     for name, value in own.items():
         setattr(drop_in, name, value)
     return drop_in
@@ -91,7 +94,7 @@ PLAIN: tuple[Choice, ...] = ("recompute", "move")  # the choices of a unit that 
 class FusedBlock(DropIn):
     """A drop-in that computes only for blocks which `why_not` finds to be exactly the known kind.
 
-    name: dotted, within the UNet; its units are named below it. choices: for its units, "recompute" where not named.
+    name: dotted, within the UNet; its units are named below it. choices: for its units, none where nothing is planned.
     is_recomputed: its only unit is `WHOLE`; nothing but its inputs is saved and it runs whole again in backward.
     scratch_bytes: what a chunk inside its operations may take. plain: the parts that are called as they are.
     """
@@ -100,7 +103,7 @@ class FusedBlock(DropIn):
     why_not: ClassVar[Callable[[Any], str | None]]
     probe_inputs: ClassVar[Callable[..., dict[str, Any]] | None] = None  # (module, B, F, H, W, T), where one can decide
     plain_parts: ClassVar[Callable[[Any], Mapping[str, str]]] = staticmethod(lambda _: {})  # and why each is not fused
-    __slots__ = ("choices", "is_recomputed", "name", "plain", "scratch_bytes")
+    __slots__ = ("choices", "is_recomputed", "is_unchanged", "name", "plain", "scratch_bytes")
 
     def __init__(self, original: nn.Module) -> None:
         super().__init__(original)
@@ -109,6 +112,7 @@ class FusedBlock(DropIn):
         self.is_recomputed = False
         self.scratch_bytes = DEFAULT_BYTES
         self.plain = frozenset(type(self).plain_parts(original))
+        self.is_unchanged: Callable[[], bool] = _has_not_been_seen
 
     def units(self) -> dict[str, tuple[Choice, ...]]:
         """Its units in the order they run, with the choices that each can have; `WHOLE`, if it has it, is the last."""
@@ -121,7 +125,7 @@ class FusedBlock(DropIn):
     def follow(
         self, name: str, choices: Mapping[str, Choice], *, is_recomputed: bool, scratch_bytes: int = DEFAULT_BYTES
     ) -> None:
-        """Take a name in the UNet and what a plan has for this block, which has been checked."""
+        """Take a name in the UNet and what a plan has for all units of this block, which has been checked."""
         self.name, self.choices, self.is_recomputed = name, dict(choices), is_recomputed
         self.scratch_bytes = scratch_bytes
 
@@ -148,12 +152,20 @@ class FusedBlock(DropIn):
     @torch._disable_dynamo
     def check_unchanged(self) -> None:
         """Raise RuntimeError with the reason where the block is no longer what replace() found."""
+        if self.is_unchanged():
+            return
         reason = type(self).why_not(self.known)
         if reason is None:
             parts = type(self).plain_parts(self.known).items()
             reason = next((f"{name}: {why}" for name, why in parts if name not in self.plain), None)
         if reason is not None:
             raise RuntimeError(f"the block has changed since replace(): {reason}; undo(), change it, replace again")
+        self.is_unchanged = watch(self.known)
+
+
+def _has_not_been_seen() -> bool:
+    """In the place of what `watch` returns where nobody has looked yet."""
+    return False
 
 
 def _is_in_checkpoint() -> bool:

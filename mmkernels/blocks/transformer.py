@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmkernels.blocks.contexts import RULES, Context, of_first_frame
+from mmkernels.blocks.contexts import RULES, Context, num_rows, of_first_frame
 from mmkernels.blocks.cross_attention import Block, attend_context, one_token_value
 from mmkernels.blocks.drop_in import PLAIN, FusedBlock
 from mmkernels.blocks.operations import of_transformer, product_dtype
@@ -59,6 +59,7 @@ UNITS: Mapping[str, Mapping[str, tuple[Choice, ...]]] = {  # of the blocks of on
 _PARTS = {"spatial_feed_forward": "ff", "feed_forward_in": "ff_in", "temporal_attention": "attn1"}  # that can keep more
 _PARTS |= {"temporal_feed_forward": "ff"}
 _NONE: Mapping[str, Any] = MappingProxyType({})
+_WORTH_KEEPING = 1280  # FLOPs spared in backward for a byte kept: in 16 bits the channels of SVD's widest transformers
 
 
 class FusedTransformer(FusedBlock):
@@ -204,7 +205,7 @@ def spatial_transformer_block(
             attend = block.attn2
             tokens = plainly(block.norm2, attend, tokens, lambda x: attend(x, encoder_hidden_states=context, **given))
         elif (value := one_token_value(block, context)) is None:
-            tokens = attend_context(block, tokens, context)
+            tokens = attend_context(block, tokens, context, kwargs)
         choice = choices.get(f"{prefix}spatial_feed_forward")
         return _feed_forward(block.norm3, block.ff, tokens, value, choice, is_plain="ff" in plain)
 
@@ -222,7 +223,9 @@ def temporal_transformer_block(
     with unit(f"{prefix}feed_forward_in"):
         choice = choices.get(f"{prefix}feed_forward_in")
         is_plain = "ff_in" in plain
-        tokens = _feed_forward(block.norm_in, block.ff_in, tokens, frame_embedding, choice, is_plain=is_plain)
+        tokens = _feed_forward(
+            block.norm_in, block.ff_in, tokens, frame_embedding, choice, is_plain=is_plain, keeps_frozen=True
+        )
         tokens = tokens.view(B, F, P, C)
     norm, attention = block.norm1, block.attn1
     with unit(f"{prefix}temporal_attention"):
@@ -256,7 +259,7 @@ def _attend_over_frames(
             value = value.repeat_interleave(F, 0)  # (B*F, 1, C)
         else:  # of each pixel
             tokens, value = tokens + value.view(B, 1, P, C), None
-    elif context.shape[0] == B:
+    elif num_rows(context) == B:
         # Queries do not see each other here, so the frames and pixels of a clip share one sequence.
         tokens = attend_context(block, tokens.reshape(B, F * P, C), context)
     else:
@@ -266,15 +269,29 @@ def _attend_over_frames(
 
 def _feed_forward(
     norm: nn.LayerNorm, feed_forward: Block, tokens: Tensor, shift: Tensor | None, choice: Choice | None, *,
-    is_plain: bool = False,
+    is_plain: bool = False, keeps_frozen: bool = False,
 ) -> Tensor:  # fmt: skip
-    """h + ff(norm(h)) with h = tokens + shift; tokens (B*F, P, C), shift (B*F, 1, C)."""
+    """h + ff(norm(h)) with h = tokens + shift; tokens (B*F, P, C), shift (B*F, 1, C).
+
+    keeps_frozen: without a choice the up-projection is kept where it is worth it.
+    """
     if is_plain:
         return plainly(norm, feed_forward, tokens if shift is None else tokens + shift, feed_forward)
     up, down = _linear(feed_forward.net[0].proj, tokens), _linear(feed_forward.net[2], tokens)
-    shift, keep = None if shift is None else shift.to(tokens.dtype), "up" if choice == "keep" else "input"
+    keeps = choice == "keep" or (choice is None and keeps_frozen and _is_worth_keeping(tokens, up.weight))
+    shift, keep = None if shift is None else shift.to(tokens.dtype), "up" if keeps else "input"
     weights = (norm.weight, norm.bias, up.weight, up.bias, down.weight, down.bias)
     return geglu_feed_forward(tokens, *weights, eps=norm.eps, shift=shift, keep=keep, **adapters_of(up, down))
+
+
+def _is_worth_keeping(tokens: Tensor, up_weight: Tensor) -> bool:
+    """Whether an up-projection (2H, C) is frozen, differentiated through, and dear to run again for what it takes.
+
+    Running it again takes 2 C FLOPs a number, and a step that spares the weights' gradients is two thirds as long, so
+    that the same products weigh more; a model whose weights are frozen has no moments, and room.
+    """
+    is_dear = 2 * up_weight.shape[1] >= _WORTH_KEEPING * up_weight.element_size()
+    return tokens.requires_grad and not up_weight.requires_grad and is_dear
 
 
 def _projections(

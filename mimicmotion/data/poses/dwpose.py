@@ -1,7 +1,8 @@
 """DWPose, the poses MimicMotion was trained on: a YOLOX person detector, then a whole-body SimCC estimator, in ONNX.
 
 Processing follows the released inference code of MimicMotion step by step; only, one person is followed through the
-clip instead of drawing everybody: the largest box first, then the box that overlaps the last one most.
+clip instead of drawing everybody: the largest box first, then the box that overlaps the last one most, and where
+several overlap it the one whose pose is nearest to the last.
 """
 
 from collections.abc import Iterable
@@ -12,7 +13,7 @@ import cv2
 import numpy as np
 
 from mimicmotion.data.cache import file_sha256
-from mimicmotion.data.poses.backend import PoseTrack
+from mimicmotion.data.poses.backend import PoseTrack, stacked_boxes
 from mimicmotion.data.poses.keypoints import BODY, FACE, LEFT_HAND, NECK, NUM_KEYPOINTS, RIGHT_HAND, VISIBLE_CONFIDENCE
 
 HUB_REPOSITORY = "yzd-v/DWPose"
@@ -42,7 +43,7 @@ class DWPose:
     """The backend: two ONNX sessions, shared by threads."""
 
     name = "dwpose"
-    version = "dw-ll_ucoco_384-1"
+    version = "dw-ll_ucoco_384-2"
 
     def __init__(self, detector: Any, estimator: Any) -> None:
         self._detector = detector
@@ -63,19 +64,40 @@ class DWPose:
         return cls(detector, estimator)
 
     def track(self, frames: Iterable[np.ndarray]) -> PoseTrack:
-        """One person's keypoints in frames (H, W, 3) uint8 RGB, and how many people each frame shows."""
-        people, counts = [], []
-        last: np.ndarray | None = None
+        """One person's keypoints in frames (H, W, 3) uint8 RGB, and who else each frame shows."""
+        people, counts, others = [], [], []
+        last: tuple[np.ndarray, np.ndarray] | None = None  # box and keypoints
         for frame in frames:
             boxes = self.detect(frame)
             counts.append(len(boxes))
-            last = _followed(boxes, last) if len(boxes) else last
             height, width = frame.shape[:2]
-            # Upstream looks at the whole picture where the detector finds nobody.
-            box = last if len(boxes) and last is not None else np.array([0.0, 0.0, width, height])
-            people.append(to_keypoints(*self.estimate(frame, box), height, width))
+            if len(boxes):
+                chosen, person = self._follow(frame, boxes, last)
+                last = boxes[chosen], person
+                others.append(np.delete(boxes, chosen, axis=0) / (width, height, width, height))
+            else:  # upstream looks at the whole picture where the detector finds nobody
+                person = self._person(frame, np.array([0.0, 0.0, width, height]))
+                others.append(np.zeros((0, 4)))
+            people.append(person)
         keypoints = np.stack(people) if people else np.zeros((0, NUM_KEYPOINTS, 3), dtype=np.float32)
-        return PoseTrack(keypoints=keypoints, num_people=np.array(counts, dtype=np.int64), counts_people=True)
+        return PoseTrack(
+            keypoints=keypoints,
+            num_people=np.array(counts, dtype=np.int64),
+            counts_people=True,
+            others=stacked_boxes(others),
+        )
+
+    def _follow(
+        self, frame: np.ndarray, boxes: np.ndarray, last: tuple[np.ndarray, np.ndarray] | None
+    ) -> tuple[int, np.ndarray]:
+        """Which of boxes (K, 4) is the followed person, and its keypoints (128, 3)."""
+        ranked = _ranked(boxes, None if last is None else last[0])
+        candidates = [self._person(frame, boxes[index]) for index in ranked]
+        nearest = 0 if last is None else int(np.argmin([_distance(each, last[1]) for each in candidates]))
+        return ranked[nearest], candidates[nearest]
+
+    def _person(self, frame: np.ndarray, box: np.ndarray) -> np.ndarray:
+        return to_keypoints(*self.estimate(frame, box), *frame.shape[:2])
 
     def detect(self, frame: np.ndarray) -> np.ndarray:
         """Boxes (K, 4) of people: left, top, right, bottom in pixels of frame (H, W, 3) uint8."""
@@ -163,15 +185,23 @@ def suppressed(boxes: np.ndarray, scores: np.ndarray) -> list[int]:
     return kept
 
 
-def _followed(boxes: np.ndarray, last: np.ndarray | None) -> np.ndarray:
-    """The box that overlaps the last one most, else the largest."""
+def _ranked(boxes: np.ndarray, last: np.ndarray | None) -> list[int]:
+    """Which boxes may be the last one's person, best first: those that overlap it, else the largest alone."""
     size = np.clip(boxes[:, 2:] - boxes[:, :2], 0, None).prod(axis=1)
     if last is None:
-        return boxes[size.argmax()]
+        return [int(size.argmax())]
     low, high = np.maximum(boxes[:, :2], last[:2]), np.minimum(boxes[:, 2:], last[2:])
     shared = np.clip(high - low, 0, None).prod(axis=1)
     overlap = shared / np.maximum(size + (last[2:] - last[:2]).prod() - shared, 1e-9)
-    return boxes[overlap.argmax()] if overlap.max() > 0 else boxes[size.argmax()]
+    return [int(index) for index in np.argsort(-overlap, kind="stable") if overlap[index] > 0] or [int(size.argmax())]
+
+
+def _distance(person: np.ndarray, last: np.ndarray) -> float:
+    """Mean move of the body joints that are visible in both; infinite where none is."""
+    both = (person[BODY, 2] > VISIBLE_CONFIDENCE) & (last[BODY, 2] > VISIBLE_CONFIDENCE)
+    if not both.any():
+        return float("inf")
+    return float(np.hypot(*(person[BODY, :2] - last[BODY, :2])[both].T).mean())
 
 
 def cut_out(frame: np.ndarray, box: np.ndarray, height: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -2,8 +2,10 @@
 
 The six models ship inside the mediapipe 0.10.21 wheel (Apache-2.0). Per frame: the body is followed from the last
 frame's landmarks (or found anew by the detector), each hand is looked for where the body says, refined and followed,
-and the face likewise. Differs from MediaPipe: no smoothing over time (it lags), and among several people the largest is
-followed. People are not counted. Bodies are 33 points mapped to OpenPose's 18, faces 468 mapped to 68.
+and the face likewise. Differs from MediaPipe: no smoothing over time (it lags), among several people the largest is
+followed, and the detector looks at every frame, to know of the others. It sees each person's middle and how far the
+body reaches around it; people much smaller than the picture escape it. Bodies are 33 points mapped to OpenPose's 18,
+faces 468 mapped to 68.
 Confidence: visibility times presence for the body, the presence score of the hand and face models.
 """
 
@@ -16,7 +18,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from mimicmotion.data.poses.backend import PoseTrack
+from mimicmotion.data.poses.backend import PoseTrack, stacked_boxes
 from mimicmotion.data.poses.detection import anchor_centers, detect
 from mimicmotion.data.poses.keypoints import BODY, FACE, LEFT_HAND, NUM_KEYPOINTS, RIGHT_HAND
 from mimicmotion.data.poses.regions import (
@@ -117,7 +119,7 @@ class Holistic:
     """The backend: holds paths only, so that every clip gets interpreters of its own and threads share nothing."""
 
     name = "holistic"
-    version = "mediapipe-0.10.21-1"
+    version = "mediapipe-0.10.21-2"
 
     def __init__(self, weights: dict[str, Path]) -> None:
         self._weights = weights
@@ -133,7 +135,9 @@ class Holistic:
         people = [follower.step(frame) for frame in frames]
         keypoints = np.stack(people) if people else np.zeros((0, NUM_KEYPOINTS, 3), dtype=np.float32)
         found = np.array([int(person[BODY, 2].max() > 0) for person in keypoints], dtype=np.int64)
-        return PoseTrack(keypoints=keypoints, num_people=found, counts_people=False)
+        others = stacked_boxes(follower.others)
+        counts = found + (others[..., 2] > others[..., 0]).sum(axis=1)
+        return PoseTrack(keypoints=keypoints, num_people=counts, counts_people=True, others=others)
 
 
 class _Follower:
@@ -146,11 +150,14 @@ class _Follower:
         self._body_region: Region | None = None
         self._last_body: Body | None = None
         self._last: dict[str, np.ndarray] = {}  # points of "left", "right" and "face" where the last frame had them
+        self.others: list[np.ndarray] = []  # boxes (K, 4) of people beside the followed one, of each frame
 
     def step(self, frame: np.ndarray) -> np.ndarray:
         """Keypoints (128, 3) of the next frame."""
         person = np.zeros((NUM_KEYPOINTS, 3), dtype=np.float32)
-        body = self._body(frame)
+        regions = self._detect_bodies(frame)
+        body = self._body(frame, regions)
+        self.others.append(_other_boxes(regions, body, frame.shape[0], frame.shape[1]))
         if body is None:
             self._body_region, self._last_body, self._last = None, None, {}
             return person
@@ -182,8 +189,9 @@ class _Follower:
         person[rows, :2] = (points if chosen is None else points[list(chosen)]) / size
         person[rows, 2] = score
 
-    def _body(self, frame: np.ndarray) -> Body | None:
-        region = self._body_region if self._body_region is not None else self._detect_body(frame)
+    def _body(self, frame: np.ndarray, regions: list[Region]) -> Body | None:
+        largest = max(regions, key=lambda region: region.width, default=None)
+        region = self._body_region if self._body_region is not None else largest
         body = None if region is None else self._landmarks(frame, region)
         last, self._last_body = self._last_body, body
         if region is None or body is None or last is None or _jump(body, last) <= MAX_JUMP:
@@ -198,7 +206,7 @@ class _Follower:
         self._last_body = min(seen, key=lambda each: _jump(each, last))
         return self._last_body
 
-    def _detect_body(self, frame: np.ndarray) -> Region | None:
+    def _detect_bodies(self, frame: np.ndarray) -> list[Region]:
         model = self._models["pose_detection"]
         height, width = frame.shape[:2]
         whole = Region(width / 2, height / 2, max(height, width), max(height, width), 0.0)
@@ -208,7 +216,7 @@ class _Follower:
         for _, points in found:
             in_frame = whole.to_frame(points)  # box corners, then mid hip and a point on the circle around the body
             regions.append(region_of_alignment(in_frame[2], in_frame[3], math.pi / 2).expanded(1.25))
-        return max(regions, key=lambda region: region.width, default=None)
+        return regions
 
     def _landmarks(self, frame: np.ndarray, region: Region) -> Body | None:
         model = self._models["pose_landmark_full"]
@@ -259,6 +267,23 @@ class _Follower:
         if score < MIN_PRESENCE:
             return None
         return region.to_frame(values.reshape(468, 3)[:, :2] / model.size), score
+
+
+def _other_boxes(regions: list[Region], body: Body | None, height: int, width: int) -> np.ndarray:
+    """Boxes (K, 4) as shares of those detected regions whose middle is not the followed body's.
+
+    A region reaches 1.25 times as far as its body does upwards and downwards; a person is about half as wide as tall.
+    """
+    boxes = []
+    for region in regions:
+        reach = region.width / 2.5
+        if body is not None:
+            hips = body.points[[23, 24]].mean(axis=0)
+            if np.hypot(region.x - hips[0], region.y - hips[1]) < reach / 2:
+                continue
+        corners = (region.x - reach / 2, region.y - reach, region.x + reach / 2, region.y + reach)
+        boxes.append(np.clip(np.array(corners) / (width, height, width, height), 0, 1))
+    return np.array(boxes).reshape(-1, 4)
 
 
 def _jump(body: Body, last: Body) -> float:

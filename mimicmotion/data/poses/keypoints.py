@@ -19,6 +19,8 @@ LEFT_SHOULDER = 5
 RIGHT_HIP = 8
 LEFT_HIP = 11
 TORSO = (RIGHT_SHOULDER, LEFT_SHOULDER, RIGHT_HIP, LEFT_HIP)
+HEAD = (0, 14, 15, 16, 17)  # nose, eyes, ears
+LIMBS = (3, 4, 6, 7, 9, 10, 12, 13)  # elbows and wrists, knees and ankles
 
 # A point is drawn, counted and fitted from this confidence on, as upstream does.
 VISIBLE_CONFIDENCE = 0.3

@@ -84,6 +84,20 @@ FORMS: Mapping[str, Mapping[str, Mapping[str, str]]] = {  # role: method: digest
             "315ed55b2cbd0a94": "StableAnimator's attention by xformers",
         }
     },
+    "decoupled attention processor": {  # mmkernels.blocks.sources
+        "__call__": {
+            "eee6d4511f14a7e9": "IPAdapterAttnProcessor of 0.28 to 0.32",
+            "547b906df4c78897": "the same, 0.33 to 0.36",
+            "bfb40cc577d51121": "the same, 0.42",
+            "25273e842c9dbdf3": "IPAdapterAttnProcessor2_0 of 0.28 to 0.32",
+            "1b64b6e3bd803e7f": "the same, 0.33 to 0.36",
+            "e0f3ef436dec130c": "the same, 0.42",
+            "98ee7b513036f772": "Sonic's copy of IPAdapterAttnProcessor",
+            "a4d03be22d732b1a": "Sonic's copy of IPAdapterAttnProcessor2_0",
+            "e7a676c1aefbf455": "StableAnimator's for faces",
+        }
+    },
+    "normalising attention processor": {"__call__": {"0c46aa12b2fd9830": "StableAnimator's for faces, as it trains"}},
     "up block": {
         "forward": {
             "cdd7effe16ea72bd": f"without attention, {_UP_UNTIL_32} and Sonic",
@@ -127,6 +141,11 @@ def why_not_known(module: nn.Module, role: str) -> str | None:
     form = Form(kind, role, _settings(module))
     (relied_on if form in by_probe else missed).append(form)
     return None if form in by_probe else reason
+
+
+def is_known(module: nn.Module, role: str) -> bool:
+    """Whether a module's class reads as one of the known ones in this role; no probe is asked."""
+    return _why_not(known_class(module), role) is None
 
 
 def _settings(module: nn.Module) -> tuple[tuple[str, Any], ...]:

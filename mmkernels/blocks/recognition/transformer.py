@@ -14,6 +14,7 @@ from torch import nn
 
 from mmkernels.blocks.recognition.forms import why_not_known
 from mmkernels.blocks.recognition.structure import Kinds, is_hooked, why_not_built_of
+from mmkernels.blocks.sources import is_decoupled, why_not_scaled
 
 SPATIAL, TEMPORAL = "transformer block over pixels", "transformer block over frames"
 NORMS = {"ff_in": "norm_in", "attn1": "norm1", "attn2": "norm2", "ff": "norm3"}  # of each part, in the order they run
@@ -121,22 +122,20 @@ def _why_not_feed_forward(block: Any, part: str) -> str | None:
     return f"{part} has a layer without bias" if layers[0].proj.bias is None or layers[2].bias is None else None
 
 
-_LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
-
-
 def _why_not_attention(block: Any, part: str, layers: Kinds, apart: Sequence[str]) -> str | None:
     attention = getattr(block, part)
     kinds: Kinds = {NORMS[part]: nn.LayerNorm, part: "attention", f"{part}.to_out": nn.ModuleList, **layers}
     kinds = {**kinds, f"{part}.to_out.1": nn.Dropout}
-    apart = [*apart, f"{part}.processor"] if _is_empty(attention) else apart
+    is_called = _is_empty(attention) or (part == "attn2" and is_decoupled(attention))
+    apart = [*apart, f"{part}.processor"] if is_called else apart
     reason = why_not_built_of(block, kinds, apart, only=(part, NORMS[part]))
-    if reason is None and (unusual := _why_not_usual(attention)) is not None:
+    if reason is None and (unusual := _why_not_usual(attention, can_decouple=part == "attn2")) is not None:
         reason = f"{part} {unusual}"
     return reason
 
 
 def _why_not_self_attention(block: Any, part: str) -> str | None:
-    layers: Kinds = {f"{part}.{name}": nn.Linear for name in _LAYERS}
+    layers: Kinds = {f"{part}.{name}": nn.Linear for name in ("to_q", "to_k", "to_v", "to_out.0")}
     if (reason := _why_not_attention(block, part, layers, ())) is not None:
         return reason
     attention = getattr(block, part)
@@ -148,13 +147,15 @@ def _why_not_self_attention(block: Any, part: str) -> str | None:
 
 
 def _why_not_cross_attention(block: Any, part: str) -> str | None:
-    """Its layers are called, so they may be of any kind; two of them are not where the context is one token."""
-    if (reason := _why_not_attention(block, part, {}, [f"{part}.{name}" for name in _LAYERS])) is not None:
+    """Its to_k and to_v are called, so they may be of any kind; to_k is not where the context is one token."""
+    layers: Kinds = {f"{part}.to_q": nn.Linear, f"{part}.to_out.0": nn.Linear}
+    if (reason := _why_not_attention(block, part, layers, [f"{part}.to_k", f"{part}.to_v"])) is not None:
         return reason
     attention = getattr(block, part)
-    for name in ("to_q", "to_k"):
-        if any(is_hooked(x) for x in getattr(attention, name).modules()):
-            return f"{part}.{name} has hooks or a replaced forward"
+    if any(is_hooked(x) for x in attention.to_k.modules()):
+        return f"{part}.to_k has hooks or a replaced forward"
+    if attention.to_q.bias is not None or attention.to_out[0].bias is None:
+        return f"{part} has a bias on its query, or none on its output"
     return None if getattr(attention, "is_cross_attention", True) else f"{part} attends to itself"
 
 
@@ -164,8 +165,12 @@ def _is_empty(attention: Any) -> bool:
     return isinstance(processor, nn.Module) and not list(processor.children()) and not list(processor.parameters())
 
 
-def _why_not_usual(attention: Any) -> str | None:
-    if (reason := why_not_known(attention.processor, "attention processor")) is not None:
+def _why_not_usual(attention: Any, *, can_decouple: bool) -> str | None:
+    if can_decouple and is_decoupled(attention):
+        reason = why_not_scaled(attention.processor)
+    else:
+        reason = why_not_known(attention.processor, "attention processor")
+    if reason is not None:
         return f"its processor {reason}"
     if attention.residual_connection or attention.rescale_output_factor != 1.0:
         return "adds a residual or rescales its output"
