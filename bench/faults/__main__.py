@@ -41,7 +41,7 @@ def run_row(name: str, judge: Judge, *, share: float, seed: int, seconds: float)
     No further one begins once its seconds are over; the row counts those that ran.
     """
     row, began_s = ROWS[name], time.monotonic()
-    number = max(len(row.KINDS), math.ceil(row.COUNT * share))
+    number = max(len(set(row.KINDS)), math.ceil(row.COUNT * share))
     outcomes: list[Outcome] = []
     for index in range(number):
         if time.monotonic() - began_s > seconds:
@@ -97,6 +97,9 @@ def main() -> None:
     try:
         judge = Judge(folder)
         for name in arguments.rows:
+            if name == "full_disk" and (why := full_disk.why_not_here()):
+                print(f"full_disk: not run, no small disk can be made here ({why})", flush=True)
+                continue
             rows.append(run_row(name, judge, share=arguments.share, seed=arguments.seed, seconds=arguments.seconds))
             if arguments.json is not None:
                 _keep(rows[-1], arguments.json)
