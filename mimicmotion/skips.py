@@ -8,7 +8,7 @@ clipped. Until LEAST steps were used nothing is a spike, so the first steps of a
 """
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from mimicmotion.config import Config
@@ -56,8 +56,9 @@ class Skips:
         """Whether as many in a row were skipped as there may be."""
         return self.in_a_row >= self._limit
 
-    def sentence(self, step: int, batch_size: int, clips: Sequence[str]) -> str:
-        """Why there is no further step, and what to do; clips are those of the steps in a row up to this one."""
+    def sentence(self, step: int, batch_size: int, clips_of: Callable[[int], list[str]]) -> str:
+        """Why there is no further step, and what to do; names the clips of the steps in a row up to this one."""
+        clips = sorted({clip for number in range(step - self.in_a_row, step) for clip in clips_of(number)})
         return (
             f"{self.in_a_row} steps in a row, up to step {step} ({self.total} skipped in all), could not be used, the "
             f"last since: {self.last_why}. Each took samples 0 to {batch_size - 1}, of clips {', '.join(clips)}. The "

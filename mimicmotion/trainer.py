@@ -346,8 +346,5 @@ class Trainer:
     def _check_skipped(self) -> None:
         """Save and raise after too many steps in a row that were skipped."""
         if self.skips.are_too_many:
-            clips = {
-                clip for step in range(self.step - self.skips.in_a_row, self.step) for clip in self._clips_of(step)
-            }
             self.save()
-            raise TrainingStoppedError(self.skips.sentence(self.step, self.config.trainer.batch_size, sorted(clips)))
+            raise TrainingStoppedError(self.skips.sentence(self.step, self.config.trainer.batch_size, self._clips_of))

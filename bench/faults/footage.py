@@ -27,8 +27,8 @@ FRAMES = 76
 _MS = Fraction(1, 1000)
 CODECS = (
     ("mkv", "ffv1", "yuv444p"), ("avi", "mjpeg", "yuvj420p"), ("mpg", "mpeg2video", "yuv420p"),
-    ("webm", "vp9", "yuv420p"), ("mov", "prores_ks", "yuv422p10le"), ("mkv", "huffyuv", "rgb24"),
-    ("mov", "qtrle", "rgb24"), ("mkv", "png", "rgb24"), ("gif", "gif", "rgb8"), ("mkv", "rawvideo", "yuv420p"),
+    ("webm", "vp9", "yuv420p"), ("mov", "prores_ks", "yuv422p10le"), ("avi", "huffyuv", "rgb24"),
+    ("mov", "qtrle", "rgb24"), ("mov", "png", "rgb24"), ("gif", "gif", "rgb8"), ("mkv", "rawvideo", "yuv420p"),
     ("mkv", "libx264", "yuv420p10le"), ("avi", "mpeg4", "yuv420p"),
 )  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,10 +25,11 @@ _MIB = 2**20
 
 def why_not_here() -> str:
     """Why no tmpfs can be mounted; "" where one can."""
-    done = subprocess.run(["mount", "-t", "tmpfs", "tmpfs", "/mnt"], capture_output=True, text=True, check=False)
-    if done.returncode == 0:
-        subprocess.run(["umount", "/mnt"], check=True)
-    return done.stderr.strip()
+    with tempfile.TemporaryDirectory() as place:
+        done = subprocess.run(["mount", "-t", "tmpfs", "tmpfs", place], capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            subprocess.run(["umount", place], check=True)
+        return done.stderr.strip()
 
 
 def inject(judge: Judge, kind: str, random: Random) -> Outcome:
