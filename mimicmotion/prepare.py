@@ -19,13 +19,14 @@ import tyro
 
 from mimicmotion.commands import one_sentence
 from mimicmotion.config import PRESETS, PresetName
-from mimicmotion.data.cache import Manifest, check_writable
+from mimicmotion.data.cache import Manifest, check_writable, is_prepared
 from mimicmotion.data.curate import Bounds
 from mimicmotion.data.footage import embedded_footage, find_all, not_looked_at
 from mimicmotion.data.poses import load_backend
 from mimicmotion.data.preparation import Engine, Recipe, prepare
 from mimicmotion.data.progress import VideoProgress
 from mimicmotion.data.rehearsal import Rehearsal, rehearse
+from mimicmotion.data.report_page import write_report
 from mimicmotion.data.verification import damages
 from mimicmotion.model.encoders import load_encoder
 from mimicmotion.paths import printable
@@ -57,6 +58,7 @@ class Arguments:
     engine: Engine = "pool"  # pool: this process; ray: a Ray cluster (RAY_ADDRESS), or Ray on this machine
     dry_run: bool = False  # look at the first minute of each video, say what would be kept and how long all would take
     verify: bool = False  # read all of a prepared folder again and say what is damaged
+    report: bool = False  # write report.html into the prepared folder; with no other setting, of what is there already
     debug: bool = False  # show where in the code an error arose
 
 
@@ -111,6 +113,12 @@ def verify(prepared: Path) -> None:
     VideoProgress().say(f"all of {printable(prepared)} is as it was made")
 
 
+def is_report_alone(arguments: Arguments) -> bool:
+    """Whether nothing is asked for but a report of what is prepared already."""
+    alone = Arguments(preset=arguments.preset, prepared=arguments.prepared, report=True, debug=arguments.debug)
+    return arguments == alone and is_prepared(prepared_folder(arguments))
+
+
 def main() -> None:
     """Run the command line; exits with 1 and the reason where nothing could be prepared or something is damaged."""
     arguments = tyro.cli(Arguments)
@@ -120,7 +128,10 @@ def main() -> None:
             if arguments.verify:
                 verify(prepared)
                 return
-            made = run(arguments)
+            if arguments.dry_run and arguments.report:
+                raise ValueError("got --dry-run and --report, wanted one of them: a dry run makes nothing to report on")
+            made = Manifest.read(prepared) if is_report_alone(arguments) else run(arguments)
+            page = write_report(prepared) if arguments.report else None
     except EndedBySignalError as error:
         say(f"stopped by {stop}: {_GOES_ON}")
         raise SystemExit(stop.exit_code) from error
@@ -128,7 +139,7 @@ def main() -> None:
         for line in made.lines():
             VideoProgress().say(line)
         return
-    where = printable(prepared / "manifest.json")
+    where = printable(page or prepared / "manifest.json")
     kept, dropped = len(made.clips), len(made.dropped)
     VideoProgress().say(f"{kept} clips kept, {dropped} videos or stretches of them dropped; see {where}")
 

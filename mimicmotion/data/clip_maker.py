@@ -207,8 +207,6 @@ class ClipMaker:
                 clip_id=f"{printable(path.stem)}-{source.sha256[:8]}-{first}{'-mirrored' if is_mirrored else ''}",
                 source=str(path.absolute()),
                 source_sha256=source.sha256,
-                source_height=properties.height,
-                source_width=properties.width,
                 frames_per_second=properties.frames_per_second / recipe.frame_stride,
                 crop=crop,
                 height=recipe.height,
@@ -229,6 +227,8 @@ class ClipMaker:
             "num_frames": rows.stop - rows.start,
             "frame_stride": stride,
             "keypoints_file": source.keypoints_file,
+            "source_height": source.properties.height,
+            "source_width": source.properties.width,
         }
 
     def _drop(self, path: Path, stage: str, reason: str, where: str = "", **place: Any) -> Drop:
@@ -239,7 +239,7 @@ class ClipMaker:
         """A video, looked through now or before."""
         sha256 = file_sha256(path)
         name = watched_file(sha256, self.poses, self.recipe.frame_stride)
-        watched = kept(self._prepared / name, properties)
+        watched = kept(self._prepared / name, properties.height, properties.width)
         if watched is None:
             num_frames = -(-properties.num_frames // self.recipe.frame_stride)
             work = self.progress.start(f"{printable(path.name)}: finding poses", num_frames)

@@ -148,7 +148,7 @@ def measure(watched: Watched, rows: slice, crop: Crop | None = None) -> dict[str
     is_there = visible.any(axis=1)
     limbs = (visible & _is_inside(part[:, BODY]))[:, list(LIMBS)].mean(axis=1)
     ends = min(limbs[:END_FRAMES].mean(), limbs[-END_FRAMES:].mean()) / max(float(np.median(limbs)), 1e-9)
-    motion, camera = _motion(watched, rows, pictures.camera[inner])
+    motion, camera = _motion(watched, rows)
     moves = _moves(watched.points[rows], visible)
     return {
         "num_frames": float(num_frames),
@@ -196,17 +196,33 @@ def _is_alone(watched: Watched, crop: Crop | None) -> np.ndarray:
     return (track.num_people >= 1) & watched.visible.any(axis=1) & ~(seen > SEEN_OF_OTHER).any(axis=1)
 
 
-def _motion(watched: Watched, rows: slice, camera: np.ndarray) -> tuple[float, float]:
-    """Mean move of joints against the background, and of the background, a frame, in the clip's median torso."""
+def joint_moves(watched: Watched, rows: slice) -> np.ndarray:
+    """Moves (F - 1, 18) of body joints against the background between the frames `rows`, in their median torso.
+
+    NaN where a joint is not visible in both frames, and everywhere where no torso is.
+    """
     points, visible = watched.points[rows], watched.visible[rows]
-    both = visible[1:] & visible[:-1]
     torso = _torso(points, visible)
-    if torso is None or not both.any():
+    if torso is None:
+        return np.full((max(0, len(points) - 1), points.shape[1]), np.nan)
+    step = points[1:] - points[:-1] - _camera(watched, rows)[:, None]
+    return np.where(visible[1:] & visible[:-1], np.hypot(step[..., 0], step[..., 1]), np.nan) / torso
+
+
+def _camera(watched: Watched, rows: slice) -> np.ndarray:
+    """Moves (F - 1, 2) of the background between the frames `rows`, in pixels."""
+    # Pictures are compared with the one before, which at the first frame is no part of the stretch.
+    inner = slice(rows.start + 1, rows.start + len(watched.points[rows]))
+    return watched.pictures.camera[inner] * max(watched.height, watched.width)
+
+
+def _motion(watched: Watched, rows: slice) -> tuple[float, float]:
+    """Mean move of joints against the background, and of the background, a frame, in the clip's median torso."""
+    moves, torso = joint_moves(watched, rows), _torso(watched.points[rows], watched.visible[rows])
+    if torso is None or np.isnan(moves).all():
         return 0.0, 0.0
-    camera = camera * max(watched.height, watched.width)
-    step = points[1:] - points[:-1] - camera[:, None]
-    moves = np.hypot(step[..., 0], step[..., 1])
-    return float(moves[both].mean() / torso), float(np.hypot(camera[:, 0], camera[:, 1]).mean() / torso)
+    camera = _camera(watched, rows)
+    return float(np.nanmean(moves)), float(np.hypot(camera[:, 0], camera[:, 1]).mean() / torso)
 
 
 def _moves(points: np.ndarray, visible: np.ndarray) -> np.ndarray:
