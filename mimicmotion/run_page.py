@@ -1,6 +1,5 @@
 """index.html of a run: its curves, its last sample and its settings in one file that opens from disk."""
 
-import html
 import io
 import json
 from collections.abc import Mapping, Sequence
@@ -10,11 +9,10 @@ from typing import Any
 from mimicmotion import checkpoint
 from mimicmotion.data.cache import atomic_write
 from mimicmotion.history import read_history
+from mimicmotion.page import document, pairs, text
 from mimicmotion.trackers import by_sigma
 
-_STYLE = """body{font-family:sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;line-height:1.4}
-svg{max-width:100%;height:auto}video{max-width:100%}
-table{border-collapse:collapse}td{padding:.15rem .8rem .15rem 0;vertical-align:top}"""
+_STYLE = ".plot{width:100%;max-width:36rem}"  # drawn small, so that a phone's width leaves it readable
 _SAMPLE = "sample.mp4"
 _CURVES = {
     "loss": "loss",
@@ -28,20 +26,19 @@ VALIDATION_ROWS, VALIDATION_VIDEO = "validation.jsonl", "validation.mp4"
 
 def write_page(run_dir: Path, rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], title: str) -> Path:
     """Write run_dir/index.html of the rows of a history; samples that lie in the folder are shown by their names."""
-    parts = [f"<h1>{html.escape(run_dir.name)}</h1>", f"<p>{html.escape(title)}</p>", f"<p>{_summary(rows)}</p>"]
+    parts = [f"<h1>{text(run_dir.name)}</h1>", f"<p>{text(title)}</p>", f"<p>{_summary(rows)}</p>"]
     parts += ["<h2>Loss</h2>", _curves(rows)]
     if losses := by_sigma([pair for row in rows for pair in row.get("clip_losses", [])]):
         means = {name: f"{sum(part) / len(part):.4f} over {len(part)} clips" for name, part in losses.items()}
-        parts += ["<h2>Mean loss by noise level (sigma)</h2>", _table(means)]
+        parts += ["<h2>Mean loss by noise level (sigma)</h2>", pairs(means)]
     if (run_dir / _SAMPLE).is_file():
         parts.append("<h2>Last sample: reference | pose | generated | truth</h2>")
         parts.append(f'<video src="{_SAMPLE}" controls loop muted></video>')
     parts += _held_out(run_dir)
-    parts += ["<h2>Settings</h2>", _table(_flat(settings))]
-    page = f"<!doctype html><meta charset=utf-8><title>{html.escape(run_dir.name)}</title><style>{_STYLE}</style>"
+    parts += ["<h2>Settings</h2>", pairs(_flat(settings))]
     path = run_dir / "index.html"
     with atomic_write(path) as temporary:
-        temporary.write_text("\n".join([page, *parts]) + "\n", encoding="utf-8")
+        temporary.write_text(document(run_dir.name, parts, _STYLE), encoding="utf-8")
     return path
 
 
@@ -56,7 +53,7 @@ def _held_out(run_dir: Path) -> list[str]:
     for sigma, before, now in zip(last["sigmas"], first["losses"], last["losses"], strict=True):
         cells[f"sigma {sigma:.2g}"] = f"{before:.4f} to {now:.4f}"
     about = f"Loss on {last['clips']} held-out clips, step {first['step']} to {last['step']}"
-    parts = [f"<h2>{about}</h2>", _table(cells)]
+    parts = [f"<h2>{about}</h2>", pairs(cells)]
     video = folders[-1] / VALIDATION_VIDEO
     if video.is_file():
         parts.append("<h2>A held-out clip: reference | pose | generated | truth</h2>")
@@ -80,7 +77,7 @@ def _curves(rows: Sequence[Mapping[str, Any]]) -> str:
     kept = [row for row in rows if not row["is_skipped"]]
     shown = {name: [row for row in kept if row.get(name) is not None] for name in _CURVES}
     shown = {name: found for name, found in shown.items() if found or name == "loss"}
-    figure = matplotlib.figure.Figure(figsize=(9, 1 + 2 * len(shown)), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(5, 0.6 + 1.4 * len(shown)), layout="constrained")
     below = figure.subplots(len(shown), sharex=True, squeeze=False)[:, 0]
     for axes, (name, found) in zip(below, shown.items(), strict=True):
         style = ".-" if len(found) < 50 else "-"
@@ -90,8 +87,10 @@ def _curves(rows: Sequence[Mapping[str, Any]]) -> str:
             axes.set_yscale("log")
     below[-1].set_xlabel("step")
     drawn = io.StringIO()
-    figure.savefig(drawn, format="svg")
-    return drawn.getvalue()[drawn.getvalue().index("<svg") :]
+    figure.savefig(drawn, format="svg", transparent=True)
+    # What is black in it is ink, which a dark page has light.
+    svg = drawn.getvalue()[drawn.getvalue().index("<svg") :].replace("#000000", "currentColor")
+    return svg.replace("<svg", '<svg class="plot" role="img" aria-label="Curves over the steps"', 1)
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -103,8 +102,3 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         else:
             found[prefix + name] = json.dumps(value)
     return found
-
-
-def _table(cells: Mapping[str, str]) -> str:
-    lines = (f"<tr><td>{html.escape(name)}<td>{html.escape(value)}" for name, value in cells.items())
-    return "<table>" + "\n".join(lines) + "</table>"

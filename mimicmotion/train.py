@@ -124,6 +124,7 @@ def train(arguments: Arguments, stages: list[Config], ranks: Ranks, stop: Stop) 
         def make_ready() -> None:
             for config in stages:
                 prepare_if_missing(config)
+            free_what_is_left()  # an encoder on the GPU
             if not arguments.resume and (note := start_afresh(run_dir)):
                 print(note, flush=True)
             sign(run_dir)
@@ -166,6 +167,7 @@ def train_stage(
         held_out=config.data.held_out,
         batch_size=config.trainer.batch_size,
         lengths=config.data.lengths,
+        draw_latents=config.data.draw_latents,
     )
     dataset = clips()
     trainer = Trainer(config, dataset, ranks, resume=resume, start=start, plan=plan, fitting=fitting, stop=stop)

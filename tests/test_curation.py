@@ -49,7 +49,7 @@ def test_stretches_hold_no_cut_and_no_long_loss() -> None:
 def watched(num_frames: int = 100, *, pictures: dict[str, Any] | None = None, **changes: Any) -> Watched:
     base = Swaying().track([np.zeros(1)] * num_frames)
     fields = {"keypoints": base.keypoints, "num_people": base.num_people, "counts_people": True}
-    good = {name: np.full(num_frames, 0.0, dtype=np.float32) for name in ("content", "ratio", "clipped")}
+    good = {name: np.full(num_frames, 0.0, dtype=np.float32) for name in ("content", "ratio", "spread", "clipped")}
     good |= {name: np.full(num_frames, 100.0, dtype=np.float32) for name in ("change", "sharpness")}
     good |= {"camera": np.zeros((num_frames, 2), dtype=np.float32)}
     return Watched(PoseTrack(**fields | changes), PictureTrack(**good | (pictures or {})), 100, 100)
@@ -100,7 +100,7 @@ def test_each_gate_gives_its_reason_and_figure() -> None:
     assert reasons(moved(teleport)).startswith("jumps by 1.33 torso lengths")
     twice = np.where(np.arange(100) % 5 == 1, 0.1, 100.0)  # 24 frames a second shown at 30
     assert reasons(watched(pictures={"change": twice})).startswith("repeats the last frame in a share of 0.20")
-    assert reasons(watched(pictures={"sharpness": np.full(100, 5.0)})) == "has a sharpness of 5.0, less than 20"
+    assert reasons(watched(pictures={"sharpness": np.full(100, 0.005)})) == "has a sharpness of 0.0050, less than 0.01"
     assert reasons(watched(pictures={"clipped": np.full(100, 0.8)})).startswith("is black or white in a share of 0.80")
     assert measure(watched(0), slice(0, 0))["num_frames"] == 0
 
@@ -109,15 +109,15 @@ def test_motion_is_against_the_background() -> None:
     """A camera that turns past somebody who stands still moves every joint, and nobody has danced."""
     keypoints = np.repeat(watched().track.keypoints[:1], 100, axis=0)
     keypoints[..., 0] += 0.003 * np.arange(100)[:, None]  # 0.3 of 100 pixels a frame; the torso is 30 long
-    camera = np.tile(np.float32([0.003, 0]), (100, 1))
+    camera = np.tile([0.003, 0.0], (100, 1))
     found = measure(watched(keypoints=keypoints, pictures={"camera": camera}), slice(0, 100))
     assert found["motion"] == pytest.approx(0, abs=1e-4) and found["camera"] == pytest.approx(0.01, rel=1e-3)
-    fast = watched(pictures={"camera": np.tile(np.float32([0, 0.01]), (100, 1))})
+    fast = watched(pictures={"camera": np.tile([0.0, 0.01], (100, 1))})
     assert "has a camera that moves by 0.0333 torso lengths a frame, more than 0.02" in reasons(fast)
 
 
 def test_a_second_person_counts_where_the_crop_shows_them() -> None:
-    others = np.tile(np.float32([0.85, 0.2, 1.0, 0.8]), (100, 1, 1))
+    others = np.tile([0.85, 0.2, 1.0, 0.8], (100, 1, 1))
     two = watched(num_people=np.full(100, 2), others=others)
     assert reasons(two, Crop(left=20, top=10, width=60, height=80)) == ""
     assert "shows one person in a share of 0.00" in reasons(two, Crop(left=20, top=10, width=80, height=80))
@@ -144,6 +144,13 @@ def test_two_who_swap_places_are_no_one_person() -> None:
     assert before.start == 0 and after.stop == 100 and 5 < after.start - before.stop < 60
 
 
+def test_a_picture_that_stands_still_splits() -> None:
+    change = np.full(100, 5.0)
+    change[40:60] = 0.0
+    change[80:86] = 0.0  # short of half a window
+    assert split(watched(pictures={"change": change}), Bounds()) == [slice(0, 40), slice(60, 100)]
+
+
 def scene(seed: int, height: int = 180, width: int = 240) -> np.ndarray:
     """A textured picture of its own brightness and colours."""
     random = np.random.default_rng(seed)
@@ -161,12 +168,12 @@ def metered(frames: Iterable[np.ndarray], box: tuple[float, ...] = (0.3, 0.2, 0.
 
 
 def cuts(found: PictureTrack) -> list[int]:
-    bounds = Bounds()
-    return np.flatnonzero((found.content >= bounds.cut_content) & (found.ratio >= bounds.cut_ratio)).tolist()
+    steady = watched(len(found.content), pictures=vars(found))
+    return [rows.start for rows in split(steady, Bounds())][1:]
 
 
 def shifted(picture: np.ndarray, x: float, y: float = 0.0) -> np.ndarray:
-    matrix = np.float32([[1, 0, x], [0, 1, y]])
+    matrix = np.array([[1, 0, x], [0, 1, y]], dtype=np.float32)
     return cv2.warpAffine(picture, matrix, (picture.shape[1], picture.shape[0]), borderMode=cv2.BORDER_REFLECT)
 
 
@@ -176,6 +183,11 @@ def test_cuts_are_found_at_their_frames_and_a_turning_camera_is_none() -> None:
     frames = [shifted(scene(number), 2 * i) for number, length in enumerate(lengths) for i in range(length)]
     assert cuts(metered(frames)) == np.cumsum(lengths)[:-1].tolist()
     assert cuts(metered(shifted(scene(0), 6 * i) for i in range(40))) == []
+    leaping = [scene(0) // 2 for _ in range(40)]
+    for index, frame in enumerate(leaping):  # a fifth of the picture, from one side to the other
+        left = 20 if index < 20 else 150
+        frame[20 + index : 100 + index, left : left + 60] = 255
+    assert metered(leaping).content[20] > Bounds().cut_content and cuts(metered(leaping)) == []
 
 
 def test_the_cameras_motion_is_that_of_the_background() -> None:
@@ -199,14 +211,15 @@ def test_sharpness_and_exposure_are_those_of_the_box() -> None:
     frame[:64, 80:] = 255
     half = metered([frame], (0.5, 0.5, 1.0, 1.0))
     luma = cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)
-    expected = cv2.Laplacian(luma, cv2.CV_64F)[64:, 80:].var()
+    expected = cv2.Laplacian(luma, cv2.CV_64F)[64:, 80:].var() / luma[64:, 80:].var()
     assert half.sharpness[0] == pytest.approx(expected, rel=0.1) and half.clipped[0] == 0
-    assert metered([frame], (0.0, 0.0, 0.4, 1.0)).sharpness[0] == 0
+    assert metered([frame], (0.0, 0.0, 0.4, 1.0)).sharpness[0] == 1, "what is flat is not blurred"
     assert metered([frame], (0.5, 0.0, 1.0, 1.0)).clipped[0] == pytest.approx(0.5)
-    blurred = metered([cv2.GaussianBlur(frame, (0, 0), 3)], (0.5, 0.6, 1.0, 1.0))
-    assert blurred.sharpness[0] < Bounds().min_sharpness < half.sharpness[0]
+    soft, faint = cv2.GaussianBlur(frame, (0, 0), 5), frame // 4 + 40
+    assert metered([soft], (0.5, 0.0, 1.0, 1.0)).sharpness[0] < Bounds().min_sharpness < half.sharpness[0]
+    assert metered([faint], (0.5, 0.5, 1.0, 1.0)).sharpness[0] == pytest.approx(expected, rel=0.1), "less contrast"
     nobody = metered([frame], (0.0, 0.0, 0.0, 0.0))
-    assert nobody.sharpness[0] == nobody.clipped[0] == 0
+    assert (nobody.sharpness[0], nobody.clipped[0]) == (1, 0)
 
 
 def write(path: Path, frames: Iterable[np.ndarray]) -> Path:
@@ -268,7 +281,7 @@ def test_bounds_are_kept_with_the_clips_and_checked(tmp_path: Path) -> None:
     video = write(tmp_path / "a.mp4", dancing(0, 20))
     strict = Bounds(min_sharpness=1e6)
     recipe = Recipe(height=64, width=64, num_frames=16, workers=1)
-    with pytest.raises(ValueError, match=r"a\.mp4: has a sharpness of [\d.]+, less than 1e\+06"):
+    with pytest.raises(ValueError, match=r"a\.mp4: has a sharpness of 0\.\d+, less than 1e\+06"):
         prepare([video], tmp_path / "p", recipe=replace(recipe, bounds=strict), poses=Swaying(), encoder=PatchCodec())
     made = prepare([video], tmp_path / "p", recipe=recipe, poses=Swaying(), encoder=PatchCodec())
     assert isinstance(made.clips[0], Clip) and not [part for part in made.dropped if isinstance(part, Drop)]

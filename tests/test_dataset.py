@@ -38,6 +38,7 @@ def test_sample_holds_what_the_trainer_reads(dataset: ClipDataset) -> None:
     shapes = {name: tuple(value.shape) for name, value in sample.items() if torch.is_tensor(value)}
     assert shapes == {
         "latents": (9, 4, 8, 8),
+        "latents_deviation": (9, 4, 8, 8),
         "reference_latent": (4, 8, 8),
         "image_embedding": (1, 1024),
         "keypoints": (9, NUM_KEYPOINTS, 3),

@@ -162,3 +162,15 @@ def test_both_are_encoders(svd_folder: Path) -> None:
         assert pictures.shape == (2, 3, 64, 64) and pictures.abs().max() <= 1
         assert encoder.embed(frames(2, 64, 64)).shape == (2, 1024)
     assert "stand-in" in load_encoder("patch-codec").name
+
+
+def test_the_vaes_deviation_is_what_it_draws_by(svd_folder: Path) -> None:
+    encoder: Any = load_encoder(str(svd_folder))
+    frames = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    mean, deviation = encoder.distribution(frames)
+    assert torch.equal(mean, encoder.encode(frames)) and mean.shape == deviation.shape == (2, 4, 4, 4)
+    torch.manual_seed(0)
+    found = encoder._vae.encode(frames).latent_dist
+    drawn = torch.stack([found.sample() for _ in range(600)])
+    assert ((drawn.std(dim=0) / deviation).mean() - 1).abs() < 0.02
+    assert ((drawn.mean(dim=0) - mean) / deviation).abs().max() < 5 / 600**0.5

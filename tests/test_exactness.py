@@ -107,7 +107,7 @@ def check_refused(
     reason: str,
 ) -> None:
     """Known as it is; after `change` refused with its reason, and by a fused twin that was made before."""
-    fused = fused_kind(original)
+    fused: Any = fused_kind(original)
     fused.check_unchanged()  # and only watched from here on
     assert fused.is_unchanged()
     change(original)

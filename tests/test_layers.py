@@ -49,6 +49,8 @@ LAYERS = [
     ("mimicmotion.shapes", 4.9),
     ("mimicmotion.config", 5),
     ("mimicmotion.paths", 5),
+    ("mimicmotion.page", 5.1),
+    ("mimicmotion.charts", 5.15),
     ("mimicmotion.diffusion", 5.1),
     ("mimicmotion.model", 5.1),
     ("mimicmotion.loss", 5.2),

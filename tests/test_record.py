@@ -17,7 +17,7 @@ def _row(step, *, is_skipped=False):
         "learning_rate": 1e-3, "is_skipped": is_skipped, "clip_losses": [] if is_skipped else [[0.2, 0.1], [5.0, 0.7]],
         "hand_loss": None if is_skipped or step == 3 else 0.9, **({"pose_share": 0.05} if step == 4 else {}),
         "num_clips": 8, "peak_gib": 21.5, "seconds": 3.0, "waiting_seconds": 1.0,
-        **({"clips": ["a <b>"]} if is_skipped else {}),
+        **({"why": "<x>", "clips": ["a <b>"]} if is_skipped else {}),
     }  # fmt: skip
 
 
@@ -66,7 +66,10 @@ def test_the_page_opens_by_itself_and_shows_what_the_run_did(tmp_path):
     record.close()
     page = (tmp_path / "index.html").read_text()
     assert "3 steps in 0.2 minutes, 25% waiting for data; skipped: 2" in page
-    assert "<td>0 to 0.3<td>0.1000 over 2 clips" in page and "<td>optimizer.learning_rate<td>0.001" in page
+    assert (
+        '<th scope="row">0 to 0.3</th><td>0.1000 over 2 clips</td>' in page
+        and '<th scope="row">optimizer.learning_rate</th><td>0.001</td>' in page
+    )
     assert "patch &lt;codec&gt;" in page and "http" not in page.replace("http://www.w3.org", "").replace(
         "http://purl.org", ""
     ).replace("https://matplotlib.org", "").replace("http://creativecommons.org", "")

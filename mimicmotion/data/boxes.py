@@ -7,7 +7,8 @@ from mimicmotion.data.poses.keypoints import BODY, VISIBLE_CONFIDENCE
 
 def body_boxes(keypoints: np.ndarray) -> np.ndarray:
     """The boxes (F, 4), clamped to the picture, of the visible body joints of keypoints (F, 128, 3)."""
-    xy, visible = keypoints[:, BODY, :2].clip(0, 1), keypoints[:, BODY, 2, None] > VISIBLE_CONFIDENCE
+    xy, confidence = keypoints[:, BODY, :2].clip(0, 1), keypoints[:, BODY, 2, None]
+    visible = (confidence > VISIBLE_CONFIDENCE) & np.isfinite(xy).all(axis=-1, keepdims=True)
     low, high = np.where(visible, xy, 1).min(axis=1), np.where(visible, xy, 0).max(axis=1)
     return np.where(visible.any(axis=1), np.concatenate([low, high], axis=1), 0)
 
@@ -31,4 +32,4 @@ def covered(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
 def are_apart(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
     """Whether the boxes of each pair have no point in common."""
     low, high = np.maximum(boxes[..., :2], others[..., :2]), np.minimum(boxes[..., 2:], others[..., 2:])
-    return (low > high).any(axis=-1)
+    return np.any(low > high, axis=-1)

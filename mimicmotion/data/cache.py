@@ -200,6 +200,7 @@ class Clip:
     keypoints_file: str  # relative to the prepared folder; of the whole source at frame_stride, full frame
     tensors_file: str  # relative to the prepared folder; latents, image_embedding, keypoints in the crop
     statistics: dict[str, float]
+    is_mirrored: bool = False  # tensors_file holds the clip flipped left to right; keypoints_file is as filmed
     notes: list[str] = field(default_factory=list)  # what of the video's own statements was overruled
 
     @property
@@ -217,7 +218,9 @@ class Drop:
     reason: str
     statistics: dict[str, float] = field(default_factory=dict)  # as a clip's; empty where nothing was measured
     first_frame: int = 0  # as a clip's
-    num_frames: int = 0  # 0 where the video was not looked into
+    num_frames: int = 0  # 0 where the video was not looked into, as the size
+    source_height: int = 0  # as a clip's
+    source_width: int = 0
     frame_stride: int = 1
     keypoints_file: str = ""  # as a clip's; "" where no poses were found
 
@@ -249,7 +252,8 @@ class Manifest:
     decoder: str  # and its version
     encoder_device: str  # kind of device
     frame_stride: int  # every clip's
-    bounds: dict[str, float]  # what clips were held to, by the names of curate.Bounds
+    with_mirrored: bool = False  # whether each clip is there a second time, flipped left to right
+    bounds: dict[str, Any]  # what clips were held to, by the names of curate.Bounds
     clips: list[Clip]
     dropped: list[Drop] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)  # digest of the content of each keypoints and tensors file
@@ -274,10 +278,12 @@ class Manifest:
             stored = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{path} is damaged ({error}); run prepare again, which makes it anew") from error
-        if stored.get("version") != MANIFEST_VERSION:
-            raise ValueError(
-                f"got {path} of version {stored.get('version')}, wanted {MANIFEST_VERSION}; run prepare again"
-            )
-        clips = [Clip(**{**clip, "crop": Crop(**clip["crop"])}) for clip in stored.pop("clips")]
-        dropped = [Drop(**drop) for drop in stored.pop("dropped")]
-        return cls(clips=clips, dropped=dropped, **stored)
+        version = stored.get("version") if isinstance(stored, dict) else None
+        if version != MANIFEST_VERSION:
+            raise ValueError(f"got {path} of version {version}, wanted {MANIFEST_VERSION}; run prepare again")
+        try:
+            clips = [Clip(**{**clip, "crop": Crop(**clip["crop"])}) for clip in stored.pop("clips")]
+            dropped = [Drop(**drop) for drop in stored.pop("dropped")]
+            return cls(clips=clips, dropped=dropped, **stored)
+        except (TypeError, KeyError) as error:  # a name too many, or one too few
+            raise ValueError(f"{path} is damaged ({error}); run prepare again, which makes it anew") from error

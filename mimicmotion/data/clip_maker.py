@@ -1,10 +1,11 @@
 """The clips of one video: poses, curation, crop, latents. Each stage is cached under a key of all it follows from."""
 
 import traceback
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from math import isclose, log
+from os import cpu_count
 from pathlib import Path
 from threading import Event, Lock
 from typing import Any
@@ -28,6 +29,7 @@ from mimicmotion.data.curate import Bounds, Watched, measure, reasons_to_drop, s
 from mimicmotion.data.film import VideoError
 from mimicmotion.data.footage import VideoProperties, decode, read_properties
 from mimicmotion.data.poses import PoseBackend
+from mimicmotion.data.poses.keypoints import mirrored
 from mimicmotion.data.progress import VideoProgress, Work
 from mimicmotion.data.watching import keep, kept, watch, watched_file
 from mimicmotion.model.encoders import SPATIAL_FACTOR, Encoder
@@ -48,6 +50,7 @@ class Recipe:
     num_frames: int  # frames of a training clip; shorter stretches of a video are dropped
     frame_stride: int = 1  # every frame_stride-th frame of a video is kept
     bounds: Bounds = field(default_factory=Bounds)
+    with_mirrored: bool = False  # each clip a second time, flipped left to right
     frames_at_once: int = 16  # encoded together
     workers: int | None = None  # videos worked on at once; None is one a processor core
 
@@ -59,6 +62,15 @@ class Recipe:
         for name in ("num_frames", "frame_stride", "frames_at_once"):
             if getattr(self, name) < 1:
                 raise ValueError(f"got {name} {getattr(self, name)}, wanted at least 1")
+
+    @property
+    def held_to(self) -> Bounds:
+        """The bounds, with no fewer frames than a training clip has."""
+        return replace(self.bounds, min_frames=max(self.bounds.min_frames, self.num_frames))
+
+    def num_workers(self, num_videos: int) -> int:
+        """Videos worked on at once."""
+        return max(1, self.workers or min(num_videos, cpu_count() or 1))
 
     def shaped(self, source_height: int, source_width: int) -> "Recipe":
         """For a video of this shape: with one size, of the nearest aspect ratio the largest that the video fills.
@@ -74,7 +86,7 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class _Source:
+class Source:
     """A video that was looked through."""
 
     path: Path
@@ -95,19 +107,22 @@ class ClipMaker:
         self,
         prepared: Path,
         recipe: Recipe,
-        bounds: Bounds,
         poses: PoseBackend,
         encoder: Encoder,
         progress: VideoProgress,
     ) -> None:
         self._prepared = prepared
-        self._recipe = recipe
-        self._bounds = bounds
-        self._poses = poses
-        self._encoder = encoder
-        self._progress = progress
+        self.recipe = recipe
+        self.poses = poses
+        self.progress = progress
+        self._bounds = recipe.held_to
+        self.encoder = encoder
         self._encoder_lock = Lock()
         self._is_stopped = Event()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As another process gets it: with a progress of its own, and poses and encoder loaded there."""
+        return _maker_elsewhere, (self._prepared, self.recipe, self.poses, self.encoder)
 
     def stop(self) -> None:
         """Videos under way raise StoppedError at their next frame, later ones at once."""
@@ -130,7 +145,7 @@ class ClipMaker:
         except (VideoError, OSError) as error:
             return [self._drop(path, "decode", str(error))]
         except NotFiniteError as error:
-            made_by = f"{self._poses.name} {self._poses.version}, {self._encoder.name} {self._encoder.version}"
+            made_by = f"{self.poses.name} {self.poses.version}, {self.encoder.name} {self.encoder.version}"
             return [self._drop(path, "check", f"gives values that are {error} (made by {made_by})")]
         except Exception as error:  # one video must not take the others with it
             place = traceback.extract_tb(error.__traceback__)[-1]
@@ -139,26 +154,26 @@ class ClipMaker:
 
     def _make(self, path: Path) -> list[Clip | Drop]:
         properties = read_properties(path)
-        most_frames = -(-properties.num_frames // self._recipe.frame_stride)
+        most_frames = -(-properties.num_frames // self.recipe.frame_stride)
         if most_frames < self._bounds.min_frames:
             notes = "".join(f"; {note}" for note in properties.notes)
             reason = f"has {most_frames} frames, fewer than {self._bounds.min_frames}{notes}"
             return [self._drop(path, "curate", reason)]
-        source = self._watch(path, properties)
+        source = self.watch(path, properties)
         found = split(source.watched, self._bounds)
         longest = max((rows.stop - rows.start for rows in found), default=0)
         if longest < self._bounds.min_frames:
             return [self._drop_all(source, len(found), longest)]
         with closing(self._all_frames(source)) as frames:
-            made = [self._make_clip(source, rows, frames) for rows in found]
+            made = [part for rows in found for part in self._make_clips(source, rows, frames)]
         num_short = sum(isinstance(part, Drop) and part.stage == "split" for part in made)
         if num_short:
-            self._progress.say(
+            self.progress.say(
                 f"{printable(path.name)}: {num_short} stretches of fewer than {self._bounds.min_frames} frames left out"
             )
         return made
 
-    def _drop_all(self, source: _Source, num_stretches: int, longest: int) -> Drop:
+    def _drop_all(self, source: Source, num_stretches: int, longest: int) -> Drop:
         whole = slice(0, len(source.watched))
         measures = measure(source.watched, whole)
         reason = (
@@ -167,68 +182,76 @@ class ClipMaker:
         reasons = [f"{reason}, fewer than {self._bounds.min_frames}", *reasons_to_drop(measures, self._bounds)]
         return self._drop(source.path, "curate", "; ".join(reasons), **self._place(source, whole, measures))
 
-    def _make_clip(self, source: _Source, rows: slice, frames: Iterator[tuple[int, np.ndarray]]) -> Clip | Drop:
+    def _make_clips(
+        self, source: Source, rows: slice, frames: Iterator[tuple[int, np.ndarray]]
+    ) -> Sequence[Clip | Drop]:
         """One stretch of a video, if it is good enough; frames are the video's from an earlier stretch on."""
         path, properties = source.path, source.properties
-        recipe = self._recipe.shaped(properties.height, properties.width)
+        recipe = self.recipe.shaped(properties.height, properties.width)
         keypoints = source.watched.track.keypoints[rows]
         crop = person_crop(keypoints, properties.height, properties.width, recipe.height, recipe.width)
         measures = measure(source.watched, rows, crop)
         place = self._place(source, rows, measures)
         reasons = reasons_to_drop(measures, self._bounds)
         if measures["num_frames"] < self._bounds.min_frames:
-            return Drop(source=str(path.absolute()), stage="split", reason="; ".join(reasons), **place)
+            return [Drop(source=str(path.absolute()), stage="split", reason="; ".join(reasons), **place)]
         first, last = place["first_frame"], place["first_frame"] + (len(keypoints) - 1) * recipe.frame_stride
         where = "" if len(keypoints) == len(source.watched) else f" {first} to {last}"
         if reasons:
-            return self._drop(path, "curate", "; ".join(reasons), where, **place)
-        tensors_file = self._encode(source, rows, crop, frames)
+            return [self._drop(path, "curate", "; ".join(reasons), where, **place)]
+        files = self.encode(source, rows, crop, frames)
         said = f"{printable(path.name)}{where}: kept, {len(keypoints)} frames"
-        self._progress.say("; ".join([said, *properties.notes]))
-        return Clip(
-            clip_id=f"{printable(path.stem)}-{source.sha256[:8]}-{first}",
-            source=str(path.absolute()),
-            source_sha256=source.sha256,
-            source_height=properties.height,
-            source_width=properties.width,
-            frames_per_second=properties.frames_per_second / recipe.frame_stride,
-            crop=crop,
-            height=recipe.height,
-            width=recipe.width,
-            tensors_file=tensors_file,
-            notes=list(properties.notes),
-            **place,
-        )
+        self.progress.say("; ".join([said, *properties.notes]))
+        return [
+            Clip(
+                clip_id=f"{printable(path.stem)}-{source.sha256[:8]}-{first}{'-mirrored' if is_mirrored else ''}",
+                source=str(path.absolute()),
+                source_sha256=source.sha256,
+                frames_per_second=properties.frames_per_second / recipe.frame_stride,
+                crop=crop,
+                height=recipe.height,
+                width=recipe.width,
+                tensors_file=tensors_file,
+                is_mirrored=is_mirrored,
+                notes=list(properties.notes),
+                **place,
+            )
+            for is_mirrored, tensors_file in files.items()
+        ]
 
-    def _place(self, source: _Source, rows: slice, measures: dict[str, float]) -> dict[str, Any]:
-        stride = self._recipe.frame_stride
+    def _place(self, source: Source, rows: slice, measures: dict[str, float]) -> dict[str, Any]:
+        stride = self.recipe.frame_stride
         return {
             "statistics": measures,
             "first_frame": rows.start * stride,
             "num_frames": rows.stop - rows.start,
             "frame_stride": stride,
             "keypoints_file": source.keypoints_file,
+            "source_height": source.properties.height,
+            "source_width": source.properties.width,
         }
 
     def _drop(self, path: Path, stage: str, reason: str, where: str = "", **place: Any) -> Drop:
-        self._progress.say(f"{printable(path.name)}{where}: dropped, {reason}")
+        self.progress.say(f"{printable(path.name)}{where}: dropped, {reason}")
         return Drop(source=str(path.absolute()), stage=stage, reason=reason, **place)
 
-    def _watch(self, path: Path, properties: VideoProperties) -> _Source:
+    def watch(self, path: Path, properties: VideoProperties) -> Source:
+        """A video, looked through now or before."""
         sha256 = file_sha256(path)
-        name = watched_file(sha256, self._poses, self._recipe.frame_stride)
-        watched = kept(self._prepared / name, properties)
+        name = watched_file(sha256, self.poses, self.recipe.frame_stride)
+        watched = kept(self._prepared / name, properties.height, properties.width)
         if watched is None:
-            num_frames = -(-properties.num_frames // self._recipe.frame_stride)
-            work = self._progress.start(f"{printable(path.name)}: finding poses", num_frames)
-            watched = watch(self._frames(properties, work), properties, self._poses)
+            num_frames = -(-properties.num_frames // self.recipe.frame_stride)
+            work = self.progress.start(f"{printable(path.name)}: finding poses", num_frames)
+            watched = watch(self.frames(properties, work), properties, self.poses)
             keep(self._prepared / name, watched)
             work.finish()
-        return _Source(path, properties, sha256, watched, name)
+        return Source(path, properties, sha256, watched, name)
 
-    def _frames(self, properties: VideoProperties, work: Work) -> Iterator[np.ndarray]:
+    def frames(self, properties: VideoProperties, work: Work) -> Iterator[np.ndarray]:
+        """The frames of a video at the recipe's stride, each a step of work."""
         try:
-            for frame in decode(properties.film.path, frame_stride=self._recipe.frame_stride, properties=properties):
+            for frame in decode(properties.film.path, frame_stride=self.recipe.frame_stride, properties=properties):
                 if self._is_stopped.is_set():
                     raise StoppedError
                 yield frame
@@ -237,46 +260,65 @@ class ClipMaker:
             work.abandon()
             raise
 
-    def _all_frames(self, source: _Source) -> Generator[tuple[int, np.ndarray]]:
+    def _all_frames(self, source: Source) -> Generator[tuple[int, np.ndarray]]:
         """Numbered frames until no more are wanted; nothing is decoded before the first is asked for."""
-        work = self._progress.start(f"{printable(source.path.name)}: encoding", len(source.watched))
+        work = self.progress.start(f"{printable(source.path.name)}: encoding", len(source.watched))
         try:
-            yield from enumerate(self._frames(source.properties, work))
+            yield from enumerate(self.frames(source.properties, work))
         finally:
             work.finish()
 
-    def _encode(self, source: _Source, rows: slice, crop: Crop, frames: Iterator[tuple[int, np.ndarray]]) -> str:
-        """Write the tensors of a stretch, unless they are there; returns their file."""
-        encoder, keypoints = self._encoder, source.watched.track.keypoints[rows]
-        recipe = self._recipe.shaped(source.properties.height, source.properties.width)
+    def encode(
+        self, source: Source, rows: slice, crop: Crop, frames: Iterator[tuple[int, np.ndarray]]
+    ) -> dict[bool, str]:
+        """Write the tensors of a stretch, unless they are there; their files, as filmed (False) and mirrored (True)."""
+        encoder, recipe = self.encoder, self.recipe.shaped(source.properties.height, source.properties.width)
         inputs = [
             TENSORS_FORMAT, source.keypoints_file, rows.start, rows.stop, asdict(crop), recipe.height, recipe.width,
             encoder.name, encoder.version, encoder.device,
         ]  # fmt: skip
-        name = f"clips/{content_key(inputs)}.safetensors"
-        if load_intact(self._prepared / name) is not None:
-            return name
-        means, deviations, embeddings = [], [], []
+        names = {
+            is_mirrored: f"clips/{content_key([*inputs, is_mirrored])}.safetensors"
+            for is_mirrored in ((False, True) if recipe.with_mirrored else (False,))
+        }
+        if any(load_intact(self._prepared / name) is None for name in names.values()):
+            for is_mirrored, tensors in self.tensors(source, rows, crop, frames).items():
+                save_tensors(self._prepared / names[is_mirrored], tensors)
+        return names
+
+    def tensors(
+        self, source: Source, rows: slice, crop: Crop, frames: Iterator[tuple[int, np.ndarray]]
+    ) -> dict[bool, dict[str, torch.Tensor]]:
+        """What is kept of a stretch, as filmed and mirrored: latents, deviation, embeddings, cropped keypoints."""
+        keypoints, (height, width) = (
+            source.watched.track.keypoints[rows],
+            (source.properties.height, source.properties.width),
+        )
+        recipe, placed = self.recipe.shaped(height, width), crop_keypoints(keypoints, crop, height, width)
+        encoded: dict[bool, list[tuple[torch.Tensor, ...]]] = {False: []} | ({True: []} if recipe.with_mirrored else {})
         for batch in _batches(_between(frames, rows), recipe.frames_at_once):
             cropped = np.stack([crop_frame(frame, crop, recipe.height, recipe.width) for frame in batch])
             pictures = torch.from_numpy(cropped).permute(0, 3, 1, 2).float() / 127.5 - 1  # (F, 3, H, W)
-            with self._encoder_lock:  # one batch on the device at a time, however many videos are worked on
-                mean, deviation = encoder.distribution(pictures)
-                embeddings.append(encoder.embed(pictures).half())
-            means.append(mean.half())
-            deviations.append(deviation.half())
-        if sum(map(len, means)) != len(keypoints):
+            for is_mirrored, parts in encoded.items():
+                shown = pictures.flip(-1) if is_mirrored else pictures
+                with self._encoder_lock:  # one batch on the device at a time, however many videos are worked on
+                    parts.append((*self.encoder.distribution(shown), self.encoder.embed(shown)))
+        if sum(len(mean) for mean, *_ in encoded[False]) != len(keypoints):
             raise VideoError(f"had {len(source.watched)} frames when poses were found and has fewer now")
-        tensors = {
-            "latents": torch.cat(means),  # (F, 4, h, w), unscaled
-            "latents_deviation": torch.cat(deviations),  # (F, 4, h, w), unscaled
-            "image_embedding": torch.cat(embeddings),  # (F, 1024)
-            "keypoints": torch.from_numpy(
-                crop_keypoints(keypoints, crop, source.properties.height, source.properties.width)
-            ),  # (F, 128, 3)
-        }
-        save_tensors(self._prepared / name, tensors)
-        return name
+        made = {}
+        for is_mirrored, parts in encoded.items():
+            mean, deviation, embedding = (torch.cat(values).half() for values in zip(*parts, strict=True))
+            made[is_mirrored] = {
+                "latents": mean,  # (F, 4, h, w), unscaled
+                "latents_deviation": deviation,  # (F, 4, h, w), unscaled
+                "image_embedding": embedding,  # (F, 1024)
+                "keypoints": torch.from_numpy(mirrored(placed) if is_mirrored else placed),  # (F, 128, 3)
+            }
+        return made
+
+
+def _maker_elsewhere(prepared: Path, recipe: Recipe, poses: PoseBackend, encoder: Encoder) -> ClipMaker:
+    return ClipMaker(prepared, recipe, poses, encoder, VideoProgress())
 
 
 def _between(frames: Iterator[tuple[int, np.ndarray]], rows: slice) -> Iterator[np.ndarray]:

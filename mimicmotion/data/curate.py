@@ -21,6 +21,7 @@ ENTANGLED = 0.4  # share of the smaller of two people's boxes that both cover, f
 END_FRAMES = 5  # at each end of a stretch, looked at for a person who is not wholly in the picture
 SEEN_OF_OTHER = 0.2  # share of another person's box that lies in the crop, from which on the crop shows two
 DOUBLED = 0.5  # change of luma, 0 to 255, of the most changed part of a picture, below which it is the last one again
+FREEZE_WINDOW = 15  # frames of which more than half are doubled where a picture stands still
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +29,9 @@ class Bounds:
     """What a stretch of a video must meet to become a clip."""
 
     min_frames: int = 2  # and never fewer than a training clip has
-    cut_content: float = 15.0  # least change of a picture, 0 to 255, that is a scene cut (PySceneDetect's default)
-    cut_ratio: float = 3.0  # and least change over that of the frames around (PySceneDetect's default)
+    cut_content: float = 15.0  # least change of luma, 0 to 255, that is a scene cut (PySceneDetect's default),
+    cut_ratio: float = 3.0  # and least change over that of the frames around (PySceneDetect's default),
+    cut_spread: float = 0.3  # and least share of the picture that changes; somebody who moves fast changes less
     max_lost_frames: int = 3  # in a row without the person; a detector blinks, more is somebody who left
     min_person_share: float = 0.9  # of frames with one person in the crop (at least one where people are not counted)
     min_torso_share: float = 0.8  # of frames with both shoulders and both hips visible
@@ -42,7 +44,7 @@ class Bounds:
     max_jump: float = 1.0  # largest median move of the body between two frames, in torso lengths: another person or cut
     max_camera: float = 0.02  # mean move of the background, in torso lengths a frame; the crop stands still
     max_doubled_share: float = 0.1  # of frames that are the last one again: 24 frames a second made 30 doubles 0.2
-    min_sharpness: float = 20.0  # variance of the Laplacian on the person, 512 pixels a picture; sharp ones have 300
+    min_sharpness: float = 0.01  # variance of the Laplacian over that of luma, on the person at 512 pixels: sharp 0.4
     max_clipped_share: float = 0.7  # of pixels on the person nearly black or white; a white studio may clip half
 
     def __post_init__(self) -> None:
@@ -53,7 +55,7 @@ class Bounds:
                 raise ValueError(f"got bound {name} {value}, wanted a share from 0 to 1")
 
 
-# Figure, its bound, and what to say of it. A figure of None is not known.
+# Figure, its bound, and what to say of it.
 _LEAST = (
     ("person_share", "min_person_share", "shows one person in a share of {:.2f} of frames"),
     ("torso_share", "min_torso_share", "shows the torso in a share of {:.2f} of frames"),
@@ -62,7 +64,7 @@ _LEAST = (
     ("limb_share", "min_limb_share", "shows a share of {:.2f} of the limbs"),
     ("end_share", "min_end_share", "shows at an end a share of {:.2f} of the limbs it usually does"),
     ("motion", "min_motion", "moves by {:.4f} torso lengths a frame"),
-    ("sharpness", "min_sharpness", "has a sharpness of {:.1f}"),
+    ("sharpness", "min_sharpness", "has a sharpness of {:.4f}"),
 )
 _MOST = (
     ("motion", "max_motion", "moves by {:.4f} torso lengths a frame"),
@@ -106,14 +108,17 @@ class Watched:
 
 
 def split(watched: Watched, bounds: Bounds) -> list[slice]:
-    """The stretches of a video that show one and the same person without a cut, however short."""
+    """The stretches of a video that move and show one and the same person without a cut, however short."""
     pictures = watched.pictures
     is_cut = (pictures.content >= bounds.cut_content) & (pictures.ratio >= bounds.cut_ratio)
-    is_there = is_present(watched)
+    is_cut &= pictures.spread >= bounds.cut_spread
+    is_there = is_present(watched) & ~is_frozen(pictures.change)
     frames = np.flatnonzero(is_there)
     moves = _moves(watched.points[frames], watched.visible[frames])
     is_other = (moves > bounds.max_jump) | are_apart(watched.boxes[frames[:-1]], watched.boxes[frames[1:]])
-    return stretches(is_there, [*np.flatnonzero(is_cut), *frames[1:][is_other]], bounds.max_lost_frames)
+    return stretches(
+        is_there, [*np.flatnonzero(is_cut).tolist(), *frames[1:][is_other].tolist()], bounds.max_lost_frames
+    )
 
 
 def is_present(watched: Watched) -> np.ndarray:
@@ -122,6 +127,13 @@ def is_present(watched: Watched) -> np.ndarray:
     if watched.track.others is None:
         return is_there
     return is_there & ~(covered(watched.boxes[:, None], watched.track.others) > ENTANGLED).any(axis=1)
+
+
+def is_frozen(change: np.ndarray) -> np.ndarray:
+    """In which frames (F,) the picture stands still: most of those around are the last one again, by change (F,)."""
+    is_doubled = (change < DOUBLED) & (np.arange(len(change)) > 0)
+    window = np.ones(min(FREEZE_WINDOW, len(change)))
+    return np.convolve(is_doubled, window, "same") > np.convolve(np.ones(len(change)), window, "same") / 2
 
 
 def measure(watched: Watched, rows: slice, crop: Crop | None = None) -> dict[str, float]:
@@ -136,7 +148,7 @@ def measure(watched: Watched, rows: slice, crop: Crop | None = None) -> dict[str
     is_there = visible.any(axis=1)
     limbs = (visible & _is_inside(part[:, BODY]))[:, list(LIMBS)].mean(axis=1)
     ends = min(limbs[:END_FRAMES].mean(), limbs[-END_FRAMES:].mean()) / max(float(np.median(limbs)), 1e-9)
-    motion, camera = _motion(watched, rows, pictures.camera[inner])
+    motion, camera = _motion(watched, rows)
     moves = _moves(watched.points[rows], visible)
     return {
         "num_frames": float(num_frames),
@@ -184,17 +196,33 @@ def _is_alone(watched: Watched, crop: Crop | None) -> np.ndarray:
     return (track.num_people >= 1) & watched.visible.any(axis=1) & ~(seen > SEEN_OF_OTHER).any(axis=1)
 
 
-def _motion(watched: Watched, rows: slice, camera: np.ndarray) -> tuple[float, float]:
-    """Mean move of joints against the background, and of the background, a frame, in the clip's median torso."""
+def joint_moves(watched: Watched, rows: slice) -> np.ndarray:
+    """Moves (F - 1, 18) of body joints against the background between the frames `rows`, in their median torso.
+
+    NaN where a joint is not visible in both frames, and everywhere where no torso is.
+    """
     points, visible = watched.points[rows], watched.visible[rows]
-    both = visible[1:] & visible[:-1]
     torso = _torso(points, visible)
-    if torso is None or not both.any():
+    if torso is None:
+        return np.full((max(0, len(points) - 1), points.shape[1]), np.nan)
+    step = points[1:] - points[:-1] - _camera(watched, rows)[:, None]
+    return np.where(visible[1:] & visible[:-1], np.hypot(step[..., 0], step[..., 1]), np.nan) / torso
+
+
+def _camera(watched: Watched, rows: slice) -> np.ndarray:
+    """Moves (F - 1, 2) of the background between the frames `rows`, in pixels."""
+    # Pictures are compared with the one before, which at the first frame is no part of the stretch.
+    inner = slice(rows.start + 1, rows.start + len(watched.points[rows]))
+    return watched.pictures.camera[inner] * max(watched.height, watched.width)
+
+
+def _motion(watched: Watched, rows: slice) -> tuple[float, float]:
+    """Mean move of joints against the background, and of the background, a frame, in the clip's median torso."""
+    moves, torso = joint_moves(watched, rows), _torso(watched.points[rows], watched.visible[rows])
+    if torso is None or np.isnan(moves).all():
         return 0.0, 0.0
-    camera = camera * max(watched.height, watched.width)
-    step = points[1:] - points[:-1] - camera[:, None]
-    moves = np.hypot(step[..., 0], step[..., 1])
-    return float(moves[both].mean() / torso), float(np.hypot(camera[:, 0], camera[:, 1]).mean() / torso)
+    camera = _camera(watched, rows)
+    return float(np.nanmean(moves)), float(np.hypot(camera[:, 0], camera[:, 1]).mean() / torso)
 
 
 def _moves(points: np.ndarray, visible: np.ndarray) -> np.ndarray:
@@ -221,4 +249,4 @@ def _torso(points: np.ndarray, visible: np.ndarray) -> float | None:
 
 
 def _is_inside(body: np.ndarray) -> np.ndarray:
-    return ((body[..., :2] >= 0) & (body[..., :2] <= 1)).all(axis=-1)
+    return np.all((body[..., :2] >= 0) & (body[..., :2] <= 1), axis=-1)

@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from mimicmotion.config import LATENT_STRIDE
 from mimicmotion.data.cache import Clip, Manifest, NotFiniteError, check_finite
 from mimicmotion.data.crop import crop_frame
 from mimicmotion.data.footage import decode
@@ -26,7 +27,7 @@ from mimicmotion.data.footage_identity import FootageIdentity
 from mimicmotion.data.held_out import split
 from mimicmotion.data.order import Order, Place, number_of
 from mimicmotion.data.poses import draw, drawing_scale
-from mimicmotion.data.poses.keypoints import HANDS
+from mimicmotion.data.poses.keypoints import HANDS, NUM_KEYPOINTS
 from mimicmotion.shapes import Bucket
 
 # The released model was always told 7 frames a second and motion 127, whatever the video: so is it in training.
@@ -47,10 +48,12 @@ class ClipDataset:
     def __init__(
         self, prepared: Path, num_frames: int, seed: int, *, batch_size: int = 1, lengths: Sequence[int] = (),
         held_out: float = 0.0, is_held_out: bool = False, hand_confidence: float = HAND_CONFIDENCE,
+        draw_latents: bool = False,
     ) -> None:  # fmt: skip
         """batch_size: samples a step over all ranks. lengths: below num_frames, for clips that are too short for it.
 
         held_out: share of the source videos that is set aside; is_held_out: this dataset is of those.
+        draw_latents: samples hold latents drawn from the encoder's distribution and not its mean.
         """
         self.prepared = prepared
         self.manifest = Manifest.read(prepared)
@@ -61,6 +64,7 @@ class ClipDataset:
         self._lengths = (num_frames, *lengths)
         self.seed = seed
         self._hand_confidence = hand_confidence
+        self._draw_latents = draw_latents and not is_held_out  # what is looked at stays the same
         self._clips = {clip.clip_id: clip for clip in self.manifest.clips}
         if num_frames < 2:
             raise ValueError(f"got num_frames {num_frames}, wanted at least 2: a reference and one more")
@@ -95,12 +99,19 @@ class ClipDataset:
     def sample(self, step: int, sample_id: int) -> dict[str, Any]:
         """Sample sample_id of a step, as `data/order.py` and the module's docstring say.
 
-        Returns latents (F, 4, h, w) float32 scaled, reference_latent (4, h, w) unscaled, image_embedding (1, 1024),
+        Returns latents and latents_deviation (F, 4, h, w) float32 scaled, reference_latent (4, h, w) unscaled,
+        image_embedding (1, 1024),
         keypoints (F, 128, 3), pose (F, 3, H, W) in [-1, 1], loss_weight (F, 1, h, w), fps, motion_bucket, sample_id,
         and what was chosen: clip_id, reference, start.
         """
         clip_id, reference, start, num_frames = self._draw(step, sample_id)
-        return {**self.clip(clip_id, reference, start, num_frames), "sample_id": sample_id}
+        sample = {**self.clip(clip_id, reference, start, num_frames), "sample_id": sample_id}
+        if self._draw_latents:  # but for reference_latent, which is the mean in sampling too
+            seed = np.random.SeedSequence([self.seed, step, sample_id]).spawn(1)[0].generate_state(1, np.uint64)[0]
+            generator = torch.Generator().manual_seed(int(seed) >> 1)
+            noise = torch.randn(sample["latents"].shape, generator=generator)
+            sample["latents"] = sample["latents"] + sample["latents_deviation"] * noise
+        return sample
 
     def frames_per_second(self, clip_id: str) -> float:
         """The rate of a clip's frames. Raises ValueError where there is none of that name."""
@@ -175,6 +186,7 @@ class ClipDataset:
         pictures = draw(keypoints.numpy(), chosen.height, chosen.width, short_side=short_side, stroke=stroke)
         return {
             "latents": latents * self.manifest.scaling_factor,
+            "latents_deviation": stored["latents_deviation"].float() * self.manifest.scaling_factor,
             "reference_latent": latents[0].clone(),
             "image_embedding": stored["image_embedding"].float(),
             "keypoints": keypoints,
@@ -205,7 +217,8 @@ class ClipDataset:
         for row, frame in enumerate(_until(film, chosen.rows.start + max(indices))):
             if (index := row - chosen.rows.start) in wanted:
                 picture = crop_frame(frame, chosen.crop, chosen.height, chosen.width)
-                pictures[index] = torch.from_numpy(picture).permute(2, 0, 1)
+                shown = picture[:, ::-1].copy() if chosen.is_mirrored else picture
+                pictures[index] = torch.from_numpy(shown).permute(2, 0, 1)
         return torch.stack([pictures[index] for index in indices])
 
     def _clip(self, clip_id: str) -> Clip:
@@ -220,13 +233,14 @@ class ClipDataset:
             with safe_open(path, framework="pt") as opened:
                 rows = {
                     name: torch.cat([part[reference : reference + 1], part[start:stop]])
-                    for name in ("latents", "keypoints")
+                    for name in ("latents", "latents_deviation", "keypoints")
                     for part in (opened.get_slice(name),)
                 }
                 embedding = opened.get_slice("image_embedding")[reference : reference + 1]
         except (OSError, SafetensorError) as error:
             raise ValueError(f"cannot read {path} ({error}); run prepare again, which makes it anew") from error
         read = {**rows, "image_embedding": embedding}
+        _check_layout(path, read, clip, 1 + stop - start)
         try:
             check_finite(read)
         except NotFiniteError as error:
@@ -235,6 +249,21 @@ class ClipDataset:
                 "out with the reason"
             ) from error
         return read
+
+
+def _check_layout(path: Path, read: dict[str, Tensor], clip: Clip, num_rows: int) -> None:
+    """Raise ValueError where a tensor of a clip's file has another shape or dtype than a clip of this size has."""
+    wanted = {
+        "latents": (num_rows, 4, clip.height // LATENT_STRIDE, clip.width // LATENT_STRIDE, torch.float16),
+        "keypoints": (num_rows, NUM_KEYPOINTS, 3, torch.float32),
+        "image_embedding": (1, read["image_embedding"].shape[-1], torch.float16),
+    }
+    for name, (*shape, dtype) in wanted.items():
+        if tuple(read[name].shape) != tuple(shape) or read[name].dtype != dtype:
+            raise ValueError(
+                f"{name} of {path} is {read[name].dtype} {tuple(read[name].shape)} where {dtype} {tuple(shape)} is "
+                "wanted; run prepare again, which makes it anew"
+            )
 
 
 def hand_weights(

@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
@@ -88,6 +88,22 @@ def find_videos(folder: Path) -> list[Path]:
             f" {', '.join(VIDEO_SUFFIXES)}{''.join(f'; {line}' for line in not_looked_at(folder))}"
         )
     return sorted([*folders, *videos])
+
+
+def find_all(given: Sequence[Path]) -> list[Path]:
+    """The videos of what was given, each once, in order: of folders, of patterns as "takes/*.mp4", and by themselves.
+
+    Raises ValueError where one of them is not there or stands for nothing.
+    """
+    found: list[Path] = []
+    for path in given:
+        if path.is_file():
+            found.append(path)
+        elif not path.exists() and (matching := sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))))):
+            found += find_all(matching)
+        else:
+            found += find_videos(path)
+    return list(dict.fromkeys(found))
 
 
 def not_looked_at(folder: Path) -> list[str]:

@@ -21,19 +21,22 @@ CUT_SIDE = 256  # what PySceneDetect scales pictures to by itself
 FLOW_SIDE = 160
 NUM_CELLS = 16  # a side of the grid
 NEARLY_BLACK, NEARLY_WHITE = 3, 252
+CHANGED = 5.0  # mean change of luma, 0 to 255, of a cell that shows something else
+FLAT = 1.0  # variance of luma that is nothing but noise
 # Frames that the detector wants to see before and after a cut.
 WINDOW = 2
-CONTENT, RATIO = AdaptiveDetector.FRAME_SCORE_KEY, f"adaptive_ratio (w={WINDOW})"
+CONTENT, RATIO = AdaptiveDetector.FRAME_SCORE_KEY, f"adaptive_ratio_lum (w={WINDOW})"
 
 
 @dataclass(frozen=True, kw_only=True)
 class PictureTrack:
-    """Figures of each of F frames. content, ratio, change and camera are against the frame before, 0 at the first."""
+    """Figures of each of F frames. All but sharpness and clipped are against the frame before, and 0 at the first."""
 
-    content: np.ndarray  # (F,) mean change of hue, saturation and luma, 0 to 255 (PySceneDetect's content_val)
+    content: np.ndarray  # (F,) mean change of luma, 0 to 255 (PySceneDetect's content_val)
     ratio: np.ndarray  # (F,) content over that of the frames around, up to 255 (its adaptive_ratio)
     change: np.ndarray  # (F,) mean change of luma, 0 to 255, of the cell of the picture that changed most
-    sharpness: np.ndarray  # (F,) variance of the luma's Laplacian on the person; 0 where there is nobody
+    spread: np.ndarray  # (F,) share of the cells whose luma changed by more than CHANGED
+    sharpness: np.ndarray  # (F,) variance of the luma's Laplacian over that of the luma, on the person; of nobody 1
     clipped: np.ndarray  # (F,) share of the person's box that is nearly black or nearly white; 0 where there is nobody
     camera: np.ndarray  # (F, 2) median motion beside the person, to the right and down, in shares of the longer side
 
@@ -42,13 +45,12 @@ class PictureMeter:
     """Takes frames (H, W, 3) uint8 RGB in order."""
 
     def __init__(self) -> None:
-        self._detector = AdaptiveDetector(window_width=WINDOW, min_scene_len=1)
+        # By luma alone: of gray the hue is noise, which a key frame changes all at once.
+        self._detector = AdaptiveDetector(window_width=WINDOW, min_scene_len=1, luma_only=True)
         self._stats = self._detector.stats_manager = StatsManager()
-        self._optical_flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
-        self._num_seen = 0  # by the detector
-        self._small: np.ndarray | None = None
+        self._optical_flow = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
         self._luma: np.ndarray | None = None
-        self._rows: list[tuple[np.ndarray, ...]] = []  # change, squared Laplacian, clipped share and flow of the cells
+        self._rows: list[tuple[np.ndarray, ...]] = []  # means of cells
 
     def add(self, frame: np.ndarray) -> None:
         """Measure the next frame."""
@@ -56,52 +58,56 @@ class PictureMeter:
         luma = cv2.cvtColor(fine, cv2.COLOR_RGB2GRAY)
         last = luma if self._luma is None else self._luma
         small = cv2.cvtColor(_shrunk(fine, CUT_SIDE), cv2.COLOR_RGB2BGR)
-        for _ in range(1 if self._rows else 1 + WINDOW):  # the first frame stands for those before it
-            self._detect(small)
+        self._detector.process_frame(_time(len(self._rows)), small)
         edges = cv2.Laplacian(luma, cv2.CV_32F)
         clipped = ((luma <= NEARLY_BLACK) | (luma >= NEARLY_WHITE)).astype(np.float32)
-        change = _cells(cv2.absdiff(luma, last).astype(np.float32)).max()
+        change = cv2.absdiff(luma, last).astype(np.float32)
         flow = self._flow(last, luma) if self._rows else np.zeros((NUM_CELLS, NUM_CELLS, 2), dtype=np.float32)
-        self._rows.append((change, _cells(edges * edges), _cells(clipped), flow))
-        self._small, self._luma = small, luma
+        exact = luma.astype(np.float32)
+        sums = (change, edges * edges, exact, exact * exact, clipped)
+        self._rows.append((*(_cells(values) for values in sums), flow))
+        self._luma = luma
 
     def finish(self, boxes: np.ndarray) -> PictureTrack:
         """Figures of all frames, the person being in boxes (F, 4). Raises ValueError where there was no frame."""
-        if self._small is None or len(boxes) != len(self._rows):
+        if not self._rows or len(boxes) != len(self._rows):
             raise ValueError(f"got {len(self._rows)} frames and {len(boxes)} boxes, wanted as many, and at least one")
-        for _ in range(WINDOW):  # the last frame stands for those after it
-            self._detect(self._small)
-        scores = [
-            self._stats.get_metrics(_time(index), [CONTENT, RATIO]) for index in range(WINDOW, self._num_seen - WINDOW)
-        ]
-        change, edges, clipped, flow = (np.stack(values) for values in zip(*self._rows, strict=True))
+        scores = [self._stats.get_metrics(_time(index), [CONTENT, RATIO]) for index in range(len(boxes))]
+        content = np.array([score[0] or 0.0 for score in scores], dtype=np.float32)
+        ratio = [_ratio_at_end(content, frame) if score[1] is None else score[1] for frame, score in enumerate(scores)]
+        change, edges, luma, squared, clipped, flow = (np.stack(values) for values in zip(*self._rows, strict=True))
         inside = _coverage(boxes)
         weights = inside / np.maximum(inside.sum(axis=(1, 2), keepdims=True), 1e-9)
-        outside = inside == 0
+        edges, luma, squared, clipped = ((x * weights).sum(axis=(1, 2)) for x in (edges, luma, squared, clipped))
         return PictureTrack(
-            content=np.array([score[0] or 0.0 for score in scores], dtype=np.float32),
-            ratio=np.array([score[1] or 0.0 for score in scores], dtype=np.float32),
-            change=change,
-            # The Laplacian's mean is nearly nought, so the mean of its square is its variance.
-            sharpness=(edges * weights).sum(axis=(1, 2)),
-            clipped=(clipped * weights).sum(axis=(1, 2)),
+            content=content,
+            ratio=np.array(ratio, dtype=np.float32),
+            change=change.max(axis=(1, 2)),
+            spread=(change > CHANGED).mean(axis=(1, 2), dtype=np.float32),
+            # The Laplacian's mean is nearly nought, so the mean of its square is its variance. What is flat is not
+            # blurred: nothing is there that could be sharper.
+            sharpness=(edges + FLAT) / (np.maximum(squared - luma * luma, 0) + FLAT),
+            clipped=clipped,
             camera=np.stack(
                 [
                     np.median(motion[cells], axis=0) if cells.any() else np.zeros(2, dtype=np.float32)
-                    for motion, cells in zip(flow, outside, strict=True)
+                    for motion, cells in zip(flow, inside == 0, strict=True)
                 ]
             ),
         )
-
-    def _detect(self, small: np.ndarray) -> None:
-        self._detector.process_frame(_time(self._num_seen), small)
-        self._num_seen += 1
 
     def _flow(self, last: np.ndarray, luma: np.ndarray) -> np.ndarray:
         before, after = _shrunk(last, FLOW_SIDE), _shrunk(luma, FLOW_SIDE)
         if min(after.shape) < NUM_CELLS:  # too small for the method
             return np.zeros((NUM_CELLS, NUM_CELLS, 2), dtype=np.float32)
-        return _cells(self._optical_flow.calc(before, after, None) / max(after.shape))
+        flow = np.zeros((*after.shape, 2), dtype=np.float32)
+        return _cells(self._optical_flow.calc(before, after, flow) / max(after.shape))
+
+
+def _ratio_at_end(content: np.ndarray, frame: int) -> float:
+    """The detector's ratio for a frame that lacks neighbours on one side: over the mean of those that there are."""
+    around = [*content[max(1, frame - WINDOW) : frame], *content[frame + 1 : frame + 1 + WINDOW]]
+    return min(float(content[frame]) / max(float(np.mean(around or [0.0])), 1e-5), 255.0)
 
 
 def _coverage(boxes: np.ndarray) -> np.ndarray:

@@ -5,12 +5,12 @@ remakes only its own files, and an interrupted run goes on where it was.
 """
 
 from collections.abc import Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import asdict, replace
-from os import cpu_count
 from pathlib import Path
+from typing import Literal
 
 from mimicmotion.config import Config, DataConfig, demo
+from mimicmotion.data import pool, ray_engine
 from mimicmotion.data.cache import Clip, Drop, Manifest, check_writable, is_prepared, stated_sha256
 from mimicmotion.data.clip_maker import ClipMaker, Recipe
 from mimicmotion.data.curate import Bounds
@@ -22,6 +22,9 @@ from mimicmotion.data.progress import VideoProgress
 from mimicmotion.model.encoders import PATCH_CODEC, SPATIAL_FACTOR, Encoder, PatchCodec, load_encoder
 from mimicmotion.paths import printable
 
+Engine = Literal["pool", "ray"]
+ENGINES = {"pool": pool, "ray": ray_engine}
+
 
 def prepare(
     videos: Sequence[Path],
@@ -31,9 +34,11 @@ def prepare(
     poses: PoseBackend,
     encoder: Encoder,
     progress: VideoProgress | None = None,
+    engine: Engine = "pool",
 ) -> Manifest:
     """Make the clips of videos in the folder prepared, and its manifest.
 
+    engine: threads of this process, or the workers of a Ray cluster, whose machines have to see the same folders.
     A video that cannot be used is recorded with its reason and the rest goes on. Raises ValueError where none is left
     or another process prepares the folder, NotWritableError where it cannot be written, at once or later, and
     RuntimeError where memory ran out: what was made until then stays, and the next call goes on from it.
@@ -48,7 +53,7 @@ def prepare(
         sign(prepared)
         for left in prepared.rglob(".*.tmp"):  # by a process that was killed while it wrote
             left.unlink()
-        return _prepare(videos, prepared, recipe, poses, encoder, progress)
+        return _prepare(videos, prepared, recipe, poses, encoder, progress, engine)
 
 
 def _prepare(
@@ -58,13 +63,12 @@ def _prepare(
     poses: PoseBackend,
     encoder: Encoder,
     progress: VideoProgress | None,
+    engine: Engine,
 ) -> Manifest:
     """Make the clips of videos in a folder that is this process's."""
-    bounds = replace(recipe.bounds, min_frames=max(recipe.bounds.min_frames, recipe.num_frames))
-    workers = recipe.workers or min(len(videos), cpu_count() or 1)
     with progress or VideoProgress() as shown:
-        maker = ClipMaker(prepared, recipe, bounds, poses, encoder, shown)
-        results = _make_all(maker, videos, max(1, workers))
+        maker = ClipMaker(prepared, recipe, poses, encoder, shown)
+        results = ENGINES[engine].make_all(maker, videos, recipe.num_workers(len(videos)))
     clips, dropped = _sorted_out(results)
     if not clips:
         reasons = "\n".join(f"  {printable(drop.source)}: {drop.reason}" for drop in dropped)
@@ -83,6 +87,7 @@ def _prepare(
         decoder=DECODER,
         encoder_device=encoder.device,
         frame_stride=recipe.frame_stride,
+        with_mirrored=recipe.with_mirrored,
         bounds=asdict(recipe.bounds),
         clips=clips,
         dropped=dropped,
@@ -114,21 +119,6 @@ def _sorted_out(results: Sequence[Sequence[Clip | Drop]]) -> tuple[list[Clip], l
     return clips, dropped
 
 
-def _make_all(maker: ClipMaker, videos: Sequence[Path], workers: int) -> list[list[Clip | Drop]]:
-    """What came of each video, in order. The first error stops all."""
-    with ThreadPoolExecutor(workers) as pool:
-        futures = [pool.submit(maker.make, video) for video in videos]
-        try:
-            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-            for future in done:
-                future.result()
-        except BaseException:
-            maker.stop()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return [future.result() for future in futures]
-
-
 def prepare_if_missing(config: Config, progress: VideoProgress | None = None) -> Manifest:
     """The manifest of config.data.prepared, made anew where it was made for other settings.
 
@@ -153,7 +143,12 @@ def prepare_if_missing(config: Config, progress: VideoProgress | None = None) ->
         # in order and once, however many clips each gave
         videos = list(dict.fromkeys(Path(part.source) for part in (*manifest.clips, *manifest.dropped)))
         backend = manifest.pose_backend
-        recipe = replace(recipe, frame_stride=manifest.frame_stride, bounds=Bounds(**manifest.bounds))
+        recipe = replace(
+            recipe,
+            frame_stride=manifest.frame_stride,
+            with_mirrored=manifest.with_mirrored,
+            bounds=Bounds(**manifest.bounds),
+        )
     return prepare(
         videos,
         data.prepared,

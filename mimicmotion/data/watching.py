@@ -18,6 +18,7 @@ from mimicmotion.data.poses import PoseBackend, PoseTrack
 
 # Bumped where the meaning of a stored file changes, so that old files are not met.
 FORMAT = 3
+_NAMES = {"keypoints", "num_people", "counts_people", *(field.name for field in fields(PictureTrack))}
 
 
 def watched_file(sha256: str, poses: PoseBackend, frame_stride: int) -> str:
@@ -54,10 +55,13 @@ def keep(path: Path, watched: Watched) -> None:
     save_tensors(path, {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()})
 
 
-def kept(path: Path, properties: VideoProperties) -> Watched | None:
-    """What `keep` wrote to path; None where nothing whole is there."""
+def kept(path: Path, height: int, width: int) -> Watched | None:
+    """What `keep` wrote to path, of a video of this size as it is shown.
+
+    None where nothing whole is there, or what another version kept.
+    """
     stored = load_intact(path)
-    if stored is None:
+    if stored is None or _NAMES - stored.keys():
         return None
     arrays = {name: tensor.numpy() for name, tensor in stored.items()}
     track = PoseTrack(
@@ -67,4 +71,4 @@ def kept(path: Path, properties: VideoProperties) -> Watched | None:
         others=arrays.get("others"),
     )
     pictures = PictureTrack(**{field.name: arrays[field.name] for field in fields(PictureTrack)})
-    return Watched(track, pictures, properties.height, properties.width)
+    return Watched(track, pictures, height, width)

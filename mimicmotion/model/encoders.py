@@ -147,6 +147,10 @@ class SVDEncoder:
         self._image_encoder = image_encoder
         self._frames_at_once = frames_at_once
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process loads its own, from the same place, for the same device and precision."""
+        return _loaded, (self.name, self.device, self._image_encoder.dtype)
+
     @classmethod
     def load(cls, name_or_path: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> "SVDEncoder":
         """From a folder in diffusers' layout (vae/, image_encoder/) or a hub id. Raises ValueError where it fails.
@@ -208,6 +212,10 @@ class SVDEncoder:
 
     def _parts(self, tensor: Tensor) -> tuple[Tensor, ...]:
         return tensor.split(self._frames_at_once)
+
+
+def _loaded(name: str, device: str, dtype: torch.dtype) -> SVDEncoder:
+    return SVDEncoder.load(name, device=device, dtype=dtype)
 
 
 def _is_path(name_or_path: str) -> bool:

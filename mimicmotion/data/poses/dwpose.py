@@ -45,9 +45,14 @@ class DWPose:
     name = "dwpose"
     version = "dw-ll_ucoco_384-2"
 
-    def __init__(self, detector: Any, estimator: Any) -> None:
+    def __init__(self, detector: Any, estimator: Any, folder: Path | None = None) -> None:
         self._detector = detector
         self._estimator = estimator
+        self._folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process loads its own sessions, from the same folder or the hub."""
+        return DWPose.load, (self._folder,)
 
     @classmethod
     def load(cls, folder: Path | None = None) -> "DWPose":
@@ -61,7 +66,7 @@ class DWPose:
         providers = [name for name in wanted if name in onnxruntime.get_available_providers()]
         paths = [_weight_file(name, digest, folder) for name, digest in WEIGHTS.items()]
         detector, estimator = (onnxruntime.InferenceSession(str(path), providers=providers) for path in paths)
-        return cls(detector, estimator)
+        return cls(detector, estimator, folder)
 
     def track(self, frames: Iterable[np.ndarray]) -> PoseTrack:
         """One person's keypoints in frames (H, W, 3) uint8 RGB, and who else each frame shows."""
