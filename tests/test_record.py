@@ -66,7 +66,10 @@ def test_the_page_opens_by_itself_and_shows_what_the_run_did(tmp_path):
     record.close()
     page = (tmp_path / "index.html").read_text()
     assert "3 steps in 0.2 minutes, 25% waiting for data; skipped: 2" in page
-    assert '<th scope="row">0 to 0.3</th><td>0.1000 over 2 clips</td>' in page and '<th scope="row">optimizer.learning_rate</th><td>0.001</td>' in page
+    assert (
+        '<th scope="row">0 to 0.3</th><td>0.1000 over 2 clips</td>' in page
+        and '<th scope="row">optimizer.learning_rate</th><td>0.001</td>' in page
+    )
     assert "patch &lt;codec&gt;" in page and "http" not in page.replace("http://www.w3.org", "").replace(
         "http://purl.org", ""
     ).replace("https://matplotlib.org", "").replace("http://creativecommons.org", "")
