@@ -174,7 +174,10 @@ class TrainerConfig:
     validate_share: float = 0.05  # of the run's time that looking may take; beyond it looks are put off
     log_every: int = 10  # steps between printed lines where there is no terminal
     tracker: Tracker = "none"  # where figures go beside TensorBoard, in the run's folder; has to be installed
-    max_skipped_in_a_row: int = 10  # non-finite steps in a row after which training stops; not in the source
+    max_skipped_in_a_row: int = 10  # skipped steps in a row after which training stops; not in the source
+    spike_factor: float = (
+        5.0  # a loss this many times the largest of the last 32 is skipped; 0: none; not in the source
+    )
 
     def __post_init__(self) -> None:
         names = ("num_steps", "batch_size", "micro_batch_size", "save_every", "keep_checkpoints", "log_every")
@@ -182,6 +185,9 @@ class TrainerConfig:
         _require(0 <= self.validate_share <= 1, "trainer.validate_share", self.validate_share, "a share from 0 to 1")
         for name in (*names, "max_skipped_in_a_row"):
             _require(getattr(self, name) >= 1, f"trainer.{name}", getattr(self, name), "at least 1")
+        _require(
+            self.spike_factor == 0 or self.spike_factor > 1, "trainer.spike_factor", self.spike_factor, "0 or over 1"
+        )
         batch, micro = self.batch_size, self.micro_batch_size
         _require(batch % micro == 0, "trainer.batch_size", batch, f"a multiple of {micro} (trainer.micro_batch_size)")
         _require(0 <= self.seed < 2**63, "trainer.seed", self.seed, "a number from 0 to 2**63 - 1")

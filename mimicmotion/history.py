@@ -119,7 +119,7 @@ class Reporter:
     def step(self, row: dict[str, Any]) -> None:
         """Tell one step's row."""
         if row["is_skipped"]:
-            state = f"skipped: loss or gradient not finite; clips {', '.join(row['clips'])}"
+            state = f"skipped: {row['why']}; clips {', '.join(row['clips'])}"
             self.say(f"step {row['step']} {state}")
         else:
             state = f"loss {row['loss']:.4f}  gradient {row['gradient_norm']:.3g}  lr {row['learning_rate']:.2e}"

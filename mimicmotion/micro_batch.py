@@ -8,11 +8,14 @@ from torch import Tensor
 
 from mimicmotion import diffusion
 from mimicmotion.config import LATENT_STRIDE, Config
+from mimicmotion.data.cache import NotFiniteError
 from mimicmotion.data.footage_identity import FootageIdentity
 from mimicmotion.execution import autocast
 from mimicmotion.loss import Losses, denoising_loss
 from mimicmotion.model.unet import image_latents, model_input
 from mimicmotion.shapes import Bucket
+
+Batches = list[tuple[dict[str, Tensor] | NotFiniteError, range]]  # micro-batches of a step with their sample ids
 
 FIELDS = ("latents", "reference_latent", "image_embedding", "pose", "loss_weight")
 
@@ -41,6 +44,17 @@ class Samples(Protocol):
     def go_on_from(self, place: Mapping[str, Any], step: int) -> None:
         """Go on at a step of the run that had this place."""
         ...
+
+
+def loaded(samples: Samples, step: int, sample_ids: list[range]) -> Batches:
+    """Micro-batches of a step, each stacked, to the first with a clip that is not finite, in whose place is why."""
+    batches: Batches = []
+    for ids in sample_ids:
+        try:
+            batches.append((stacked(samples, step, ids), ids))
+        except NotFiniteError as error:
+            return [*batches, (error, ids)]
+    return batches
 
 
 def stacked(samples: Samples, step: int, sample_ids: range) -> dict[str, Tensor]:

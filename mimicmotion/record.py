@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mimicmotion import checkpoint
 from mimicmotion.config import Config, to_json
 from mimicmotion.history import History, draw_loss, read_history
 from mimicmotion.run_page import write_page
@@ -13,12 +14,24 @@ HISTORY = "loss.jsonl"
 
 
 def draw(run_dir: Path, config: Config, *, encoder: str) -> None:
-    """Write loss.png and index.html of a run's folder, where it holds a step; a sample that lies there is shown."""
-    rows = read_history(run_dir / HISTORY) if (run_dir / HISTORY).is_file() else []
+    """Write loss.png and index.html of a run's folder, where it holds a step; a sample that lies there is shown.
+
+    Of a run in stages, whose steps lie in folders of their own, the steps of all stages are counted through.
+    """
+    rows = _rows(run_dir)
     if rows:
         title = f"{config.preset}, kernels {config.kernels}, encoder {encoder}"
         draw_loss(rows, run_dir / "loss.png", title)
         write_page(run_dir, rows, to_json(config), title)
+
+
+def _rows(run_dir: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for folder in (run_dir, *checkpoint.stages(run_dir)):
+        before = rows[-1]["step"] if rows else 0
+        found = read_history(folder / HISTORY) if (folder / HISTORY).is_file() else []
+        rows += [{**row, "step": before + row["step"]} for row in found]
+    return rows
 
 
 class Record:

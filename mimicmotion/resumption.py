@@ -24,27 +24,58 @@ def differences(saved: Checkpoint, config: Config, footage: FootageIdentity) -> 
 
     Raises ValueError where the model or the encoder is another one.
     """
-    found = changes(saved.documents["config"], to_json(config))
-    if shape := [change for change in found if change[0].startswith("model.") and change[0] not in _START]:
-        raise ValueError(
-            f"{'; '.join(map(_said, shape))}: the checkpoint's weights are of that model; resume with its settings, or "
-            "leave --resume out to start a run of its own"
-        )
+    _check_model(saved, config)
     lines = []
-    for change in found:
+    for change in changes(saved.documents["config"], to_json(config)):
         lines.append(_said(change))
         if change[0] in _OF_THE_RATE or (change[0] == "trainer.num_steps" and _falls(config)):
             lines.append(f"  the learning rate from step {saved.step + 1} on is that of a run with the new setting")
     return [*lines, *footage.changes_since(saved.documents["encoder"])]
 
 
-def begin_from(folder: Path, model: nn.Module, optimization: Optimization) -> list[str]:
+def _check_model(saved: Checkpoint, config: Config) -> None:
+    """Raise ValueError where the weights are of another model; shapes do not show a wrong number of heads."""
+    found = changes(saved.documents["config"], to_json(config))
+    if shape := [change for change in found if change[0].startswith("model.") and change[0] not in _START]:
+        raise ValueError(
+            f"{'; '.join(map(_said, shape))}: the checkpoint's weights are of that model; resume with its settings, or "
+            "leave --resume out to start a run of its own"
+        )
+
+
+def go_on(saved: Checkpoint, model: nn.Module, optimization: Optimization) -> None:
+    """Take up the weights and all of the optimizer's state. Raises ValueError where a tensor does not fit."""
+    _check_tensors(saved, model, optimization)
+    model.load_state_dict(saved.tensors["model"])
+    optimization.load(saved.tensors, saved.documents["state"])
+
+
+def _check_tensors(saved: Checkpoint, model: nn.Module, optimization: Optimization) -> None:
+    """Raise ValueError where a saved tensor has not the name, shape or dtype of what it is loaded into."""
+    wanted = {"model": model.state_dict(), **optimization.tensors()}
+    for group in wanted.keys() & saved.tensors.keys():
+        own, theirs = wanted[group], saved.tensors[group]
+        for key in sorted(own.keys() | theirs.keys()) if group == "model" else sorted(own.keys() & theirs.keys()):
+            said = [
+                f"{str(x[key].dtype).removeprefix('torch.')} {tuple(x[key].shape)}" if key in x else "missing"
+                for x in (theirs, own)
+            ]
+            if said[0] != said[1]:
+                raise ValueError(
+                    f"{key} of {group} is {said[0]} in the checkpoint of step {saved.step} and {said[1]} in this run; "
+                    "resume with the settings it was saved with"
+                )
+
+
+def begin_from(folder: Path, config: Config, model: nn.Module, optimization: Optimization) -> list[str]:
     """Take up the weights, moments and moving average of an earlier stage's checkpoint; steps and rates begin anew.
 
     Where other parameters are trained than there, the averaged weights are what it begins with, and moments begin anew:
     what is frozen from here on should be the best of what was trained.
     """
     saved = checkpoint.load(folder)
+    _check_model(saved, config)
+    _check_tensors(saved, model, optimization)
     if optimization.holds_states_of(saved.tensors):
         model.load_state_dict(saved.tensors["model"])
         optimization.begin_from(saved.tensors, saved.documents["state"])

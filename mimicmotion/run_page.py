@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mimicmotion import checkpoint
 from mimicmotion.data.cache import atomic_write
 from mimicmotion.history import read_history
 from mimicmotion.page import document, pairs, text
@@ -42,8 +43,9 @@ def write_page(run_dir: Path, rows: Sequence[Mapping[str, Any]], settings: Mappi
 
 
 def _held_out(run_dir: Path) -> list[str]:
-    """What held-out clips said: the first and last loss at each noise level, and the newest video."""
-    rows = read_history(run_dir / VALIDATION_ROWS) if (run_dir / VALIDATION_ROWS).is_file() else []
+    """What held-out clips said, in the last stage of several: the loss at each noise level, and the newest video."""
+    folders = [path for path in (run_dir, *checkpoint.stages(run_dir)) if (path / VALIDATION_ROWS).is_file()]
+    rows = read_history(folders[-1] / VALIDATION_ROWS) if folders else []
     if not rows:
         return []
     first, last = rows[0], rows[-1]
@@ -52,9 +54,10 @@ def _held_out(run_dir: Path) -> list[str]:
         cells[f"sigma {sigma:.2g}"] = f"{before:.4f} to {now:.4f}"
     about = f"Loss on {last['clips']} held-out clips, step {first['step']} to {last['step']}"
     parts = [f"<h2>{about}</h2>", pairs(cells)]
-    if (run_dir / VALIDATION_VIDEO).is_file():
+    video = folders[-1] / VALIDATION_VIDEO
+    if video.is_file():
         parts.append("<h2>A held-out clip: reference | pose | generated | truth</h2>")
-        parts.append(f'<video src="{VALIDATION_VIDEO}" controls loop muted></video>')
+        parts.append(f'<video src="{video.relative_to(run_dir).as_posix()}" controls loop muted></video>')
     return parts
 
 

@@ -20,7 +20,7 @@ if __name__ == "__main__":
 
 import tyro
 
-from mimicmotion import checkpoint
+from mimicmotion import checkpoint, record
 from mimicmotion.commands import one_sentence
 from mimicmotion.config import PRESETS, Config
 from mimicmotion.data.dataset import ClipDataset
@@ -184,8 +184,10 @@ def train_stage(
         print(f"{about}, run folder {config.run_dir}", flush=True)
     is_finished = trainer.run()
     if ranks.is_first:
-        where = checkpoint.newest(config.run_dir)
-        saved = "nothing was trained" if where is None else f"checkpoint {where}, {config.run_dir / 'index.html'}"
+        if config.run_dir != arguments.config.run_dir:  # a stage: the page of the whole run
+            record.draw(arguments.config.run_dir, config, encoder=dataset.identity.encoder)
+        where, page = checkpoint.newest(config.run_dir), arguments.config.run_dir / "index.html"
+        saved = "nothing was trained" if where is None else f"checkpoint {where}, {page}"
         how = "finished" if is_finished else f"stopped by {stop}, --resume goes on,"
         print(f"{how} at step {trainer.step}: {saved}", flush=True)
     return is_finished
@@ -210,6 +212,7 @@ def main() -> None:
             with one_sentence("training stopped", TrainingStoppedError, debug=debug), join_ranks() as ranks:
                 is_asked = any(word.startswith("--preset") for word in words)
                 why = "as asked" if is_asked else "the default, no --preset given"
+                why = why if arguments.settings is None else f"by {arguments.settings}"
                 if ranks.is_first:
                     footage = arguments.config.data.prepared
                     print(f"preset {arguments.config.preset} ({why}), footage in {footage}", flush=True)

@@ -14,23 +14,23 @@ from torch import Tensor
 from mimicmotion import checkpoint, resumption
 from mimicmotion.checkpoint import Checkpoint
 from mimicmotion.config import Config, to_json
+from mimicmotion.data.cache import NotFiniteError
 from mimicmotion.distributed import Ranks, no_sync, rank_sample_ids
 from mimicmotion.execution import peak_gib, same_bits
 from mimicmotion.figures import Figures
 from mimicmotion.fitting import Change, Fitting, NoSmallerPlanError
 from mimicmotion.history import Reporter
-from mimicmotion.micro_batch import Samples, clip_losses, draw_samples, stacked
+from mimicmotion.micro_batch import Batches, Samples, clip_losses, draw_samples, loaded
 from mimicmotion.model import weights
 from mimicmotion.model.unet import build_model
 from mimicmotion.optimization import build_optimization
 from mimicmotion.planned_blocks import PlannedBlocks
 from mimicmotion.record import Record
+from mimicmotion.skips import NOT_FINITE, Skips
 from mimicmotion.stopping import Stop
 from mmkernels.planning.choices import Plan
 
 WAIT_S = 0.1  # between two looks at whether to stop, while data are awaited
-
-Batches = list[tuple[dict[str, Tensor], range]]  # micro-batches of a step with their sample ids
 
 
 class TrainingStoppedError(RuntimeError):
@@ -76,14 +76,16 @@ class Trainer:
         self.wrapped = ranks.wrap(self.model) if fitting is None else self.model
         self.around_step: Callable[[Callable[[], Any]], Any] = lambda step: step()  # what watches a step runs it
         self.after_step: Callable[[int], None] = lambda step: None  # what looks at the model, before it is saved
-        self.step = self.skipped = self.skipped_in_a_row = 0
+        self.step = 0
+        self.skips = Skips.of(config)
+        self._unusable = ""  # why the step cannot be trained on, agreed by all ranks
         self._stop = stop or Stop()
         self.is_stopping = self._has_run_out = False  # agreed by all ranks
         self._figures = Figures(self.model)
         if resume:
             self.notes += self._resume()
         elif start is not None:
-            self.notes += resumption.begin_from(start, self.model, self.optimization)
+            self.notes += resumption.begin_from(start, config, self.model, self.optimization)
         self.record = self._new_record()
 
     @property
@@ -156,7 +158,7 @@ class Trainer:
         """Write a checkpoint of the current step (rank 0) and wait for it on every rank."""
         folder = self.config.run_dir / f"step-{self.step:08d}"
         if self.ranks.is_first:
-            state = self.optimization.document() | {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
+            state = self.optimization.document() | self.skips.document()
             saved = Checkpoint(
                 step=self.step,
                 tensors={"model": self.model.state_dict(), **self.optimization.tensors()},
@@ -188,20 +190,18 @@ class Trainer:
             return [f"nothing to resume in {self.config.run_dir}: starting at step 0"]
         saved = checkpoint.load(folder)
         notes = resumption.differences(saved, self.config, self.dataset.identity)
-        self.model.load_state_dict(saved.tensors["model"])
-        self.optimization.load(saved.tensors, saved.documents["state"])
+        resumption.go_on(saved, self.model, self.optimization)
         self.step = saved.step
         if "place" in saved.documents:
             self.dataset.go_on_from(saved.documents["place"], self.step)
-        self.skipped = saved.documents["state"]["skipped"]
-        self.skipped_in_a_row = saved.documents["state"]["skipped_in_a_row"]
+        self.skips.load(saved.documents["state"])
         return [f"resumed {folder} at step {self.step}", *notes]
 
     def _load(self, step: int) -> Batches:
         """This rank's micro-batches of a step, stacked on the CPU, with their sample ids."""
         if step >= self.config.trainer.num_steps:
             return []
-        return [(stacked(self.dataset, step, ids), ids) for ids in self._sample_ids]
+        return loaded(self.dataset, step, self._sample_ids)
 
     def _clips_of(self, step: int) -> list[str]:
         """The names of a step's clips, of all ranks."""
@@ -226,32 +226,33 @@ class Trainer:
         mean_loss = self._backward(batches)
         if mean_loss is None:
             return None
-        norm = float(self.optimization.gradient_norm())
+        norm = math.nan if self._unusable else float(self.optimization.gradient_norm())
         is_bad = not (math.isfinite(norm) and math.isfinite(mean_loss))
         # one sum settles all of it for every rank alike
         agreed = self.ranks.sum(torch.tensor([mean_loss, float(is_bad), *self._figures.hands()])).tolist()
-        is_skipped = agreed[1] > 0
+        loss = agreed[0] / self.ranks.world_size
+        why = self._unusable or (NOT_FINITE if agreed[1] > 0 else self.skips.why(loss))
         rate, pose_share = self.optimization.learning_rate, self._figures.pose_share()
         try:
-            self.optimization.step(is_finite=not is_skipped)
+            if not self._unusable:
+                self.optimization.step(is_finite=not why)
         except torch.OutOfMemoryError as error:  # for all that was asked for beforehand
             raise TrainingStoppedError(
                 f"memory ran out while step {self.step + 1} updated the weights: some have moved and others not, and "
                 "nothing of it is saved; --resume goes on from the newest checkpoint: give it a smaller --memory-budget"
             ) from error
         self.step += 1
-        self.skipped += is_skipped
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if is_skipped else 0
+        self.skips.count(loss, why)
         return {
             "step": self.step,
-            "loss": None if is_skipped else agreed[0] / self.ranks.world_size,
-            "hand_loss": None if is_skipped or not agreed[3] else agreed[2] / agreed[3],
-            "gradient_norm": None if is_skipped else norm,
+            "loss": None if why else loss,
+            "hand_loss": None if why or not agreed[3] else agreed[2] / agreed[3],
+            "gradient_norm": None if why else norm,
             "learning_rate": rate,
-            "is_skipped": is_skipped,
-            **({"clips": self._clips_of(self.step - 1)} if is_skipped else {}),
-            "clip_losses": [] if is_skipped else self._figures.clip_losses(),
-            **({} if is_skipped else pose_share),
+            "is_skipped": bool(why),
+            **({"why": why, "clips": self._clips_of(self.step - 1)} if why else {}),
+            "clip_losses": [] if why else self._figures.clip_losses(),
+            **({} if why else pose_share),
             "num_clips": self.config.trainer.batch_size,
             "peak_gib": peak_gib(self.ranks.device),
             "seconds": round(time.monotonic() - start, 3),
@@ -260,14 +261,21 @@ class Trainer:
     def _backward(self, batches: Batches) -> float | None:
         """Leave the step's gradients, averaged over micro-batches and ranks; returns this rank's mean loss.
 
-        Between micro-batches all ranks look at whether one is to stop, or has run out of memory; then None.
+        Between micro-batches all ranks look at whether one is to stop, or has run out of memory; then None. Where one
+        has a sample that nothing can be trained on, all drop the step: NaN.
         """
+        self._unusable = ""
         mean_loss, num_batches, has_run_out = torch.zeros((), device=self.ranks.device), len(self._sample_ids), False
         for index in range(num_batches + 1):
             is_stop = index < num_batches and self._stop.is_asked
-            self.is_stopping, is_out = self.ranks.anywhere(is_stop, has_run_out)
+            unusable = next((str(batch) for batch, _ in batches[index:] if isinstance(batch, NotFiniteError)), "")
+            self.is_stopping, is_out, is_unusable = self.ranks.anywhere(is_stop, has_run_out, bool(unusable))
             if self.is_stopping or is_out:
                 return None
+            if is_unusable:
+                self._unusable = unusable or "a clip of another rank cannot be used"
+                self.optimization.drop()
+                return math.nan
             if index == num_batches:
                 break
             try:
@@ -286,8 +294,9 @@ class Trainer:
             self.ranks.average(parameter.grad for parameter in live if parameter.grad is not None)
         return float(mean_loss)
 
-    def _micro_batch(self, batch: dict[str, Tensor], ids: range) -> Tensor:
+    def _micro_batch(self, batch: dict[str, Tensor] | NotFiniteError, ids: range) -> Tensor:
         """Add a micro-batch's gradients; returns its part of the mean loss."""
+        assert not isinstance(batch, NotFiniteError)
         on_device = {name: tensor.to(self.ranks.device, non_blocking=True) for name, tensor in batch.items()}
         draws = draw_samples(self.config, self.step, ids, tuple(batch["latents"].shape[1:]))
         losses = clip_losses(self.wrapped, on_device, draws, self.config)
@@ -335,11 +344,7 @@ class Trainer:
             self.blocks.follow(change)
 
     def _check_skipped(self) -> None:
-        """Raise after too many steps in a row that were not finite."""
-        limit = self.config.trainer.max_skipped_in_a_row
-        if self.skipped_in_a_row >= limit:
-            raise TrainingStoppedError(
-                f"loss or gradient was not finite in {limit} steps in a row, up to step {self.step} "
-                f"({self.skipped} skipped in all); the weights are those of step {self.step - limit}. "
-                "Look at the data, lower optimizer.learning_rate, or use another trainer.precision."
-            )
+        """Save and raise after too many steps in a row that were skipped."""
+        if self.skips.are_too_many:
+            self.save()
+            raise TrainingStoppedError(self.skips.sentence(self.step, self.config.trainer.batch_size, self._clips_of))

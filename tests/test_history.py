@@ -12,7 +12,7 @@ def _row(step, loss=0.5, is_skipped=False):
     return {
         "step": step, "loss": None if is_skipped else loss, "gradient_norm": None if is_skipped else 1.0,
         "learning_rate": 1e-3, "is_skipped": is_skipped, "seconds": 0.1,
-        **({"clips": ["dance_a"]} if is_skipped else {}),
+        **({"why": "it is a spike", "clips": ["dance_a"]} if is_skipped else {}),
     }  # fmt: skip
 
 
@@ -38,7 +38,7 @@ def _report(capsys, *, is_quiet=False):
 def test_plain_lines_where_there_is_no_terminal(capsys):
     lines = _report(capsys).splitlines()
     assert [line.split()[1] for line in lines] == ["1/12", "5/12", "7", "10/12", "12/12"]
-    assert "loss 0.5000" in lines[0] and "skipped" in lines[2] and "clips dance_a" in lines[2]
+    assert "loss 0.5000" in lines[0] and "skipped: it is a spike" in lines[2] and "clips dance_a" in lines[2]
     assert _report(capsys, is_quiet=True) == ""
 
 

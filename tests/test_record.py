@@ -17,7 +17,7 @@ def _row(step, *, is_skipped=False):
         "learning_rate": 1e-3, "is_skipped": is_skipped, "clip_losses": [] if is_skipped else [[0.2, 0.1], [5.0, 0.7]],
         "hand_loss": None if is_skipped or step == 3 else 0.9, **({"pose_share": 0.05} if step == 4 else {}),
         "num_clips": 8, "peak_gib": 21.5, "seconds": 3.0, "waiting_seconds": 1.0,
-        **({"clips": ["a <b>"]} if is_skipped else {}),
+        **({"why": "<x>", "clips": ["a <b>"]} if is_skipped else {}),
     }  # fmt: skip
 
 

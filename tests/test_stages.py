@@ -63,6 +63,8 @@ def test_stages_go_on_from_each_other_and_a_resumed_run_lands_in_the_right_one(p
     steps = {float(value) for key, value in whole.tensors["optimizer"].items() if key.endswith("/step")}
     assert steps == {3.0}
     assert "begins with the weights, moments and moving average of" in capsys.readouterr().out
+    page = (tmp_path / "whole" / "run" / "index.html").read_text()
+    assert page.count("3 steps in") == 1 and (tmp_path / "whole" / "run" / "loss.png").is_file()
     assert _run(_file(tmp_path / "broken", prepared, STAGES[:1]))  # ended after the first stage
     first = (tmp_path / "broken" / "run" / "stage-1" / "step-00000002" / "manifest.json").stat().st_mtime_ns
     assert _run(_file(tmp_path / "broken", prepared, STAGES), "--resume")

@@ -10,7 +10,8 @@ from numerics import assert_within_budget
 from safetensors.torch import load_file
 from tiny import NoiseClips, tiny_config
 
-from mimicmotion.checkpoint import CheckpointError, newest
+from mimicmotion.checkpoint import CheckpointError, load, newest
+from mimicmotion.data.cache import NotFiniteError
 from mimicmotion.distributed import Ranks
 from mimicmotion.execution import use_kernels
 from mimicmotion.generation import load_averaged
@@ -214,7 +215,7 @@ def test_accumulated_micro_batches_give_the_gradients_of_the_batch(tmp_path):
 def test_bad_step_is_skipped_and_counted_and_weights_stay(tmp_path):
     config = tiny_config(tmp_path, num_steps=3)
     is_finished, trainer = _train(config, clips=NoiseClips(config=config, bad_steps=(1,)))
-    assert is_finished and trainer.skipped == 1 and trainer.skipped_in_a_row == 0
+    assert is_finished and trainer.skips.total == 1 and trainer.skips.in_a_row == 0
     rows = _rows(config)
     assert [row["is_skipped"] for row in rows] == [False, True, False]
     assert rows[1]["clips"] == ["noise 1000", "noise 1001"] and "clips" not in rows[0]
@@ -228,10 +229,36 @@ def test_training_stops_with_the_reason_after_too_many_bad_steps(tmp_path):
     config = tiny_config(tmp_path, num_steps=9, max_skipped_in_a_row=2)
     trainer = Trainer(config, NoiseClips(config=config, bad_steps=(0, 2, 3)), ONE)
     with pytest.raises(
-        TrainingStoppedError, match=r"not finite in 2 steps in a row, up to step 4 \(3 skipped in all\)"
+        TrainingStoppedError,
+        match=r"^2 steps in a row, up to step 4 \(3 skipped in all\), .*: loss or gradient not finite. Each took "
+        r"samples 0 to 1, of clips noise 2000, noise 2001, noise 3000, noise 3001. The weights of step 2 are saved",
     ):
         trainer.run()
-    assert trainer.step == 4
+    assert trainer.step == 4 and newest(tmp_path) == tmp_path / "step-00000004"
+
+
+class UnreadableClips(NoiseClips):
+    """Raises at bad samples, as a cached file with a NaN does."""
+
+    def sample(self, step, sample_id):
+        if step in self.bad_steps and sample_id in self.bad_sample_ids:
+            raise NotFiniteError(f"clip {self.clip_of(step, sample_id)} is not finite")
+        return super().sample(step, sample_id)
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_a_clip_that_cannot_be_used_costs_its_step_alone(in_backward, tmp_path):
+    """The second of two micro-batches, after the first has left gradients; updates in backward take a single one."""
+    config = tiny_config(tmp_path, num_steps=3, micro_batch_size=2 if in_backward else 1, save_every=1)
+    config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, in_backward=in_backward))
+    clips = UnreadableClips(config=config, bad_steps=(1,), bad_sample_ids=(1,))
+    is_finished, trainer = _train(config, clips=clips)
+    assert is_finished and trainer.skips.total == 1
+    assert _rows(config)[1]["why"] == "clip noise 1001 is not finite"
+    kept = [load(tmp_path / f"step-{step:08d}").tensors for step in (1, 2, 3)]
+    assert all(torch.equal(value, kept[1][group][key]) for group in kept[0] for key, value in kept[0][group].items())
+    name = "unet.conv_in.weight"
+    assert not torch.equal(kept[1]["model"][name], kept[2]["model"][name]), "the step after it is a step again"
 
 
 def test_overflow_of_the_scaled_loss_lowers_the_scale(tmp_path):

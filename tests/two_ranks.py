@@ -137,7 +137,7 @@ def main() -> None:
             why = "finished"
         except TrainingStoppedError as error:
             why = str(error)
-        counts = {"step": torch.tensor(trainer.step), "skipped": torch.tensor(trainer.skipped)}
+        counts = {"step": torch.tensor(trainer.step), "skipped": torch.tensor(trainer.skips.total)}
         save({**trainer.model.state_dict(), **counts}, folder / f"end-{ranks.rank}.safetensors", why=why)
 
 

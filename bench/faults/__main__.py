@@ -24,20 +24,29 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # forked processes must find no t
 import torch
 
 from bench import environment
-from bench.faults import damaged, killed, signalled
+from bench.faults import damaged, footage, full_disk, hostile, killed, not_finite, ranks, signalled
 from bench.faults.judge import Judge
 from bench.faults.outcome import Outcome, figures
 from mimicmotion.data.cache import atomic_write
 
-ROWS: dict[str, ModuleType] = {"killed": killed, "signalled": signalled, "damaged": damaged}
+ROWS: dict[str, ModuleType] = {
+    module.__name__.rpartition(".")[2]: module
+    for module in (killed, signalled, damaged, full_disk, footage, not_finite, hostile, ranks)
+}
 
 
-def run_row(name: str, judge: Judge, *, share: float, seed: int) -> dict[str, Any]:
-    """A row of the table: its injections one after the other, a line for each that was not survived."""
+def run_row(name: str, judge: Judge, *, share: float, seed: int, seconds: float) -> dict[str, Any]:
+    """A row of the table: its injections one after the other, a line for each that was not survived.
+
+    No further one begins once its seconds are over; the row counts those that ran.
+    """
     row, began_s = ROWS[name], time.monotonic()
-    number = max(len(row.KINDS), math.ceil(row.COUNT * share))
+    number = max(len(set(row.KINDS)), math.ceil(row.COUNT * share))
     outcomes: list[Outcome] = []
     for index in range(number):
+        if time.monotonic() - began_s > seconds:
+            print(f"{name}: {index} of {number} before its {seconds:.0f} s were over", flush=True)
+            break
         kind, random = row.KINDS[index % len(row.KINDS)], Random(f"{seed} {name} {index}")
         outcome = row.inject(judge, kind, random)
         outcomes.append(outcome)
@@ -64,28 +73,38 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _keep(row: dict[str, Any], path: Path) -> None:
+    """Put a row into a file of rows, in the place of an earlier one of its kind."""
+    before = json.loads(path.read_text()) if path.exists() else []
+    kept = {one["row"]: one for one in [*before, row]}
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps([kept[name] for name in ROWS if name in kept], indent=1) + "\n")
+
+
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", choices=sorted(ROWS), default=list(ROWS))
     parser.add_argument("--share", type=float, default=1.0, help="of each row's injections; at least one of each kind")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="for each row; what ran until then is counted")
     parser.add_argument("--json", type=Path, help="file of rows")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     shared = Path("/dev/shm")
     folder = Path(tempfile.mkdtemp(prefix="faults-", dir=shared if shared.is_dir() else None))
+    rows: list[dict[str, Any]] = []
     try:
         judge = Judge(folder)
-        rows = [run_row(name, judge, share=arguments.share, seed=arguments.seed) for name in arguments.rows]
+        for name in arguments.rows:
+            if name == "full_disk" and (why := full_disk.why_not_here()):
+                print(f"full_disk: not run, no small disk can be made here ({why})", flush=True)
+                continue
+            rows.append(run_row(name, judge, share=arguments.share, seed=arguments.seed, seconds=arguments.seconds))
+            if arguments.json is not None:
+                _keep(rows[-1], arguments.json)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    if arguments.json is not None:
-        before = json.loads(arguments.json.read_text()) if arguments.json.exists() else []
-        kept = {row["row"]: row for row in [*before, *rows]}
-        rows_kept = [kept[name] for name in ROWS if name in kept]
-        with atomic_write(arguments.json) as temporary:
-            temporary.write_text(json.dumps(rows_kept, indent=1) + "\n")
     print(table(rows))
     sys.exit(any(row["failed"] for row in rows))
 

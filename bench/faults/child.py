@@ -84,6 +84,18 @@ class Child:
             os.kill(self.pid, number)
         return True
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether the command is over; it is still to be waited for."""
+        found = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        return found is not None
+
+    def send(self, number: int) -> None:
+        """Send a signal, unless the command is over."""
+        self._since_s = time.monotonic()
+        if not self.has_ended:
+            os.kill(self.pid, number)
+
     def wait(self) -> End:
         """How it ended; a command that hangs is killed and said to have."""
         os.close(self._reading)

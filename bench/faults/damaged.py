@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 from random import Random
 
-from bench.faults.judge import SAMPLES, Judge
+from bench.faults.judge import Judge
 from bench.faults.outcome import Outcome, first_of
 from mimicmotion import checkpoint
 
@@ -19,7 +19,7 @@ def inject(judge: Judge, kind: str, random: Random) -> Outcome:
     """Damage a file of the newest checkpoint, of one in four also the one before; then go on with the run."""
     run_dir = judge.path("damaged")
     shutil.copytree(judge.whole, run_dir)
-    shutil.copy(judge.whole.with_suffix(f".{SAMPLES}"), run_dir.with_suffix(f".{SAMPLES}"))
+    shutil.copy(judge.noted(judge.whole), judge.noted(run_dir))
     folders = checkpoint.folders(checkpoint.stages(run_dir)[-1])
     bad = folders[-2:] if random.random() < 0.25 else folders[-1:]
     good = folders[-2] if len(bad) == 1 else checkpoint.folders(checkpoint.stages(run_dir)[0])[-1]

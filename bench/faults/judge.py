@@ -66,7 +66,7 @@ class Judge:
     def clear(self) -> None:
         """Remove what injections have left."""
         for path in self.folder.glob("[0-9]*-*"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         for path in self.folder.glob(".[0-9]*-*"):
             path.unlink()
 
@@ -95,6 +95,16 @@ class Judge:
         return path
 
     @cached_property
+    def unstaged(self) -> Path:
+        """The file of the run's settings without its stages."""
+        settings = yaml.safe_load(self.settings.read_text())
+        del settings["stages"]
+        settings["data"]["num_frames"] = 2
+        path = self.folder / "unstaged.yaml"
+        path.write_text(yaml.safe_dump(settings))
+        return path
+
+    @cached_property
     def calls(self) -> dict[str, list[float]]:
         """Of each place the seconds that its calls took in a run that nothing happened to."""
         self.whole.is_dir()
@@ -107,27 +117,38 @@ class Judge:
         assert end.code == 0, end.said
         return self.folder / "whole"
 
+    def noted(self, run_dir: Path) -> Path:
+        """The file of what a run's samples were; it lies on no place under test."""
+        return self.folder / f"{'-'.join(run_dir.relative_to(self.folder).parts)}-{SAMPLES}"
+
+    def samples(self, run_dir: Path) -> dict[str, Any]:
+        """What each (frames of a stage, step, sample id) of a run was, the last time that it was loaded."""
+        lines = self.noted(run_dir).read_text().splitlines()
+        return {str(where): what for *where, what in map(json.loads, lines)}
+
+    def _log(self) -> Path:
+        return self.path("log")
+
     def prepare(self, prepared: Path, *, videos: Path | None = None, **more: Any) -> Child:
         """prepare.main() with a pose backend that needs no model."""
         words = ["prepare.py", "--videos", str(videos or self.videos), "--prepared", str(prepared), *PREPARE]
         backend = lambda: mock.patch.object(prepare_command, "load_backend", lambda *_, **__: SwayingFigure())  # noqa: E731
         inside = [backend, *more.pop("inside", ())]
-        return Child(prepare_command.main, words, _log(prepared), inside=inside, **more)
+        return Child(prepare_command.main, words, self._log(), inside=inside, **more)
 
     def train(
         self, run_dir: Path, *words: str, moment: Moment | None = None, inside: Sequence[Callable[[], Any]] = (),
-        environment: dict[str, str] | None = None,
+        environment: dict[str, str] | None = None, settings: Path | None = None,
     ) -> Child:  # fmt: skip
         """train.main() of the tiny run, which draws no pictures; it goes on where there is a checkpoint."""
         resume = ["--resume"] if checkpoint.is_run(run_dir) else []
-        words = ("train.py", "--settings", str(self.settings), "--run-dir", str(run_dir), *resume, *words)
+        words = ("train.py", "--settings", str(settings or self.settings), "--run-dir", str(run_dir), *resume, *words)
         within = [
             lambda: mock.patch.object(Record, "draw", lambda _: None),
-            lambda: noted_samples(run_dir.with_suffix(f".{SAMPLES}")),
+            lambda: noted_samples(self.noted(run_dir)),
             *inside,
         ]
-        log = _log(run_dir, f"{rank_of(environment)}")
-        return Child(train.main, words, log, moment=moment, inside=within, environment=environment)
+        return Child(train.main, words, self._log(), moment=moment, inside=within, environment=environment)
 
     def moment(self, place: str, random: Any) -> Moment:
         """A moment in a call of a place, drawn."""
@@ -150,18 +171,9 @@ class Judge:
         for name in ("model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"):
             if file_sha256(ours / name) != file_sha256(theirs / name):
                 return f"{name} of {ours} is not that of the run that nothing happened to"
-        if has_noted and samples(run_dir) != samples(self.whole):
+        if has_noted and self.samples(run_dir) != self.samples(self.whole):
             return "its samples were others"
         return ""
-
-
-def rank_of(environment: dict[str, str] | None) -> str:
-    """Of a child's environment; "" for one process."""
-    return (environment or {}).get("RANK", "")
-
-
-def _log(folder: Path, suffix: str = "") -> Path:
-    return folder.with_suffix(f".{time.monotonic_ns()}{suffix}.log")
 
 
 def losses(stage: Path) -> dict[int, float | None]:
@@ -200,12 +212,6 @@ def noted_samples(path: Path) -> Iterator[None]:
 
     with mock.patch.object(ClipDataset, "sample", noted):
         yield
-
-
-def samples(run_dir: Path) -> dict[str, Any]:
-    """What each (frames of a stage, step, sample id) was, the last time that it was loaded."""
-    lines = run_dir.with_suffix(f".{SAMPLES}").read_text().splitlines()
-    return {str(where): what for *where, what in map(json.loads, lines)}
 
 
 @contextmanager

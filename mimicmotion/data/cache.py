@@ -278,10 +278,12 @@ class Manifest:
             stored = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{path} is damaged ({error}); run prepare again, which makes it anew") from error
-        if stored.get("version") != MANIFEST_VERSION:
-            raise ValueError(
-                f"got {path} of version {stored.get('version')}, wanted {MANIFEST_VERSION}; run prepare again"
-            )
-        clips = [Clip(**{**clip, "crop": Crop(**clip["crop"])}) for clip in stored.pop("clips")]
-        dropped = [Drop(**drop) for drop in stored.pop("dropped")]
-        return cls(clips=clips, dropped=dropped, **stored)
+        version = stored.get("version") if isinstance(stored, dict) else None
+        if version != MANIFEST_VERSION:
+            raise ValueError(f"got {path} of version {version}, wanted {MANIFEST_VERSION}; run prepare again")
+        try:
+            clips = [Clip(**{**clip, "crop": Crop(**clip["crop"])}) for clip in stored.pop("clips")]
+            dropped = [Drop(**drop) for drop in stored.pop("dropped")]
+            return cls(clips=clips, dropped=dropped, **stored)
+        except (TypeError, KeyError) as error:  # a name too many, or one too few
+            raise ValueError(f"{path} is damaged ({error}); run prepare again, which makes it anew") from error

@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from mimicmotion.config import LATENT_STRIDE
 from mimicmotion.data.cache import Clip, Manifest, NotFiniteError, check_finite
 from mimicmotion.data.crop import crop_frame
 from mimicmotion.data.footage import decode
@@ -26,7 +27,7 @@ from mimicmotion.data.footage_identity import FootageIdentity
 from mimicmotion.data.held_out import split
 from mimicmotion.data.order import Order, Place, number_of
 from mimicmotion.data.poses import draw, drawing_scale
-from mimicmotion.data.poses.keypoints import HANDS
+from mimicmotion.data.poses.keypoints import HANDS, NUM_KEYPOINTS
 from mimicmotion.shapes import Bucket
 
 # The released model was always told 7 frames a second and motion 127, whatever the video: so is it in training.
@@ -239,6 +240,7 @@ class ClipDataset:
         except (OSError, SafetensorError) as error:
             raise ValueError(f"cannot read {path} ({error}); run prepare again, which makes it anew") from error
         read = {**rows, "image_embedding": embedding}
+        _check_layout(path, read, clip, 1 + stop - start)
         try:
             check_finite(read)
         except NotFiniteError as error:
@@ -247,6 +249,21 @@ class ClipDataset:
                 "out with the reason"
             ) from error
         return read
+
+
+def _check_layout(path: Path, read: dict[str, Tensor], clip: Clip, num_rows: int) -> None:
+    """Raise ValueError where a tensor of a clip's file has another shape or dtype than a clip of this size has."""
+    wanted = {
+        "latents": (num_rows, 4, clip.height // LATENT_STRIDE, clip.width // LATENT_STRIDE, torch.float16),
+        "keypoints": (num_rows, NUM_KEYPOINTS, 3, torch.float32),
+        "image_embedding": (1, read["image_embedding"].shape[-1], torch.float16),
+    }
+    for name, (*shape, dtype) in wanted.items():
+        if tuple(read[name].shape) != tuple(shape) or read[name].dtype != dtype:
+            raise ValueError(
+                f"{name} of {path} is {read[name].dtype} {tuple(read[name].shape)} where {dtype} {tuple(shape)} is "
+                "wanted; run prepare again, which makes it anew"
+            )
 
 
 def hand_weights(

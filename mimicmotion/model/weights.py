@@ -7,6 +7,7 @@
 """
 
 import json
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,13 +42,15 @@ class KeyReport:
     missing: list[str]  # the model has them, the weights do not
     unexpected: list[str]  # the weights have them, the model does not
     wrong_shape: list[str]  # "key: weights' shape, model's shape"
+    wrong_dtype: list[str]  # "key: dtype", none that a weight has
 
     def __bool__(self) -> bool:
-        return bool(self.missing or self.unexpected or self.wrong_shape)
+        return bool(self.missing or self.unexpected or self.wrong_shape or self.wrong_dtype)
 
     def __str__(self) -> str:
         lines = []
         groups = {"missing": self.missing, "unexpected": self.unexpected, "wrong shape": self.wrong_shape}
+        groups |= {"wrong dtype": self.wrong_dtype} if self.wrong_dtype else {}
         for name, keys in groups.items():
             lines.append(f"{name}: {len(keys)}")
             lines += [f"  {key}" for key in keys[:10]]
@@ -59,11 +62,30 @@ def _read_safetensors(path: Path, prefix: str) -> dict[str, Tensor]:
     return {prefix + key: tensor for key, tensor in safetensors.torch.load_file(path).items()}
 
 
+def _read_pth(path: Path) -> dict[str, Tensor]:
+    """Tensors of a .pth by key. A pickle can hold any code: one that holds more than tensors is refused, unexecuted."""
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, AttributeError) as error:
+        raise WeightsError(
+            f"{path} is no .pth of tensors alone ({str(error).splitlines()[0]}). Nothing of it was executed; give "
+            "another"
+        ) from error
+    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise WeightsError(
+            f"{path} holds no tensors by name, but {type(found).__name__}; give a .pth of weights alone."
+        )
+    return found
+
+
 def _folder_files(folder: Path) -> list[Path]:
     """Weight files of a diffusers folder: the shards of its index, or the full-precision file, or the fp16 one."""
     index = folder / f"{_STEM}.safetensors.index.json"
     if index.is_file():
-        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        if outside := [name for name in names if Path(name).name != name]:
+            raise WeightsError(f"{index} names {outside[0]!r}, which is no file beside it; give another folder.")
+        return [folder / name for name in names]
     for name in (f"{_STEM}.safetensors", f"{_STEM}.fp16.safetensors"):
         if (folder / name).is_file():
             return [folder / name]
@@ -88,8 +110,7 @@ def read(path: Path, pose_net: Path | None = None) -> Weights:
             tensors |= _read_safetensors(beside, "pose_net.")
         return Weights(source=path, tensors=tensors, config=json.loads((folder / "config.json").read_text()))
     if path.suffix == ".pth":
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return Weights(source=path, tensors=tensors)
+        return Weights(source=path, tensors=_read_pth(path))
     if path.suffix == ".safetensors":
         tensors = _read_safetensors(path, "unet.")
         if pose_net is not None:
@@ -111,6 +132,9 @@ def compare(model: MimicMotionModel, weights: Weights) -> KeyReport:
             f"{key}: weights {tuple(got[key])}, model {tuple(wanted[key])}"
             for key in sorted(wanted.keys() & got.keys())
             if got[key] != wanted[key]
+        ],
+        wrong_dtype=[
+            f"{key}: {tensor.dtype}" for key, tensor in weights.tensors.items() if not tensor.is_floating_point()
         ],
     )
 

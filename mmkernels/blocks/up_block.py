@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from mmkernels.blocks.contexts import Context
 from mmkernels.blocks.drop_in import PLAIN, DropIn, FusedBlock
 from mmkernels.blocks.recognition.resnet import why_not_up_block
-from mmkernels.blocks.recognition.structure import is_read
+from mmkernels.blocks.recognition.structure import is_hooked, is_read
 from mmkernels.blocks.resnet import FusedResBlock
 from mmkernels.blocks.segment import segment
 from mmkernels.memory.units import Choice, unit
@@ -70,8 +70,15 @@ class FusedUpBlock(FusedBlock):
                 )[0]
         with unit(self.name), unit("upsample"):
             for upsampler in self.upsamplers or ():
-                conv = upsampler.get_submodule("conv")
-                hidden_states = segment(lambda x, conv=conv: conv(_enlarge(x, upsample_size)), hidden_states)
+                conv: Any = upsampler.get_submodule("conv")
+                if type(conv) is not nn.Conv2d or is_hooked(conv):
+                    hidden_states = segment(lambda x, conv=conv: conv(_enlarge(x, upsample_size)), hidden_states)
+                    continue
+                # What is run again reads the weights of now, also where torch.func.functional_call lent them.
+                hidden_states = segment(
+                    lambda x, weight, bias, conv=conv: conv._conv_forward(_enlarge(x, upsample_size), weight, bias),
+                    hidden_states, conv.weight, conv.bias,
+                )  # fmt: skip
         return hidden_states
 
     def _as_diffusers_calls_it(self, block: nn.Module) -> Callable[..., Tensor]:
