@@ -90,7 +90,7 @@ def test_the_judge_sees_what_differs(
 
 def test_the_figures_of_a_row_count_what_failed() -> None:
     outcomes = [Outcome(kind="a"), Outcome(kind="a", why_not="it hung", lost=3), Outcome(kind="b", lost=1, seconds=2.0)]
-    row = figures(outcomes) | {"fault": "f", "must": "m", "lost_unit": "steps"}
+    row = figures(outcomes) | {"fault": "f", "must": "m", "asked": 4, "lost_unit": "steps"}
     assert (row["injected"], row["survived"], row["lost"], row["seconds"]) == (3, 2, 3, 2.0)
     assert row["kinds"] == {"a": "1 of 2", "b": "1 of 1"} and row["failed"] == ["a: it hung"]
-    assert table([row]).endswith("| f: m | 3 | 2 | 3 steps |")
+    assert table([row]).endswith("| f: m | 3 of 4 | 2 | 3 steps |")

@@ -56,7 +56,8 @@ def run_row(name: str, judge: Judge, *, share: float, seed: int, seconds: float)
     found = figures(outcomes)
     print(f"{name}: {found['survived']} of {found['injected']} in {time.monotonic() - began_s:.0f} s", flush=True)
     return {
-        "bench": "faults", "row": name, "fault": row.FAULT, "must": row.MUST, **found, "lost_unit": row.LOST,
+        "bench": "faults", "row": name, "fault": row.FAULT, "must": row.MUST, "asked": number, **found,
+        "lost_unit": row.LOST,
         "kind": "measured", "seed": seed, "took_s": round(time.monotonic() - began_s),
         "device": environment.device_name(torch.device("cpu")), "cores": os.cpu_count(), "machine": platform.machine(),
         "versions": environment.versions(), "commit": environment.commit(), "command": environment.command(),
@@ -64,12 +65,12 @@ def run_row(name: str, judge: Judge, *, share: float, seed: int, seconds: float)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as Markdown."""
+    """The rows as Markdown; a row that did not run whole says so."""
     lines = ["| fault | injected | survived | lost, at most |", "|---|---|---|---|"]
-    lines += [
-        f"| {row['fault']}: {row['must']} | {row['injected']} | {row['survived']} | {row['lost']} {row['lost_unit']} |"
-        for row in rows
-    ]
+    for row in rows:
+        number = row["injected"] if row["injected"] == row["asked"] else f"{row['injected']} of {row['asked']}"
+        lost = f"{row['lost']} {row['lost_unit']}" if row["lost"] else "nothing"
+        lines.append(f"| {row['fault']}: {row['must']} | {number} | {row['survived']} | {lost} |")
     return "\n".join(lines)
 
 
