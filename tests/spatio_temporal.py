@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 
+import diffusers
+import pytest
 import torch
 from diffusers import UNetSpatioTemporalConditionModel
 from placed import placed
@@ -14,6 +16,9 @@ B, F, H, W = 2, 5, 8, 8
 CONTEXT_CHANNELS = 24
 
 Gradients = dict[str, Tensor]
+
+TAKES_ONE_TOKEN = tuple(map(int, diffusers.__version__.split(".")[:2])) < (0, 28)
+several_tokens = pytest.mark.skipif(TAKES_ONE_TOKEN, reason="diffusers up to 0.27 takes a context of one token")
 
 
 def small_unet(num_attention_heads: tuple[int, int] = (2, 8), num_layers: int = 1) -> UNetSpatioTemporalConditionModel:

@@ -41,6 +41,12 @@ def _set(path: str, value: Any) -> Change:
     return change
 
 
+def _with_query_norm() -> Attention:
+    attention = Attention(C, heads=2, dim_head=32)
+    attention.norm_q = nn.LayerNorm(32)
+    return attention
+
+
 SPATIAL, TEMPORAL = "transformer_blocks.0", "temporal_transformer_blocks.0"
 TRANSFORMER_REASONS: dict[str, tuple[Change, str]] = {
     "LoRA": (_set(f"{TEMPORAL}.attn1.to_q", Wrapped), "attn1.to_q is test_exactness.Wrapped, not a linear layer"),
@@ -63,7 +69,7 @@ TRANSFORMER_REASONS: dict[str, tuple[Change, str]] = {
         "attn1 its processor is diffusers.models.attention_processor.SlicedAttnProcessor, whose __call__",
     ),
     "query norm": (
-        _set(f"{SPATIAL}.attn1", lambda _: Attention(C, heads=2, dim_head=32, qk_norm="layer_norm")),
+        _set(f"{SPATIAL}.attn1", lambda _: _with_query_norm()),
         "extra module attn1.norm_q",
     ),
     "hook": (lambda m: m.proj_in.register_forward_hook(lambda *_: None), "proj_in has hooks"),

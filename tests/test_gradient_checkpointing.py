@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from spatio_temporal import small_unet, unet_inputs
+from spatio_temporal import several_tokens, small_unet, unet_inputs
 
 import mmkernels
 from mmkernels.memory.trace import Trace, trace
@@ -16,7 +16,7 @@ RUNS_AGAIN = "diffusers' gradient checkpointing is on and runs it again"
 KINDS = ("TransformerSpatioTemporalModel", "SpatioTemporalResBlock")
 
 
-@pytest.mark.parametrize("num_tokens", [1, 3])
+@pytest.mark.parametrize("num_tokens", [1, pytest.param(3, marks=several_tokens)])
 @pytest.mark.parametrize("is_before", [True, False], ids=["before replace", "after replace"])
 def test_a_replaced_block_takes_no_part_in_gradient_checkpointing(is_before: bool, num_tokens: int) -> None:
     """As often computed, and as little kept, as without it."""

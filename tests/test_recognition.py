@@ -15,7 +15,7 @@ from diffusers.models.resnet import SpatioTemporalResBlock
 from diffusers.models.transformers.transformer_temporal import TransformerSpatioTemporalModel
 from diffusers.models.unets.unet_3d_blocks import CrossAttnUpBlockSpatioTemporal
 from numerics import assert_within_budget
-from spatio_temporal import run, small_unet, unet_inputs, without
+from spatio_temporal import run, several_tokens, small_unet, unet_inputs, without
 from svd_blocks import B, F, H, W, transformer
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -96,6 +96,7 @@ def test_a_forward_that_differs_is_not_fused_but_its_blocks_are(change: str, tmp
     assert len(rows) == 15 + 2
 
 
+@several_tokens
 def test_a_forward_that_only_reads_otherwise_is_known_by_a_probe(tmp_path: Path) -> None:
     edit = ("hidden_states + my_residual", "my_residual + hidden_states")
     rows = check_same(unet_with(TRANSFORMER, copied(TransformerSpatioTemporalModel, tmp_path, edit)), num_tokens=3)
@@ -103,6 +104,7 @@ def test_a_forward_that_only_reads_otherwise_is_known_by_a_probe(tmp_path: Path)
     assert rows[TRANSFORMER].why.endswith("MyTransformerSpatioTemporalModel is known by a probe")
 
 
+@several_tokens
 def test_a_probe_needs_no_memory_for_a_model_on_meta(tmp_path: Path) -> None:
     edit = ("hidden_states + my_residual", "my_residual + hidden_states")
     cls = copied(TransformerSpatioTemporalModel, tmp_path, edit)
@@ -119,7 +121,7 @@ class TakesTwo(AttnProcessor2_0):
         return super().__call__(*args, **kwargs) * (1 + strength)
 
 
-@pytest.mark.parametrize("num_tokens", [1, 5])
+@pytest.mark.parametrize("num_tokens", [1, pytest.param(5, marks=several_tokens)])
 def test_a_foreign_cross_attention_runs_as_it_is(num_tokens: int) -> None:
     unet = small_unet().double()
     for name, module in unet.named_modules():

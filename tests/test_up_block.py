@@ -56,7 +56,7 @@ class Owner(nn.Module):
         more = {"encoder_hidden_states": context} if getattr(block, "has_cross_attention", False) else {}
         return block(
             hidden_states=hidden_states, res_hidden_states_tuple=(skip_1, skip_0), temb=temb,
-            image_only_indicator=torch.zeros(B, F), upsample_size=None, **more,
+            image_only_indicator=torch.zeros(B, F), **more,
         )  # fmt: skip
 
 
