@@ -60,14 +60,17 @@ class PlannedBlocks:
             self._fittings[bucket] = self._first.another(bucket)
         self.fitting = self._fittings[bucket]
         assert self.fitting is not None
-        self._follow(self.fitting.plan)
+        if self.fitting.plan != self.plan:
+            self._take_out()
+            self._put_by(self.fitting.plan)
         return self._said() if is_new else []
 
     def follow(self, change: Change) -> None:
         """Run the same blocks by another plan for the same shape; weights stay."""
         assert self.fitting is not None
-        self._follow(change.plan)
+        self._take_out()
         self.fitting.allocator.begin()
+        self._put_by(change.plan)
 
     def documents(self) -> dict[str, Any]:
         """The plans, as a checkpoint keeps them."""
@@ -76,12 +79,12 @@ class PlannedBlocks:
         made = {bucket: fitting for bucket, fitting in self._fittings.items() if fitting is not None}
         return {checkpoint_name(self._config, bucket): document(fitting.plan) for bucket, fitting in made.items()}
 
-    def _follow(self, plan: Plan) -> None:
-        if plan == self.plan:
-            return
-        self.plan = plan
+    def _take_out(self) -> None:
         self._undo()
         gc.collect()  # what a failed step left
+
+    def _put_by(self, plan: Plan) -> None:
+        self.plan = plan
         self._put()
         self._place(plan.optimizer.states_on_host)
 

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 DISTRIBUTION = "mimicmotion-trainer"
-LEAST = {"torch": "2.10", "diffusers": "0.27"}  # torch 2.6 cannot register an operator that gives a list of tensors
+LEAST = {"torch": "2.6", "diffusers": "0.27"}  # those of pyproject.toml
 
 
 def refuse_older(least: dict[str, str] = LEAST) -> None:

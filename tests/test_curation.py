@@ -183,6 +183,11 @@ def test_cuts_are_found_at_their_frames_and_a_turning_camera_is_none() -> None:
     frames = [shifted(scene(number), 2 * i) for number, length in enumerate(lengths) for i in range(length)]
     assert cuts(metered(frames)) == np.cumsum(lengths)[:-1].tolist()
     assert cuts(metered(shifted(scene(0), 6 * i) for i in range(40))) == []
+    gray = [np.full((180, 240, 3), 90, dtype=np.uint8) for _ in range(40)]
+    for index, frame in enumerate(gray):  # a shade of red, then of blue, as a new key frame may bring
+        frame[..., 0 if index < 20 else 2] += 2
+        frame[60:100, index : index + 40] = 200
+    assert cuts(metered(gray)) == []
     leaping = [scene(0) // 2 for _ in range(40)]
     for index, frame in enumerate(leaping):  # a fifth of the picture, from one side to the other
         left = 20 if index < 20 else 150

@@ -136,6 +136,9 @@ def test_tracks_the_largest_person(models: Path) -> None:
     frames = [np.zeros((1280, 1280, 3), dtype=np.uint8)] * 2
     track = backend.track(frames)
     assert track.counts_people and track.num_people.tolist() == [2, 2]
+    assert track.others is not None and track.others.shape == (2, 1, 4)
+    # The smaller one's box is 60 by 120 around (480, 300) on the grid of 640.
+    np.testing.assert_allclose(track.others[1, 0], [450 / 640, 240 / 640, 510 / 640, 360 / 640], rtol=1e-5)
     # The middle of the larger box: (200, 300) on the grid is (400, 600) of 1280; the cut is 1.25 of 480 pixels high.
     np.testing.assert_allclose(track.keypoints[1, 3], [400 / 1280, 600 / 1280, 0.7], rtol=1e-5)
     np.testing.assert_allclose(track.keypoints[1, 0, 0], (400 - 600 * 0.75 / 2) / 1280, rtol=1e-5)
@@ -149,6 +152,22 @@ def test_follows_the_box_that_overlaps() -> None:
     assert boxes[dwpose._ranked(boxes, None)].tolist() == [larger]
     assert boxes[dwpose._ranked(boxes, np.array([18.0, 0.0, 27.0, 10.0]))].tolist() == [right]
     assert boxes[dwpose._ranked(boxes, np.array([100.0, 100.0, 101.0, 101.0]))].tolist() == [larger]
+
+
+def test_of_two_boxes_that_overlap_the_last_the_nearer_pose_is_followed() -> None:
+    """Two pass each other: the box that overlaps more is the other person's, whose pose is elsewhere."""
+    last, near, far = np.zeros((3, 128, 3), dtype=np.float32)
+    last[:18], near[:18], far[:18] = (0.3, 0.5, 0.9), (0.32, 0.5, 0.9), (0.45, 0.5, 0.9)
+    boxes = np.array([[20.0, 0.0, 60.0, 100.0], [30.0, 0.0, 80.0, 100.0]])
+
+    class Seen(dwpose.DWPose):
+        def _person(self, frame: np.ndarray, box: np.ndarray) -> np.ndarray:
+            return near if box[0] == 20 else far
+
+    backend, frame = Seen(None, None), np.zeros((100, 100, 3), dtype=np.uint8)
+    chosen, person = backend._follow(frame, boxes, (np.array([32.0, 0.0, 78.0, 100.0]), last))
+    assert dwpose._ranked(boxes, np.array([32.0, 0.0, 78.0, 100.0])) == [1, 0]
+    assert chosen == 0 and person is near
 
 
 def test_another_file_is_refused(models: Path) -> None:

@@ -237,3 +237,16 @@ def test_holistic_follows_a_real_person(real_clip: Path) -> None:
     assert first[2, 0] < first[5, 0], "he faces the camera: his right shoulder is on the left"
     np.testing.assert_allclose(first[1, :2], (first[2, :2] + first[5, :2]) / 2, atol=1e-6)
     assert first[0, 1] == pytest.approx(0.25, abs=0.04) and first[10, 1] == pytest.approx(0.57, abs=0.05)
+
+
+def test_holistic_knows_of_a_second_person(real_clip: Path) -> None:
+    """Two films side by side: the one that is followed has the other's box beside it."""
+    left, right = (next(decode(embedded_footage()[number]))[:1920] for number in (0, 2))
+    backend = load_backend("holistic")
+    alone = backend.track([left]).keypoints[0, BODY]
+    both = backend.track([np.concatenate([left, right], axis=1)] * 2)
+    assert both.num_people.tolist() == [2, 2] and both.others is not None and both.others.shape == (2, 1, 4)
+    assert both.keypoints[1, BODY, 0].min() > 0.5, "the larger one"
+    low_x, low_y, high_x, high_y = both.others[1, 0]
+    hips = alone[[8, 11], :2].mean(axis=0)
+    assert low_x < hips[0] / 2 < high_x < 0.5 and low_y < hips[1] < high_y

@@ -344,21 +344,3 @@ def test_under_distributed_data_parallel(plan: str, process_group) -> None:
     together = run(unet, inputs, parallel)
     assert alone.keys() == together.keys()
     assert all(torch.equal(together[name], value) for name, value in alone.items())
-
-
-@pytest.mark.only("cpu", "attention in float64")
-def test_weights_that_are_lent_for_a_call_are_those_of_backward_too() -> None:
-    """torch.func.functional_call takes them back before backward, which runs the upsamplers' enlarging again."""
-    plain, inputs = small_unet().double(), {name: x.double() for name, x in unet_inputs().items()}
-    fused = copy.deepcopy(plain)
-    mmkernels.replace(fused)
-    dead, lent = mmkernels.dead_parameters(plain), {}
-    for name, parameter in plain.named_parameters():
-        lent[name] = (1.1 * parameter.detach()).requires_grad_(name not in dead)
-    leaves = [x for x in lent.values() if x.requires_grad]
-    expected, actual = (
-        torch.autograd.grad(torch.func.functional_call(unet, lent, (), inputs).sample.square().sum(), leaves)
-        for unet in (plain, fused)
-    )
-    for found, value in zip(actual, expected, strict=True):
-        torch.testing.assert_close(found, value, rtol=1e-9, atol=1e-9 * value.abs().max().item())

@@ -168,7 +168,9 @@ def strip_of(prepared: Path, part: Clip | Drop, *, seconds: float = 60.0) -> tup
     """The strip of a part, and its picture (H, W, 4) RGBA."""
     watched = read_watched(prepared / part.keypoints_file, part.source_height, part.source_width)
     (strip,) = strips([(part, watched)], seconds)
-    return strip, cv2.imdecode(np.frombuffer(strip.webp, np.uint8), cv2.IMREAD_UNCHANGED)[..., [2, 1, 0, 3]]
+    picture = cv2.imdecode(np.frombuffer(strip.webp, np.uint8), cv2.IMREAD_UNCHANGED)
+    assert picture is not None
+    return strip, picture[..., [2, 1, 0, 3]]
 
 
 def test_a_strip_shows_frames_of_the_source_with_its_poses(prepared: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import copy
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,16 @@ from diffusers.models.unets.unet_3d_blocks import CrossAttnUpBlockSpatioTemporal
 from diffusers.models.upsampling import Upsample1D
 from numerics import assert_within_budget
 from placed import placed
-from spatio_temporal import channels_last, pool_draws, pool_scalars, run, run_in_float64, without
+from spatio_temporal import (
+    channels_last,
+    pool_draws,
+    pool_scalars,
+    run,
+    run_in_float64,
+    small_unet,
+    unet_inputs,
+    without,
+)
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -145,3 +155,21 @@ def test_without_an_upsampler() -> None:
     call = partial(fused, temb=given["temb"], image_only_indicator=torch.zeros(B, F))
     assert fused.upsamplers is None
     assert call(given["hidden_states"], (given["skip_1"], given["skip_0"])).shape == (B * F, C, H, W)
+
+
+@pytest.mark.only("cpu", "attention in float64")
+def test_weights_that_are_lent_for_a_call_are_those_of_backward_too() -> None:
+    """torch.func.functional_call takes them back before backward, which runs the upsamplers' enlarging again."""
+    plain, inputs = small_unet().double(), {name: x.double() for name, x in unet_inputs().items()}
+    fused = copy.deepcopy(plain)
+    mmkernels.replace(fused)
+    dead, lent = mmkernels.dead_parameters(plain), {}
+    for name, parameter in plain.named_parameters():
+        lent[name] = (1.1 * parameter.detach()).requires_grad_(name not in dead)
+    leaves = [x for x in lent.values() if x.requires_grad]
+    expected, actual = (
+        torch.autograd.grad(torch.func.functional_call(unet, lent, (), inputs).sample.square().sum(), leaves)
+        for unet in (plain, fused)
+    )
+    for found, value in zip(actual, expected, strict=True):
+        torch.testing.assert_close(found, value, rtol=1e-9, atol=1e-9 * value.abs().max().item())

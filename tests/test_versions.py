@@ -13,19 +13,28 @@ import versions
 from mmkernels import version
 
 ROOT = Path(__file__).resolve().parent.parent
-LEAST = versions.floors((ROOT / "pyproject.toml").read_text())
+LEAST = versions.oldest((ROOT / "pyproject.toml").read_text())
 
 
-def test_floors_are_those_of_every_list_of_pyproject() -> None:
-    text = 'dependencies = [\n  "torch>=2.10",  # why\n  "numpy",\n]\nsmall = ["a-o>=0.18"]\n"triton>=3.6; on Linux",'
-    assert versions.floors(text) == {"torch": "2.10", "a-o": "0.18", "triton": "3.6"}
-    assert {"torch", "diffusers", "transformers", "torchao", "hypothesis"} <= set(LEAST)
+def test_floors_are_those_of_every_list_of_pyproject_and_more_with_the_extra() -> None:
+    text = 'dependencies = [\n  "torch>=2.6",  # why\n  "numpy",\n]\nsmall = ["a-o>=0.18", "torch>=2.10"]\n"b>=3.6; x",'
+    without = {"torch": "2.6", "b": "3.6"}
+    assert versions.oldest(text) == {"2.6.0": without, "2.10.0": {"torch": "2.10", "a-o": "0.18", "b": "3.6"}}
+    assert all({"torch", "diffusers", "transformers", "hypothesis"} <= set(least) for least in LEAST.values())
+    assert ["torchao" in least for least in LEAST.values()] == [False, True]
+
+
+def test_kernels_refuse_what_pyproject_does_not_allow() -> None:
+    least = LEAST[versions.whole(version.LEAST["torch"])]
+    assert {name: least[name] for name in version.LEAST} == version.LEAST
 
 
 def test_only_the_oldest_torch_comes_with_the_oldest_of_the_rest() -> None:
-    oldest = versions.whole(LEAST["torch"])
-    assert versions.requirements(oldest, LEAST)[0] == f"torch=={oldest}"
-    assert f"diffusers=={LEAST['diffusers']}.*" in versions.requirements(oldest, LEAST)
+    for release, least in LEAST.items():
+        found = versions.requirements(release, LEAST)
+        assert found[0] == f"torch=={release}" and f"diffusers=={least['diffusers']}.*" in found
+        assert any("torchao" in package for package in found) == ("torchao" in least)
+        assert ("huggingface_hub<0.26" in found) == (least["diffusers"] == "0.27")
     assert versions.requirements("2.99.0", LEAST)[0] == "torch==2.99.0"
     assert {"diffusers", "torchao"} < set(versions.requirements("newest", LEAST))
     assert versions.requirements("newest", LEAST)[0] == "torch"
@@ -46,13 +55,13 @@ def test_an_environment_is_made_once_for_its_requirements(tmp_path: Path, monkey
         (tmp_path / "2.10.0").mkdir(exist_ok=True)
 
     monkeypatch.setattr(subprocess, "run", run)
-    python = versions.environment("2.10.0", tmp_path, {"torch": "2.10"})
+    python = versions.environment("2.10.0", tmp_path, {"2.10.0": {"torch": "2.10"}})
     assert python == tmp_path / "2.10.0/bin/python"
     assert [command[1:3] for command in commands] == [["-m", "venv"], ["-m", "pip"], ["-m", "pip"]]
     assert "torch==2.10.0" in commands[1]
-    versions.environment("2.10.0", tmp_path, {"torch": "2.10"})
+    versions.environment("2.10.0", tmp_path, {"2.10.0": {"torch": "2.10"}})
     assert len(commands) == 3
-    versions.environment("2.10.0", tmp_path, {"torch": "2.10", "diffusers": "0.33"})
+    versions.environment("2.10.0", tmp_path, {"2.10.0": {"torch": "2.10", "diffusers": "0.33"}})
     assert len(commands) == 6 and "diffusers==0.33.*" in commands[4]
 
 
@@ -69,7 +78,7 @@ def test_a_release_that_fails_is_named_and_the_others_run(monkeypatch: Any, caps
     assert versions.main([]) == 1
     assert capsys.readouterr().out.endswith("\nfailed: 2.11.0\n")
     assert [command[0] for command in ran if "pytest" in command] == [
-        versions.whole(LEAST["torch"]),
+        *LEAST,
         "2.11.0",
         "newest",
     ]

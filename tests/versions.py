@@ -2,9 +2,10 @@
 
     python tests/versions.py [--folder build/versions] [2.8.0 2.11.0 2.14.1]
 
-Without releases: the oldest that pyproject.toml allows, 2.11.0 (what the first GPU run had) and the newest that there
-is. The oldest runs with the oldest series of all else that pyproject.toml gives a least release of: what is allowed
-and does not pass here is not allowed, so the floor there is raised. The others run with the newest of everything.
+Without releases: the oldest that pyproject.toml allows, the oldest that its extra `small` does, 2.11.0 (what the first
+GPU run had) and the newest that there is. The two oldest run with the oldest series of all else that pyproject.toml
+gives a least release of: what is allowed and does not pass here is not allowed, so the floor there is raised. The
+others run with the newest of everything.
 
 An environment is made once, with pip, several GB each, and kept in the folder; Triton is the one that a release of
 torch brings. The native module is the one built in this checkout: it knows no torch. Ends with 1 where a release fails.
@@ -34,9 +35,16 @@ PACKAGES = (
 )  # fmt: skip
 
 
-def floors(pyproject: str) -> dict[str, str]:
-    """The least release of each package that pyproject.toml names with one."""
-    return dict(re.findall(r'"([a-z-]+)>=([0-9.]+)["; ]', pyproject))
+def oldest(pyproject: str) -> dict[str, dict[str, str]]:
+    """By release of torch, the least of each package: without the extra `small`, which asks for more, and with it."""
+    small = re.search(r"^small = .*$", pyproject, re.MULTILINE)
+    texts = [pyproject.replace(small[0], ""), small[0]] if small else [pyproject]
+    found: dict[str, dict[str, str]] = {}
+    least: dict[str, str] = {}
+    for text in texts:
+        least = least | dict(re.findall(r'"([a-z-]+)>=([0-9.]+)["; ,]', text))
+        found[whole(least["torch"])] = least
+    return found
 
 
 def whole(release: str) -> str:
@@ -44,13 +52,14 @@ def whole(release: str) -> str:
     return ".".join([*release.split("."), "0", "0"][:3])
 
 
-def requirements(release: str, least: dict[str, str]) -> list[str]:
-    """What pip is asked for. The floor of torch comes with every other floor."""
-    is_oldest = release == whole(least["torch"])
-    found = [
-        f"{name}=={least[name]}.*" if is_oldest and name in least else name for name in PACKAGES if name != "torch"
-    ]
-    return ["torch" if release == NEWEST else f"torch=={release}", *found]
+def requirements(release: str, least: dict[str, dict[str, str]]) -> list[str]:
+    """What pip is asked for. A floor of torch comes with every other floor."""
+    floors = least.get(release, {})
+    names = [name for name in PACKAGES if name != "torch" and (name in floors or name != "torchao" or not floors)]
+    found = [f"{name}=={floors[name]}.*" if name in floors else name for name in names]
+    # diffusers 0.27 imports what later releases of its hub have not.
+    hub = ["huggingface_hub<0.26"] if floors and "torchao" not in floors else []
+    return ["torch" if release == NEWEST else f"torch=={release}", *found, *hub]
 
 
 def marks_op(path: Path) -> bool:
@@ -65,7 +74,7 @@ def tests() -> list[str]:
     return sorted({str(path.relative_to(ROOT)) for path in of_ops} | {f"tests/test_{name}.py" for name in BLOCKS})
 
 
-def environment(release: str, folder: Path, least: dict[str, str]) -> Path:
+def environment(release: str, folder: Path, least: dict[str, dict[str, str]]) -> Path:
     """Python of the environment of a release, which is made where it is not there."""
     wanted = requirements(release, least)
     where, python = folder / release, folder / release / "bin/python"
@@ -96,8 +105,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("releases", nargs="*", help="of torch")
     parser.add_argument("--folder", type=Path, default=ROOT / "build/versions", help="where environments are kept")
     asked = parser.parse_args(arguments)
-    least = floors((ROOT / "pyproject.toml").read_text())
-    releases = asked.releases or [whole(least["torch"]), FIRST_ON_A_GPU, NEWEST]
+    least = oldest((ROOT / "pyproject.toml").read_text())
+    releases = asked.releases or [*least, FIRST_ON_A_GPU, NEWEST]
     failed = [release for release in releases if run(release, environment(release, asked.folder.resolve(), least))]
     print(f"\nfailed: {', '.join(failed)}" if failed else f"\npassed: {', '.join(releases)}")
     return int(bool(failed))

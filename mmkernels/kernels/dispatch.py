@@ -28,7 +28,7 @@ def reasons(call: Call) -> dict[str, str | None]:
 def why_nobody(call: Call) -> str | None:
     """Every kernel's reason in one line where none takes the call, or None. Plain torch computes it then."""
     found = reasons(call)
-    if None in found.values():
+    if any(why is None for why in found.values()):  # torch 2.6 compiles no `in` of values
         return None
     # The reasons of backends for this device; of those for others only that there is none for this one.
     own = [str(why) for name, why in found.items() if FAMILIES[call.op][name].device in ("", call.device)]

@@ -11,7 +11,7 @@ to W's dtype for the product. Adapters stand on the rows of W (mmkernels.matrice
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, List
 
 import torch
 from torch import Tensor
@@ -86,7 +86,7 @@ def _backward(
     dy: Tensor, spatial: Tensor | None, temporal: Tensor | None, alpha: Tensor, weight: Tensor,
     adapters: Sequence[Tensor], places: Sequence[int], chunk_frames: int, dtype: torch.dtype,
     needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, List[Tensor]]:  # fmt: skip
     """Gradients of spatial, temporal, alpha, weight, bias and the adapters; both streams are given if `_reads_streams`.
 
     dtype: of the streams. needs: which of the forward's tensors want theirs, the adapters last and together; see
@@ -125,7 +125,7 @@ def _reads_streams(needs: Sequence[bool]) -> bool:
 
 def _gradients(
     dy: Tensor, alpha: Tensor, weight: Tensor, adapters: Sequence[Tensor], dtype: torch.dtype, needs: Sequence[bool]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, List[Tensor]]:
     """What `_backward` returns, uninitialised: empty where it is not wanted, but for the bias's."""
     shape = (*dy.shape[:2], weight.shape[1]) if any(needs[1:4]) else (0,)
     ds, dt = (torch.empty(shape, dtype=dtype, device=dy.device) for _ in range(2))
@@ -139,7 +139,7 @@ def _backward_fake(
     dy: Tensor, spatial: Tensor | None, temporal: Tensor | None, alpha: Tensor, weight: Tensor,
     adapters: Sequence[Tensor], places: Sequence[int], chunk_frames: int, dtype: torch.dtype,
     needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, List[Tensor]]:  # fmt: skip
     return _gradients(dy, alpha, weight, adapters, dtype, needs)
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, List
 
 import torch
 from torch import Tensor
@@ -154,7 +154,7 @@ def _backward(
     dy: Tensor, x: Tensor, norm_weight: Tensor, norm_bias: Tensor, q_weight: Tensor, out_weight: Tensor,
     keys: Tensor, values: Tensor, shares: Tensor | None, adapters: Sequence[Tensor], places: Sequence[int],
     sizes: Sequence[int], num_heads: int, eps: float, chunk_tokens: int, needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, List[Tensor]]:  # fmt: skip
     """Gradients of x, q_weight, out_weight, the (3, C) of the vectors, keys, values, and of the adapters.
 
     needs: which of the forward's tensors want theirs, the adapters last and together. Empty where it is not wanted.
@@ -210,7 +210,7 @@ def _is_inside(needs: Sequence[bool]) -> bool:
 
 def _gradients(
     x: Tensor, q_weight: Tensor, out_weight: Tensor, keys: Tensor, adapters: Sequence[Tensor], needs: Sequence[bool]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, List[Tensor]]:
     """What `_backward` returns, uninitialised."""
     found = gradients_of_attention(x, q_weight, out_weight, adapters, [*needs[:6], needs[8]])
     dkeys, dvalues = (
@@ -224,7 +224,7 @@ def _backward_fake(
     dy: Tensor, x: Tensor, norm_weight: Tensor, norm_bias: Tensor, q_weight: Tensor, out_weight: Tensor,
     keys: Tensor, values: Tensor, shares: Tensor | None, adapters: Sequence[Tensor], places: Sequence[int],
     sizes: Sequence[int], num_heads: int, eps: float, chunk_tokens: int, needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, List[Tensor]]:  # fmt: skip
     return _gradients(x, q_weight, out_weight, keys, adapters, needs)
 
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, List, Literal
 
 import torch
 from torch import Tensor
@@ -136,7 +136,7 @@ def _backward(
     dy: Tensor, x: Tensor, shift: Tensor | None, saved: Tensor, norm_weight: Tensor, norm_bias: Tensor,
     up_weight: Tensor, up_bias: Tensor, down_weight: Tensor, adapters: Sequence[Tensor], places: Sequence[int],
     eps: float, chunk_tokens: int, needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, List[Tensor]]:  # fmt: skip
     """Gradients of x, shift, up_weight, up_bias, down_weight, the (3, C) of the other vectors, and of the adapters.
 
     needs: which of the forward's tensors want theirs, the adapters last and together; see `_gradients` for the rest.
@@ -186,14 +186,14 @@ def _backward_fake(
     dy: Tensor, x: Tensor, shift: Tensor | None, saved: Tensor, norm_weight: Tensor, norm_bias: Tensor,
     up_weight: Tensor, up_bias: Tensor, down_weight: Tensor, adapters: Sequence[Tensor], places: Sequence[int],
     eps: float, chunk_tokens: int, needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, List[Tensor]]:  # fmt: skip
     return _gradients(x, shift, up_weight, up_bias, down_weight, adapters, needs)
 
 
 def _gradients(
     x: Tensor, shift: Tensor | None, up_weight: Tensor, up_bias: Tensor, down_weight: Tensor,
     adapters: Sequence[Tensor], needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, List[Tensor]]:  # fmt: skip
     """What `_backward` returns, uninitialised: empty where it is not wanted, but for vectors, which come in passing."""
     wide, (R, _, C) = wide_dtype(x.dtype), x.shape
     dx = torch.empty(x.shape if _is_through(needs) else 0, dtype=x.dtype, device=x.device)

@@ -12,7 +12,7 @@ wanted. Adapters stand on the rows of W (mmkernels.matrices).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, List
 
 import torch
 from torch import Tensor
@@ -92,7 +92,7 @@ def _flops(x_shape: Sequence[int], weight: Sequence[int], adapters: Any, places:
 def _backward(
     dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor,
     adapters: Sequence[Tensor], places: Sequence[int], chunk_frames: int, needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, List[Tensor]]:  # fmt: skip
     """Gradients of x, weight, bias, the (2, C) of gamma and beta, and of the adapters.
 
     needs: which of the forward's tensors want theirs, the adapters last and together; see `_gradients` for the rest.
@@ -131,13 +131,13 @@ def _is_through(needs: Sequence[bool]) -> bool:
 def _backward_fake(
     dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor,
     adapters: Sequence[Tensor], places: Sequence[int], chunk_frames: int, needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, List[Tensor]]:  # fmt: skip
     return _gradients(x, gamma, weight, adapters, needs)
 
 
 def _gradients(
     x: Tensor, gamma: Tensor, weight: Tensor, adapters: Sequence[Tensor], needs: Sequence[bool]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, List[Tensor]]:
     """What `_backward` returns, uninitialised: empty where it is not wanted, but for the vectors."""
     dx = torch.empty_like(x) if _is_through(needs) else x.new_empty(0)
     dbias = torch.empty(weight.shape[:1], dtype=wide_dtype(weight.dtype), device=x.device)

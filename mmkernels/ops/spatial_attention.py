@@ -15,7 +15,7 @@ only where they are wanted. Adapters stand on the rows of Wq, Wk, Wv, Wo, in thi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, List, Literal
 
 import torch
 from torch import Tensor
@@ -147,7 +147,7 @@ def _backward(
     dy: Tensor, x: Tensor, o: Tensor, logsumexp: Tensor, norm_weight: Tensor, norm_bias: Tensor, qkv_weight: Tensor,
     out_weight: Tensor, adapters: Sequence[Tensor], places: Sequence[int], num_heads: int, eps: float,
     chunk_frames: int, backend: str, needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, List[Tensor]]:  # fmt: skip
     """Gradients of x, qkv_weight, out_weight, the (3, C) of norm_weight, norm_bias and out_bias, and of the adapters.
 
     needs: which of the forward's tensors want theirs, the adapters last and together; for the rest see
@@ -186,7 +186,7 @@ def _backward_fake(
     dy: Tensor, x: Tensor, o: Tensor, logsumexp: Tensor, norm_weight: Tensor, norm_bias: Tensor, qkv_weight: Tensor,
     out_weight: Tensor, adapters: Sequence[Tensor], places: Sequence[int], num_heads: int, eps: float,
     chunk_frames: int, backend: str, needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, List[Tensor]]:  # fmt: skip
     return gradients_of_attention(x, qkv_weight, out_weight, adapters, needs)
 
 
@@ -266,8 +266,10 @@ def _check_fit(
     C, inner = x.shape[2], to_q.shape[0]
     if inner % num_heads:
         raise ValueError(f"got {inner} channels and {num_heads} heads, wanted channels divisible by heads")
-    wanted = {"to_q": (to_q, (inner, C)), "to_k": (to_k, (inner, C)), "to_v": (to_v, (inner, C))}
-    wanted |= {"out_weight": (out_weight, (C, inner)), "out_bias": (out_bias, (C,))}
+    wanted = {
+        "to_q": (to_q, (inner, C)), "to_k": (to_k, (inner, C)), "to_v": (to_v, (inner, C)),
+        "out_weight": (out_weight, (C, inner)), "out_bias": (out_bias, (C,)),
+    }  # fmt: skip
     check_shapes(x, **wanted)
     for name, (weight, _) in wanted.items():
         if weight.dtype != to_q.dtype:

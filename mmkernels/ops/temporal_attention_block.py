@@ -15,7 +15,7 @@ wanted. Adapters stand on the rows of Wq, Wk, Wv, Wo, in this order (mmkernels.m
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, List, Literal
 
 import torch
 from torch import Tensor
@@ -125,7 +125,7 @@ def _backward(
     dy: Tensor, x: Tensor, saved: Tensor, norm_weight: Tensor, norm_bias: Tensor, qkv_weight: Tensor,
     out_weight: Tensor, adapters: Sequence[Tensor], places: Sequence[int], num_heads: int, eps: float,
     chunk_pixels: int, needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, List[Tensor]]:  # fmt: skip
     """Gradients of x, qkv_weight, out_weight, the (3, C) of norm_weight, norm_bias and out_bias, and of the adapters.
 
     needs: which of the forward's tensors want theirs, the adapters last and together; for the rest see
@@ -170,7 +170,7 @@ def _backward_fake(
     dy: Tensor, x: Tensor, saved: Tensor, norm_weight: Tensor, norm_bias: Tensor, qkv_weight: Tensor,
     out_weight: Tensor, adapters: Sequence[Tensor], places: Sequence[int], num_heads: int, eps: float,
     chunk_pixels: int, needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, List[Tensor]]:  # fmt: skip
     return gradients_of_attention(x, qkv_weight, out_weight, adapters, needs)
 
 
