@@ -267,6 +267,10 @@ def test_a_source_that_is_normalised_to_the_first() -> None:
     expected, actual = (differentiate(function, inputs, dy) for function in (plain, changed))
     for name, value in expected.items():
         assert relative_error(actual[name], value) < 1e-11, name
+    none = inputs | {"v0": torch.zeros_like(values[0])}  # of a context that is dropped
+    expected_of_none, actual = (differentiate(function, none, dy) for function in (plain, changed))
+    for name, value in expected_of_none.items():
+        assert (actual[name] - value).abs().max() <= 1e-11, name
     narrow = {name: value.float() for name, value in inputs.items()}
     block.float()
     plainly, found = (differentiate(function, narrow, dy.float()) for function in (plain, changed))

@@ -56,7 +56,9 @@ def _statistics(gram: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     count = num_tokens * v.shape[1] * v.shape[3]
     mean = (sums * v).sum((1, 2, 3), keepdim=True) / count
     squares = ((gram @ v) * v).sum((1, 2, 3), keepdim=True)
-    std = ((squares - count * mean**2) / (count - 1)).sqrt()
+    variance = (squares - count * mean**2) / (count - 1)
+    is_some = variance > 0  # of a context of zeros there is none; as in torch.std its gradient is zero then
+    std = torch.where(is_some, variance, 1).sqrt() * is_some
     return (mean + middle)[:, 0], std[:, 0]
 
 
