@@ -52,6 +52,11 @@ HOW = {
     "python bench/predicted_step.py": "as typed",
     "python mimicmotion/train.py --preset mimicmotion-72 --dry-run": "as typed",
     "python mimicmotion/prepare.py --preset mimicmotion-72 --videos my_videos": "--help",
+    "python mimicmotion/prepare.py --preset mimicmotion-72 --videos my_videos --dry-run": "--help",
+    "python mimicmotion/prepare.py --preset mimicmotion-72 --videos my_videos more/*.mov": "--help",
+    "python mimicmotion/prepare.py --preset mimicmotion-72 --report": "--help",
+    "python mimicmotion/prepare.py --preset mimicmotion-72 --verify": "--help",
+    "make faults": "dry run of make",
 }
 PARSED = ("torchrun --nproc-per-node 8 mimicmotion/train.py", "torchrun --nproc-per-node 1 mimicmotion/train.py")
 
