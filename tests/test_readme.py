@@ -56,7 +56,6 @@ HOW = {
     "python mimicmotion/prepare.py --preset mimicmotion-72 --videos my_videos more/*.mov": "--help",
     "python mimicmotion/prepare.py --preset mimicmotion-72 --report": "--help",
     "python mimicmotion/prepare.py --preset mimicmotion-72 --verify": "--help",
-    "make faults": "dry run of make",
 }
 PARSED = ("torchrun --nproc-per-node 8 mimicmotion/train.py", "torchrun --nproc-per-node 1 mimicmotion/train.py")
 
