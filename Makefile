@@ -24,7 +24,7 @@ SOURCES := $(shell find csrc ptxrun tests/native -name '*.cpp' -o -name '*.h' -o
 .PHONY: help setup demo test faults verify-deep gpu-at-hand verify-gpu modelled lint format clean
 
 help:
-	@echo "make demo   footage -> poses -> 72-frame training with fused kernels -> video, in $(DEMO)/"
+	@echo "make demo   footage -> clips -> training in two stages with fused kernels -> video, in $(DEMO)/"
 	@echo "make test   the test suite"
 	@echo "make faults faults put into training and preparing on purpose, and what came of them"
 	@echo "make lint   ruff, clang-format and pyright"
@@ -56,13 +56,15 @@ setup: $(VENV)/.installed
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m mmkernels
-	$(BIN)/python mimicmotion/prepare.py --preset demo
-	$(BIN)/torchrun --nproc-per-node 1 mimicmotion/train.py --kernels fused --preset demo --run-dir $(DEMO) $(DEMO_ARGS)
+	$(BIN)/python bench/demo_videos.py --out $(DEMO)-videos
+	$(BIN)/python mimicmotion/prepare.py --preset demo --videos $(DEMO)-videos --poses holistic --report
+	$(BIN)/torchrun --nproc-per-node 1 mimicmotion/train.py --kernels fused --settings presets/demo.yaml --run-dir $(DEMO) $(DEMO_ARGS)
 	$(BIN)/python mimicmotion/sample.py --run-dir $(DEMO) --check-pose-order
 	$(BIN)/python bench/train_step.py --measure --preset demo --out $(DEMO)
 	@echo "The demo's results:"
 	@for file in index.html loss.png sample.mp4 sample.png sample.json step_cost.png step_cost.json; do echo "  $(DEMO)/$$file"; done
-	@echo "  $$(ls -d $(DEMO)/step-* | tail -n 1)/"
+	@echo "  $$(ls -d $(DEMO)/stage-2/step-* | tail -n 1)/"
+	@echo "  data/prepared/demo/report.html"
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile

@@ -23,7 +23,7 @@ from mimicmotion.data.cache import Manifest, check_writable, is_prepared
 from mimicmotion.data.curate import Bounds
 from mimicmotion.data.footage import embedded_footage, find_all, not_looked_at
 from mimicmotion.data.poses import load_backend
-from mimicmotion.data.preparation import Engine, Recipe, prepare
+from mimicmotion.data.preparation import Engine, NothingKeptError, Recipe, prepare
 from mimicmotion.data.progress import VideoProgress
 from mimicmotion.data.rehearsal import Rehearsal, rehearse
 from mimicmotion.data.report_page import write_report
@@ -130,7 +130,12 @@ def main() -> None:
                 return
             if arguments.dry_run and arguments.report:
                 raise ValueError("got --dry-run and --report, wanted one of them: a dry run makes nothing to report on")
-            made = Manifest.read(prepared) if is_report_alone(arguments) else run(arguments)
+            try:
+                made = Manifest.read(prepared) if is_report_alone(arguments) else run(arguments)
+            except NothingKeptError:
+                if arguments.report and not Manifest.read(prepared).clips:
+                    VideoProgress().say(f"nothing is kept; see {printable(write_report(prepared))}")
+                raise
             page = write_report(prepared) if arguments.report else None
     except EndedBySignalError as error:
         say(f"stopped by {stop}: {_GOES_ON}")

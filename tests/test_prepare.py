@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +26,7 @@ from mimicmotion.data.footage import embedded_footage
 from mimicmotion.data.poses.keypoints import NUM_KEYPOINTS
 from mimicmotion.data.preparation import Recipe, prepare, prepare_if_missing
 from mimicmotion.data.progress import VideoProgress
+from mimicmotion.data.report_page import write_report
 from mimicmotion.model.encoders import PatchCodec
 
 RECIPE = Recipe(height=64, width=64, num_frames=8, bounds=Bounds(min_frames=1), workers=2)
@@ -105,6 +107,16 @@ def test_the_same_video_twice_counts_once(clips: list[Path], tmp_path: Path) -> 
 def test_nothing_left_is_an_error(clips: list[Path], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"none of which can be trained on:\n  .*a.mp4: .*body confidence of 0.10"):
         make(tmp_path / "prepared", clips, poses=Swaying(confidence=0.1))
+    manifest = Manifest.read(tmp_path / "prepared")  # for a look at what was left out
+    assert not manifest.clips and [Path(drop.source) for drop in manifest.dropped] == clips
+    assert "body confidence of 0.10" in write_report(tmp_path / "prepared").read_text()
+
+
+def test_nothing_left_does_not_take_the_place_of_clips(clips: list[Path], tmp_path: Path) -> None:
+    manifest = make(tmp_path / "prepared", clips)
+    with pytest.raises(ValueError, match="none of which can be trained on"):
+        make(tmp_path / "prepared", clips, recipe=replace(RECIPE, bounds=Bounds(min_frames=1, min_confidence=2.0)))
+    assert Manifest.read(tmp_path / "prepared") == manifest
 
 
 def test_what_is_not_finite_is_left_out_with_the_reason_and_made_anew_once_it_is(

@@ -176,10 +176,11 @@ class ClipMaker:
     def _drop_all(self, source: Source, num_stretches: int, longest: int) -> Drop:
         whole = slice(0, len(source.watched))
         measures = measure(source.watched, whole)
-        reason = (
-            f"the longest of {num_stretches} stretches that move and show one person without a cut has {longest} frames"
-        )
-        reasons = [f"{reason}, fewer than {self._bounds.min_frames}", *reasons_to_drop(measures, self._bounds)]
+        reason = "no stretch moves and shows one person without a cut"
+        if num_stretches:
+            reason = f"{num_stretches} stretches move and show one person without a cut, the longest has"
+            reason += f" {longest} frames, fewer than {self._bounds.min_frames}"
+        reasons = [reason, *reasons_to_drop(measures, self._bounds)]
         return self._drop(source.path, "curate", "; ".join(reasons), **self._place(source, whole, measures))
 
     def _make_clips(

@@ -26,6 +26,10 @@ Engine = Literal["pool", "ray"]
 ENGINES = {"pool": pool, "ray": ray_engine}
 
 
+class NothingKeptError(ValueError):
+    """Every video was left out; the message says why, and so does the manifest of a folder that held no clips."""
+
+
 def prepare(
     videos: Sequence[Path],
     prepared: Path,
@@ -39,9 +43,9 @@ def prepare(
     """Make the clips of videos in the folder prepared, and its manifest.
 
     engine: threads of this process, or the workers of a Ray cluster, whose machines have to see the same folders.
-    A video that cannot be used is recorded with its reason and the rest goes on. Raises ValueError where none is left
-    or another process prepares the folder, NotWritableError where it cannot be written, at once or later, and
-    RuntimeError where memory ran out: what was made until then stays, and the next call goes on from it.
+    A video that cannot be used is recorded with its reason and the rest goes on. Raises NothingKeptError where none is
+    left, ValueError where another process prepares the folder, NotWritableError where it cannot be written, at once or
+    later, and RuntimeError where memory ran out: what was made until then stays, and the next call goes on from it.
     """
     for folder in (prepared / "keypoints", prepared / "clips", prepared):
         check_writable(folder)
@@ -70,9 +74,6 @@ def _prepare(
         maker = ClipMaker(prepared, recipe, poses, encoder, shown)
         results = ENGINES[engine].make_all(maker, videos, recipe.num_workers(len(videos)))
     clips, dropped = _sorted_out(results)
-    if not clips:
-        reasons = "\n".join(f"  {printable(drop.source)}: {drop.reason}" for drop in dropped)
-        raise ValueError(f"got {len(videos)} videos, none of which can be trained on:\n{reasons}")
     manifest = Manifest(
         height=recipe.height,
         width=recipe.width,
@@ -93,8 +94,19 @@ def _prepare(
         dropped=dropped,
         files=_digests(prepared, clips, dropped),
     )
-    manifest.write(prepared)
+    if clips or not _holds_clips(prepared):  # what was dropped is worth a look, but not what lay there
+        manifest.write(prepared)
+    if not clips:
+        reasons = "\n".join(f"  {printable(drop.source)}: {drop.reason}" for drop in dropped)
+        raise NothingKeptError(f"got {len(videos)} videos, none of which can be trained on:\n{reasons}")
     return manifest
+
+
+def _holds_clips(prepared: Path) -> bool:
+    try:
+        return bool(Manifest.read(prepared).clips)
+    except ValueError:
+        return False
 
 
 def _digests(prepared: Path, clips: Sequence[Clip], dropped: Sequence[Drop]) -> dict[str, str]:
