@@ -75,7 +75,8 @@ def make(tmp_path):
         ]  # fmt: skip
         manifest = Manifest(
             height=64, width=64, num_frames=9, encoder_name="e", encoder_version="1", scaling_factor=1.0,
-            spatial_factor=8, pose_backend="p", pose_version="1", decoder="d", clips=described,
+            spatial_factor=8, pose_backend="p", pose_version="1", decoder="d", encoder_device="cpu", frame_stride=1,
+            bounds={}, clips=described,
         )  # fmt: skip
         manifest.write(tmp_path)
         return ClipDataset(tmp_path, 9, seed, batch_size=batch_size, lengths=lengths)

@@ -49,7 +49,7 @@ def test_fp16_lowers_its_scale_until_gradients_are_finite_and_goes_on_there_afte
     skipped = [row["step"] for row in rows if row["is_skipped"]]
     assert skipped == list(range(1, len(skipped) + 1)) and 1 <= len(skipped) <= 3
     assert trainer.optimization.scaler.get_scale() == 2.0 ** (20 - len(skipped))
-    assert trainer.skipped == len(skipped) and trainer.optimization.document()["average_steps"] == 4 - len(skipped)
+    assert trainer.skips.total == len(skipped) and trainer.optimization.document()["average_steps"] == 4 - len(skipped)
     broken = small_run(tmp_path / "broken", "fp16", num_steps=2)
     trained(broken, scale=2.0**20)
     trained(dataclasses.replace(broken, trainer=straight.trainer), resume=True)

@@ -23,8 +23,6 @@ from test_prepare import RECIPE, CountingCodec, make
 from mimicmotion import prepare as command
 from mimicmotion.data import cache, clip_maker, preparation, watching
 from mimicmotion.data.cache import Drop, Manifest, NotWritableError, check_writable
-from mimicmotion.data.clip_maker import Recipe
-from mimicmotion.data.curate import Bounds
 from mimicmotion.data.film import DECODER
 from mimicmotion.data.footage import find_videos, not_looked_at
 from mimicmotion.data.poses import PoseTrack
@@ -179,7 +177,6 @@ def test_ctrl_c_keeps_what_is_whole_and_the_same_command_goes_on(
 ) -> None:
     backend: list[Swaying] = [Interrupted()]
     monkeypatch.setattr(command, "load_backend", lambda name, dwpose_dir: backend[-1])
-    monkeypatch.setattr(command, "Recipe", lambda **given: Recipe(**given | {"bounds": Bounds(min_frames=1)}))
     words = ["--videos", str(clips[0].parent), "--prepared", str(tmp_path / "p"), "--workers", "1"]
     words += ["--height", "64", "--width", "64", "--num-frames", "8"]
     monkeypatch.setattr("sys.argv", ["prepare.py", *words])
