@@ -112,16 +112,19 @@ def train(arguments: Arguments, stages: list[Config], ranks: Ranks, stop: Stop) 
     run_dir = arguments.config.run_dir
     with ExitStack() as ends:
 
-        def take() -> None:
+        def look_back() -> None:
             ends.enter_context(owned(run_dir))
-            for note in checkpoint.set_damaged_aside(run_dir) if arguments.resume else ():
+            for note in checkpoint.set_damaged_aside(run_dir):
                 print(note, flush=True)
 
-        ranks.from_first(take)
+        if arguments.resume:
+            ranks.from_first(look_back)
         done = _num_done(stages) if arguments.resume else 0
         planned = choose_plan(stages[done], ranks, resume=arguments.resume)  # before anything is made
 
         def make_ready() -> None:
+            if not arguments.resume:
+                ends.enter_context(owned(run_dir))
             for config in stages:
                 prepare_if_missing(config)
             free_what_is_left()  # an encoder on the GPU
