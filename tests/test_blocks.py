@@ -10,7 +10,7 @@ import torch
 from diffusers.models.resnet import SpatioTemporalResBlock
 from numerics import assert_within_budget
 from placed import placed
-from spatio_temporal import pool_draws, pool_scalars, run, run_in_float64, without
+from spatio_temporal import pool_draws, pool_scalars, run, run_in_float64, several_tokens, without
 from svd_blocks import B, C, F, H, W, indicator, resnet, resnet_inputs, transformer, transformer_inputs
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -49,7 +49,7 @@ def redrawn(inputs: dict[str, Tensor]) -> list[dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("num_heads", "num_tokens"), [(1, 1), (2, 1), (4, 3)])
+@pytest.mark.parametrize(("num_heads", "num_tokens"), [(1, 1), (2, 1), pytest.param(4, 3, marks=several_tokens)])
 def test_transformer(num_heads: int, num_tokens: int, dtype: torch.dtype) -> None:
     check(FusedTransformer, transformer(num_heads).to(dtype), transformer_inputs(num_tokens), indicator())
 
@@ -69,7 +69,7 @@ def test_the_transformer_keeps_the_layout_of_its_input(memory_format: torch.memo
 
 
 @pytest.mark.parametrize("is_autocast", [False, True], ids=["bfloat16", "autocast"])
-@pytest.mark.parametrize(("num_tokens", "units"), [(1, 8), (3, 10)])
+@pytest.mark.parametrize(("num_tokens", "units"), [(1, 8), pytest.param(3, 10, marks=several_tokens)])
 def test_what_is_kept_for_backward(num_tokens: int, units: int, is_autocast: bool, device: torch.device) -> None:
     """Block input, proj_in output, attention output, after attention, feed-forward, ff_in, attention, temporal output.
 
@@ -98,6 +98,7 @@ def test_what_is_kept_for_backward(num_tokens: int, units: int, is_autocast: boo
     assert all(size in (x.nbytes, few) or size < 0.1 * x.nbytes for size in found), "nothing else but per-frame vectors"
 
 
+@several_tokens
 def test_a_second_backward_through_a_kept_graph() -> None:
     fused, inputs = FusedTransformer(transformer()), transformer_inputs(num_tokens=3)
     leaves = {name: x.requires_grad_() for name, x in inputs.items()}

@@ -11,7 +11,7 @@ import torch
 from diffusers.models.attention_processor import Attention, IPAdapterAttnProcessor2_0
 from numerics import assert_within_budget, differentiate, relative_error
 from placed import placed
-from spatio_temporal import B, F, small_unet, unet_inputs
+from spatio_temporal import B, F, several_tokens, small_unet, unet_inputs
 from torch import Tensor, nn
 
 import mmkernels
@@ -184,6 +184,7 @@ def call_block(block: nn.Module, context: Any, **more: Any) -> dict[str, Tensor]
     return {"y": y.detach()} | {name: x for name, x in found.items() if x is not None}
 
 
+@several_tokens
 @pytest.mark.only("cpu", "torch's attention in float64")
 @pytest.mark.parametrize("has_masks", [False, True])
 @pytest.mark.parametrize("num_tokens", [1, 4])
@@ -201,6 +202,7 @@ def test_decoupled_cross_attention_is_fused(num_tokens: int, has_masks: bool) ->
         assert relative_error(actual[name], value) < 1e-9, name
 
 
+@several_tokens
 def test_parameters_that_decoupled_cross_attention_reads_are_not_dead() -> None:
     whole, unet = small_unet(), with_images(small_unet())
     dead = {name for name in mmkernels.dead_parameters(whole) if "temporal" in name}
@@ -210,6 +212,7 @@ def test_parameters_that_decoupled_cross_attention_reads_are_not_dead() -> None:
     assert {(row.how, row.why) for row in mmkernels.report(unet).rows} == {("fused", "")}
 
 
+@several_tokens
 def test_scales_of_single_images_stay_as_they_are() -> None:
     unet = with_images(small_unet(), [[0.5, 0.2], [1.0]])
     mmkernels.replace(unet)
