@@ -18,9 +18,7 @@ CONTEXT_CHANNELS = 24
 Gradients = dict[str, Tensor]
 
 TAKES_ONE_TOKEN = tuple(map(int, diffusers.__version__.split(".")[:2])) < (0, 28)
-several_tokens = pytest.mark.skipif(
-    TAKES_ONE_TOKEN, reason="over frames diffusers 0.27 takes one token"
-)
+several_tokens = pytest.mark.skipif(TAKES_ONE_TOKEN, reason="over frames diffusers 0.27 takes one token")
 
 
 def small_unet(num_attention_heads: tuple[int, int] = (2, 8), num_layers: int = 1) -> UNetSpatioTemporalConditionModel:
