@@ -14,22 +14,18 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import av
 import numpy as np
+import torch
 
 from mimicmotion.data.footage import decode, embedded_footage
+from mimicmotion.video import write_video
 
 NUM_FRAMES = 90  # enough for a clip of 72
 
 
 def write(path: Path, frames: Sequence[np.ndarray]) -> None:
-    """An H.264 video of frames (H, W, 3) uint8, 30 a second."""
-    with av.open(str(path), mode="w") as container:
-        stream = container.add_stream("libx264", rate=30, options={"threads": "1"})
-        stream.height, stream.width, stream.pix_fmt = *frames[0].shape[:2], "yuv420p"
-        for picture in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode())
+    """A video of frames (H, W, 3) uint8, 30 a second."""
+    write_video(path, torch.from_numpy(np.stack(frames)), frames_per_second=30, comment="made for the demo")
 
 
 def nobody(index: int, height: int = 270, width: int = 480) -> np.ndarray:

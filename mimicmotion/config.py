@@ -62,9 +62,14 @@ class DataConfig:
         return ((self.height, self.width), *map(size_of, self.sizes))
 
     @property
+    def all_lengths(self) -> tuple[int, ...]:
+        """Numbers of frames that a clip may have, num_frames first."""
+        return (self.num_frames, *self.lengths)
+
+    @property
     def buckets(self) -> list[Bucket]:
         """The shapes that clips may have, the largest first."""
-        sizes, lengths = self.all_sizes, (self.num_frames, *self.lengths)
+        sizes, lengths = self.all_sizes, self.all_lengths
         return sorted({Bucket(height=h, width=w, num_frames=f) for h, w in sizes for f in lengths}, reverse=True)
 
 

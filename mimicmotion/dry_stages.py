@@ -52,11 +52,10 @@ def _samples(config: Config) -> tuple[Mapping[Bucket, int], str]:
     dataset = ClipDataset(
         data.prepared, data.num_frames, config.trainer.seed, lengths=data.lengths, held_out=data.held_out
     )
-    shapes = ", ".join(f"{count} of {bucket}" for bucket, count in dataset.buckets.items())
     epochs = config.trainer.num_steps * config.trainer.batch_size / len(dataset)
     return dataset.buckets, (
         f"clips: {len(dataset.clip_ids)} and {dataset.num_held_out} held out in {data.prepared}; samples an epoch, by "
-        f"height x width x frames: {shapes}; {epochs:.1f} epochs"
+        f"height x width x frames: {dataset.shapes}; {epochs:.1f} epochs"
     )
 
 

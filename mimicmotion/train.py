@@ -182,8 +182,7 @@ def train_stage(
         write(config, config.run_dir)
         about = f"kernels {config.kernels}, encoder {dataset.identity.encoder}, {ranks.world_size} rank(s)"
         about += f", {len(dataset.clip_ids)} clips and {dataset.num_held_out} held out"
-        shapes = ", ".join(f"{count} of {bucket}" for bucket, count in dataset.buckets.items())
-        about += f", samples an epoch: {shapes} (height x width x frames)"
+        about += f", samples an epoch: {dataset.shapes} (height x width x frames)"
         print(f"{about}, run folder {config.run_dir}", flush=True)
     is_finished = trainer.run()
     if ranks.is_first:

@@ -139,7 +139,7 @@ def prepare_if_missing(config: Config, progress: VideoProgress | None = None) ->
     is one that somebody meant to hold videos of their own. Raises ValueError there.
     """
     data, shown = config.data, progress or VideoProgress()
-    fewest = min((data.num_frames, *data.lengths))
+    fewest = min(data.all_lengths)
     recipe = Recipe(height=data.height, width=data.width, sizes=data.sizes, num_frames=fewest)
     if data.prepared.absolute() == demo().data.prepared.absolute() and not is_prepared(data.prepared):
         shown.say(f"nothing is prepared in {data.prepared}: preparing the embedded footage")
@@ -180,7 +180,7 @@ def why_stale(manifest: Manifest, data: DataConfig) -> str | None:
         return f"{manifest.height}x{manifest.width} pixels, not {data.height}x{data.width}"
     if set(manifest.sizes) != set(data.sizes):
         return f"further sizes {manifest.sizes}, not {list(data.sizes)}"
-    if manifest.num_frames < (fewest := min((data.num_frames, *data.lengths))):
+    if manifest.num_frames < (fewest := min(data.all_lengths)):
         return f"clips of {manifest.num_frames} frames or more, not {fewest}"
     encoder = PatchCodec.name if data.encoder == PATCH_CODEC else data.encoder
     if manifest.encoder_name != encoder:
