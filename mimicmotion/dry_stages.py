@@ -12,7 +12,7 @@ from mimicmotion.data.preparation import why_stale
 from mimicmotion.distributed import Ranks
 from mimicmotion.dry_run import DryRun, dry_run
 from mimicmotion.memory_plan import StepPlanner, choose_plan, placed
-from mimicmotion.shapes import Bucket
+from mimicmotion.shapes import Bucket, in_words
 from mmkernels.cards import Card, card
 from mmkernels.planning.choices import Plan
 
@@ -55,7 +55,7 @@ def _samples(config: Config) -> tuple[Mapping[Bucket, int], str]:
     epochs = config.trainer.num_steps * config.trainer.batch_size / len(dataset)
     return dataset.buckets, (
         f"clips: {len(dataset.clip_ids)} and {dataset.num_held_out} held out in {data.prepared}; samples an epoch, by "
-        f"height x width x frames: {dataset.shapes}; {epochs:.1f} epochs"
+        f"height x width x frames: {in_words(dataset.buckets)}; {epochs:.1f} epochs"
     )
 
 

@@ -1,6 +1,7 @@
 """Shapes of clips: height x width x frames, pixels and numbers."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 
@@ -26,3 +27,8 @@ def size_of(text: str) -> tuple[int, int]:
     if found is None:
         raise ValueError(f"got size {text!r}, wanted height x width, as 576x1024")
     return int(found[1]), int(found[2])
+
+
+def in_words(buckets: Mapping[Bucket, int]) -> str:
+    """Buckets and the samples an epoch of each, as "12 of 576x1024x16, 3 of 320x576x72"."""
+    return ", ".join(f"{count} of {bucket}" for bucket, count in buckets.items())

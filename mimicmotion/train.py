@@ -35,6 +35,7 @@ from mimicmotion.memory_report import MemoryReport
 from mimicmotion.paths import check_there, near
 from mimicmotion.run_folder import owned, start_afresh
 from mimicmotion.settings_file import read, write
+from mimicmotion.shapes import in_words
 from mimicmotion.stopping import EndedBySignalError, Stop, say
 from mimicmotion.trainer import Trainer, TrainingStoppedError
 from mimicmotion.validation import Validation
@@ -182,7 +183,7 @@ def train_stage(
         write(config, config.run_dir)
         about = f"kernels {config.kernels}, encoder {dataset.identity.encoder}, {ranks.world_size} rank(s)"
         about += f", {len(dataset.clip_ids)} clips and {dataset.num_held_out} held out"
-        about += f", samples an epoch: {dataset.shapes} (height x width x frames)"
+        about += f", samples an epoch: {in_words(dataset.buckets)} (height x width x frames)"
         print(f"{about}, run folder {config.run_dir}", flush=True)
     is_finished = trainer.run()
     if ranks.is_first:

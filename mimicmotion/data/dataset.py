@@ -88,11 +88,6 @@ class ClipDataset:
         return {bucket: len(self._samples[bucket]) for bucket in sorted(self._samples, reverse=True)}
 
     @property
-    def shapes(self) -> str:
-        """The buckets in words: samples an epoch of each."""
-        return ", ".join(f"{count} of {bucket}" for bucket, count in self.buckets.items())
-
-    @property
     def clip_ids(self) -> list[str]:
         """The clips' names, in the manifest's order."""
         return list(self._clips)
