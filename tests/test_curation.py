@@ -14,7 +14,7 @@ from people import Swaying
 from mimicmotion.data.cache import Clip, Crop, Drop, Manifest
 from mimicmotion.data.curate import GATES, Bounds, Watched, measure, reasons_to_drop, split
 from mimicmotion.data.dataset import ClipDataset
-from mimicmotion.data.picture_measures import PictureMeter, PictureTrack
+from mimicmotion.data.picture_measures import NUM_CELLS, PictureMeter, PictureTrack
 from mimicmotion.data.poses import PoseTrack
 from mimicmotion.data.preparation import Recipe, prepare
 from mimicmotion.data.stretches import stretches
@@ -51,6 +51,7 @@ def watched(num_frames: int = 100, *, pictures: dict[str, Any] | None = None, **
     fields = {"keypoints": base.keypoints, "num_people": base.num_people, "counts_people": True}
     good = {name: np.full(num_frames, 0.0, dtype=np.float32) for name in ("content", "ratio", "spread", "clipped")}
     good |= {name: np.full(num_frames, 100.0, dtype=np.float32) for name in ("change", "sharpness")}
+    good |= {"contrast": np.full(num_frames, 60.0), "fixed": np.zeros((num_frames, NUM_CELLS, NUM_CELLS))}
     good |= {"camera": np.zeros((num_frames, 2), dtype=np.float32)}
     return Watched(PoseTrack(**fields | changes), PictureTrack(**good | (pictures or {})), 100, 100)
 

@@ -237,6 +237,7 @@ class ClipDataset:
                     for part in (opened.get_slice(name),)
                 }
                 embedding = opened.get_slice("image_embedding")[reference : reference + 1]
+                stated = (opened.metadata() or {}).get("content_sha256")
         except (OSError, SafetensorError) as error:
             raise ValueError(f"cannot read {path} ({error}); run prepare again, which makes it anew") from error
         read = {**rows, "image_embedding": embedding}
@@ -248,6 +249,8 @@ class ClipDataset:
                 f"clip {clip.clip_id} ({path}) is {error}; run prepare again, which makes it anew or leaves the video "
                 "out with the reason"
             ) from error
+        if stated != self.manifest.files.get(clip.tensors_file, stated):
+            raise ValueError(f"{path} is not the file that the manifest names; run prepare again, which makes it anew")
         return read
 
 
