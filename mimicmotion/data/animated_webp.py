@@ -51,13 +51,13 @@ def read_animation(path: Path) -> Animation | None:
         while opened.tell() + 8 <= end:
             name, size = struct.unpack("<4sI", opened.read(8).ljust(8, b"\0"))
             payload = opened.read(16)
-            if name == b"ANMF":
-                stated = int.from_bytes(payload[12:15], "little")
-                durations.append(stated if stated > _SHORTEST_MS else _INSTEAD_MS)
             at = opened.tell() - len(payload) + size + size % 2
             if len(payload) < min(16, size) or at > path.stat().st_size:
                 raise AnimationError(f"is cut short after {len(durations)} frames")
             opened.seek(at)
+            if name == b"ANMF":
+                stated = int.from_bytes(payload[12:15], "little")
+                durations.append(stated if stated > _SHORTEST_MS else _INSTEAD_MS)
     if not durations:
         raise AnimationError("holds no frame")
     return Animation(height, width, tuple(durations))

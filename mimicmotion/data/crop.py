@@ -8,7 +8,7 @@ from mimicmotion.data.poses.keypoints import BODY, VISIBLE_CONFIDENCE
 
 # Space left around the person, as a share of its longer side: joints end before heads, hands and feet do.
 MARGIN = 0.12
-MOST_JITTER = 1.25  # times the size of a crop that a jittered one may have
+LEAST_JITTER, MOST_JITTER = 1.05, 1.25  # times the size of a crop that a jittered one has
 
 
 def person_crop(
@@ -41,7 +41,9 @@ def jittered_crop(crop: Crop, source_height: int, source_width: int, random: np.
     So the person stays whole, further away and not in the middle. `crop` itself where the picture leaves no room.
     """
     most = min(MOST_JITTER, source_height / crop.height, source_width / crop.width)
-    scale = random.uniform(1.0, most)
+    if most < LEAST_JITTER:
+        return crop
+    scale = random.uniform(LEAST_JITTER, most)
     height, width = int(scale * crop.height), int(scale * crop.width)
     left = random.integers(max(0, crop.left + crop.width - width), min(crop.left, source_width - width) + 1)
     top = random.integers(max(0, crop.top + crop.height - height), min(crop.top, source_height - height) + 1)

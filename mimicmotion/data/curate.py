@@ -48,7 +48,7 @@ class Bounds:
     max_doubled_share: float = 0.1  # of frames that are the last one again: 24 frames a second made 30 doubles 0.2
     min_sharpness: float = 0.01  # variance of the Laplacian over that of luma, on the person at 512 pixels: sharp 0.4
     max_clipped_share: float = 0.7  # of pixels on the person nearly black or white; a white studio may clip half
-    max_burnt_in: float = 1.0  # share of a moving torso that is edges standing still; 1: not looked at, text has 0.05
+    max_burnt_in: float = 1.0  # share of a moving torso that is edges standing still; 1: off; 0.03 finds text
     min_fade_contrast: float = (
         0.8  # of the usual; ends of a stretch that rise from or fall below it are a fade, cut off
     )

@@ -179,12 +179,18 @@ def prepare_if_missing(config: Config, progress: VideoProgress | None = None) ->
         # in order and once, however many clips each gave
         videos = list(dict.fromkeys(Path(part.source) for part in (*manifest.clips, *manifest.dropped)))
         backend = manifest.pose_backend
+        try:
+            bounds = Bounds(**manifest.bounds)
+        except TypeError as error:
+            raise ValueError(
+                f"{data.prepared} was made with bounds of another version ({error}); prepare it"
+            ) from error
         recipe = replace(
             recipe,
             frame_stride=manifest.frame_stride,
             with_mirrored=manifest.with_mirrored,
             num_jittered=manifest.num_jittered,
-            bounds=Bounds(**manifest.bounds),
+            bounds=bounds,
         )
     return prepare(
         videos,
