@@ -31,7 +31,7 @@ from mimicmotion.data.report_page import write_report
 from mimicmotion.data.verification import damages
 from mimicmotion.model.encoders import load_encoder
 from mimicmotion.paths import printable
-from mimicmotion.stopping import EndedBySignalError, Stop, say
+from mimicmotion.stopping import Stop, say
 
 _STOPPING = "videos under way are left at their next frame; again ends at once"
 _GOES_ON = "what is whole stays, and the same command goes on from it"
@@ -140,7 +140,9 @@ def main() -> None:
                     VideoProgress().say(f"nothing is kept; see {printable(write_report(prepared))}")
                 raise
             page = write_report(prepared) if arguments.report else None
-    except EndedBySignalError as error:
+    except KeyboardInterrupt as error:  # Ray raises one of its own in the place of ours
+        if not stop.is_asked:
+            raise
         say(f"stopped by {stop}: {_GOES_ON}")
         raise SystemExit(stop.exit_code) from error
     if isinstance(made, Rehearsal):

@@ -94,6 +94,11 @@ def test_each_gate_gives_its_reason_and_figure() -> None:
     still = np.repeat(watched().track.keypoints[:1], 100, axis=0)
     assert reasons(watched(keypoints=still)) == "moves by 0.0000 torso lengths a frame, less than 0.002"
 
+    def shake(keypoints: np.ndarray) -> None:
+        keypoints[::2, :, 0] += 0.15  # 15 pixels there and back, on top of the swaying; the torso is 30 long
+
+    assert reasons(moved(shake)).startswith("moves by 0.50") and reasons(moved(shake)).endswith("more than 0.3")
+
     def teleport(keypoints: np.ndarray) -> None:
         keypoints[..., 1] -= 0.2
         keypoints[50:, :, 1] += 0.4  # 40 pixels
