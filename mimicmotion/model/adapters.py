@@ -1,4 +1,4 @@
-"""LoRA in the UNet's transformers, through peft: W stays frozen and narrow, adapters and PoseNet are trained in float32.
+"""LoRA in the UNet's transformers, through peft: W stays frozen and narrow, adapters and PoseNet train in float32.
 
 y = x (W + alpha / rank * B A)^T + b (arXiv 2106.09685), with A of small random numbers and B of zeros at first, so
 that training begins at the weights that the adapters are for. With W of int8 or nf4 it is QLoRA (arXiv 2305.14314).
@@ -41,20 +41,16 @@ def adapt(model: MimicMotionModel, config: LoraConfig, precision: Precision) -> 
         model.base_sha256 = _sha256(model.unet)
     model.unet.requires_grad_(False)
     model.pose_net.requires_grad_(config.pose_net)
+    whole = num_parameters(model)  # before quantised ones are packed
     base = config.base if config.base != "precision" else "bf16" if precision == "bf16" else "fp32"
     _narrow(model.unet, base)
     _inject(model.unet, layers, config)
-    trained, whole = num_trained(model), num_parameters(model)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return [
         f"LoRA of rank {config.rank} on {len(layers)} layers of the UNet (lora.target {config.target}), its own "
-        f"weights frozen in {base}; PoseNet is {'trained' if config.pose_net else 'frozen'}: {trained:,} of {whole:,} "
-        "parameters are trained"
+        f"weights frozen in {base}; PoseNet is {'trained' if config.pose_net else 'frozen'}: {trained:,} "
+        f"parameters are trained beside {whole:,} of its own"
     ]
-
-
-def num_trained(model: nn.Module) -> int:
-    """Parameters that an optimizer would move."""
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def is_adapters(name: str) -> bool:
