@@ -201,6 +201,26 @@ def test_a_dry_run_counts_frozen_weights(released: Path) -> None:
     assert found.cost.resident_bytes == pytest.approx(2 * frozen + 16 * found.num_trained, rel=2e-3)
 
 
+def test_a_dry_run_counts_quantised_weights(tmp_path: Path, released: Path) -> None:
+    """As many bytes, in pieces of 512, as the same weights take that are not fake; nf4 is planned for as int8."""
+    resident = {
+        base: dry_run(lora_config(tmp_path, released, base=base, precision="bf16")).cost.resident_bytes
+        for base in ("bf16", "int8", "nf4")
+    }
+    model = build_model(MODEL)
+    adapt(model, LoraConfig(rank=4, base="bf16"), "bf16")
+    narrow = build_model(MODEL)
+    adapt(narrow, LoraConfig(rank=4, base="int8"), "bf16")
+    saved = sum(map(num_allocated, model.parameters())) - sum(map(num_allocated, narrow.parameters()))
+    assert saved > 2**20 and resident["bf16"] - resident["int8"] == saved
+    assert resident["nf4"] == resident["int8"]
+
+
+def num_allocated(x: Any) -> int:
+    parts = [getattr(x, part) for part in x.__tensor_flatten__()[0]] if hasattr(x, "__tensor_flatten__") else [x]
+    return sum(-(-part.nbytes // 512) * 512 for part in parts)
+
+
 CHANNELS_OF_ATTENTIONS = [320] * 5 + [640] * 5 + [1280] * 6
 
 

@@ -126,7 +126,10 @@ def _narrow(unet: nn.Module, base: FrozenWeights) -> None:
     """Matrices and kernels of convolutions in `base`, in place; vectors (of norms, biases) stay float32.
 
     int8 and nf4 are for the linear layers of transformers, which hold most of the parameters; the rest is bfloat16.
+    Among fake tensors, of which bitsandbytes can make none, int8 stands for nf4: plans are for a little more.
     """
+    if base == "nf4" and is_fake(next(unet.parameters())):
+        base = "int8"
     if base == "fp32":
         return
     for module in unet.modules():
