@@ -16,7 +16,8 @@ from mimicmotion.data.footage_identity import FootageIdentity
 from mimicmotion.optimization import Optimization
 
 _OF_THE_RATE = ("optimizer.learning_rate", "optimizer.schedule", "optimizer.warmup_steps")
-_START = ("model.pretrained", "model.pretrained_pose_net")  # what the weights began with does not shape the model
+# What the weights began with does not shape the model.
+_START = ("model.pretrained", "model.pretrained_pose_net", "model.pretrained_weights")
 
 
 def differences(saved: Checkpoint, config: Config, footage: FootageIdentity) -> list[str]:

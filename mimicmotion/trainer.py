@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mimicmotion import checkpoint, resumption
+from mimicmotion import checkpoint, pretrained, resumption
 from mimicmotion.checkpoint import Checkpoint
 from mimicmotion.config import Config, to_json
 from mimicmotion.data.cache import NotFiniteError
@@ -65,8 +65,7 @@ class Trainer:
         if ranks.device.type == "cpu" and (config.optimizer.states_on_host or config.optimizer.ema == "host"):
             self.notes.append("the device is a CPU: optimizer.states_on_host and ema host move nothing off it")
         if config.model.pretrained is not None:
-            released = weights.read(config.model.pretrained, config.model.pretrained_pose_net)
-            self.notes += weights.load(self.model, released)
+            self.notes += weights.load(self.model, pretrained.read(config.model))
         self.optimization = build_optimization(self.model, config, scales_loss=config.trainer.precision == "fp16")
         self.say = print
         place = self.optimization.weight_update.place
