@@ -99,22 +99,24 @@ def _read_safetensors(path: Path) -> TensorFile:
             )
     except (SafetensorError, KeyError, AttributeError, RuntimeError) as error:  # a dtype torch has not, among others
         raise WeightsError(
-            f"{path} is a .safetensors that cannot be read ({_first_line(error)}); fetch or copy it again."
+            f"{path} is a .safetensors that cannot be read ({_why(error)}); fetch or copy it again."
         ) from error
 
 
 def _check_archive(path: Path) -> None:
     """Raise WeightsError unless a file that begins as a zip archive is a whole one, of torch.save."""
-    if not zipfile.is_zipfile(path):
+    names = None
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                names = archive.namelist()
+    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:  # names that are no UTF-8, among others
+        raise WeightsError(f"{path} is a .pth with a damaged archive ({error}); fetch or copy it again.") from error
+    if names is None:
         raise WeightsError(
             f"{path} is a .pth that was cut short: the end of its archive, with the list of contents, is missing "
             f"({path.stat().st_size:,} bytes are there); fetch or copy it again."
         )
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
-        raise WeightsError(f"{path} is a .pth with a damaged archive ({error}); fetch or copy it again.") from error
     if any(name.endswith("/constants.pkl") for name in names):
         raise WeightsError(f"{path} is a TorchScript program, not weights alone; give the .pth of its state_dict().")
     if not any(name.endswith("/data.pkl") for name in names):
@@ -133,16 +135,14 @@ def _read_pickle(path: Path, *, is_archive: bool) -> TensorFile:
     except MemoryError:
         raise
     except Exception as error:  # whatever a foreign or damaged pickle makes torch's reader raise: there is no list
-        asks = re.search(r"GLOBAL ([\w.]+)|`?([\w.]+)`? was not an allowed global", str(error))
-        if "eights.only" in str(error) or asks or "nsupported" in str(error):
-            name = next((each for each in (asks.groups() if asks else ()) if each), None)
+        if asked := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise WeightsError(
-                f"{path} is a pickle that asks for code{f' ({name})' if name else ''}, which weights need none of. "
-                "Nothing of it was executed (weights_only); give a .safetensors, or a .pth of a state_dict alone."
+                f"{path} is a pickle that asks for code ({asked[1]}); weights need none. Nothing of it was executed; "
+                "give a .safetensors, or a .pth of a state_dict alone."
             ) from error
         raise WeightsError(
-            f"{path} is a .pth that cannot be read ({type(error).__name__}: {_first_line(error)}): damaged, cut short "
-            "or no torch.save. Nothing of it was executed; fetch or copy it again."
+            f"{path} is a .pth that cannot be read ({_why(error)}): damaged, cut short, or a pickle that torch.save "
+            "did not write. Nothing of it was executed; fetch or copy it again."
         ) from error
     tensors = dict(_flat(found, ""))
     if not tensors:
@@ -161,5 +161,7 @@ def _flat(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
         yield name, value.detach()
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:160]
+def _why(error: Exception) -> str:
+    """The reason in an error of torch's or safetensors', without torch's advice to load unsafely."""
+    said = str(error).partition("WeightsUnpickler error: ")[2] or str(error) or type(error).__name__
+    return "".join(c for c in said.splitlines()[0].partition(" Please ")[0][:160] if c.isprintable())
