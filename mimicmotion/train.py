@@ -32,6 +32,7 @@ from mimicmotion.execution import free_what_is_left
 from mimicmotion.fitting import Fitting
 from mimicmotion.memory_plan import choose_plan, reserve_as_planned
 from mimicmotion.memory_report import MemoryReport
+from mimicmotion.model.encoders import check_embeddings
 from mimicmotion.paths import check_there, near
 from mimicmotion.run_folder import owned, start_afresh
 from mimicmotion.settings_file import read, write
@@ -98,6 +99,7 @@ def check_given(arguments: Arguments) -> None:
     config = arguments.config
     check_there("--plan", config.plan, "make a plan with `python -m mmkernels.plan`")
     pretrained.check_given(config.model)
+    check_embeddings(config.model.cross_attention_dim)
     if arguments.resume and not checkpoint.is_run(config.run_dir):
         found = near(config.run_dir, checkpoint.is_run)
         raise ValueError(
