@@ -19,6 +19,7 @@ OptimizerKind = Literal["adamw", "adamw8bit"]
 FrozenWeights = Literal["precision", "fp32", "bf16", "int8", "nf4"]
 Placement = Literal["device", "host", "off"]
 Tracker = Literal["none", "wandb", "trackio"]
+WeightsKind = Literal["ema", "raw"]
 LATENT_STRIDE = 8  # pixels a side of one latent pixel, of the VAE and of PoseNet
 
 
@@ -92,8 +93,9 @@ class ModelConfig:
     transformer_layers_per_block: int = 1  # transformer layers an attention block
     cross_attention_dim: int = 1024  # channels of the image embedding
     addition_time_embed_dim: int = 256  # channels of each of the three time ids
-    pretrained: Path | None = None  # released weights to start from: .pth, .safetensors or a diffusers folder
-    pretrained_pose_net: Path | None = None  # PoseNet .safetensors that goes with a ComfyUI UNet .safetensors
+    pretrained: Path | None = None  # to start from: .pth, .safetensors, diffusers folder, run, owner/name@revision
+    pretrained_pose_net: Path | None = None  # a file whose PoseNet goes with them, where they are a UNet alone
+    pretrained_weights: WeightsKind = "ema"  # of a run to start from: the moving average, or the raw weights
 
     def __post_init__(self) -> None:
         channels, heads = self.block_out_channels, self.num_attention_heads
@@ -108,6 +110,8 @@ class ModelConfig:
         _require(embed >= 2 and embed % 2 == 0, "model.addition_time_embed_dim", embed, "an even number")
         is_good = self.pretrained_pose_net is None or self.pretrained is not None
         _require(is_good, "model.pretrained_pose_net", self.pretrained_pose_net, "model.pretrained with it")
+        kinds, kind = typing.get_args(WeightsKind), self.pretrained_weights
+        _require(kind in kinds, "model.pretrained_weights", kind, f"one of {kinds}")
 
 
 @dataclass(frozen=True, kw_only=True)
