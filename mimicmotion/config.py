@@ -50,6 +50,7 @@ class DataConfig:
     encoder: str = "patch-codec"  # "patch-codec" (stand-in) or a folder or hub id of Stable Video Diffusion
     poses: Literal["dwpose", "holistic"] = "dwpose"  # pose backend that prepare.py runs
     draw_latents: bool = True  # from the VAE's distribution, as SVD's and MimicMotion's trainers do; its mean where off
+    max_stride: int = 1  # frames of a sample lie 1 to max_stride apart, drawn for each, as far as its clip is long
     held_out: float = 0.05  # share of the source videos, rounded down, that is looked at and not trained on
 
     def __post_init__(self) -> None:
@@ -63,6 +64,7 @@ class DataConfig:
         _require(self.num_frames >= 2, "data.num_frames", self.num_frames, "at least 2 (reference and one more)")
         is_good = all(2 <= length < self.num_frames for length in self.lengths)
         _require(is_good, "data.lengths", self.lengths, f"numbers from 2 to below {self.num_frames} (data.num_frames)")
+        _require(self.max_stride >= 1, "data.max_stride", self.max_stride, "at least 1")
         _require(0 <= self.held_out < 1, "data.held_out", self.held_out, "a share from 0 to below 1")
         _require(bool(self.encoder), "data.encoder", self.encoder, '"patch-codec" or a folder or hub id')
 
