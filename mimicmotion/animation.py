@@ -33,26 +33,26 @@ def steer(
     encoder: Encoder,
     config: Config,
     *,
-    seeds: Sequence[int],
+    generators: Sequence[torch.Generator],
     reference_noise: float = 0.0,
 ) -> tuple[Conditions, Tensor]:
-    """Conditions of one clip for each seed, and its noise (seeds, F, 4, h, w).
+    """Conditions of one clip for each generator, B of them, and its noise (B, F, 4, h, w).
 
-    picture (3, H, W) in [-1, 1]; poses (F, 3, H, W) as of `Conditions`, the picture's own first. Each seed draws the
-    noise of the reference's pixels, of which `reference_noise` is the standard deviation, and then that of latents.
+    picture (3, H, W) in [-1, 1]; poses (F, 3, H, W) as of `Conditions`, the picture's own first. Each generator draws
+    the noise of the reference's pixels, of which `reference_noise` is the standard deviation, and then that of latents.
     """
     num_frames, _, height, width = poses.shape
     if picture.shape != (3, height, width):
         raise ValueError(f"got a picture {tuple(picture.shape)} and poses {tuple(poses.shape)}, wanted one size")
     latent_shape = drawn_frames(config, num_frames), 4, height // SPATIAL_FACTOR, width // SPATIAL_FACTOR
-    draws = [sampler.unit_normal(seed, (3, height, width), latent_shape) for seed in seeds]
+    draws = [sampler.unit_normal(each, (3, height, width), latent_shape) for each in generators]
     pictures = picture.unsqueeze(0)
     if reference_noise:
         pictures = torch.stack([picture + reference_noise * pixels for pixels, _ in draws])
     conditions = Conditions(
-        reference_latent=encoder.encode(pictures).expand(len(seeds), -1, -1, -1),
-        image_embedding=encoder.embed(picture.unsqueeze(0)).unsqueeze(0).expand(len(seeds), -1, -1),
-        pose=poses.unsqueeze(0).expand(len(seeds), -1, -1, -1, -1),
+        reference_latent=encoder.encode(pictures).expand(len(draws), -1, -1, -1),
+        image_embedding=encoder.embed(picture.unsqueeze(0)).unsqueeze(0).expand(len(draws), -1, -1),
+        pose=poses.unsqueeze(0).expand(len(draws), -1, -1, -1, -1),
     )
     return conditions, torch.stack([sampler.over_clip(latents, num_frames) for _, latents in draws])
 
@@ -66,23 +66,26 @@ def generate_latents(
     reference_noise: float = 0.0,
     rows_at_once: int = 1,
     scheduler: sampler.EulerDiscreteScheduler | None = None,
+    device: torch.device | None = None,
     on_forward: Callable[[int, int], None] = lambda done, total: None,
 ) -> Tensor:
-    """Latents (B, F, 4, h, w) on the CPU, scaled, where the model is and in the precision of its weights.
+    """Latents (B, F, 4, h, w) on the CPU, scaled, made in the precision of the model's weights.
 
-    Weights in float32 run under autocast in the run's precision. Poses come over a tile at a time.
+    Weights in float32 run under autocast in the run's precision. Poses come over a tile at a time. device: where the
+    model is, or where its hooks bring it.
     """
     weight = next(model.parameters())
+    device = device or weight.device
     conditions = Conditions(
-        reference_latent=conditions.reference_latent.to(weight.device),
-        image_embedding=conditions.image_embedding.to(weight.device, weight.dtype),
+        reference_latent=conditions.reference_latent.to(device),
+        image_embedding=conditions.image_embedding.to(device, weight.dtype),
         pose=conditions.pose,
     )
-    with autocast(weight.device, config.trainer.precision, weight.dtype):
+    with autocast(device, config.trainer.precision, weight.dtype):
         latents = sampler.sample(
             model,
             conditions,
-            noise.to(weight.device),
+            noise.to(device),
             **sampler_settings(config),
             reference_noise=reference_noise,
             rows_at_once=rows_at_once,

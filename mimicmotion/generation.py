@@ -85,7 +85,7 @@ def generate(
         pose=pose.unsqueeze(0).to(device),
     )
     num_frames, *shape = clip["latents"].shape
-    (noise,) = sampler.unit_normal(seed, (drawn_frames(config, num_frames), *shape))
+    (noise,) = sampler.unit_normal(sampler.generator_of(seed), (drawn_frames(config, num_frames), *shape))
     noise = sampler.over_clip(noise, num_frames).unsqueeze(0).to(device)
     with autocast(device, config.trainer.precision):
         latents = sampler.sample(model, conditions, noise, **sampler_settings(config), on_forward=on_forward)

@@ -30,7 +30,7 @@ from mimicmotion.model import weights
 from mimicmotion.model.encoders import load_encoder
 from mimicmotion.model.unet import MimicMotionModel, build_model
 from mimicmotion.paths import printable
-from mimicmotion.sampler import tiles
+from mimicmotion.sampler import generator_of, tiles
 from mimicmotion.sampling_memory import MOST_ROWS, budget_gib, decoder_bytes, most_within, network_bytes
 from mimicmotion.shapes import size_of
 from mimicmotion.sound import check_has_sound
@@ -112,7 +112,12 @@ def make_videos(arguments: PictureArguments) -> list[Path]:
     encoder = load_encoder(config.data.encoder)
     pixels = as_input(torch.from_numpy(picture).permute(2, 0, 1))
     conditions, noise = steer(
-        pixels, torch.from_numpy(poses), encoder, config, seeds=seeds, reference_noise=arguments.reference_noise
+        pixels,
+        torch.from_numpy(poses),
+        encoder,
+        config,
+        generators=[generator_of(seed) for seed in seeds],
+        reference_noise=arguments.reference_noise,
     )
     del encoder
     free_what_is_left()
@@ -156,6 +161,9 @@ def _outputs(arguments: PictureArguments) -> tuple[tuple[int, ...], list[Path]]:
         raise ValueError(f"got --seeds {' '.join(map(str, seeds))}, wanted each once")
     if out.is_dir() or out.suffix.lower() != ".mp4":
         raise ValueError(f"got --out {printable(out)}, wanted a file that ends in .mp4")
+    nearest = next(place for place in out.absolute().parents if place.exists())
+    if not nearest.is_dir():
+        raise ValueError(f"got --out {printable(out)}, but {printable(nearest)} is no folder; give another place")
     check_writable(out.absolute().parent)
     if arguments.sound and arguments.video is not None:
         check_has_sound(arguments.video)

@@ -59,10 +59,14 @@ def tile_weight(num_frames: int) -> Tensor:
     return torch.minimum(rising, 2 - rising)
 
 
-def unit_normal(seed: int, *shapes: tuple[int, ...]) -> list[Tensor]:
-    """Unit normal noise of a seed, one tensor after the other, drawn on the CPU: the same on every device."""
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator) for shape in shapes]
+def generator_of(seed: int) -> torch.Generator:
+    """On the CPU: it draws the same on every device."""
+    return torch.Generator().manual_seed(seed)
+
+
+def unit_normal(generator: torch.Generator, *shapes: tuple[int, ...]) -> list[Tensor]:
+    """Unit normal noise, one tensor after the other, on the CPU."""
+    return [torch.randn(shape, generator=generator, device=generator.device).cpu() for shape in shapes]
 
 
 def over_clip(noise: Tensor, num_frames: int) -> Tensor:

@@ -33,7 +33,9 @@ def network_bytes(config: Config, dtype: torch.dtype, height: int, width: int, n
     """Modelled bytes at the peak of one forward of `rows` tiles of num_frames frames, weights in dtype included."""
     h, w = height // LATENT_STRIDE, width // LATENT_STRIDE
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model = build_model(config.model, config.kernels).to(dtype).eval().requires_grad_(False)
+        model = build_model(config.model, config.kernels).eval().requires_grad_(False)
+        for parameter in model.parameters():  # `Module.to` cannot do it to fake weights
+            parameter.data = parameter.data.to(dtype)
         use_kernels(model, config.kernels)
         conditions = Conditions(
             reference_latent=torch.empty(rows, 4, h, w),

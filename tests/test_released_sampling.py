@@ -10,6 +10,7 @@ from tiny_svd import MODEL, tiny_clip, tiny_model, tiny_vae
 
 from mimicmotion.animation import frames_of, generate_latents, steer
 from mimicmotion.model.encoders import SVDEncoder
+from mimicmotion.sampler import generator_of
 
 SIDE = 64
 # Of float32 through these networks: a picture 1e-7 of itself away gives latents 6e-5 and frames 9e-5 away.
@@ -39,7 +40,12 @@ def ours(networks, inputs, config, *, num_frames, seeds=(5,), reference_noise=0.
     picture, poses = inputs
     encoder = SVDEncoder(vae, clip, name="tiny")
     conditions, noise = steer(
-        picture, poses[:num_frames], encoder, config, seeds=seeds, reference_noise=reference_noise
+        picture,
+        poses[:num_frames],
+        encoder,
+        config,
+        generators=[*map(generator_of, seeds)],
+        reference_noise=reference_noise,
     )
     latents = generate_latents(
         model, conditions, noise, config, reference_noise=reference_noise, rows_at_once=rows_at_once
@@ -110,6 +116,6 @@ def test_noise_of_a_tile_repeats_and_that_of_a_clip_does_not(tmp_path, networks,
     encoder = SVDEncoder(*networks[1:], name="tiny")
     for kind, repeats in (("tile", True), ("clip", False)):
         config = settings(tmp_path, tile=5, tile_overlap=2, noise=kind)
-        _, noise = steer(picture, poses, encoder, config, seeds=(5,))
+        _, noise = steer(picture, poses, encoder, config, generators=[generator_of(5)])
         assert torch.equal(noise[0, :5], noise[0, 5:10]) == repeats
     assert float(noise.std()) == pytest.approx(1.0, abs=0.02)

@@ -65,9 +65,9 @@ def _upright_rgb(opened: Image.Image) -> Still:
     turned = ImageOps.exif_transpose(opened)
     if opened.getexif().get(0x0112, 1) != 1:
         notes.append("is turned as its EXIF says")
-    if turned.mode.startswith("I") or turned.mode == "F":  # 16 bits a pixel, which convert would clip
-        values = np.asarray(turned, dtype=np.float64)
-        turned = Image.fromarray((values / max(values.max(), 255) * 255).round().astype(np.uint8))
+    if turned.mode.startswith("I"):  # 16 bits a pixel, which PIL would clip to 255
+        values = np.asarray(turned).clip(0, 65535)
+        turned = Image.fromarray((values / (257 if values.max() > 255 else 1)).round().astype(np.uint8))
     if turned.has_transparency_data:
         seen = turned.convert("RGBA")
         under = Image.new("RGBA", seen.size, (255, 255, 255, 255))
