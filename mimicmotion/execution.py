@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 
 import mmkernels
 from mimicmotion.config import Precision
@@ -42,8 +43,8 @@ def describe(
     """Which block of a model with these kernels runs how, in this precision and where the same bits are asked for."""
     if kernels == "torch":
         return "torch: plain diffusers, nothing replaced"
-    weight = next(model.unet.parameters())
-    with same_bits(is_deterministic), autocast(weight.device, precision, weight.dtype):
+    device = next(model.parameters()).device
+    with same_bits(is_deterministic), autocast(device, precision, input_dtype(model)):
         return str(mmkernels.report(model.unet))
 
 
@@ -67,6 +68,12 @@ def same_bits(wanted: bool) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(outer[0])
         filling.fill_uninitialized_memory = outer[1]
+
+
+def input_dtype(model: nn.Module) -> torch.dtype:
+    """What a model reads: float32 where any of its weights is, which autocast brings to the others."""
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    return torch.float32 if torch.float32 in dtypes else next(iter(dtypes))
 
 
 def autocast(device: torch.device, precision: Precision, weights: torch.dtype = torch.float32) -> torch.autocast:

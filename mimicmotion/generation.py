@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 
 from mimicmotion import checkpoint, sampler
-from mimicmotion.config import Config, Kernels, from_json
+from mimicmotion.config import Config, Kernels
 from mimicmotion.execution import autocast, use_kernels
+from mimicmotion.json_values import from_json
+from mimicmotion.model.adapters import check_base, load_own
 from mimicmotion.model.encoders import load_encoder
+from mimicmotion.model.start import begin
 from mimicmotion.model.unet import MimicMotionModel, build_model
 from mimicmotion.paths import near
 
@@ -42,7 +45,10 @@ def load_averaged(
     config: Config = from_json(saved.documents["config"])
     kernels = kernels or config.kernels
     model = build_model(config.model, kernels)
-    model.load_state_dict(saved.tensors["model"] | saved.tensors.get("ema", {}))  # dead parameters have no average
+    if config.lora.rank:
+        begin(model, config)
+        check_base(model, saved.documents["base"]["sha256"])
+    load_own(model, saved.tensors["model"] | saved.tensors.get("ema", {}))  # dead parameters have no average
     use_kernels(model, kernels)
     return config, model.to(device or own_device()).eval().requires_grad_(False), folder
 

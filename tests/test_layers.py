@@ -48,6 +48,7 @@ LAYERS = [
     ("mimicmotion.__init__", 5),
     ("mimicmotion.shapes", 4.9),
     ("mimicmotion.config", 5),
+    ("mimicmotion.json_values", 5.05),
     ("mimicmotion.paths", 5),
     ("mimicmotion.page", 5.1),
     ("mimicmotion.charts", 5.15),
