@@ -233,12 +233,15 @@ class SamplingConfig:
 
     num_steps: int = 25  # Euler steps from sigma 700 to 0
     guidance: float = 2.0  # scale of classifier-free guidance; 1 or less: one pass, the conditional one
-    tile_overlap: int = 6  # frames that neighbouring tiles share
+    first_guidance: float | None = None  # of frame 0, from which it goes linearly to `guidance` of the last one
+    tile_overlap: int = 6  # a tile moves on by its frames less these
+    noise: Literal["tile", "clip"] = "tile"  # of one tile, repeated over a longer clip, as released; or of all frames
     decode_frames: int = 8  # frames decoded at once
 
     def __post_init__(self) -> None:
         _require(self.num_steps >= 1, "sampling.num_steps", self.num_steps, "at least 1")
-        _require(self.guidance >= 0, "sampling.guidance", self.guidance, "0 or more")
+        _require(min(self.guidance, self.first_guidance or 0) >= 0, "sampling.guidance", self.guidance, "0 or more")
+        _require(self.noise in ("tile", "clip"), "sampling.noise", self.noise, "tile or clip")
         _require(self.tile_overlap >= 0, "sampling.tile_overlap", self.tile_overlap, "0 or more")
         _require(self.decode_frames >= 1, "sampling.decode_frames", self.decode_frames, "at least 1")
 

@@ -41,7 +41,7 @@ def run(arguments: Arguments) -> None:
     rows = []
     for clip_id in dataset.clip_ids[: arguments.num_clips]:
         clip = dataset.clip(clip_id, 0, 1)
-        truth = decode_clip(clip["latents"][1:], config, decoder)
+        truth = decode_clip(clip["latents"], config, decoder)[1:]
         generated = generate(model, config, clip, decoder, seed=arguments.seed)
         rows.append({"clip": clip_id, "psnr_db": psnr(generated, truth), "ssim": ssim(generated, truth)})
         print(f"{clip_id}: PSNR {rows[-1]['psnr_db']:.3f} dB, SSIM {rows[-1]['ssim']:.4f}", flush=True)

@@ -15,7 +15,7 @@ from mimicmotion.model.unet import MimicMotionModel
 from mmkernels.memory.transfer import Device
 from mmkernels.planning.choices import Plan
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def use_kernels(model: MimicMotionModel, kernels: str, plan: Plan | None = None, device: Device | None = None) -> str:
@@ -78,7 +78,7 @@ def input_dtype(model: nn.Module) -> torch.dtype:
 
 def autocast(device: torch.device, precision: Precision, weights: torch.dtype = torch.float32) -> torch.autocast:
     """Context in which float32 weights are used in `precision`; for fp32, and weights of any other dtype, nothing."""
-    dtype = _DTYPES[precision]
+    dtype = DTYPES[precision]
     return torch.autocast(device.type, dtype=dtype, enabled=torch.float32 == weights != dtype)
 
 
