@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -210,7 +210,7 @@ def _read(path: Path, num_frames: int | None) -> tuple[list[np.ndarray], dict[st
     return frames, {"file": path.as_posix(), "height": height, "width": width, **about}
 
 
-def _number_order(path: Path) -> Sequence[Any]:
+def _number_order(path: Path) -> list[tuple[int, int, str]]:
     """Names by the numbers in them: 2 before 10."""
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", path.name)]
 

@@ -43,7 +43,7 @@ def write_page(path: Path, result: Mapping[str, Any]) -> None:
 
 
 def write_clip(page: Path, folder: Path, clip: Compared, number: int, comment: str) -> dict[str, str]:
-    """Write a clip's video and stills into folder; what a row says of them: the layout, and their places to the page."""
+    """Write a clip's video and stills into folder; for its row, the layout and their places."""
     safe = "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in clip.name)
     pictures = {"reference": clip.reference, "pose": clip.pose, "generated": clip.generated, "truth": clip.truth}
     shown = {name: frames for name, frames in pictures.items() if frames is not None}

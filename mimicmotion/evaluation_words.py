@@ -8,6 +8,7 @@ from rich.table import Table
 
 from mimicmotion.evaluation import BESIDE, FIGURES
 
+LEAST_FOUND = 0.5  # of the body's points in the truth, below which a detector's figures are not to be read
 GENERATED, OTHER_RUN = "generated", "the other run"
 
 
@@ -31,10 +32,20 @@ def summary(result: Mapping[str, Any]) -> str:
         gain = result[name] - repeated[name]
         said += f" {FIGURES[name].title}: {result[name]:.2f} dB, {abs(gain):.2f} dB {'above' if gain > 0 else 'below'}"
         said += " repeating the reference."
-    distance, still = result.get("body_distance_px"), repeated.get("body_distance_px")
-    if distance is not None and still is not None:
-        said += f" Body points lie {distance:.1f} pixels from the driving poses, those of the reference {still:.1f}."
-    return said
+    limit = result.get("poses_found_in_the_truth", {}).get("body_found")
+    if limit is not None and limit < LEAST_FOUND:
+        said += (
+            f" The pose detector finds {limit:.0%} of the body's points in the truth itself, so its figures say little."
+        )
+        return said + _distances(result, "nearest_distance_px", "In the nearest true frames body points lie")
+    return said + _distances(result, "body_distance_px", "Body points lie")
+
+
+def _distances(result: Mapping[str, Any], name: str, subject: str) -> str:
+    distance, still = result.get(name), result["repeating_the_reference"].get(name)
+    if distance is None or still is None:
+        return ""
+    return f" {subject} {distance:.1f} pixels from the driving poses, with the reference repeated {still:.1f}."
 
 
 def columns(result: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
@@ -74,7 +85,7 @@ def show(result: dict[str, Any]) -> None:
     """The means as a table, and what else there is to say."""
     console = Console()
     shown = columns(result)
-    table = Table(title=f"means over {len(result['clips'])} clips")
+    table = Table(title=f"means over {len(result['clips'])} clip{'s' * (len(result['clips']) > 1)}")
     table.add_column("figure")
     for name in shown:
         table.add_column(name, justify="right")

@@ -4,6 +4,9 @@ The region of a frame is the convex hull of its confident key points that lie in
 by REGION_MARGIN of the body's size on all sides. The body's size, which distances are also measured in, is the diagonal
 of the upright box around its confident joints, in pixels.
 
+A picture that no detector reads, as of the demo's stand-in codec, still shows a pose: that of the true frame of its
+clip which is nearest to it. How far that pose is from the driving one is `nearest_distance_px`.
+
 PCK (percentage of correct key points, as a share): of the points confident in both poses, how many lie within a
 threshold times the body's size of each other. 0.05 of a standing person is about half a head, as PCKh@0.5 has it.
 """
@@ -14,6 +17,7 @@ import cv2
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F_
 
 from mimicmotion.data.boxes import body_boxes
 from mimicmotion.data.poses import PoseBackend
@@ -22,6 +26,7 @@ from mimicmotion.metrics import psnr, ssim
 
 REGION_MARGIN = 0.1
 PCK_THRESHOLD = 0.05
+MATCHED_SIDE = 128  # pixels of the shorter side that frames are shrunk to before they are matched
 _PARTS = {"body": np.r_[BODY], "hands": np.concatenate([np.r_[hand] for hand in HANDS])}
 
 
@@ -114,6 +119,24 @@ def pose_figures(
         figures[f"{part}_points"] = each.num_wanted
         figures[f"{part}_found"] = each.num_found / each.num_wanted if each.num_wanted else None
     return figures
+
+
+def nearest_distance(frames: Tensor, truth: Tensor, driving: np.ndarray, region: Tensor) -> float | None:
+    """Mean distance in pixels of the body in the true frame that is nearest to each frame, from its driving pose.
+
+    Nearest to frames (F, 3, H, W) is the least squared error over all pixels that are in the region (F, 1, H, W) of any
+    frame, in pictures shrunk by averaging. The distance is that of the body joints confident in both of the two driving
+    poses (F, 128, 3). None where there is no region or no such joint.
+    """
+    if not region.any():
+        return None
+    height, width = truth.shape[2:]
+    scale = min(1.0, MATCHED_SIDE / min(height, width))
+    size = max(1, round(height * scale)), max(1, round(width * scale))
+    inside = F_.interpolate(region.any(dim=0, keepdim=True).float(), size, mode="area")[0, 0].cpu() > 0
+    one, other = (F_.interpolate(x.float(), size, mode="area").cpu()[:, :, inside].flatten(1) for x in (frames, truth))
+    nearest = torch.cdist(one, other, compute_mode="donot_use_mm_for_euclid_dist").argmin(dim=1).numpy()
+    return accuracy(driving[nearest], driving, height, width, rows=_PARTS["body"]).distance_px
 
 
 def find_poses(frames: Tensor, backend: PoseBackend) -> np.ndarray:
