@@ -217,6 +217,7 @@ def test_a_drop_in_looks_like_what_it_replaces() -> None:
         ours, theirs = after[name], before[name]
         assert isinstance(ours, type(theirs)) and type(ours).__name__ == type(theirs).__name__
         assert vars(ours) is vars(theirs)
+    assert type(type(unet.conv_out)(2, 2, 3)) is nn.Conv2d, "as libraries make one like it"
     unet.mid_block.resnets[0].note = "set on the drop-in"
     undo()
     assert unet.mid_block.resnets[0].note == "set on the drop-in"

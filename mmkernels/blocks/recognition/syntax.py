@@ -45,9 +45,8 @@ def _written(node: Any) -> str:
 
 def tree_of(function: Callable[..., Any], callers: tuple[Any, ...] = ()) -> ast.FunctionDef | None:
     """The normalised tree of a function, or None where its source cannot be read; callers: those that use it."""
-    function = inspect.unwrap(function)
     try:
-        source = inspect.getsource(function)
+        source = inspect.getsource(getattr(function, "__code__", function))  # of a wrapper its own, not what it wraps
         # A method's lines are indented, but for some comments: under an `if` they need no other indentation.
         found: Any = ast.parse(f"if 1:\n{source}" if source[0].isspace() else source).body[0]
         definition = found.body[0] if source[0].isspace() else found
