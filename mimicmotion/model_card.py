@@ -117,8 +117,8 @@ def _use_of_adapters(export: Export, names: Sequence[str]) -> str:
     if export.layout == "diffusers":
         return (
             "diffusers' class for SVD takes no adapters by itself. With peft: `class UNet("
-            "UNetSpatioTemporalConditionModel, PeftAdapterMixin): pass`, then `UNet.from_pretrained(...)` of the weights"
-            f' above and `load_lora_adapter(folder, prefix="unet", weight_name="{names[0]}")` of it. PoseNet is '
+            "UNetSpatioTemporalConditionModel, PeftAdapterMixin): pass`, and then `UNet.from_pretrained(...)` of the "
+            f'weights above and its `load_lora_adapter(folder, prefix="unet", weight_name="{names[0]}")`. PoseNet is '
             "MimicMotion's own and lies beside it."
         )
     return (
