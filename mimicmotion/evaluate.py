@@ -16,6 +16,7 @@ from mimicmotion.data.cache import atomic_write
 from mimicmotion.data.dataset import ClipDataset
 from mimicmotion.generation import decode_clip, generate, load_averaged, load_decoder, run_folder_of
 from mimicmotion.metrics import psnr, ssim
+from mimicmotion.resumption import of_other_clips
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,8 @@ def run(arguments: Arguments) -> None:
     dataset = ClipDataset(
         arguments.prepared or data.prepared, data.num_frames, config.trainer.seed, lengths=data.lengths
     )
+    for note in of_other_clips(folder, config, dataset.manifest):
+        print(note, flush=True)
     rows = []
     for clip_id in dataset.clip_ids[: arguments.num_clips]:
         clip = dataset.clip(clip_id, 0, 1)
