@@ -20,8 +20,9 @@ from torch import Tensor
 
 from mimicmotion import checkpoint, pretrained
 from mimicmotion.commands import one_sentence
-from mimicmotion.config import Config, WeightsKind, from_json
+from mimicmotion.config import Config, WeightsKind
 from mimicmotion.generation import run_folder_of
+from mimicmotion.json_values import from_json
 from mimicmotion.model.unet import MimicMotionModel, build_model
 from mimicmotion.model.weights import Weights, compare
 from mimicmotion.model.weights.writing import Layout, cast, write_layout

@@ -7,9 +7,10 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from mimicmotion.checkpoint import Checkpoint
-from mimicmotion.config import Config, ModelConfig, WeightsKind, to_json
+from mimicmotion.config import Config, ModelConfig, WeightsKind
 from mimicmotion.data.cache import Manifest, file_sha256, is_prepared
 from mimicmotion.data.footage_identity import FootageIdentity
+from mimicmotion.json_values import to_json
 from mimicmotion.model.weights.writing import Layout
 from mimicmotion.paths import printable
 from mmkernels.planning.choices import read_plan

@@ -6,8 +6,11 @@ from torch import Tensor
 
 from mimicmotion import checkpoint
 from mimicmotion.checkpoint import Checkpoint
-from mimicmotion.config import ModelConfig, WeightsKind
+from mimicmotion.config import Config, ModelConfig, WeightsKind
+from mimicmotion.json_values import from_json
 from mimicmotion.model import weights
+from mimicmotion.model.adapters import adapt, check_base, is_adapters, merged, sha256_of, weight_of
+from mimicmotion.model.unet import MimicMotionModel
 from mimicmotion.model.weights import Weights, hub
 from mimicmotion.model.weights.reading import GIVE
 from mimicmotion.paths import check_there
@@ -20,6 +23,12 @@ def check_given(config: ModelConfig) -> None:
     for name, path in (("", config.pretrained), ("-pose-net", config.pretrained_pose_net)):
         if path is not None and not hub.is_hub_id(path):
             check_there(f"--model.pretrained{name}", path, GIVE)
+
+
+def begin(model: MimicMotionModel, config: Config) -> list[str]:
+    """Load the weights that a run begins with and put its adapters in, in place; returns what to say of it."""
+    notes = [] if config.model.pretrained is None else weights.load(model, read(config.model))
+    return [*notes, *adapt(model, config.lora, config.trainer.precision)]
 
 
 def read(config: ModelConfig) -> Weights:
@@ -60,8 +69,16 @@ def of_checkpoint(folder: Path, kind: WeightsKind) -> Weights:
 def whole(saved: Checkpoint, kind: WeightsKind) -> tuple[dict[str, Tensor], WeightsKind]:
     """Every tensor of a checkpoint's model, and which they are: raw ones where the run takes no average.
 
-    What is never trained has no average and is the same in both.
+    What is never trained has no average and is the same in both. Adapters are merged into the weights that they were
+    trained on, which are read again; raises ValueError where they are other ones now.
     """
-    if kind == "raw" or "ema" not in saved.tensors:
-        return saved.tensors["model"], "raw"
-    return saved.tensors["model"] | saved.tensors["ema"], "ema"
+    has_average = kind == "ema" and "ema" in saved.tensors
+    tensors = saved.tensors["model"] | (saved.tensors["ema"] if has_average else {})
+    kind = "ema" if has_average else "raw"
+    if "base" not in saved.documents:
+        return tensors, kind
+    config: Config = from_json(saved.documents["config"])
+    base = read(config.model).tensors
+    check_base(sha256_of(base), saved.documents["base"]["sha256"])
+    own = {name: tensor for name, tensor in tensors.items() if not is_adapters(name)}  # PoseNet's
+    return merged(base, tensors, weight_of(config.lora)) | own, kind

@@ -8,13 +8,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from mimicmotion import checkpoint
 from mimicmotion.checkpoint import Checkpoint
-from mimicmotion.config import Config, changes, to_json
+from mimicmotion.config import Config
 from mimicmotion.data.cache import Manifest
 from mimicmotion.data.footage_identity import FootageIdentity
+from mimicmotion.json_values import changes, to_json
+from mimicmotion.model.adapters import check_base, load_own, own_state
+from mimicmotion.model.unet import MimicMotionModel
 from mimicmotion.optimization import Optimization
 
 _OF_THE_RATE = ("optimizer.learning_rate", "optimizer.schedule", "optimizer.warmup_steps")
@@ -70,16 +71,17 @@ def of_other_clips(folder: Path, config: Config, manifest: Manifest) -> list[str
     return []
 
 
-def go_on(saved: Checkpoint, model: nn.Module, optimization: Optimization) -> None:
+def go_on(saved: Checkpoint, model: MimicMotionModel, optimization: Optimization) -> None:
     """Take up the weights and all of the optimizer's state. Raises ValueError where a tensor does not fit."""
     _check_tensors(saved, model, optimization)
-    model.load_state_dict(saved.tensors["model"])
+    load_own(model, saved.tensors["model"])
     optimization.load(saved.tensors, saved.documents["state"])
 
 
-def _check_tensors(saved: Checkpoint, model: nn.Module, optimization: Optimization) -> None:
+def _check_tensors(saved: Checkpoint, model: MimicMotionModel, optimization: Optimization) -> None:
     """Raise ValueError where a saved tensor has not the name, shape or dtype of what it is loaded into."""
-    wanted = {"model": model.state_dict(), **optimization.tensors()}
+    check_base(model.base_sha256, saved.documents.get("base", {}).get("sha256"))
+    wanted = {"model": own_state(model), **optimization.tensors()}
     for group in wanted.keys() & saved.tensors.keys():
         own, theirs = wanted[group], saved.tensors[group]
         for key in sorted(own.keys() | theirs.keys()) if group == "model" else sorted(own.keys() & theirs.keys()):
@@ -94,7 +96,7 @@ def _check_tensors(saved: Checkpoint, model: nn.Module, optimization: Optimizati
                 )
 
 
-def begin_from(folder: Path, config: Config, model: nn.Module, optimization: Optimization) -> list[str]:
+def begin_from(folder: Path, config: Config, model: MimicMotionModel, optimization: Optimization) -> list[str]:
     """Take up the weights, moments and moving average of an earlier stage's checkpoint; steps and rates begin anew.
 
     Where other parameters are trained than there, the averaged weights are what it begins with, and moments begin anew:
@@ -104,10 +106,10 @@ def begin_from(folder: Path, config: Config, model: nn.Module, optimization: Opt
     _check_model(saved, config)
     _check_tensors(saved, model, optimization)
     if optimization.holds_states_of(saved.tensors):
-        model.load_state_dict(saved.tensors["model"])
+        load_own(model, saved.tensors["model"])
         optimization.begin_from(saved.tensors, saved.documents["state"])
         return [f"begins with the weights, moments and moving average of {folder}"]
-    model.load_state_dict(saved.tensors["model"] | saved.tensors.get("ema", {}))
+    load_own(model, saved.tensors["model"] | saved.tensors.get("ema", {}))
     optimization.begin_average()
     return [f"begins with the averaged weights of {folder}; moments begin anew, since other parameters are trained"]
 

@@ -173,6 +173,7 @@ def train_stage(
         batch_size=config.trainer.batch_size,
         lengths=config.data.lengths,
         draw_latents=config.data.draw_latents,
+        max_stride=config.data.max_stride,
     )
     dataset = clips()
     trainer = Trainer(config, dataset, ranks, resume=resume, start=start, plan=plan, fitting=fitting, stop=stop)
