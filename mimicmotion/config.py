@@ -19,6 +19,7 @@ OptimizerKind = Literal["adamw", "adamw8bit"]
 FrozenWeights = Literal["precision", "fp32", "bf16", "int8", "nf4"]
 Placement = Literal["device", "host", "off"]
 Tracker = Literal["none", "wandb", "trackio"]
+WeightsKind = Literal["ema", "raw"]
 LATENT_STRIDE = 8  # pixels a side of one latent pixel, of the VAE and of PoseNet
 
 
@@ -49,6 +50,7 @@ class DataConfig:
     encoder: str = "patch-codec"  # "patch-codec" (stand-in) or a folder or hub id of Stable Video Diffusion
     poses: Literal["dwpose", "holistic"] = "dwpose"  # pose backend that prepare.py runs
     draw_latents: bool = True  # from the VAE's distribution, as SVD's and MimicMotion's trainers do; its mean where off
+    max_stride: int = 1  # frames of a sample lie 1 to max_stride apart, drawn for each, as far as its clip is long
     held_out: float = 0.05  # share of the source videos, rounded down, that is looked at and not trained on
 
     def __post_init__(self) -> None:
@@ -62,6 +64,7 @@ class DataConfig:
         _require(self.num_frames >= 2, "data.num_frames", self.num_frames, "at least 2 (reference and one more)")
         is_good = all(2 <= length < self.num_frames for length in self.lengths)
         _require(is_good, "data.lengths", self.lengths, f"numbers from 2 to below {self.num_frames} (data.num_frames)")
+        _require(self.max_stride >= 1, "data.max_stride", self.max_stride, "at least 1")
         _require(0 <= self.held_out < 1, "data.held_out", self.held_out, "a share from 0 to below 1")
         _require(bool(self.encoder), "data.encoder", self.encoder, '"patch-codec" or a folder or hub id')
 
@@ -92,8 +95,9 @@ class ModelConfig:
     transformer_layers_per_block: int = 1  # transformer layers an attention block
     cross_attention_dim: int = 1024  # channels of the image embedding
     addition_time_embed_dim: int = 256  # channels of each of the three time ids
-    pretrained: Path | None = None  # released weights to start from: .pth, .safetensors or a diffusers folder
-    pretrained_pose_net: Path | None = None  # PoseNet .safetensors that goes with a ComfyUI UNet .safetensors
+    pretrained: Path | None = None  # to start from: .pth, .safetensors, diffusers folder, run, owner/name@revision
+    pretrained_pose_net: Path | None = None  # a file whose PoseNet goes with them, where they are a UNet alone
+    pretrained_weights: WeightsKind = "ema"  # of a run to start from: the moving average, or the raw weights
 
     def __post_init__(self) -> None:
         channels, heads = self.block_out_channels, self.num_attention_heads
@@ -108,6 +112,8 @@ class ModelConfig:
         _require(embed >= 2 and embed % 2 == 0, "model.addition_time_embed_dim", embed, "an even number")
         is_good = self.pretrained_pose_net is None or self.pretrained is not None
         _require(is_good, "model.pretrained_pose_net", self.pretrained_pose_net, "model.pretrained with it")
+        kinds, kind = typing.get_args(WeightsKind), self.pretrained_weights
+        _require(kind in kinds, "model.pretrained_weights", kind, f"one of {kinds}")
 
 
 @dataclass(frozen=True, kw_only=True)

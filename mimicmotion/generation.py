@@ -7,13 +7,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from mimicmotion import checkpoint, sampler
+from mimicmotion import checkpoint, pretrained, sampler
 from mimicmotion.config import Config, Kernels
 from mimicmotion.execution import autocast, use_kernels
 from mimicmotion.json_values import from_json
 from mimicmotion.model.adapters import check_base, load_own
 from mimicmotion.model.encoders import load_encoder
-from mimicmotion.model.start import begin
 from mimicmotion.model.unet import MimicMotionModel, build_model
 from mimicmotion.paths import near
 
@@ -46,8 +45,8 @@ def load_averaged(
     kernels = kernels or config.kernels
     model = build_model(config.model, kernels)
     if config.lora.rank:
-        begin(model, config)
-        check_base(model, saved.documents["base"]["sha256"])
+        pretrained.begin(model, config)
+        check_base(model.base_sha256, saved.documents["base"]["sha256"])
     load_own(model, saved.tensors["model"] | saved.tensors.get("ema", {}))  # dead parameters have no average
     use_kernels(model, kernels)
     return config, model.to(device or own_device()).eval().requires_grad_(False), folder

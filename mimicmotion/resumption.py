@@ -17,7 +17,8 @@ from mimicmotion.model.unet import MimicMotionModel
 from mimicmotion.optimization import Optimization
 
 _OF_THE_RATE = ("optimizer.learning_rate", "optimizer.schedule", "optimizer.warmup_steps")
-_START = ("model.pretrained", "model.pretrained_pose_net")  # what the weights began with does not shape the model
+# What the weights began with does not shape the model.
+_START = ("model.pretrained", "model.pretrained_pose_net", "model.pretrained_weights")
 
 
 def differences(saved: Checkpoint, config: Config, footage: FootageIdentity) -> list[str]:
@@ -53,7 +54,7 @@ def go_on(saved: Checkpoint, model: MimicMotionModel, optimization: Optimization
 
 def _check_tensors(saved: Checkpoint, model: MimicMotionModel, optimization: Optimization) -> None:
     """Raise ValueError where a saved tensor has not the name, shape or dtype of what it is loaded into."""
-    check_base(model, saved.documents.get("base", {}).get("sha256"))
+    check_base(model.base_sha256, saved.documents.get("base", {}).get("sha256"))
     wanted = {"model": own_state(model), **optimization.tensors()}
     for group in wanted.keys() & saved.tensors.keys():
         own, theirs = wanted[group], saved.tensors[group]

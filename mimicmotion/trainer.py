@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mimicmotion import checkpoint, resumption
+from mimicmotion import checkpoint, pretrained, resumption
 from mimicmotion.checkpoint import Checkpoint
 from mimicmotion.config import Config
 from mimicmotion.data.cache import NotFiniteError
@@ -22,7 +22,6 @@ from mimicmotion.fitting import Change, Fitting, NoSmallerPlanError
 from mimicmotion.history import Reporter
 from mimicmotion.json_values import to_json
 from mimicmotion.micro_batch import Batches, Samples, clip_losses, draw_samples, loaded
-from mimicmotion.model import start as start_of
 from mimicmotion.model.adapters import own_state
 from mimicmotion.model.unet import build_model
 from mimicmotion.optimization import build_optimization
@@ -66,7 +65,7 @@ class Trainer:
         self.notes: list[str] = []
         if ranks.device.type == "cpu" and (config.optimizer.states_on_host or config.optimizer.ema == "host"):
             self.notes.append("the device is a CPU: optimizer.states_on_host and ema host move nothing off it")
-        self.notes += start_of.begin(self.model, config)
+        self.notes += pretrained.begin(self.model, config)
         self.optimization = build_optimization(self.model, config, scales_loss=config.trainer.precision == "fp16")
         self.say = print
         place = self.optimization.weight_update.place

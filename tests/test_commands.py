@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -17,12 +18,13 @@ from torch import nn
 from mimicmotion import evaluate, sample, train
 from mimicmotion import prepare as prepare_command
 from mimicmotion.checkpoint import folders
+from mimicmotion.compared import RunClips
 from mimicmotion.config import demo
 from mimicmotion.data.curate import Bounds
 from mimicmotion.data.dataset import ClipDataset
 from mimicmotion.data.preparation import Recipe, prepare
 from mimicmotion.diffusion import preconditioning
-from mimicmotion.generation import other_order
+from mimicmotion.generation import load_averaged, other_order
 from mimicmotion.history import read_history
 from mimicmotion.model.encoders import PatchCodec
 from mimicmotion.run_folder import start_afresh
@@ -150,6 +152,41 @@ def test_evaluate_writes_a_row_a_clip(run_dir, tmp_path):
     assert len(result["clips"]) == 2 and result["encoder"] == "patch-codec (stand-in)"
     assert result["psnr_db"] == pytest.approx(sum(row["psnr_db"] for row in result["clips"]) / 2)
     assert all(-1 <= row["ssim"] <= 1 for row in result["clips"])
+    assert "trained on" in result["chosen"] and result["sampling"]["num_steps"] == 2 and result["seed"] == 0
+    assert (
+        "'swaying'" in result["missing"]["poses"]
+        and "patch-codec (stand-in) has no CLIP" in result["missing"]["identity"]
+    )
+    # The key points are the cache's, so that the person's region needs no backend.
+    assert result["person_psnr_db"] == pytest.approx(sum(row["person_psnr_db"] for row in result["clips"]) / 2)
+    assert {"psnr_db", "nearest_distance_px"} <= result["repeating_the_reference"].keys()
+    with av.open(str(tmp_path / "evaluate" / f"001-{result['clips'][0]['clip']}.mp4")) as container:
+        assert (container.streams.video[0].width, container.streams.video[0].frames) == (4 * 64, NUM_FRAMES - 1)
+
+
+def test_a_run_against_itself_has_the_same_noise_and_no_difference(run_dir, tmp_path):
+    evaluate.run(
+        evaluate.Arguments(
+            run_dir=run_dir, against=run_dir, num_clips=1, check_pose_order=True, output=tmp_path / "e.json"
+        )
+    )
+    result = json.loads((tmp_path / "e.json").read_text())
+    assert result["against"]["tests"]["psnr_db"]["mean_difference"] == 0
+    assert result["against"]["settings_that_differ"] == []
+    assert result["other_pose_order"]["psnr_db"] != result["psnr_db"]
+    assert (tmp_path / "e-against").is_dir() and "e-against/001-" in (tmp_path / "e.html").read_text()
+
+
+def test_a_run_that_holds_videos_out_is_evaluated_on_them(run_dir, monkeypatch):
+    """Two clips of two videos of which half is held out; a folder that is given counts whole."""
+    config, *rest = load_averaged(run_dir)
+    config = replace(config, data=replace(config.data, held_out=0.5))
+    monkeypatch.setattr("mimicmotion.compared.load_averaged", lambda _: (config, *rest))
+    held_out = RunClips(run_dir)
+    trained = ClipDataset(config.data.prepared, NUM_FRAMES, config.trainer.seed, held_out=0.5).clip_ids
+    assert len(trained) == len(held_out.dataset.clip_ids) == 1 and held_out.dataset.clip_ids != trained
+    assert "holds out" in held_out.about(0)["chosen"]
+    assert len(RunClips(run_dir, prepared=config.data.prepared).dataset.clip_ids) == 2
 
 
 def test_fresh_start_moves_an_earlier_run_aside(tmp_path):
@@ -179,7 +216,7 @@ def test_training_that_cannot_go_on_exits_with_the_reason(prepared, tmp_path):
         (train, ["--resume", "--run-dir", "rum"], r"--resume: rum holds no checkpoint .*: run\).* leave --resume out"),
         (sample, ["--run-dir", "rnu"], r"sampling stopped: rnu holds no checkpoint .*: run\)"),
         (evaluate, ["--run-dir", "rnu"], r"evaluation stopped: rnu holds no checkpoint .*: run\)"),
-        (prepare_command, ["--videos", "cilps"], r"preparing stopped: .* cilps, which is not a folder .*: clips\)"),
+        (prepare_command, ["--videos", "cilps"], r"preparing stopped: .* cilps, which is not there .*: clips\)"),
         (prepare_command, ["--encoder", "./svb"], r"preparing stopped: encoder: svb is not there .*: svd\)"),
         (prepare_command, ["--dwpose-dir", "svb", "--poses", "dwpose"], r"svb without yolox_l.onnx"),
     ],

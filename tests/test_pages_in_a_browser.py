@@ -1,16 +1,18 @@
-"""The pages of a prepared folder and of a run, opened from disk in a real browser."""
+"""The pages of a prepared folder, of a run and of an evaluation, opened from disk in a real browser."""
 
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import videos
 from browser import CHROMIUM, Browser, browser
 from test_record import _row
 from test_report import prepare_in
 from tiny import tiny_config
 
 from mimicmotion.data.report_page import write_report
+from mimicmotion.evaluate import Arguments, run
 from mimicmotion.record import Record
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (apt install chromium)")
@@ -56,6 +58,30 @@ def test_a_page_opens_from_disk_and_shows_all_of_itself(opened: Browser, tmp_pat
         assert len(found["pictures"]) == 2 and "1 clip of 1 video kept" in found["text"]
     else:
         assert "3 steps in 0.2 minutes" in found["text"]
+
+
+def test_an_evaluation_shows_both_videos_of_each_clip_and_its_figures(opened: Browser, tmp_path: Path) -> None:
+    for number in range(2):
+        for name, shift in (("truth", 0), ("ours", 1), ("theirs", 2)):
+            (tmp_path / name).mkdir(exist_ok=True)
+            videos.write_video(tmp_path / name / f"dance {number} <a>.mp4", 12 + shift, 64, 48)
+    asked = Arguments(
+        generated=tmp_path / "ours", truth=tmp_path / "truth", against=tmp_path / "theirs", num_frames=9, poses="none"
+    )
+    run(asked)
+    page = tmp_path / "ours" / "evaluate.html"
+    for width, is_dark in ((400, True), (1400, False)):
+        found = opened.open(page, width=width, is_dark=is_dark)
+        assert opened.complaints() == [] and found["scripts"] == 0
+        assert found["width"] <= found["window"] == width
+        assert len(found["pictures"]) == 4 and all(stored == 144 and alt for stored, _, _, alt in found["pictures"])
+    for words in ("dance 1 <a>", "no test can tell with fewer than 6", "repeating the reference", "Not measured: fvd"):
+        assert words in found["text"]
+    shown = "[...document.querySelectorAll('video')].map(v => [v.error === null, v.videoWidth, v.duration > 0.2])"
+    waited = f"new Promise(done => setTimeout(() => done({shown}), 1000))"
+    played = opened.ask("Runtime.evaluate", expression=waited, returnByValue=True, awaitPromise=True)
+    assert played["result"]["value"] == [[True, 144, True]] * 4
+    assert opened.picture(tmp_path / "page.png").stat().st_size > 20_000
 
 
 def test_the_browser_sees_what_a_page_must_not_do(opened: Browser, tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def adapt(model: MimicMotionModel, config: LoraConfig, precision: Precision) -> 
         return []
     layers = _layers(model.unet, config.target)
     if not is_fake(next(model.unet.parameters())):
-        model.base_sha256 = _sha256(model.unet)
+        model.base_sha256 = sha256_of(model.state_dict())
     model.unet.requires_grad_(False)
     model.pose_net.requires_grad_(config.pose_net)
     whole = num_parameters(model)  # before quantised ones are packed
@@ -76,13 +76,23 @@ def load_own(model: MimicMotionModel, tensors: Mapping[str, Tensor]) -> None:
     model.load_state_dict(tensors, strict=False)  # what is not its own is frozen
 
 
-def check_base(model: MimicMotionModel, saved_sha256: str | None) -> None:
-    """Raise ValueError where adapters were trained for other weights than the model has."""
-    if saved_sha256 != model.base_sha256:
+def check_base(found_sha256: str | None, saved_sha256: str | None) -> None:
+    """Raise ValueError where adapters were trained for other weights than there are."""
+    if saved_sha256 != found_sha256:
         raise ValueError(
             f"the adapters are for other weights than model.pretrained has now (SHA-256 {str(saved_sha256)[:12]}, now "
-            f"{str(model.base_sha256)[:12]}); give the weights that they were trained on."
+            f"{str(found_sha256)[:12]}); give the weights that they were trained on."
         )
+
+
+def sha256_of(state: Mapping[str, Tensor]) -> str:
+    """Of the UNet's tensors, by the model's own names, in float32: what adapters are for."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        if name.startswith("unet."):
+            found.update(name.encode())
+            found.update(tensor.detach().to("cpu", torch.float32).contiguous().view(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def merged(state: Mapping[str, Tensor], adapters: Mapping[str, Tensor], weight: float) -> dict[str, Tensor]:
@@ -176,15 +186,6 @@ def _inject(unet: nn.Module, layers: list[str], config: LoraConfig) -> None:
             factor = getattr(module, group)[NAME]
             factor.weight = nn.Parameter(torch.zeros(factor.weight.shape, device=device))
         nn.init.kaiming_uniform_(module.lora_A[NAME].weight, a=math.sqrt(5))  # pyright: ignore
-
-
-def _sha256(module: nn.Module) -> str:
-    """Of all tensors and their names."""
-    found = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        found.update(name.encode())
-        found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
 
 
 def _peft():
