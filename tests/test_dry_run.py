@@ -85,7 +85,7 @@ def test_a_card_that_is_named_gives_a_time_and_each_shape_a_plan(more, capsys, m
     assert all((run.plan is not None) == has_plan and run.cost.reserved_bytes < 2 << 30 for run in found)
     seconds = 3 * sum(run.step_s for run in found) / 2
     said = re.search(r"time on one GPU: ([\d.]+) s a step, ([\d.]+) hours in all \(modelled\)", printed)
-    assert float(said[1]) == pytest.approx(seconds, abs=0.005)
+    assert said is not None and float(said[1]) == pytest.approx(seconds, abs=0.005)
     assert float(said[2]) == pytest.approx(1e7 * seconds / 3600, abs=0.05)
     monkeypatch.setattr("sys.argv", [*words, "--card", "RTX 4O90"])
     with pytest.raises(SystemExit, match=r"no dry run: .*RTX 4O90.*RTX 4090"):
