@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mimicmotion import sampler
 from mimicmotion.config import Config
-from mimicmotion.execution import autocast
+from mimicmotion.execution import autocast, input_dtype
 from mimicmotion.generation import Decoder, drawn_frames, sampler_settings
 from mimicmotion.model.encoders import SPATIAL_FACTOR, Encoder
 from mimicmotion.model.unet import MimicMotionModel
@@ -74,14 +74,14 @@ def generate_latents(
     Weights in float32 run under autocast in the run's precision. Poses come over a tile at a time. device: where the
     model is, or where its hooks bring it.
     """
-    weight = next(model.parameters())
-    device = device or weight.device
+    dtype = input_dtype(model)
+    device = device or next(model.parameters()).device
     conditions = Conditions(
         reference_latent=conditions.reference_latent.to(device),
-        image_embedding=conditions.image_embedding.to(device, weight.dtype),
+        image_embedding=conditions.image_embedding.to(device, dtype),
         pose=conditions.pose,
     )
-    with autocast(device, config.trainer.precision, weight.dtype):
+    with autocast(device, config.trainer.precision, dtype):
         latents = sampler.sample(
             model,
             conditions,

@@ -23,8 +23,10 @@ from mimicmotion.commands import one_sentence
 from mimicmotion.config import Config, WeightsKind
 from mimicmotion.generation import run_folder_of
 from mimicmotion.json_values import from_json
+from mimicmotion.model.adapters import weight_of
 from mimicmotion.model.unet import MimicMotionModel, build_model
 from mimicmotion.model.weights import Weights, compare
+from mimicmotion.model.weights.adapter_files import write_adapters
 from mimicmotion.model.weights.writing import Layout, cast, write_layout
 from mimicmotion.model_card import Export, has_released_sizes, model_card
 from mimicmotion.paths import free_gib, near
@@ -40,6 +42,7 @@ class Arguments:
     layout: Layout = "tencent"  # tencent: one .pth; comfyui: its folders; diffusers: unet/ and pose_net/
     weights: WeightsKind = "ema"  # the moving average of the weights, or the raw ones
     dtype: Literal["fp16", "bf16", "fp32"] = "fp16"  # of every tensor; the released ones are fp16
+    lora: Literal["merge", "adapter"] = "merge"  # a run's adapters: in the weights they are for, or by themselves
     output: Path | None = None  # folder to make; where none is given, export/LAYOUT-STEP-WEIGHTS-DTYPE in the run's
     debug: bool = False  # show where in the code an error arose
 
@@ -55,33 +58,40 @@ def run(arguments: Arguments) -> Path:
     folder, kind = own
     saved = checkpoint.load(folder, groups=("model", "ema"))
     config: Config = from_json(saved.documents["config"])
-    tensors, kind = pretrained.whole(saved, kind)
+    is_adapter = arguments.lora == "adapter"
+    if is_adapter and not config.lora.rank:
+        raise ValueError(f"{folder} has no adapters (its lora.rank is 0); leave --lora adapter out.")
+    tensors, kind = pretrained.own(saved, kind) if is_adapter else pretrained.whole(saved, kind)
     with torch.device("meta"):
         model = build_model(config.model)
-    tensors = _checked(model, tensors, folder, arguments.dtype)
+    if not is_adapter:
+        _check_whole(model, tensors, folder)
+    tensors = cast(tensors, _DTYPES[arguments.dtype])
     run_dir = run_folder_of(arguments.run_dir)
     export = Export(
         run=run_dir.absolute().name, folder=folder, saved=saved, config=config, layout=arguments.layout, kind=kind,
         dtype=arguments.dtype, num_tensors=len(tensors), evaluation=run_dir / "evaluate.json",
+        is_adapter=is_adapter,
     )  # fmt: skip
-    name = f"{arguments.layout}-{saved.step}-{kind}-{arguments.dtype}"
+    name = f"{'adapter-' if is_adapter else ''}{arguments.layout}-{saved.step}-{kind}-{arguments.dtype}"
     output = arguments.output or run_dir / "export" / name
     _write(export, output, tensors, model)
     print(f"{kind} weights of step {saved.step}, {len(tensors):,} tensors in {arguments.dtype}: {output}", flush=True)
     if kind != arguments.weights:
         print("the run takes no moving average (optimizer.ema off): these are its raw weights", flush=True)
+    if config.lora.rank and not is_adapter:
+        print(f"its adapters are merged into {config.model.pretrained}; --lora adapter has them alone", flush=True)
     if not has_released_sizes(config.model):
         print("its sizes are not the released model's: programs that build only that one cannot load it", flush=True)
     return output
 
 
-def _checked(model: MimicMotionModel, tensors: dict[str, Tensor], folder: Path, dtype: str) -> dict[str, Tensor]:
-    """A whole model's tensors in the dtype that is asked for. Raises ValueError where one is missing or not finite."""
+def _check_whole(model: MimicMotionModel, tensors: dict[str, Tensor], folder: Path) -> None:
+    """Raise ValueError where a tensor of the model is missing, or is another one."""
     if report := compare(model, Weights(source=folder, tensors=tensors)):
         raise ValueError(
             f"{folder} does not hold the model that its settings say ({report}); export another checkpoint."
         )
-    return cast(tensors, _DTYPES[dtype])
 
 
 def _write(export: Export, output: Path, tensors: dict[str, Tensor], model: MimicMotionModel) -> None:
@@ -93,9 +103,13 @@ def _write(export: Export, output: Path, tensors: dict[str, Tensor], model: Mimi
     try:
         partial.mkdir(parents=True)
         data = export.config.data
-        files = write_layout(
-            export.layout, partial, tensors, model.unet, num_frames=data.num_frames, metadata=export.metadata
-        )
+        if export.is_adapter:
+            weight = weight_of(export.config.lora)
+            files = write_adapters(export.layout, partial, tensors, weight, export.metadata)
+        else:
+            files = write_layout(
+                export.layout, partial, tensors, model.unet, num_frames=data.num_frames, metadata=export.metadata
+            )
         (partial / "README.md").write_text(model_card(export, partial, files), encoding="utf-8")
         for path in (*partial.rglob("*"), partial):
             checkpoint.flush(path)

@@ -34,6 +34,7 @@ class Export:
     dtype: str
     num_tensors: int
     evaluation: Path  # evaluate.json, where the run has one
+    is_adapter: bool = False  # adapters and PoseNet alone
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -62,7 +63,7 @@ def model_card(export: Export, output: Path, files: Sequence[Path]) -> str:
     parts = [
         "---\nlibrary_name: diffusers\ntags: [mimicmotion, image-to-video, pose-guided]\n---",
         f"# {printable(export.run)}, step {step}",
-        f"MimicMotion's UNet and PoseNet, {export.num_tensors:,} tensors in {export.dtype}: {averaged}. {begun}",
+        f"{_what(export)}, {export.num_tensors:,} tensors in {export.dtype}: {averaged}. {begun}",
         "## Use",
         _use(export, files, output),
         *_of_other_sizes(config.model),
@@ -80,9 +81,21 @@ def model_card(export: Export, output: Path, files: Sequence[Path]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _what(export: Export) -> str:
+    lora = export.config.lora
+    if not lora.rank:
+        return "MimicMotion's UNet and PoseNet"
+    adapters = f"adapters (LoRA) of rank {lora.rank} on {lora.target} layers"
+    if export.is_adapter:
+        return f"MimicMotion's PoseNet, and {adapters} for its UNet"
+    return f"MimicMotion's UNet and PoseNet with {adapters} merged in"
+
+
 def _use(export: Export, files: Sequence[Path], output: Path) -> str:
     names = [path.relative_to(output).as_posix() for path in files]
     heads = export.config.model.num_attention_heads
+    if export.is_adapter:
+        return _use_of_adapters(export, names)
     again = f"`--model.pretrained {names[0]}` of train.py begins another run with it."
     if export.layout == "tencent":
         return f"The layout of Tencent's MimicMotion: name `{names[0]}` as `ckpt_path` of its settings. {again}"
@@ -97,6 +110,20 @@ def _use(export: Export, files: Sequence[Path], output: Path) -> str:
         '`UNetSpatioTemporalConditionModel.from_pretrained(folder, subfolder="unet")` of diffusers reads the UNet, '
         f"whose head counts {heads} no shape shows; PoseNet is MimicMotion's own and lies beside it. "
         "`--model.pretrained` of train.py takes the folder."
+    )
+
+
+def _use_of_adapters(export: Export, names: Sequence[str]) -> str:
+    if export.layout == "diffusers":
+        return (
+            "diffusers' class for SVD takes no adapters by itself. With peft: `class UNet("
+            "UNetSpatioTemporalConditionModel, PeftAdapterMixin): pass`, and then `UNet.from_pretrained(...)` of the "
+            f'weights above and its `load_lora_adapter(folder, prefix="unet", weight_name="{names[0]}")`. PoseNet is '
+            "MimicMotion's own and lies beside it."
+        )
+    return (
+        f"`{names[0]}` has kohya's names, which ComfyUI's loaders of LoRA read; they know spatial layers only, so use "
+        "export.py with --lora merge where temporal ones were trained. PoseNet goes where the wrapper looks for it."
     )
 
 

@@ -124,7 +124,8 @@ def make_videos(arguments: PictureArguments) -> list[Path]:
     budget = budget_gib(arguments.memory_budget)
     dtype = DTYPES[config.trainer.precision]
     rows = _rows_at_once(config, dtype, poses.shape, len(seeds), budget, progress)
-    model = load_model().to(own_device(), dtype)
+    model = load_model().to(own_device())
+    model = model if config.lora.rank else model.to(dtype)  # what a base is kept in stays
     with progress:
         latents = generate_latents(
             model,
@@ -178,10 +179,11 @@ def _source(arguments: PictureArguments) -> tuple[Config, Callable[[], MimicMoti
         config, model, folder = load_averaged(arguments.run_dir, arguments.kernels, torch.device("cpu"))
         return _as_asked(arguments, config), lambda: model, f"checkpoint {folder.as_posix()}"
     path, config = arguments.weights, _as_asked(arguments, PRESETS[arguments.preset]())
+    found = weights.read(path, arguments.pose_net)  # before anything else: the file that is most often wrong
 
     def load() -> MimicMotionModel:
         model = build_model(config.model, config.kernels)
-        for note in weights.load(model, weights.read(path, arguments.pose_net)):
+        for note in weights.load(model, found):
             VideoProgress().say(note)
         if not model.pose_net.final_proj.weight.any():
             raise ValueError(f"{printable(path)} holds no PoseNet, without which poses do nothing; give --pose-net")
@@ -290,7 +292,7 @@ def _rows_at_once(
     most = min(MOST_ROWS, num_seeds * (1 + guided) * len(tiles(num_frames, tile, config.sampling.tile_overlap)))
     rows = most_within(
         budget,
-        range(most, 0, -1),
+        most,
         lambda count: network_bytes(config, dtype, height, width, tile, count),
         f"a tile of {tile} frames of {height}x{width} pixels",
     )
@@ -305,9 +307,7 @@ def _decoding_within(
     if budget is None:
         return config
     asked = config.sampling.decode_frames
-    frames = most_within(
-        budget, range(asked, 0, -1), lambda count: decoder_bytes(decoder, *size, count), "decoding a frame"
-    )
+    frames = most_within(budget, asked, lambda count: decoder_bytes(decoder, *size, count), "decoding a frame")
     if frames < asked:
         progress.say(f"memory budget {budget:.2f} GiB: {frames} frames decoded together and not {asked} (modelled)")
     return dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, decode_frames=frames))

@@ -32,7 +32,7 @@ from mimicmotion.data.poses import load_backend
 from mimicmotion.data.progress import VideoProgress
 from mimicmotion.data.still import Fit, fitted, from_pil, read_still
 from mimicmotion.model.encoders import CLIP_MEAN, CLIP_STD, SVDEncoder
-from mimicmotion.model.pose_net import PoseNet
+from mimicmotion.model.pose_net import PoseNet, lay_out_channels_last
 from mimicmotion.model.unet import MimicMotionModel
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -78,6 +78,7 @@ class MimicMotionPipeline(DiffusionPipeline):
         settings: Any = feature_extractor
         if not np.allclose([settings.image_mean, settings.image_std], [CLIP_MEAN, CLIP_STD], atol=1e-4):
             raise ValueError(f"got feature_extractor of mean {settings.image_mean}, wanted CLIP's, {CLIP_MEAN}")
+        lay_out_channels_last(pose_net)  # which is lost where it is loaded
         self.register_modules(
             vae=vae,
             image_encoder=image_encoder,

@@ -35,10 +35,10 @@ def read(config: ModelConfig) -> Weights:
     """The weights that a model is to begin with. Raises ValueError or CheckpointError where they cannot be used."""
     path, beside = config.pretrained, config.pretrained_pose_net
     assert path is not None
-    if (own := own_checkpoint(path, config.pretrained_weights)) is not None:
+    if (found := own_checkpoint(path, config.pretrained_weights)) is not None:
         if beside is not None:
             raise ValueError(f"{path} is of a run, whose PoseNet it has; leave --model.pretrained-pose-net out.")
-        return of_checkpoint(*own)
+        return of_checkpoint(*found)
     path, beside = (hub.fetch(each) if each is not None and hub.is_hub_id(each) else each for each in (path, beside))
     assert path is not None
     return weights.read(path, beside)
@@ -66,19 +66,27 @@ def of_checkpoint(folder: Path, kind: WeightsKind) -> Weights:
     )
 
 
-def whole(saved: Checkpoint, kind: WeightsKind) -> tuple[dict[str, Tensor], WeightsKind]:
-    """Every tensor of a checkpoint's model, and which they are: raw ones where the run takes no average.
+def own(saved: Checkpoint, kind: WeightsKind) -> tuple[dict[str, Tensor], WeightsKind]:
+    """The tensors that a checkpoint holds of its model, and which they are: raw ones where the run takes no average.
 
-    What is never trained has no average and is the same in both. Adapters are merged into the weights that they were
-    trained on, which are read again; raises ValueError where they are other ones now.
+    What is never trained has no average and is the same in both.
     """
-    has_average = kind == "ema" and "ema" in saved.tensors
-    tensors = saved.tensors["model"] | (saved.tensors["ema"] if has_average else {})
-    kind = "ema" if has_average else "raw"
+    if kind == "raw" or "ema" not in saved.tensors:
+        return saved.tensors["model"], "raw"
+    return saved.tensors["model"] | saved.tensors["ema"], "ema"
+
+
+def whole(saved: Checkpoint, kind: WeightsKind) -> tuple[dict[str, Tensor], WeightsKind]:
+    """Every tensor of a checkpoint's model, and which they are, as `own`.
+
+    Adapters are merged into the weights that they were trained on, which are read again. Raises ValueError where they
+    are other ones now.
+    """
+    tensors, kind = own(saved, kind)
     if "base" not in saved.documents:
         return tensors, kind
     config: Config = from_json(saved.documents["config"])
     base = read(config.model).tensors
     check_base(sha256_of(base), saved.documents["base"]["sha256"])
-    own = {name: tensor for name, tensor in tensors.items() if not is_adapters(name)}  # PoseNet's
-    return merged(base, tensors, weight_of(config.lora)) | own, kind
+    pose_net = {name: tensor for name, tensor in tensors.items() if not is_adapters(name)}
+    return merged(base, tensors, weight_of(config.lora)) | pose_net, kind

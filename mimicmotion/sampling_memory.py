@@ -1,10 +1,10 @@
 """What sampling takes of a device's memory, modelled by tracing it with fake tensors, and what fits into a budget."""
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Literal
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mimicmotion.config import LATENT_STRIDE, Config
@@ -53,20 +53,25 @@ def network_bytes(config: Config, dtype: torch.dtype, height: int, width: int, n
 
 
 def decoder_bytes(decoder: Decoder, height: int, width: int, num_frames: int) -> int:
-    """Modelled bytes at the peak of decoding num_frames frames together; weights stand outside of it."""
+    """Modelled bytes at the peak of decoding num_frames frames together, the weights that come with it included."""
+    networks = [part for part in vars(decoder).values() if isinstance(part, nn.Module)]
+    weights = [parameter for network in networks for parameter in network.parameters()]
     with FakeTensorMode(allow_non_fake_inputs=True):
         latents = torch.empty(num_frames, 4, height // LATENT_STRIDE, width // LATENT_STRIDE)
-        return trace(lambda: decoder.decode(latents), device_kind="cuda").peak_bytes
+        own_bytes = trace(lambda: decoder.decode(latents), [latents], device_kind="cuda").peak_bytes
+    return own_bytes + sum(weight.numel() * weight.element_size() for weight in weights)
 
 
-def most_within(budget: float, sizes: Sequence[int], bytes_of: Callable[[int], int], what: str) -> int:
-    """The largest of sizes, which fall, whose bytes fit into a budget of GiB. Raises ValueError where none does."""
-    needed = math.inf
-    for size in sizes:
-        needed = bytes_of(size) / GIB
-        if needed <= budget:
-            return size
-    raise ValueError(
-        f"{what} takes {needed:.2f} GiB (modelled) and the budget is {budget:g}: give a smaller --size, a shorter"
-        " --tile or a larger --memory-budget"
-    )
+def most_within(budget: float, most: int, bytes_of: Callable[[int], int], what: str) -> int:
+    """`most` or the first of its halves whose bytes fit into a budget of GiB, at least 1. Raises ValueError where 1 is
+    too many.
+    """
+    needed = bytes_of(1) / GIB
+    if needed > budget:
+        raise ValueError(
+            f"{what} takes {needed:.3g} GiB (modelled) and the budget is {budget:.3g}: give a smaller --size, a shorter"
+            " --tile or a larger --memory-budget"
+        )
+    while most > 1 and bytes_of(most) / GIB > budget:
+        most //= 2
+    return most

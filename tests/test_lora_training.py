@@ -8,15 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.loaders.peft import PeftAdapterMixin
+from diffusers.models.unets.unet_spatio_temporal_condition import UNetSpatioTemporalConditionModel
+from safetensors.torch import load_file
 from tiny import MODEL, NoiseClips, tiny_config
 from torch import Tensor
 
 import mmkernels
-from mimicmotion import checkpoint, generation, sampler
+from mimicmotion import checkpoint, export, generation, sampler
 from mimicmotion.config import Config, LoraConfig, mimicmotion_16
 from mimicmotion.distributed import Ranks
 from mimicmotion.dry_run import dry_run
 from mimicmotion.history import read_history
+from mimicmotion.model import weights
 from mimicmotion.model.adapters import adapt, is_adapters, merged, own_state, pairs, weight_of
 from mimicmotion.model.unet import MimicMotionModel, build_model
 from mimicmotion.trainer import Trainer
@@ -107,7 +111,7 @@ def latents_of(model: MimicMotionModel, config: Config) -> Tensor:
     clip = NoiseClips(config=config).sample(0, 0)
     names = ("reference_latent", "image_embedding", "pose")
     conditions = sampler.Conditions(**{name: clip[name].unsqueeze(0).double() for name in names})
-    noise = sampler.initial_noise((1, *clip["latents"].shape), 0).double()
+    noise = torch.randn(1, *clip["latents"].shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     settings = {"guidance": 2.0, "tile": 3, "overlap": 0, "fps": 7, "motion_bucket": 127}
     return sampler.sample(model.double(), conditions, noise, num_steps=2, **settings)
 
@@ -128,6 +132,41 @@ def test_the_adapter_on_its_base_gives_the_latents_of_the_merged_weights(
     assert (latents_of(adapted, config) - expected).abs().max() < 1e-6 * expected.abs().max()
     assert (latents_of(base, config) - expected).abs().max() > 1e-2 * expected.abs().max()  # they do something
     assert checkpoint.load(folder).documents["base"]["sha256"] == adapted.base_sha256
+
+
+class UNetWithAdapters(UNetSpatioTemporalConditionModel, PeftAdapterMixin):
+    """As the model card has it: diffusers' class for SVD takes no adapters by itself."""
+
+
+def test_exports_give_the_latents_of_the_run(tmp_path: Path, released: Path) -> None:
+    """Merged weights as a start; the adapter alone by diffusers' own loader, on the UNet that it was trained on."""
+    config = lora_config(tmp_path / "run", released)
+    train(dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, learning_rate=0.05)))
+    _, adapted, _ = generation.load_averaged(config.run_dir, "torch")
+    expected = latents_of(adapted, config)
+    whole = export.run(export.Arguments(run_dir=config.run_dir, dtype="fp32"))
+    read = weights.read(whole / "MimicMotion_1.pth").tensors
+    model = build_model(MODEL).eval().requires_grad_(False)
+    model.load_state_dict(dict(read))
+    assert (latents_of(model, config) - expected).abs().max() < 1e-6 * expected.abs().max()
+
+    alone = export.run(export.Arguments(run_dir=config.run_dir, layout="diffusers", lora="adapter", dtype="fp32"))
+    model = build_model(MODEL).eval().requires_grad_(False)
+    model.load_state_dict(torch.load(released, weights_only=True))
+    model.unet.__class__ = UNetWithAdapters
+    model.unet.load_lora_adapter(alone, prefix="unet", weight_name="pytorch_lora_weights.safetensors")
+    pose_net = load_file(alone / "pose_net" / "diffusion_pytorch_model.safetensors")
+    model.pose_net.load_state_dict(pose_net)
+    assert (latents_of(model, config) - expected).abs().max() < 1e-6 * expected.abs().max()
+
+    theirs = export.run(export.Arguments(run_dir=config.run_dir, layout="comfyui", lora="adapter", dtype="fp32"))
+    kohya = load_file(theirs / "models" / "loras" / "MimicMotion_lora.safetensors")
+    name = "lora_unet_down_blocks_0_attentions_0_temporal_transformer_blocks_0_attn1_to_q"
+    layer: Any = adapted.unet.get_submodule("down_blocks.0.attentions.0.temporal_transformer_blocks.0.attn1.to_q")
+    added = kohya[f"{name}.lora_up.weight"] @ kohya[f"{name}.lora_down.weight"] * kohya[f"{name}.alpha"] / 4
+    torch.testing.assert_close(added, layer.get_delta_weight("default").float())
+    with pytest.raises(ValueError, match="Tencent's layout has no form for adapters"):
+        export.run(export.Arguments(run_dir=config.run_dir, lora="adapter"))
 
 
 @pytest.fixture(scope="module")

@@ -195,11 +195,9 @@ class SVDEncoder:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Pictures (F, 3, H, W), clamped to [-1, 1], in float32; several frames at a time, as upstream decodes."""
-        pictures = [
-            self._vae.decode(_as_read_by(self._vae, part), num_frames=len(part)).sample for part in self._parts(latents)
-        ]
-        return torch.cat(pictures).to(latents.device, torch.float32).clamp(-1, 1)
+        """Pictures (F, 3, H, W), clamped to [-1, 1], in float32, all decoded at once: each frame sees the others."""
+        pictures = self._vae.decode(_as_read_by(self._vae, latents), num_frames=len(latents)).sample
+        return pictures.to(latents.device, torch.float32).clamp(-1, 1)
 
     @torch.no_grad()
     def embed(self, frames: Tensor) -> Tensor:
