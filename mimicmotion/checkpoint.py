@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from mimicmotion.data.cache import file_sha256
 from mimicmotion.paths import free_gib
+from mimicmotion.tensor_file import save_tensor_file
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d+)")
@@ -38,7 +40,7 @@ class Checkpoint:
     documents: dict[str, Any]
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Put a file's or folder's content on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -90,23 +92,22 @@ def _write(checkpoint: Checkpoint, final: Path, partial: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed while saving
     partial.mkdir(parents=True)
     for name, tensors in checkpoint.tensors.items():
-        plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        safetensors.torch.save_file(plain, partial / f"{name}.safetensors")
+        save_tensor_file(tensors, partial / f"{name}.safetensors")
     for name, document in checkpoint.documents.items():
         (partial / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n")
     files = sorted(partial.iterdir())
     for path in files:
-        _flush(path)
+        flush(path)
     sums = {path.name: file_sha256(path) for path in files}
     (partial / MANIFEST).write_text(_manifest(checkpoint.step, sums))
-    _flush(partial / MANIFEST)
-    _flush(partial)
+    flush(partial / MANIFEST)
+    flush(partial)
     replaced = final.with_name(f".{final.name}.replaced")
     shutil.rmtree(replaced, ignore_errors=True)
     if final.exists():  # the same step again: moved away whole, since a folder cannot be renamed over another
         final.rename(replaced)
     partial.rename(final)
-    _flush(final.parent)
+    flush(final.parent)
 
 
 def _manifest(step: int, sums: dict[str, str]) -> str:
@@ -164,8 +165,8 @@ def _aside(folder: Path) -> Path:
     return aside
 
 
-def load(folder: Path) -> Checkpoint:
-    """Read a checkpoint after checking every SHA-256 sum.
+def load(folder: Path, groups: Collection[str] | None = None) -> Checkpoint:
+    """Read a checkpoint after checking every SHA-256 sum. groups: of tensors to read, all where none are named.
 
     Raises CheckpointError where one differs, and names the newest intact checkpoint of the same run.
     """
@@ -181,7 +182,11 @@ def load(folder: Path) -> Checkpoint:
     paths = [folder / name for name in sorted(manifest["sha256"])]  # nothing that was not checked
     return Checkpoint(
         step=manifest["step"],
-        tensors={path.stem: safetensors.torch.load_file(path) for path in paths if path.suffix == ".safetensors"},
+        tensors={
+            path.stem: safetensors.torch.load_file(path)
+            for path in paths
+            if path.suffix == ".safetensors" and (groups is None or path.stem in groups)
+        },
         documents={path.stem: json.loads(path.read_text()) for path in paths if path.suffix == ".json"},
     )
 

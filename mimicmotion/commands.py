@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError
 
 from mimicmotion.checkpoint import CheckpointError
-from mimicmotion.data.cache import FULL
+from mimicmotion.data.cache import EXHAUSTED, FULL
 from mimicmotion.paths import free_gib
 
 # What files, weights, disks, memory and missing packages can do, and what is refused.
@@ -40,6 +40,8 @@ def sentence(error: Exception) -> str:
         return f"{error}; `pip install -e .` in the checkout installs what is needed"
     if isinstance(error, OSError) and error.errno in FULL:
         return f"no space left to write {_name(error)}{free_gib(error.filename)}; free some and start again"
+    if isinstance(error, OSError) and error.errno in EXHAUSTED:
+        return "too many files are open; give fewer --workers, or allow more with `ulimit -n`"
     if isinstance(error, OSError) and error.errno in _FORBIDDEN:
         return f"{_name(error)} cannot be used ({error.strerror}); give another place, or the rights to this one"
     return str(error) or type(error).__name__

@@ -8,7 +8,7 @@ import re
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from mimicmotion.shapes import Bucket, size_of
 
@@ -16,8 +16,10 @@ Kernels = Literal["fused", "checkpoint", "torch"]
 PresetName = Literal["demo", "mimicmotion-72", "mimicmotion-16"]
 Precision = Literal["fp32", "bf16", "fp16"]
 OptimizerKind = Literal["adamw", "adamw8bit"]
+FrozenWeights = Literal["precision", "fp32", "bf16", "int8", "nf4"]
 Placement = Literal["device", "host", "off"]
 Tracker = Literal["none", "wandb", "trackio"]
+WeightsKind = Literal["ema", "raw"]
 LATENT_STRIDE = 8  # pixels a side of one latent pixel, of the VAE and of PoseNet
 
 
@@ -25,6 +27,14 @@ def _require(is_good: bool, name: str, got: object, wanted: str) -> None:
     """Raise ValueError saying which field got what and what it wants."""
     if not is_good:
         raise ValueError(f"{name} is {got!r}; give {wanted}.")
+
+
+def _require_pattern(name: str, pattern: str) -> None:
+    """Raise ValueError where re.search does not read it."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{name}: {pattern!r} is no pattern ({error}); give one that re.search reads") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +50,7 @@ class DataConfig:
     encoder: str = "patch-codec"  # "patch-codec" (stand-in) or a folder or hub id of Stable Video Diffusion
     poses: Literal["dwpose", "holistic"] = "dwpose"  # pose backend that prepare.py runs
     draw_latents: bool = True  # from the VAE's distribution, as SVD's and MimicMotion's trainers do; its mean where off
+    max_stride: int = 1  # frames of a sample lie 1 to max_stride apart, drawn for each, as far as its clip is long
     held_out: float = 0.05  # share of the source videos, rounded down, that is looked at and not trained on
 
     def __post_init__(self) -> None:
@@ -53,6 +64,7 @@ class DataConfig:
         _require(self.num_frames >= 2, "data.num_frames", self.num_frames, "at least 2 (reference and one more)")
         is_good = all(2 <= length < self.num_frames for length in self.lengths)
         _require(is_good, "data.lengths", self.lengths, f"numbers from 2 to below {self.num_frames} (data.num_frames)")
+        _require(self.max_stride >= 1, "data.max_stride", self.max_stride, "at least 1")
         _require(0 <= self.held_out < 1, "data.held_out", self.held_out, "a share from 0 to below 1")
         _require(bool(self.encoder), "data.encoder", self.encoder, '"patch-codec" or a folder or hub id')
 
@@ -83,8 +95,9 @@ class ModelConfig:
     transformer_layers_per_block: int = 1  # transformer layers an attention block
     cross_attention_dim: int = 1024  # channels of the image embedding
     addition_time_embed_dim: int = 256  # channels of each of the three time ids
-    pretrained: Path | None = None  # released weights to start from: .pth, .safetensors or a diffusers folder
-    pretrained_pose_net: Path | None = None  # PoseNet .safetensors that goes with a ComfyUI UNet .safetensors
+    pretrained: Path | None = None  # to start from: .pth, .safetensors, diffusers folder, run, owner/name@revision
+    pretrained_pose_net: Path | None = None  # a file whose PoseNet goes with them, where they are a UNet alone
+    pretrained_weights: WeightsKind = "ema"  # of a run to start from: the moving average, or the raw weights
 
     def __post_init__(self) -> None:
         channels, heads = self.block_out_channels, self.num_attention_heads
@@ -99,6 +112,27 @@ class ModelConfig:
         _require(embed >= 2 and embed % 2 == 0, "model.addition_time_embed_dim", embed, "an even number")
         is_good = self.pretrained_pose_net is None or self.pretrained is not None
         _require(is_good, "model.pretrained_pose_net", self.pretrained_pose_net, "model.pretrained with it")
+        kinds, kind = typing.get_args(WeightsKind), self.pretrained_weights
+        _require(kind in kinds, "model.pretrained_weights", kind, f"one of {kinds}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters W + alpha / rank * B A in the UNet's transformers (arXiv 2106.09685); W itself is frozen."""
+
+    rank: int = 0  # of B A, as 32; 0: no adapters, the model itself is trained
+    alpha: float | None = None  # weight of an adapter times its rank; None: the rank, so the weight is 1
+    target: str = "all"  # all, temporal or spatial transformer blocks, or a pattern (re.search) of layers' names
+    base: FrozenWeights = "precision"  # how W is kept: as trainer.precision says, fp32, bf16, int8 or nf4 (QLoRA)
+    pose_net: bool = True  # PoseNet is trained whole beside the adapters; frozen where off
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 0, "lora.rank", self.rank, "0 for no adapters, or a rank such as 32")
+        _require(self.alpha is None or self.alpha > 0, "lora.alpha", self.alpha, "a positive number")
+        _require(bool(self.target), "lora.target", self.target, "all, temporal, spatial or a pattern")
+        _require_pattern("lora.target", self.target)
+        kinds = typing.get_args(FrozenWeights)
+        _require(self.base in kinds, "lora.base", self.base, f"one of {kinds}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,12 +182,7 @@ class OptimizerConfig:
         rates = self.learning_rates
         _require(all(r > 0 for r in rates.values()), "optimizer.learning_rates", rates, "a positive number a pattern")
         for pattern in (*([] if self.train is None else [self.train]), *rates):
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(
-                    f"optimizer: {pattern!r} is no pattern ({error}); give one that re.search reads"
-                ) from error
+            _require_pattern("optimizer", pattern)
         _require(all(0 <= b < 1 for b in self.betas), "optimizer.betas", self.betas, "two numbers in [0, 1)")
         _require(self.eps > 0, "optimizer.eps", self.eps, "a positive number")
         _require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
@@ -204,12 +233,15 @@ class SamplingConfig:
 
     num_steps: int = 25  # Euler steps from sigma 700 to 0
     guidance: float = 2.0  # scale of classifier-free guidance; 1 or less: one pass, the conditional one
-    tile_overlap: int = 6  # frames that neighbouring tiles share
+    first_guidance: float | None = None  # of frame 0, from which it goes linearly to `guidance` of the last one
+    tile_overlap: int = 6  # a tile moves on by its frames less these
+    noise: Literal["tile", "clip"] = "tile"  # of one tile, repeated over a longer clip, as released; or of all frames
     decode_frames: int = 8  # frames decoded at once
 
     def __post_init__(self) -> None:
         _require(self.num_steps >= 1, "sampling.num_steps", self.num_steps, "at least 1")
-        _require(self.guidance >= 0, "sampling.guidance", self.guidance, "0 or more")
+        _require(min(self.guidance, self.first_guidance or 0) >= 0, "sampling.guidance", self.guidance, "0 or more")
+        _require(self.noise in ("tile", "clip"), "sampling.noise", self.noise, "tile or clip")
         _require(self.tile_overlap >= 0, "sampling.tile_overlap", self.tile_overlap, "0 or more")
         _require(self.decode_frames >= 1, "sampling.decode_frames", self.decode_frames, "at least 1")
 
@@ -225,6 +257,7 @@ class Config:
     run_dir: Path = Path("runs/demo")  # checkpoints, loss history and pictures
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
@@ -245,6 +278,14 @@ class Config:
         _require(is_good, "trainer.precision", precision, "bf16: optimizer.kind adamw8bit trains bf16 weights")
         is_good = not self.optimizer.in_backward or precision != "fp16"
         _require(is_good, "trainer.precision", precision, "bf16: optimizer.in_backward cannot scale a loss")
+        if self.lora.rank:
+            _require(self.model.pretrained is not None, "model.pretrained", None, "the weights that adapters are for")
+            _require(kind == "adamw", "optimizer.kind", kind, "adamw: adapters and PoseNet stay float32")
+            train = self.optimizer.train
+            _require(train is None, "optimizer.train", train, "lora.target and lora.pose_net in its place")
+            base = self.lora.base
+            is_good = precision == "bf16" or base in ("precision", "fp32")
+            _require(is_good, "lora.base", base, "fp32, or trainer.precision bf16 with it")
         overlap, tile = self.sampling.tile_overlap, self.data.num_frames
         is_good = overlap < tile - 1  # frame 0 of a tile is the reference, so a tile moves on by at most tile - 1
         _require(is_good, "sampling.tile_overlap", overlap, f"less than data.num_frames - 1 = {tile - 1}")
@@ -298,45 +339,3 @@ def mimicmotion_16() -> Config:
 
 
 PRESETS = {"demo": demo, "mimicmotion-72": mimicmotion_72, "mimicmotion-16": mimicmotion_16}
-
-
-def to_json(config: object) -> dict[str, Any]:
-    """Config as plain JSON values (paths as text)."""
-
-    def plain(value: Any) -> Any:
-        if dataclasses.is_dataclass(value):
-            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        if isinstance(value, Path):
-            return value.as_posix()
-        return list(value) if isinstance(value, tuple) else value
-
-    return plain(config)
-
-
-def changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """Fields (dotted name, before, now) that differ between two configs as JSON values."""
-    found = []
-    for name in sorted(before.keys() | now.keys()):
-        old, new = before.get(name), now.get(name)
-        if isinstance(old, dict) and isinstance(new, dict):
-            found += changes(old, new, f"{prefix}{name}.")
-        elif old != new:
-            found.append((prefix + name, old, new))
-    return found
-
-
-def from_json(values: dict[str, Any], kind: type = Config) -> Any:
-    """Rebuild a dataclass of this module from `to_json`. Raises ValueError at a name it does not know."""
-    hints = typing.get_type_hints(kind)
-    if unknown := sorted(set(values) - set(hints)):
-        raise ValueError(f"{kind.__name__} has no {', '.join(unknown)}; it has {', '.join(sorted(hints))}.")
-
-    def rich(name: str, value: Any) -> Any:
-        hint = hints[name]
-        if dataclasses.is_dataclass(hint):
-            return from_json(value, typing.cast(type, hint))
-        if value is not None and (hint is Path or Path in typing.get_args(hint)):
-            return Path(value)
-        return tuple(value) if isinstance(value, list) else value
-
-    return kind(**{name: rich(name, value) for name, value in values.items()})

@@ -8,6 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from mimicmotion.config import LATENT_STRIDE, Config, OptimizerConfig
 from mimicmotion.execution import use_kernels
 from mimicmotion.micro_batch import batch_loss, draw_samples
+from mimicmotion.model.adapters import adapt
 from mimicmotion.model.unet import MimicMotionModel, build_model, num_parameters
 from mimicmotion.optimization import Optimization, build_optimization
 from mmkernels.cards import Card, card, card_of
@@ -78,6 +79,7 @@ def fake_step(config: Config) -> FakeStep:
     data, size = config.data, config.trainer.micro_batch_size
     height, width = data.height // LATENT_STRIDE, data.width // LATENT_STRIDE
     model = build_model(config.model, config.kernels)
+    adapt(model, config.lora, config.trainer.precision)
     optimization = build_optimization(model, config, scales_loss=False)  # a scale takes no memory
     batch = {
         "latents": torch.empty(size, data.num_frames, 4, height, width),

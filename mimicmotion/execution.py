@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 
 import mmkernels
 from mimicmotion.config import Precision
@@ -14,7 +15,7 @@ from mimicmotion.model.unet import MimicMotionModel
 from mmkernels.memory.transfer import Device
 from mmkernels.planning.choices import Plan
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def use_kernels(model: MimicMotionModel, kernels: str, plan: Plan | None = None, device: Device | None = None) -> str:
@@ -42,8 +43,8 @@ def describe(
     """Which block of a model with these kernels runs how, in this precision and where the same bits are asked for."""
     if kernels == "torch":
         return "torch: plain diffusers, nothing replaced"
-    weight = next(model.unet.parameters())
-    with same_bits(is_deterministic), autocast(weight.device, precision, weight.dtype):
+    device = next(model.parameters()).device
+    with same_bits(is_deterministic), autocast(device, precision, input_dtype(model)):
         return str(mmkernels.report(model.unet))
 
 
@@ -69,9 +70,15 @@ def same_bits(wanted: bool) -> Iterator[None]:
         filling.fill_uninitialized_memory = outer[1]
 
 
+def input_dtype(model: nn.Module) -> torch.dtype:
+    """What a model reads: float32 where any of its weights is, which autocast brings to the others."""
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    return torch.float32 if torch.float32 in dtypes else next(iter(dtypes))
+
+
 def autocast(device: torch.device, precision: Precision, weights: torch.dtype = torch.float32) -> torch.autocast:
     """Context in which float32 weights are used in `precision`; for fp32, and weights of any other dtype, nothing."""
-    dtype = _DTYPES[precision]
+    dtype = DTYPES[precision]
     return torch.autocast(device.type, dtype=dtype, enabled=torch.float32 == weights != dtype)
 
 

@@ -7,9 +7,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from mimicmotion import checkpoint, sampler
-from mimicmotion.config import Config, Kernels, from_json
+from mimicmotion import checkpoint, pretrained, sampler
+from mimicmotion.config import Config, Kernels
 from mimicmotion.execution import autocast, use_kernels
+from mimicmotion.json_values import from_json
+from mimicmotion.model.adapters import check_base, load_own
 from mimicmotion.model.encoders import load_encoder
 from mimicmotion.model.unet import MimicMotionModel, build_model
 from mimicmotion.paths import near
@@ -26,11 +28,13 @@ class Decoder(Protocol):
         ...
 
 
-def load_averaged(run_dir: Path, kernels: Kernels | None = None) -> tuple[Config, MimicMotionModel, Path]:
+def load_averaged(
+    run_dir: Path, kernels: Kernels | None = None, device: torch.device | None = None
+) -> tuple[Config, MimicMotionModel, Path]:
     """Config, model with the moving average of the weights, and folder of a run's newest checkpoint.
 
     Where the run takes no average (optimizer.ema off) the model has the weights themselves.
-    `run_dir` may also be one checkpoint folder. kernels: None for those of the run.
+    `run_dir` may also be one checkpoint folder. kernels: None for those of the run. device: the GPU where there is one.
     """
     folder = run_dir if (run_dir / checkpoint.MANIFEST).is_file() else checkpoint.newest(run_dir)
     if folder is None:
@@ -40,10 +44,17 @@ def load_averaged(run_dir: Path, kernels: Kernels | None = None) -> tuple[Config
     config: Config = from_json(saved.documents["config"])
     kernels = kernels or config.kernels
     model = build_model(config.model, kernels)
-    model.load_state_dict(saved.tensors["model"] | saved.tensors.get("ema", {}))  # dead parameters have no average
+    if config.lora.rank:
+        pretrained.begin(model, config)
+        check_base(model.base_sha256, saved.documents["base"]["sha256"])
+    load_own(model, saved.tensors["model"] | saved.tensors.get("ema", {}))  # dead parameters have no average
     use_kernels(model, kernels)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return config, model.to(device).eval().requires_grad_(False), folder
+    return config, model.to(device or own_device()).eval().requires_grad_(False), folder
+
+
+def own_device() -> torch.device:
+    """The GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def run_folder_of(asked: Path) -> Path:
@@ -64,11 +75,12 @@ def generate(
     *,
     seed: int,
     pose_order: Tensor | None = None,
-    on_step: Callable[[int], None] = lambda step: None,
+    on_forward: Callable[[int, int], None] = lambda done, total: None,
 ) -> Tensor:
     """Frames (F - 1, 3, H, W) in [-1, 1] of a prepared clip, from its reference and poses; frame 0 is dropped.
 
     pose_order: index (F,) of the pose that each frame gets; None for its own. The noise is `seed`'s either way.
+    on_forward: as of `sampler.sample`.
     """
     device = next(model.parameters()).device
     pose = clip["pose"] if pose_order is None else clip["pose"][pose_order]
@@ -77,33 +89,42 @@ def generate(
         image_embedding=clip["image_embedding"].unsqueeze(0).to(device),
         pose=pose.unsqueeze(0).to(device),
     )
-    noise = sampler.initial_noise((1, *clip["latents"].shape), seed).to(device)
-    settings = config.sampling
+    num_frames, *shape = clip["latents"].shape
+    (noise,) = sampler.unit_normal(sampler.generator_of(seed), (drawn_frames(config, num_frames), *shape))
+    noise = sampler.over_clip(noise, num_frames).unsqueeze(0).to(device)
     with autocast(device, config.trainer.precision):
-        latents = sampler.sample(
-            model,
-            conditions,
-            noise,
-            num_steps=settings.num_steps,
-            guidance=settings.guidance,
-            tile=config.data.num_frames,
-            overlap=settings.tile_overlap,
-            fps=config.diffusion.fps,
-            motion_bucket=config.diffusion.motion_bucket,
-            on_step=on_step,
-        )
-    return decode_clip(latents[0, 1:].cpu(), config, decoder)
+        latents = sampler.sample(model, conditions, noise, **sampler_settings(config), on_forward=on_forward)
+    return decode_clip(latents[0].cpu(), config, decoder)[1:]
+
+
+def sampler_settings(config: Config) -> dict[str, Any]:
+    """What `sampler.sample` is told of a run's settings."""
+    settings = config.sampling
+    first = settings.guidance if settings.first_guidance is None else settings.first_guidance
+    return {
+        "num_steps": settings.num_steps,
+        "guidance": (first, settings.guidance),
+        "tile": config.data.num_frames,
+        "overlap": settings.tile_overlap,
+        "fps": config.diffusion.fps,
+        "motion_bucket": config.diffusion.motion_bucket,
+    }
+
+
+def drawn_frames(config: Config, num_frames: int) -> int:
+    """For how many of a clip's frames noise is drawn, which `sampler.over_clip` then repeats."""
+    return min(config.data.num_frames, num_frames) if config.sampling.noise == "tile" else num_frames
 
 
 def decode_clip(latents: Tensor, config: Config, decoder: Decoder) -> Tensor:
-    """Frames (F, 3, H, W) in [-1, 1] of scaled latents (F, 4, h, w)."""
+    """Frames (F, 3, H, W) in [-1, 1] of scaled latents (F, 4, h, w), of a whole clip: its parts begin at frame 0."""
     frames_at_once = config.sampling.decode_frames
     return sampler.decode(latents, decoder.decode, scaling_factor=decoder.scaling_factor, frames_at_once=frames_at_once)
 
 
 def reference_and_truth(clip: dict[str, Any], config: Config, decoder: Decoder) -> tuple[Tensor, Tensor]:
     """What a generated clip is held against: frames (1, 3, H, W) of its reference and (F - 1, 3, H, W) of its own."""
-    truth = decode_clip(clip["latents"][1:], config, decoder)
+    truth = decode_clip(clip["latents"], config, decoder)[1:]
     reference = decode_clip(clip["reference_latent"].unsqueeze(0) * decoder.scaling_factor, config, decoder)
     return reference, truth
 

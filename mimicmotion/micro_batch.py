@@ -10,7 +10,7 @@ from mimicmotion import diffusion
 from mimicmotion.config import LATENT_STRIDE, Config
 from mimicmotion.data.cache import NotFiniteError
 from mimicmotion.data.footage_identity import FootageIdentity
-from mimicmotion.execution import autocast
+from mimicmotion.execution import autocast, input_dtype
 from mimicmotion.loss import Losses, denoising_loss
 from mimicmotion.model.unet import image_latents, model_input
 from mimicmotion.shapes import Bucket
@@ -76,7 +76,7 @@ def clip_losses(
     Float32 weights run under autocast; others as they are, and what the model reads is rounded to their dtype. Noise
     levels and time ids stay as they are.
     """
-    latents, weights_dtype = batch["latents"], next(model.parameters()).dtype  # (B, F, 4, h, w)
+    latents, dtype = batch["latents"], input_dtype(model)  # (B, F, 4, h, w)
     noised = diffusion.noise_batch(
         latents,
         batch["reference_latent"],
@@ -85,13 +85,13 @@ def clip_losses(
         fps=config.diffusion.fps,
         motion_bucket=config.diffusion.motion_bucket,
     )
-    with autocast(latents.device, config.trainer.precision, weights_dtype):
+    with autocast(latents.device, config.trainer.precision, dtype):
         output = model(
-            model_input(noised.scaled, image_latents(noised.reference, latents.shape[1])).to(weights_dtype),
+            model_input(noised.scaled, image_latents(noised.reference, latents.shape[1])).to(dtype),
             noised.c_noise,
-            noised.image_embedding.to(weights_dtype),
+            noised.image_embedding.to(dtype),
             noised.time_ids,
-            batch["pose"].to(weights_dtype),
+            batch["pose"].to(dtype),
             noised.keep,
         )
     return denoising_loss(output, noised.noisy, latents, noised.sigma, batch["loss_weight"])

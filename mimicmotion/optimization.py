@@ -209,7 +209,10 @@ class Optimization:
 def build_optimization(model: MimicMotionModel, config: Config, *, scales_loss: bool) -> Optimization:
     """Optimizer of the model's live parameters; call it before the blocks are replaced."""
     dead = {f"unet.{name}" for name in mmkernels.dead_parameters(model.unet)}
-    dead |= untrained(model, config.optimizer.train)
+    if config.lora.rank:
+        dead |= {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    else:
+        dead |= untrained(model, config.optimizer.train)
     steps, seed = config.trainer.num_steps, config.trainer.seed
     return Optimization(model, config.optimizer, num_steps=steps, dead=dead, scales_loss=scales_loss, seed=seed)
 

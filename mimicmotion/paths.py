@@ -22,7 +22,7 @@ def near(path: Path, is_wanted: Callable[[Path], bool] = Path.exists) -> str:
     folder = next(parent for parent in path.parents if parent.is_dir())
     wanted = path.relative_to(folder).parts[0]
     try:
-        names = sorted(entry.name for entry in folder.iterdir() if entry != path and is_wanted(entry))
+        names = sorted(printable(entry.name) for entry in folder.iterdir() if entry != path and is_wanted(entry))
     except PermissionError:
         return f"{folder} cannot be read"
     if close := get_close_matches(wanted, names, n=_MOST_NAMES):

@@ -23,14 +23,15 @@ from mimicmotion.data.cache import Manifest, check_writable, is_prepared
 from mimicmotion.data.curate import Bounds
 from mimicmotion.data.footage import embedded_footage, find_all, not_looked_at
 from mimicmotion.data.poses import load_backend
-from mimicmotion.data.preparation import Engine, NothingKeptError, Recipe, prepare
+from mimicmotion.data.preparation import Engine, NothingKeptError, prepare
 from mimicmotion.data.progress import VideoProgress
+from mimicmotion.data.recipe import Recipe
 from mimicmotion.data.rehearsal import Rehearsal, rehearse
 from mimicmotion.data.report_page import write_report
 from mimicmotion.data.verification import damages
 from mimicmotion.model.encoders import load_encoder
 from mimicmotion.paths import printable
-from mimicmotion.stopping import EndedBySignalError, Stop, say
+from mimicmotion.stopping import Stop, say
 
 _STOPPING = "videos under way are left at their next frame; again ends at once"
 _GOES_ON = "what is whole stays, and the same command goes on from it"
@@ -41,7 +42,7 @@ class Arguments:
     """Make training clips of videos. What is not given is taken from the preset."""
 
     preset: PresetName = "demo"  # where size, length, encoder and poses come from
-    videos: tuple[Path, ...] = ()  # your own: folders, videos or patterns as "takes/*.mp4"; else the embedded footage
+    videos: tuple[Path, ...] = ()  # folders, videos, patterns as "takes/*.mp4", lists as takes.txt; else the embedded
     prepared: Path | None = None  # folder to write into
     height: int | None = None  # pixels, a multiple of 8 (64 for the UNet)
     width: int | None = None  # pixels, a multiple of 8 (64 for the UNet)
@@ -49,6 +50,7 @@ class Arguments:
     num_frames: int | None = None  # frames of a training clip; shorter stretches of a video are left out
     frame_stride: int = 1  # keep every frame_stride-th frame
     with_mirrored: bool = False  # each clip a second time, flipped left to right, with left and right joints exchanged
+    jittered_crops: int = 0  # so many further copies of each clip, in crops up to 1.25 times as large drawn at random
     poses: Literal["dwpose", "holistic"] | None = None  # dwpose for your own videos, else the preset's
     dwpose_dir: Path | None = None  # folder of yolox_l.onnx and dw-ll_ucoco_384.onnx; downloaded where none is given
     encoder: str | None = None  # patch-codec (a stand-in), or a folder or hub id of Stable Video Diffusion
@@ -77,6 +79,7 @@ def recipe_of(arguments: Arguments) -> Recipe:
         num_frames=data.num_frames if arguments.num_frames is None else arguments.num_frames,
         frame_stride=arguments.frame_stride,
         with_mirrored=arguments.with_mirrored,
+        num_jittered=arguments.jittered_crops,
         bounds=arguments.bounds,
         workers=arguments.workers,
     )
@@ -137,7 +140,9 @@ def main() -> None:
                     VideoProgress().say(f"nothing is kept; see {printable(write_report(prepared))}")
                 raise
             page = write_report(prepared) if arguments.report else None
-    except EndedBySignalError as error:
+    except KeyboardInterrupt as error:  # Ray raises one of its own in the place of ours
+        if not stop.is_asked:
+            raise
         say(f"stopped by {stop}: {_GOES_ON}")
         raise SystemExit(stop.exit_code) from error
     if isinstance(made, Rehearsal):

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from mimicmotion import checkpoint
-from mimicmotion.config import Config, to_json
+from mimicmotion.config import Config
 from mimicmotion.history import History, draw_loss, read_history
+from mimicmotion.json_values import to_json
 from mimicmotion.run_page import write_page
 from mimicmotion.trackers import Trackers
 

@@ -4,19 +4,23 @@ One rule: settings hold as they are given now, from the next step on. The learni
 today's learning rate, schedule, warm-up and number of steps has at step n, wherever it came from.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from mimicmotion import checkpoint
 from mimicmotion.checkpoint import Checkpoint
-from mimicmotion.config import Config, changes, to_json
+from mimicmotion.config import Config
+from mimicmotion.data.cache import Manifest
 from mimicmotion.data.footage_identity import FootageIdentity
+from mimicmotion.json_values import changes, to_json
+from mimicmotion.model.adapters import check_base, load_own, own_state
+from mimicmotion.model.unet import MimicMotionModel
 from mimicmotion.optimization import Optimization
 
 _OF_THE_RATE = ("optimizer.learning_rate", "optimizer.schedule", "optimizer.warmup_steps")
-_START = ("model.pretrained", "model.pretrained_pose_net")  # what the weights began with does not shape the model
+# What the weights began with does not shape the model.
+_START = ("model.pretrained", "model.pretrained_pose_net", "model.pretrained_weights")
 
 
 def differences(saved: Checkpoint, config: Config, footage: FootageIdentity) -> list[str]:
@@ -43,16 +47,41 @@ def _check_model(saved: Checkpoint, config: Config) -> None:
         )
 
 
-def go_on(saved: Checkpoint, model: nn.Module, optimization: Optimization) -> None:
+def of_other_clips(folder: Path, config: Config, manifest: Manifest) -> list[str]:
+    """What to say where clips to sample or evaluate are not those that a checkpoint was trained on.
+
+    Latents of another encoder mean something else to the model and to the run's decoder, and other sizes are nothing
+    that it was trained on: ValueError. Other clips are what evaluation is for, and are said.
+    """
+    before, now = json.loads((folder / "encoder.json").read_text()), FootageIdentity.of(manifest)
+    if before["name"] != now.encoder and before.get("version") != now.encoder_version:
+        raise ValueError(
+            f"the clips hold latents of the encoder {now.encoder}, and {folder} was trained on those of "
+            f"{before['name']}, to which they mean something else; give --prepared with clips of that encoder"
+        )
+    sizes = [f"{height}x{width}" for height, width in config.data.all_sizes]
+    if others := {size for clip in manifest.clips if (size := f"{clip.height}x{clip.width}") not in sizes}:
+        raise ValueError(
+            f"the clips are of {' and '.join(sorted(others))} pixels (height x width), and {folder} was trained on "
+            f"{' and '.join(sizes)}; give --prepared with clips of that size"
+        )
+    known = before.get("clips", now.clips)
+    if others := [name for name, digest in now.clips.items() if known.get(name) != digest]:
+        return [f"{len(others)} of the {len(now.clips)} clips are none that {folder} was trained on"]
+    return []
+
+
+def go_on(saved: Checkpoint, model: MimicMotionModel, optimization: Optimization) -> None:
     """Take up the weights and all of the optimizer's state. Raises ValueError where a tensor does not fit."""
     _check_tensors(saved, model, optimization)
-    model.load_state_dict(saved.tensors["model"])
+    load_own(model, saved.tensors["model"])
     optimization.load(saved.tensors, saved.documents["state"])
 
 
-def _check_tensors(saved: Checkpoint, model: nn.Module, optimization: Optimization) -> None:
+def _check_tensors(saved: Checkpoint, model: MimicMotionModel, optimization: Optimization) -> None:
     """Raise ValueError where a saved tensor has not the name, shape or dtype of what it is loaded into."""
-    wanted = {"model": model.state_dict(), **optimization.tensors()}
+    check_base(model.base_sha256, saved.documents.get("base", {}).get("sha256"))
+    wanted = {"model": own_state(model), **optimization.tensors()}
     for group in wanted.keys() & saved.tensors.keys():
         own, theirs = wanted[group], saved.tensors[group]
         for key in sorted(own.keys() | theirs.keys()) if group == "model" else sorted(own.keys() & theirs.keys()):
@@ -67,7 +96,7 @@ def _check_tensors(saved: Checkpoint, model: nn.Module, optimization: Optimizati
                 )
 
 
-def begin_from(folder: Path, config: Config, model: nn.Module, optimization: Optimization) -> list[str]:
+def begin_from(folder: Path, config: Config, model: MimicMotionModel, optimization: Optimization) -> list[str]:
     """Take up the weights, moments and moving average of an earlier stage's checkpoint; steps and rates begin anew.
 
     Where other parameters are trained than there, the averaged weights are what it begins with, and moments begin anew:
@@ -77,10 +106,10 @@ def begin_from(folder: Path, config: Config, model: nn.Module, optimization: Opt
     _check_model(saved, config)
     _check_tensors(saved, model, optimization)
     if optimization.holds_states_of(saved.tensors):
-        model.load_state_dict(saved.tensors["model"])
+        load_own(model, saved.tensors["model"])
         optimization.begin_from(saved.tensors, saved.documents["state"])
         return [f"begins with the weights, moments and moving average of {folder}"]
-    model.load_state_dict(saved.tensors["model"] | saved.tensors.get("ema", {}))
+    load_own(model, saved.tensors["model"] | saved.tensors.get("ema", {}))
     optimization.begin_average()
     return [f"begins with the averaged weights of {folder}; moments begin anew, since other parameters are trained"]
 

@@ -1,12 +1,14 @@
-"""Sample a prepared clip: `python mimicmotion/sample.py --run-dir runs/demo [--check-pose-order]`.
+"""A video of a picture that moves as a driving video does, or of a prepared clip beside its truth.
 
-Writes sample.mp4 (reference | pose | generated | truth side by side), stills of it as sample.png, and sample.json into
-the run's folder.
+`python mimicmotion/sample.py --image me.png --video dance.mp4 --weights MimicMotion_1-1.pth --out out.mp4` writes one
+video for each seed. `python mimicmotion/sample.py --run-dir runs/demo [--check-pose-order]` writes sample.mp4
+(reference | pose | generated | truth side by side), stills of it as sample.png, and sample.json into the run's folder.
 """
 
 import dataclasses
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from mimicmotion import record
 from mimicmotion.commands import one_sentence
-from mimicmotion.config import Config, Kernels
+from mimicmotion.config import Config
 from mimicmotion.data.cache import atomic_write
 from mimicmotion.data.dataset import ClipDataset
 from mimicmotion.generation import (
@@ -33,25 +35,20 @@ from mimicmotion.generation import (
 )
 from mimicmotion.metrics import psnr
 from mimicmotion.model.unet import MimicMotionModel
+from mimicmotion.picture_to_video import PictureArguments, make_videos
+from mimicmotion.resumption import of_other_clips
 from mimicmotion.video import side_by_side, write_stills, write_video
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments:
-    """Sample a prepared clip with a checkpoint's averaged weights."""
+class Arguments(PictureArguments):
+    """Make a video of a picture and a driving video (--image), or of a prepared clip, with a run's averaged weights."""
 
-    run_dir: Path = Path("runs/demo")  # a run's folder (its newest checkpoint) or one checkpoint folder
-    prepared: Path | None = None  # prepared folder; the run's own where none is given
-    clip: str | None = None  # clip id in the prepared folder; its first clip where none is given
-    reference: int = 0  # frame of the clip that is the reference picture
-    start: int = 1  # first frame of the clip to generate
-    num_frames: int | None = None  # frames with the reference; more than a tile are fused of overlapping tiles
-    seed: int = 0  # of the initial noise
-    num_steps: int | None = None  # Euler steps; the run's setting where none is given
-    guidance: float | None = None  # guidance scale; the run's setting where none is given
-    kernels: Kernels | None = None  # the run's where none are given
-    output: Path | None = None  # folder to write into; the run's where none is given
-    debug: bool = False  # show where in the code an error arose
+    prepared: Path | None = None  # without --image: prepared folder; the run's own where none is given
+    clip: str | None = None  # without --image: clip id in the prepared folder; its first clip where none is given
+    reference: int = 0  # without --image: frame of the clip that is the reference picture
+    start: int = 1  # without --image: first frame of the clip to generate
+    output: Path | None = None  # without --image: folder to write into; the run's where none is given
     check_pose_order: bool = False  # also sample with the same poses in another order; exit 1 unless the right one wins
 
 
@@ -60,34 +57,38 @@ def sample_clip(
 ) -> tuple[Tensor, dict[str, Any]]:
     """The wide picture (F - 1, H, 4 W, 3) and the figures of one clip."""
     reference, truth = reference_and_truth(clip, config, decoder)
-    generated = generate(model, config, clip, decoder, seed=seed, on_step=_say("right poses", config))
+    generated = generate(model, config, clip, decoder, seed=seed, on_forward=_say("right poses"))
     figures: dict[str, Any] = {
         "psnr_db": psnr(generated, truth),
         "psnr_of_repeating_the_reference_db": psnr(reference.expand_as(truth), truth),
     }
     if checks_order:
         order = other_order(len(clip["pose"]), seed)
-        on_step = _say("poses in another order", config)
-        permuted = generate(model, config, clip, decoder, seed=seed, pose_order=order, on_step=on_step)
+        on_forward = _say("poses in another order")
+        permuted = generate(model, config, clip, decoder, seed=seed, pose_order=order, on_forward=on_forward)
         figures["psnr_other_pose_order_db"] = psnr(permuted, truth)
         figures["is_right_order_higher"] = figures["psnr_db"] > figures["psnr_other_pose_order_db"]
         figures["other_pose_order"] = order.tolist()
     return side_by_side([reference, clip["pose"][1:], generated, truth]), figures
 
 
-def _say(what: str, config: Config) -> Any:
-    """A callback that prints each fifth of the steps."""
-    total = config.sampling.num_steps
+def _say(what: str) -> Callable[[int, int], None]:
+    """A callback that prints each fifth of the way."""
 
-    def say(step: int) -> None:
-        if step == total or step % max(1, total // 5) == 0:
-            print(f"sampling with {what}: step {step}/{total}", flush=True)
+    def say(done: int, total: int) -> None:
+        if 5 * done // total > 5 * (done - 1) // total:
+            print(f"sampling with {what}: {done}/{total}", flush=True)
 
     return say
 
 
 def run(arguments: Arguments) -> bool:
     """Sample as asked; False where the order of poses was checked and the right one did not win."""
+    if arguments.image is not None:
+        make_videos(arguments)
+        return True
+    if arguments.video is not None or arguments.poses is not None or arguments.weights is not None:
+        raise ValueError("got --video, --poses or --weights without --image; give the picture that is to move")
     config, model, folder = load_averaged(arguments.run_dir, arguments.kernels)
     asked = {"num_steps": arguments.num_steps, "guidance": arguments.guidance}
     given = {name: value for name, value in asked.items() if value is not None}
@@ -98,6 +99,8 @@ def run(arguments: Arguments) -> bool:
     dataset = ClipDataset(
         arguments.prepared or data.prepared, data.num_frames, config.trainer.seed, lengths=data.lengths
     )
+    for note in of_other_clips(folder, config, dataset.manifest):
+        print(note, flush=True)
     clip_id = dataset.clip_ids[0] if arguments.clip is None else arguments.clip
     clip = dataset.clip(clip_id, arguments.reference, arguments.start, arguments.num_frames)
     rate = dataset.frames_per_second(clip_id)

@@ -20,8 +20,9 @@ from typing import Any
 
 import yaml
 
-from mimicmotion.config import Config, to_json
+from mimicmotion.config import Config
 from mimicmotion.data.cache import atomic_write
+from mimicmotion.json_values import to_json
 from mimicmotion.paths import check_there
 
 STAGES = "stages"

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from mimicmotion.config import Config, Tracker, to_json
+from mimicmotion.config import Config, Tracker
+from mimicmotion.json_values import to_json
 
 SIGMA_EDGES = (0.0, 0.3, 1.0, 3.0, 10.0, 30.0)  # of the bins that losses are told in; the last is open
 

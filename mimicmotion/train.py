@@ -20,7 +20,7 @@ if __name__ == "__main__":
 
 import tyro
 
-from mimicmotion import checkpoint, record
+from mimicmotion import checkpoint, pretrained, record
 from mimicmotion.commands import one_sentence
 from mimicmotion.config import PRESETS, Config
 from mimicmotion.data.dataset import ClipDataset
@@ -32,6 +32,7 @@ from mimicmotion.execution import free_what_is_left
 from mimicmotion.fitting import Fitting
 from mimicmotion.memory_plan import choose_plan, reserve_as_planned
 from mimicmotion.memory_report import MemoryReport
+from mimicmotion.model.encoders import check_embeddings
 from mimicmotion.paths import check_there, near
 from mimicmotion.run_folder import owned, start_afresh
 from mimicmotion.settings_file import read, write
@@ -97,8 +98,8 @@ def check_given(arguments: Arguments) -> None:
     """Raise ValueError where a path that was given, or the checkpoint to resume, is not there."""
     config = arguments.config
     check_there("--plan", config.plan, "make a plan with `python -m mmkernels.plan`")
-    for name, path in (("", config.model.pretrained), ("-pose-net", config.model.pretrained_pose_net)):
-        check_there(f"--model.pretrained{name}", path, "give a .pth, a .safetensors or a diffusers folder")
+    pretrained.check_given(config.model)
+    check_embeddings(config.model.cross_attention_dim)
     if arguments.resume and not checkpoint.is_run(config.run_dir):
         found = near(config.run_dir, checkpoint.is_run)
         raise ValueError(
@@ -172,6 +173,7 @@ def train_stage(
         batch_size=config.trainer.batch_size,
         lengths=config.data.lengths,
         draw_latents=config.data.draw_latents,
+        max_stride=config.data.max_stride,
     )
     dataset = clips()
     trainer = Trainer(config, dataset, ranks, resume=resume, start=start, plan=plan, fitting=fitting, stop=stop)

@@ -11,17 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mimicmotion import checkpoint, resumption
+from mimicmotion import checkpoint, pretrained, resumption
 from mimicmotion.checkpoint import Checkpoint
-from mimicmotion.config import Config, to_json
+from mimicmotion.config import Config
 from mimicmotion.data.cache import NotFiniteError
 from mimicmotion.distributed import Ranks, no_sync, rank_sample_ids
 from mimicmotion.execution import peak_gib, same_bits
 from mimicmotion.figures import Figures
 from mimicmotion.fitting import Change, Fitting, NoSmallerPlanError
 from mimicmotion.history import Reporter
+from mimicmotion.json_values import to_json
 from mimicmotion.micro_batch import Batches, Samples, clip_losses, draw_samples, loaded
-from mimicmotion.model import weights
+from mimicmotion.model.adapters import own_state
 from mimicmotion.model.unet import build_model
 from mimicmotion.optimization import build_optimization
 from mimicmotion.planned_blocks import PlannedBlocks
@@ -64,9 +65,7 @@ class Trainer:
         self.notes: list[str] = []
         if ranks.device.type == "cpu" and (config.optimizer.states_on_host or config.optimizer.ema == "host"):
             self.notes.append("the device is a CPU: optimizer.states_on_host and ema host move nothing off it")
-        if config.model.pretrained is not None:
-            released = weights.read(config.model.pretrained, config.model.pretrained_pose_net)
-            self.notes += weights.load(self.model, released)
+        self.notes += pretrained.begin(self.model, config)
         self.optimization = build_optimization(self.model, config, scales_loss=config.trainer.precision == "fp16")
         self.say = print
         place = self.optimization.weight_update.place
@@ -161,13 +160,14 @@ class Trainer:
             state = self.optimization.document() | self.skips.document()
             saved = Checkpoint(
                 step=self.step,
-                tensors={"model": self.model.state_dict(), **self.optimization.tensors()},
+                tensors={"model": own_state(self.model), **self.optimization.tensors()},
                 documents={
                     "config": to_json(self.config),
                     "state": state,
                     "kernels": {"report": self.blocks.report.splitlines()},
                     "encoder": self.dataset.identity.document(),
                     "place": self.dataset.place(),
+                    **({} if self.model.base_sha256 is None else {"base": {"sha256": self.model.base_sha256}}),
                     **self.blocks.documents(),
                 },
             )

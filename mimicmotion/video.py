@@ -1,5 +1,6 @@
 """Write a video of several pictures side by side, and stills of it."""
 
+from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mimicmotion.data.cache import atomic_write
+from mimicmotion.sound import SoundCopy
 
 
 def side_by_side(columns: list[Tensor]) -> Tensor:
@@ -18,19 +20,31 @@ def side_by_side(columns: list[Tensor]) -> Tensor:
     return ((wide.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
-def write_video(path: Path, frames: Tensor, *, frames_per_second: float, comment: str) -> None:
-    """H.264 of frames (F, H, W, 3) uint8, H and W even, with `comment` in the metadata; written whole or not at all."""
-    num_frames, height, width, channels = frames.shape
-    if channels != 3 or height % 2 or width % 2 or num_frames == 0:
-        raise ValueError(f"frames are {tuple(frames.shape)}; want (F, H, W, 3) with at least one frame, H and W even.")
+def write_video(
+    path: Path, frames: Iterable[Tensor], *, frames_per_second: float, comment: str, sound: Path | None = None
+) -> None:
+    """H.264 of frames (F, H, W, 3) uint8, H and W even, with `comment` in the metadata; written whole or not at all.
+
+    frames may come one by one. sound: a video whose sound is copied, cut to the length of this one.
+    """
     with atomic_write(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
         container.metadata["comment"] = comment
         rate = Fraction(frames_per_second).limit_denominator(1001)
         stream = container.add_stream("libx264", rate=rate, options={"crf": "16"})
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        for frame in frames.numpy():
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        copier = None if sound is None else SoundCopy(sound, container)
+        num_frames = 0
+        for num_frames, frame in enumerate(frames, 1):
+            height, width, channels = frame.shape
+            if channels != 3 or height % 2 or width % 2:
+                raise ValueError(f"frames are {tuple(frame.shape)}; want (H, W, 3), H and W even.")
+            if num_frames == 1:
+                stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame.numpy(), format="rgb24")))
+        if num_frames == 0:
+            raise ValueError("got no frame to write; want at least one.")
         container.mux(stream.encode())
+        if copier is not None:
+            copier.copy(seconds=float(num_frames / rate))
 
 
 def write_stills(path: Path, frames: Tensor, count: int = 4) -> None:

@@ -12,11 +12,11 @@ from torch import nn
 
 from mmkernels.blocks.cross_attention import dead_parameters
 from mmkernels.blocks.drop_in import CHECKPOINTING, PLAIN, CheckpointedBlock, DropIn, FusedBlock
-from mmkernels.blocks.output_head import FusedOutputHead, PassThrough
+from mmkernels.blocks.output_head import FusedOutputHead, PassThrough, check_head
 from mmkernels.blocks.recognition.forms import class_path, relied_on
 from mmkernels.blocks.recognition.head import HEAD, why_not_in_a_row
 from mmkernels.blocks.recognition.probe import why_not_by_probe
-from mmkernels.blocks.recognition.structure import is_hooked, is_within
+from mmkernels.blocks.recognition.structure import is_hooked, is_patched, is_within
 from mmkernels.blocks.recognition.transformer import norm_of
 from mmkernels.blocks.resnet import FusedResBlock
 from mmkernels.blocks.transformer import FusedTransformer
@@ -89,11 +89,13 @@ def replace(unet: nn.Module, plan: str | Plan = "fused", device: Device | None =
                 swaps += [(site.parent, name, PassThrough(site.parent.get_submodule(name))) for name in HEAD[:-1]]
     chosen = Plan() if isinstance(plan, str) else plan
     _follow(unet, fused, chosen, is_planned=not isinstance(plan, str))
-    stop_moving = _move(unet, chosen, device) if chosen.moves else lambda: None
+    stops = [_move(unet, chosen, device)] if chosen.moves else []
     for parent, child_name, drop_in in swaps:
         parent._modules[child_name] = drop_in
+        if isinstance(drop_in, FusedOutputHead):
+            stops.append(parent.register_forward_pre_hook(check_head).remove)
     _take_out_of_checkpointing(unet)
-    return _undo_of(swaps, stop_moving)
+    return _undo_of(swaps, stops)
 
 
 def _take_out_of_checkpointing(unet: nn.Module) -> None:
@@ -166,16 +168,17 @@ def _move(unet: nn.Module, plan: Plan, device: Device | None) -> Callable[[], No
     return stop
 
 
-def _undo_of(swaps: list[_Swap], stop_moving: Callable[[], None]) -> Callable[[], None]:
+def _undo_of(swaps: list[_Swap], stops: list[Callable[[], None]]) -> Callable[[], None]:
     def undo() -> None:
         for parent, child_name, drop_in in swaps:
             if parent._modules.get(child_name) is not drop_in:
                 raise RuntimeError(f"{child_name} of a {type(parent).__name__} was changed after replace(); undo that")
         for parent, child_name, drop_in in swaps:
             parent._modules[child_name] = drop_in.original
-        if swaps:
-            stop_moving()
+        for stop in stops:
+            stop()
         swaps.clear()
+        stops.clear()
 
     return undo
 
@@ -289,14 +292,14 @@ def _why_not_transformer(module: nn.Module) -> str | None:
 
 
 def _why_not(site: _Site) -> str | None:
-    if "forward" in vars(site.block):
-        return "has a replaced forward"
+    if is_patched(site.block):
+        return "has a replaced method"
     if getattr(site.block, "_compiled_call_impl", None) is not None:
         return "is compiled by itself; replace first, then compile"
     if site.kind is FusedOutputHead:
         if is_hooked(site.block) and not isinstance(site.block, DropIn):
             return f"{HEAD[-1]} has hooks, which would see what is not yet normalised"
-        if (reason := why_not_in_a_row(type(site.owner))) is not None:
+        if (reason := why_not_in_a_row(site.owner)) is not None:
             return reason
     reason = site.kind.why_not(_known(site))
     if reason is not None and site.kind.probe_inputs is not None:

@@ -56,7 +56,7 @@ class Report:
             )
         lines.append(
             f"fused: {self.fused_parameters:.1%} of parameters, {self.fused_flops:.1%} of FLOPs (modelled, "
-            f"{F} frames of {8 * H}x{8 * W} pixels)"
+            f"{F} frames, {8 * W} pixels wide and {8 * H} high)"
         )
         return "\n".join(lines)
 

@@ -1,5 +1,7 @@
 """Clips a second time: flipped left to right, and latents drawn from the encoder's distribution."""
 
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+import videos
 from matplotlib import cbook
 from people import Swaying
 from test_curation import dancing, write
@@ -14,7 +17,7 @@ from test_prepare import quiet
 
 from mimicmotion.data.dataset import ClipDataset
 from mimicmotion.data.footage import decode, embedded_footage
-from mimicmotion.data.poses import load_backend
+from mimicmotion.data.poses import PoseTrack, load_backend
 from mimicmotion.data.poses.keypoints import BODY, FACE, LEFT_HAND, MIRROR, RIGHT_HAND, mirrored
 from mimicmotion.data.preparation import Recipe, prepare
 from mimicmotion.model.encoders import PatchCodec
@@ -84,6 +87,52 @@ def test_each_clip_comes_mirrored_too(tmp_path: Path) -> None:
     assert right_shoulder[0] == pytest.approx(1 - float(left_shoulder[0]), abs=1e-6)
     assert right_shoulder[1] == left_shoulder[1]
     assert len(prepare_again(tmp_path)) == 1, "off by default"
+
+
+def test_jittered_crops_hold_the_person_and_are_copies_of_the_clip(tmp_path: Path) -> None:
+    dataset = made(tmp_path, num_jittered=3, with_mirrored=True)
+    clips = dataset.manifest.clips
+    base = clips[0]
+    suffixes = [clip.clip_id.removeprefix(base.clip_id) for clip in clips]
+    assert suffixes == [
+        f"{one}{end}" for one in ("", *(f"-jittered{n}" for n in (1, 2, 3))) for end in ("", "-mirrored")
+    ]
+    assert len({clip.tensors_file for clip in clips}) == 8 and len({clip.crop for clip in clips}) == 4
+    for clip in clips[2:]:
+        inner, outer = base.crop, clip.crop
+        assert outer.left <= inner.left and outer.left + outer.width >= inner.left + inner.width
+        assert outer.top <= inner.top and outer.top + outer.height >= inner.top + inner.height
+        assert outer.width == outer.height <= 1.25 * inner.width
+        assert min(outer.left, outer.top) >= 0 and outer.left + outer.width <= 240 and outer.top + outer.height <= 180
+        stored, pictures = dataset.clip(clip.clip_id, 3, 0), dataset.frames(clip.clip_id, [3])
+        expected = PatchCodec().encode(pictures.float() / 127.5 - 1)[0]
+        assert (stored["reference_latent"][..., 4:] - expected[..., 4:]).abs().max() < 1e-2
+    assert made(tmp_path, num_jittered=3, with_mirrored=True).manifest == dataset.manifest, "the same ones again"
+    narrow = videos.write_video(tmp_path / "narrow.mp4", 20, height=64, width=32)
+    again = prepare(
+        [narrow], tmp_path / "n", recipe=Recipe(height=64, width=64, num_frames=16, workers=1, num_jittered=3),
+        poses=Swaying(), encoder=PatchCodec(),
+    )  # fmt: skip
+    assert len(again.clips) == 1, "the crop is as wide as the picture: no room, no copies"
+
+
+def test_a_larger_crop_that_shows_somebody_else_is_left_out(tmp_path: Path) -> None:
+    base = made(tmp_path, num_jittered=0).manifest.clips[0].crop
+    right = (base.left + base.width) / 240
+
+    class Beside(Swaying):
+        version = "beside"
+
+        def track(self, frames: Iterable[np.ndarray]) -> PoseTrack:
+            found = super().track(frames)
+            others = np.tile(np.array([right, 0.0, right + 0.04, 1.0], dtype=np.float32), (len(found.keypoints), 1, 1))
+            return replace(found, num_people=found.num_people + 1, others=others)
+
+    recipe = Recipe(height=64, width=64, num_frames=16, workers=1, num_jittered=6)
+    found = prepare([tmp_path / "a.mp4"], tmp_path / "q", recipe=recipe, poses=Beside(), encoder=PatchCodec())
+    shown = [(part.crop.left + part.crop.width) / 240 - right for part in found.clips]
+    assert 1 <= len(found.dropped) <= 5 and len(found.clips) + len(found.dropped) == 7
+    assert max(shown) <= 0.25 * 0.04 and all("shows one person" in drop.reason for drop in found.dropped)
 
 
 def prepare_again(tmp_path: Path) -> list[Any]:

@@ -12,7 +12,6 @@ from people import Swaying
 from tiny import MODEL, NoiseClips, tiny_config
 
 from mimicmotion import checkpoint
-from mimicmotion.config import from_json, to_json
 from mimicmotion.data.cache import Manifest
 from mimicmotion.data.clip_maker import Recipe
 from mimicmotion.data.curate import Bounds
@@ -22,6 +21,7 @@ from mimicmotion.distributed import Ranks
 from mimicmotion.dry_stages import dry_stages
 from mimicmotion.fitting import Fitting
 from mimicmotion.history import read_history
+from mimicmotion.json_values import from_json, to_json
 from mimicmotion.memory_plan import choose_plan
 from mimicmotion.model.encoders import PatchCodec
 from mimicmotion.shapes import Bucket

@@ -1,10 +1,12 @@
 """Files on disk: written whole or not at all, damage is seen, keys follow from content."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,6 +41,7 @@ def test_atomic_write_leaves_the_old_file_on_error(tmp_path: Path) -> None:
 KILLED = """
 import sys, time
 from pathlib import Path
+from typing import Any
 from mimicmotion.data.cache import atomic_write
 with atomic_write(Path(sys.argv[1])) as temporary:
     with temporary.open("wb") as opened:
@@ -148,6 +151,33 @@ def test_manifest_comes_back(tmp_path: Path) -> None:
     again = Manifest.read(tmp_path)
     assert again == manifest()
     assert again.clips[0].rows == slice(12, 52) and again.dropped[1].rows == slice(30, 37)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "said"),
+    [
+        (("clips", 0, "num_frames"), "40", "damaged .num_frames is '40'"),
+        (("clips", 0, "crop", "left"), 1.5, "damaged .left is '1.5'"),
+        (("clips", 0, "statistics", "motion"), None, "damaged .statistics is "),
+        (("dropped", 0, "stage"), None, "damaged .stage is 'None'"),
+        (("files",), None, "damaged .files is 'None'"),
+        (("with_mirrored",), 1, "damaged .with_mirrored is '1'"),
+        (("clips", 0, "tensors_file"), "clips/../../c.safetensors", "names clips/../../c.safetensors, no file of this"),
+        (("clips", 0, "keypoints_file"), "/etc/k.safetensors", "names /etc/k.safetensors, no file of this folder"),
+    ],
+)
+def test_a_manifest_that_was_edited_wrongly_is_refused(
+    tmp_path: Path, place: tuple[str | int, ...], value: object, said: str
+) -> None:
+    manifest().write(tmp_path)
+    stored = json.loads((tmp_path / "manifest.json").read_text())
+    inside: Any = stored
+    for step in place[:-1]:
+        inside = inside[step]
+    inside[place[-1]] = value
+    (tmp_path / "manifest.json").write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match=said):
+        Manifest.read(tmp_path)
 
 
 def test_manifest_of_another_kind_is_refused(tmp_path: Path) -> None:

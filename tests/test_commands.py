@@ -216,7 +216,7 @@ def test_training_that_cannot_go_on_exits_with_the_reason(prepared, tmp_path):
         (train, ["--resume", "--run-dir", "rum"], r"--resume: rum holds no checkpoint .*: run\).* leave --resume out"),
         (sample, ["--run-dir", "rnu"], r"sampling stopped: rnu holds no checkpoint .*: run\)"),
         (evaluate, ["--run-dir", "rnu"], r"evaluation stopped: rnu holds no checkpoint .*: run\)"),
-        (prepare_command, ["--videos", "cilps"], r"preparing stopped: .* cilps, which is not a folder .*: clips\)"),
+        (prepare_command, ["--videos", "cilps"], r"preparing stopped: .* cilps, which is not there .*: clips\)"),
         (prepare_command, ["--encoder", "./svb"], r"preparing stopped: encoder: svb is not there .*: svd\)"),
         (prepare_command, ["--dwpose-dir", "svb", "--poses", "dwpose"], r"svb without yolox_l.onnx"),
     ],

@@ -13,11 +13,10 @@ from mimicmotion.config import (
     SamplingConfig,
     TrainerConfig,
     demo,
-    from_json,
     mimicmotion_16,
     mimicmotion_72,
-    to_json,
 )
+from mimicmotion.json_values import from_json, to_json
 from mimicmotion.train import parse
 
 

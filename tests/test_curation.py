@@ -14,7 +14,7 @@ from people import Swaying
 from mimicmotion.data.cache import Clip, Crop, Drop, Manifest
 from mimicmotion.data.curate import GATES, Bounds, Watched, measure, reasons_to_drop, split
 from mimicmotion.data.dataset import ClipDataset
-from mimicmotion.data.picture_measures import PictureMeter, PictureTrack
+from mimicmotion.data.picture_measures import NUM_CELLS, PictureMeter, PictureTrack
 from mimicmotion.data.poses import PoseTrack
 from mimicmotion.data.preparation import Recipe, prepare
 from mimicmotion.data.stretches import stretches
@@ -51,6 +51,7 @@ def watched(num_frames: int = 100, *, pictures: dict[str, Any] | None = None, **
     fields = {"keypoints": base.keypoints, "num_people": base.num_people, "counts_people": True}
     good = {name: np.full(num_frames, 0.0, dtype=np.float32) for name in ("content", "ratio", "spread", "clipped")}
     good |= {name: np.full(num_frames, 100.0, dtype=np.float32) for name in ("change", "sharpness")}
+    good |= {"contrast": np.full(num_frames, 60.0), "fixed": np.zeros((num_frames, NUM_CELLS, NUM_CELLS))}
     good |= {"camera": np.zeros((num_frames, 2), dtype=np.float32)}
     return Watched(PoseTrack(**fields | changes), PictureTrack(**good | (pictures or {})), 100, 100)
 
@@ -92,6 +93,11 @@ def test_each_gate_gives_its_reason_and_figure() -> None:
     assert reasons(moved(outside)).startswith("shows at an end a share of 0.40 of the limbs it usually does")
     still = np.repeat(watched().track.keypoints[:1], 100, axis=0)
     assert reasons(watched(keypoints=still)) == "moves by 0.0000 torso lengths a frame, less than 0.002"
+
+    def shake(keypoints: np.ndarray) -> None:
+        keypoints[::2, :, 0] += 0.15  # 15 pixels there and back, on top of the swaying; the torso is 30 long
+
+    assert reasons(moved(shake)) == "moves by 0.4995 torso lengths a frame, more than 0.3"
 
     def teleport(keypoints: np.ndarray) -> None:
         keypoints[..., 1] -= 0.2

@@ -8,7 +8,7 @@ import torch
 import videos
 from people import Swaying
 
-from mimicmotion.data.cache import Manifest
+from mimicmotion.data.cache import Manifest, load_intact
 from mimicmotion.data.curate import Bounds
 from mimicmotion.data.dataset import ClipDataset, hand_weights
 from mimicmotion.data.poses import draw, drawing_scale
@@ -65,6 +65,26 @@ def test_sample_is_the_reference_then_a_window(dataset: ClipDataset) -> None:
     short_side, stroke = drawing_scale(64, 64)
     drawn = draw(sample["keypoints"].numpy(), 64, 64, short_side=short_side, stroke=stroke)
     assert torch.equal(sample["pose"], torch.from_numpy(drawn).float() / 127.5 - 1)
+
+
+def test_the_stride_is_drawn_for_each_sample_as_far_as_its_clip_goes(prepared: Path) -> None:
+    wide, plain = ClipDataset(prepared, 5, 3, max_stride=4), ClipDataset(prepared, 5, 3)
+    again, looked_at = ClipDataset(prepared, 5, 3, max_stride=4), {clip_id: set() for clip_id in wide.clip_ids}
+    for step in range(60):
+        sample, usual = wide.sample(step, 0), plain.sample(step, 0)
+        assert [sample[name] for name in ("clip_id", "reference")] == [usual[name] for name in ("clip_id", "reference")]
+        clip, stride = next(clip for clip in wide.manifest.clips if clip.clip_id == sample["clip_id"]), sample["stride"]
+        rows = [sample["reference"], *range(sample["start"], sample["start"] + 3 * stride + 1, stride)]
+        stored = load_intact(prepared / clip.tensors_file)
+        assert stored is not None and max(rows) < clip.num_frames
+        assert torch.equal(sample["latents"], stored["latents"][rows].float() * PatchCodec.scaling_factor)
+        assert torch.equal(sample["keypoints"], stored["keypoints"][rows])
+        assert stride > 1 or sample["start"] == usual["start"]
+        assert again.sample(step, 0)["start"] == sample["start"]
+        looked_at[clip.clip_id].add(stride)
+    assert list(looked_at.values()) == [{1, 2, 3}, {1, 2, 3, 4}], "12 frames hold four that lie 3 apart, 20 any"
+    held_out = ClipDataset(prepared, 5, 3, max_stride=4, held_out=0.5, is_held_out=True)
+    assert {held_out.sample(step, 0)["stride"] for step in range(20)} == {1}, "what is looked at stays the same"
 
 
 def test_keypoints_lie_on_the_cropped_picture(dataset: ClipDataset) -> None:

@@ -1,16 +1,18 @@
 """Encoders: the stand-in's algebra, and the real one against diffusers and transformers themselves."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
-from diffusers import AutoencoderKLTemporalDecoder
+from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder
 from torch import Tensor
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import CLIPVisionConfig, CLIPVisionModel, CLIPVisionModelWithProjection
 
-from mimicmotion.model.encoders import Encoder, PatchCodec, SVDEncoder, load_encoder
+from mimicmotion.model.encoders import Encoder, PatchCodec, SVDEncoder, check_embeddings, load_encoder
 
 
 def frames(num_frames: int = 3, height: int = 48, width: int = 32) -> Tensor:
@@ -91,9 +93,8 @@ def test_svd_encoder_is_diffusers_and_transformers(svd_folder: Path) -> None:
         latents = encoder.encode(pictures)
         torch.testing.assert_close(latents, mean, atol=1e-5, rtol=1e-4)
         assert latents.shape == (10, 4, 8, 4)
-        first = vae.decoder(latents[:8], torch.zeros(1, 8), num_frames=8)
-        last = vae.decoder(latents[8:], torch.zeros(1, 2), num_frames=2)
-    torch.testing.assert_close(encoder.decode(latents), torch.cat([first, last]).clamp(-1, 1), atol=1e-5, rtol=1e-4)
+        together = vae.decoder(latents, torch.zeros(1, 10), num_frames=10)
+    torch.testing.assert_close(encoder.decode(latents), together.clamp(-1, 1), atol=1e-5, rtol=1e-4)
 
 
 def test_clip_sees_the_resized_normalised_picture(svd_folder: Path) -> None:
@@ -146,6 +147,74 @@ def test_a_folder_that_is_not_there_is_named_with_what_lies_near(svd_folder: Pat
     wrong = svd_folder.parent / (svd_folder.name + "x")
     with pytest.raises(ValueError, match=rf"encoder: {wrong} is not there \(in {wrong.parent}: {svd_folder.name}\)"):
         load_encoder(str(wrong))
+
+
+def _save(folder: Path, part: str, model: Any) -> None:
+    shutil.rmtree(folder / part)
+    model.save_pretrained(folder / part)
+
+
+SMALL: dict[str, Any] = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4, "block_out_channels": (32,) * 4, "layers_per_block": 1
+}  # fmt: skip
+UP: Any = ("UpDecoderBlock2D",) * 4
+CLIP: dict[str, Any] = {
+    "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 32
+}  # fmt: skip
+
+
+def _rewrite(folder: Path, part: str, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
+    (path,) = (folder / part).glob("*.safetensors")
+    safetensors.torch.save_file(change(safetensors.torch.load_file(path)), path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda f: _save(f, "vae", AutoencoderKL(**SMALL, up_block_types=UP)),
+            r"vae of .* is no AutoencoderKLTemporalDecoder: \d+ missing \(decoder.mid_block",
+        ),
+        (
+            lambda f: _save(f, "vae", AutoencoderKLTemporalDecoder(**SMALL, latent_channels=16)),
+            "the VAE of .* gives latents of 16 channels, wanted 4",
+        ),
+        (
+            lambda f: _rewrite(f, "vae", lambda x: {k: v for k, v in x.items() if k != "quant_conv.bias"}),
+            r"1 missing \(quant_conv.bias\) of its weights, which would be random",
+        ),
+        (
+            lambda f: _rewrite(f, "vae", lambda x: x | {"quant_conv.bias": torch.zeros(5)}),
+            "vae of .*quant_conv.bias",
+        ),
+        (
+            lambda f: _save(f, "image_encoder", CLIPVisionModel(CLIPVisionConfig(**CLIP, projection_dim=1024))),
+            r"is no CLIPVisionModelWithProjection: 1 missing \(visual_projection.weight\)",
+        ),
+        (
+            lambda f: _save(f, "image_encoder", CLIPVisionModelWithProjection(CLIPVisionConfig(**CLIP))),
+            "gives embeddings of 512 values, wanted 1024",
+        ),
+        (
+            lambda f: next((f / "vae").glob("*.safetensors")).write_text("version https://git-lfs.github.com/spec/v1"),
+            "got encoder .*: vae of AutoencoderKLTemporalDecoder: ",
+        ),
+    ],
+)
+def test_encoders_that_do_not_fit_are_refused(
+    change: Callable[[Path], None], said: str, svd_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(svd_folder, tmp_path / "svd")
+    change(tmp_path / "svd")
+    with pytest.raises(ValueError, match=said) as caught:
+        load_encoder(str(tmp_path / "svd"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_unet_of_another_width_reads_no_embeddings() -> None:
+    check_embeddings(1024)
+    with pytest.raises(ValueError, match=r"cross_attention_dim is 768, .* embeddings of 1024 values; set it to 1024"):
+        check_embeddings(768)
 
 
 def test_missing_weights_are_named(tmp_path: Path) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from diffusers.models.attention_processor import Attention, SlicedAttnProcessor
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0, SlicedAttnProcessor
 from svd_blocks import C, indicator, resnet, resnet_inputs, transformer, transformer_inputs
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
@@ -37,6 +39,18 @@ def _set(path: str, value: Any) -> Change:
         parent, _, name = path.rpartition(".")
         target = module.get_submodule(parent)
         setattr(target, name, value(getattr(target, name)) if callable(value) else value)
+
+    return change
+
+
+def _called_otherwise(name: str) -> Callable[[nn.Module], nn.Module]:
+    """What makes a module one of a subclass that has a method of this name of its own."""
+
+    def change(module: nn.Module) -> nn.Module:
+        method = getattr(type(module), name)
+        own = {name: lambda self, *args, **kwargs: 2 * method(self, *args, **kwargs)}
+        module.__class__ = type("Otherwise", (type(module),), own)
+        return module
 
     return change
 
@@ -73,7 +87,22 @@ TRANSFORMER_REASONS: dict[str, tuple[Change, str]] = {
         "extra module attn1.norm_q",
     ),
     "hook": (lambda m: m.proj_in.register_forward_hook(lambda *_: None), "proj_in has hooks"),
-    "replaced forward": (_set("norm.forward", lambda f: lambda x: f(x)), "norm has hooks or a replaced forward"),
+    "replaced forward": (_set("norm.forward", lambda f: lambda x: f(x)), "norm has hooks or a replaced method"),
+    "hook on a block": (
+        lambda m: m.transformer_blocks[0].register_forward_hook(lambda *_: None),
+        "transformer_blocks.0: has hooks or a replaced method",
+    ),
+    "replaced forward of a block": (_set(f"{TEMPORAL}.forward", lambda f: lambda *x: f(*x)), "has hooks or a replaced"),
+    "replaced method": (_set(f"{SPATIAL}.ff.net.0.gelu", lambda _: torch.relu), "ff.net.0 has hooks or a replaced"),
+    "a block called otherwise": (
+        _set(SPATIAL, _called_otherwise("__call__")),
+        "Otherwise, which is called in a way of its own",
+    ),
+    "a norm called otherwise": (_set("norm", _called_otherwise("__call__")), "Otherwise, not torch.nn.GroupNorm"),
+    "a linear layer called otherwise": (
+        _set(f"{SPATIAL}.attn1.to_v", _called_otherwise("__call__")),
+        "Otherwise, whose forward is its own",
+    ),
     "chunked feed-forward": (
         lambda m: m.temporal_transformer_blocks[0].set_chunk_feed_forward(1),
         "feed-forward chunking is on",
@@ -101,6 +130,14 @@ RESNET_REASONS: dict[str, tuple[Change, str]] = {
     "other convolution over frames": (
         _set("temporal_res_block.conv2", lambda _: nn.Conv3d(C, C, (5, 1, 1), padding=(2, 0, 0))),
         "another convolution over frames",
+    ),
+    "replaced method of a convolution": (
+        _set("spatial_res_block.conv1._conv_forward", lambda f: lambda *x: f(*x)),
+        "conv1 has hooks or a replaced method",
+    ),
+    "a convolution that convolves otherwise": (
+        _set("temporal_res_block.conv2", _called_otherwise("_conv_forward")),
+        "conv2 is test_exactness.Otherwise, not torch.nn.Conv3d",
     ),
 }
 
@@ -131,6 +168,27 @@ def test_transformer_that_is_not_exactly_the_known_one(change: Change, reason: s
 @pytest.mark.parametrize(("change", "reason"), RESNET_REASONS.values(), ids=RESNET_REASONS)
 def test_resnet_that_is_not_exactly_the_known_one(change: Change, reason: str) -> None:
     check_refused(FusedResBlock, resnet(), resnet_inputs(), change, reason)
+
+
+@pytest.mark.parametrize(
+    ("cls", "method"), [(BasicTransformerBlock, "forward"), (AttnProcessor2_0, "__call__")], ids=["block", "processor"]
+)
+def test_a_class_that_is_given_another_method_is_refused(cls: type, method: str, monkeypatch: Any) -> None:
+    """Also one that says that it wraps the known one, after others of the class have been looked at."""
+    known: Any = getattr(cls, method)
+
+    @functools.wraps(known)
+    def doubled(*args: Any, **kwargs: Any) -> Any:
+        return 2 * known(*args, **kwargs)
+
+    fused: Any = FusedTransformer(transformer())
+    fused.check_unchanged()
+    monkeypatch.setattr(cls, method, doubled)
+    original = transformer()
+    reasons = [FusedTransformer.why_not(original), *FusedTransformer.plain_parts(original).values()]
+    assert f"{cls.__name__}, whose {method} is not known" in str(reasons)
+    with pytest.raises(RuntimeError, match="has changed since replace"):
+        fused(**transformer_inputs(), image_only_indicator=indicator())
 
 
 def test_dropout_that_is_off_is_known() -> None:

@@ -14,9 +14,10 @@ import torch
 from tiny import NoiseClips, tiny_config
 
 from mimicmotion import checkpoint, memory_plan, train
-from mimicmotion.config import Config, from_json, to_json
+from mimicmotion.config import Config
 from mimicmotion.distributed import Ranks
 from mimicmotion.dry_run import dry_run
+from mimicmotion.json_values import from_json, to_json
 from mimicmotion.memory_plan import choose_plan
 from mimicmotion.trainer import Trainer
 from mmkernels.cards import CONTEXT_GIB, FRAGMENTS, card

@@ -66,6 +66,17 @@ def test_bypassed_parameters_are_in_the_graph_and_get_nothing() -> None:
     assert ran == dead
 
 
+def test_hooks_on_bypassed_parameters_get_zeros() -> None:
+    """A hook that reckons with the gradient, as one against NaN, takes a tensor, not None."""
+    unet = small_unet()
+    dead = mmkernels.dead_parameters(unet)
+    mmkernels.replace(unet)
+    for name in dead:
+        unet.get_parameter(name).register_hook(lambda gradient: gradient.nan_to_num() * 2)
+    found = run(unet, unet_inputs())
+    assert all(found[name].shape == unet.get_parameter(name).shape and not found[name].any() for name in dead)
+
+
 def test_frozen_parameters_stay_out() -> None:
     """Neither the shortcut nor what it gives asks for a gradient that nobody wants."""
     block: Any = small_unet().get_submodule(SPATIAL)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
+import operator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -178,6 +181,58 @@ def test_a_hook_or_a_change_after_replacing_is_an_error() -> None:
     unet.conv_out.stride = (2, 2)
     mmkernels.replace(unet)
     assert "conv_out is another convolution" in row_of(unet).why
+
+
+class _Callable:
+    """A forward of its own around the class's, as accelerate's, which says what it wraps."""
+
+    def __init__(self, unet: Any) -> None:
+        functools.update_wrapper(self, unet.forward)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__wrapped__(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+FORWARDS: dict[str, tuple[bool, Callable[[Any], Any]]] = {  # whether the head can be fused, and what gives the forward
+    "wrapped": (True, _Callable),
+    "a call of the class's": (True, lambda unet: lambda *x, **k: type(unet).forward(unet, *x, **k)),
+    "partial": (True, lambda unet: functools.partial(unet.forward, return_dict=True)),
+    "reads the norm beside it": (False, lambda unet: lambda **k: (unet.conv_norm_out(k["x"]), unet.forward(**k))),
+    "cannot be read": (False, lambda unet: operator.methodcaller("forward")),
+}
+
+
+@pytest.mark.parametrize("name", FORWARDS)
+def test_a_forward_that_a_unet_was_given_is_read(name: str) -> None:
+    is_known, given = FORWARDS[name]
+    unet = small_unet()
+    unet.forward = given(unet)
+    mmkernels.replace(unet)
+    assert row_of(unet).how == ("fused" if is_known else "torch")
+    unet = small_unet()
+    mmkernels.replace(unet)
+    unet.forward = given(unet)
+    if is_known:
+        torch.testing.assert_close(unet(**unet_inputs()).sample, small_unet()(**unet_inputs()).sample)
+    else:
+        with pytest.raises(RuntimeError, match="the head has changed since replace"):
+            unet(**unet_inputs())
+
+
+@pytest.mark.parametrize("name", ["conv_norm_out", "conv_act", "conv_out"])
+def test_another_module_in_the_head_is_an_error_until_undo(name: str) -> None:
+    unet, inputs = small_unet(), unet_inputs()
+    undo = mmkernels.replace(unet)
+    for other in (unet, copy.deepcopy(unet)):
+        ours = getattr(other, name)
+        setattr(other, name, copy.deepcopy(small_unet().get_submodule(name)))
+        with pytest.raises(RuntimeError, match=f"the head has changed since replace.*{name} is another module"):
+            other(**inputs)
+        setattr(other, name, ours)
+    undo()
+    setattr(unet, name, nn.Identity() if name == "conv_act" else copy.deepcopy(ours.original))
+    unet(**inputs)
+    assert not unet._forward_pre_hooks
 
 
 def test_parameters_put_in_place_of_others_are_used_and_stay() -> None:

@@ -1,16 +1,20 @@
 """Preparing on a local Ray gives what the pool gives."""
 
 import pickle
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import videos
 from people import Swaying
+from stopped_prepare import LONGEST
 from test_curation import dancing, write
 from test_prepare import RECIPE, quiet
+from test_stopping import start, wait_for
 
-from mimicmotion.data.cache import Manifest, NotWritableError
+from mimicmotion.data.cache import Manifest, NotWritableError, is_prepared, load_intact
 from mimicmotion.data.clip_maker import ClipMaker
 from mimicmotion.data.poses import PoseTrack
 from mimicmotion.data.preparation import prepare
@@ -61,3 +65,20 @@ def test_a_maker_travels(tmp_path: Path) -> None:
     maker = ClipMaker(tmp_path, RECIPE, Swaying(), PatchCodec(), quiet()[0])
     again = pickle.loads(pickle.dumps(maker))
     assert again.recipe == RECIPE and again.poses.name == "swaying" and again.encoder.name == maker.encoder.name
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_driver_ends_all_and_keeps_what_is_whole(tmp_path: Path, number: int) -> None:
+    """Ray would take SIGTERM for itself."""
+    pytest.importorskip("ray", reason="Ray is not installed: pip install ray")
+    (tmp_path / "videos").mkdir()
+    for name, length in (("a", 10), ("b", LONGEST)):
+        videos.write_video(tmp_path / "videos" / f"{name}.mp4", length)
+    process = start(tmp_path, "ray", script=Path(__file__).with_name("stopped_prepare.py"))
+    wait_for(tmp_path / "ready", process)
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and "Traceback" not in out
+    assert "what is whole stays, and the same command goes on from it" in out
+    (tensors,) = (tmp_path / "prepared" / "clips").glob("*.safetensors")
+    assert load_intact(tensors) is not None and not is_prepared(tmp_path / "prepared")

@@ -14,7 +14,7 @@ import pytest
 from mimicmotion.train import parse
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/other-trainers.md")
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/other-trainers.md", "docs/sampling.md")
 BIN = Path(sys.executable).parent
 
 # How each command is run here: "as typed", with words added that make it short, or only read where it would set up a
@@ -57,6 +57,14 @@ HOW = {
     "python mimicmotion/prepare.py --preset mimicmotion-72 --report": "--help",
     "python mimicmotion/prepare.py --preset mimicmotion-72 --verify": "--help",
 }
+PICTURE = "python mimicmotion/sample.py --image me.png --video dance.mp4"
+HOW[f"{PICTURE} --weights MimicMotion_1-1.pth --out out.mp4"] = "--help"
+HOW[f"{PICTURE} --run-dir runs/mimicmotion-72 --seeds 0 1 2 --fps 15 --sound"] = "--help"
+HOW['pip install -e ".[lora]"'] = "--dry-run --no-deps --no-build-isolation"
+for lora in ("", " --lora adapter --layout diffusers"):
+    HOW[f"python mimicmotion/export.py --run-dir runs/lora-72{lora}"] = "--help"
+HOW["python mimicmotion/export.py --run-dir runs/mimicmotion-72 --layout comfyui"] = "--help"
+HOW["python mimicmotion/evaluate.py --run-dir runs/mimicmotion-72 --against runs/mimicmotion-16"] = "--help"
 PARSED = ("torchrun --nproc-per-node 8 mimicmotion/train.py", "torchrun --nproc-per-node 1 mimicmotion/train.py")
 
 

@@ -78,18 +78,29 @@ def test_a_copied_unet_has_its_head_fused_and_another_order_has_not(tmp_path: Pa
 
 SUM, EMBEDDED = "hidden_states + my_residual", "my_hidden_states_mix + my_emb"
 CONTEXT = "-1, my_time_context.shape[-1])[:, 0]"
+METHOD = "def forward("
 MATTERS = {
     "another sign": ((EMBEDDED, EMBEDDED.replace("+", "-")), "a probe finds that it computes something else: output"),
     "the last frame's context": ((CONTEXT, CONTEXT.replace("0", "-1")), "computes something else: output differs by"),
     "a branch on a size": ((SUM, f"{SUM} * (1 if my_height < 99 else 2)"), "a probe cannot decide: forward of"),
+    "a factor from a size on": ((SUM, f"({SUM}) * max(1, my_height / 99)"), "calls max"),
+    "a comparison as a number": ((SUM, f"({SUM}) * (1 + (my_height > 99))"), "asks whether my_height > 99"),
+    "a bound on values": ((SUM, f"({SUM}).clamp(-99, 99)"), "calls clamp"),
+    "a cut of the context": ((CONTEXT, f"{CONTEXT}[:, :77]"), "cuts to :77"),
+    "a part of a list": ((SUM, f"sum([{SUM}] + [1 for x in (my_height,) if x > 99])"), "asks whether x > 99"),
+    "a branch in a method": (
+        (METHOD, f"def more(self, x):\n        return x if len(x) < 99 else 2 * x\n\n    {METHOD}"),
+        (SUM, f"self.more({SUM})"),
+        "calls more, which asks whether len(x) < 99",
+    ),
     "an argument more": (("return_dict=True", "return_dict=True, scale=1.0"), "it takes other arguments: scale"),
 }
 
 
 @pytest.mark.parametrize("change", MATTERS)
 def test_a_forward_that_differs_is_not_fused_but_its_blocks_are(change: str, tmp_path: Path) -> None:
-    edit, reason = MATTERS[change]
-    rows = check_same(unet_with(TRANSFORMER, copied(TransformerSpatioTemporalModel, tmp_path, edit)))
+    *edits, reason = MATTERS[change]
+    rows = check_same(unet_with(TRANSFORMER, copied(TransformerSpatioTemporalModel, tmp_path, *edits)))
     assert rows[TRANSFORMER].how == "torch" and reason in rows[TRANSFORMER].why
     parts = [f"{TRANSFORMER}.{kind}.0" for kind in ("transformer_blocks", "temporal_transformer_blocks")]
     assert [rows[part].how for part in parts] == ["fused", "fused"]
@@ -217,6 +228,7 @@ def test_a_drop_in_looks_like_what_it_replaces() -> None:
         ours, theirs = after[name], before[name]
         assert isinstance(ours, type(theirs)) and type(ours).__name__ == type(theirs).__name__
         assert vars(ours) is vars(theirs)
+    assert type(type(unet.conv_out)(2, 2, 3)) is nn.Conv2d, "as libraries make one like it"
     unet.mid_block.resnets[0].note = "set on the drop-in"
     undo()
     assert unet.mid_block.resnets[0].note == "set on the drop-in"

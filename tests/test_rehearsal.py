@@ -14,6 +14,7 @@ from test_prepare import RECIPE, make, quiet
 from mimicmotion import prepare as command
 from mimicmotion.data import rehearsal
 from mimicmotion.data.cache import load_intact, save_tensors
+from mimicmotion.data.dataset import ClipDataset
 from mimicmotion.data.footage import find_all
 from mimicmotion.data.poses import PoseTrack
 from mimicmotion.data.rehearsal import rehearse
@@ -80,11 +81,20 @@ def test_every_kind_of_damage_is_found(tmp_path: Path, monkeypatch: pytest.Monke
     assert found == {
         made.clips[0].tensors_file: "is damaged",
         made.clips[1].tensors_file: "is damaged",
-        made.clips[2].tensors_file: "is whole, and is not the file that the manifest names: delete it",
+        made.clips[2].tensors_file: "is whole, and is not the file that the manifest names",
         made.clips[0].keypoints_file: "is missing",
     }
     with pytest.raises(SystemExit, match=r"4 files of .* are damaged; prepare again"):
         command.main()
+    exchanged = [folder / clip.tensors_file for clip in made.clips[1:]]
+    assert make(folder, paths) == made and damages(folder, quiet()[0]) == []
+    contents = [path.read_bytes() for path in exchanged]
+    for path, content in zip(exchanged, reversed(contents), strict=True):  # whole, each under the other's name
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match="is not the file that the manifest names"):
+        ClipDataset(folder, 8, 0).clip(made.clips[1].clip_id, 0, 0)
+    (folder / "manifest.json").unlink()  # nobody remembers, but the name
+    assert make(folder, paths) == made and [path.read_bytes() for path in exchanged] == contents
 
 
 def test_videos_are_given_as_folders_files_and_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,9 +109,21 @@ def test_videos_are_given_as_folders_files_and_patterns(tmp_path: Path, monkeypa
     assert names(f"{tmp_path}/**/*.mp4") == ["1.mp4", "3.mp4"]
     monkeypatch.chdir(tmp_path)
     assert names("[bc]", "c/4.*") == ["3.mp4", "4.mov"]
-    for given in ("x", "x/*.mp4", "a/9.mp4"):
-        with pytest.raises(ValueError, match="which is not a folder"):
+    for given, why in (("x", "is not there"), ("x/*.mp4", "nothing matches"), ("a/9.mp4", "is not there")):
+        with pytest.raises(ValueError, match=f"which {why}"):
             names(given)
+    (tmp_path / "d").mkdir()
+    assert names("?") == ["1.mp4", "2.webm", "3.mp4", "4.mov"], "a folder without a video is no reason to stop"
+    with pytest.raises(ValueError, match="which 1 folders without a video match"):
+        names("[d]")
+    lines = ["\ufeff# takes", "a/1.mp4", "", " b ", "a/1.mp4", "a/gone.mp4", "c/*.mov", f"{tmp_path}/a/2.webm"]
+    (tmp_path / "takes.txt").write_bytes("\r\n".join(lines).encode())
+    monkeypatch.chdir(tmp_path / "d")
+    assert names("../takes.txt") == ["1.mp4", "3.mp4", "gone.mp4", "4.mov", "2.webm"], "relative to the list"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").write_text("# nothing\n")
+    with pytest.raises(ValueError, match=r"the list empty.txt, which names nothing"):
+        names("empty.txt")
 
 
 def test_one_notion_of_device_and_precision(monkeypatch: pytest.MonkeyPatch) -> None:

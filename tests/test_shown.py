@@ -3,11 +3,13 @@
 import struct
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 import pytest
 import videos
+from PIL import Image
 
 from mimicmotion.data.footage import VideoError, decode, read_properties
 from mimicmotion.data.picture import upright
@@ -118,6 +120,67 @@ def test_what_is_transparent_lies_over_black(tmp_path: Path) -> None:
         container.mux(stream.encode())
     frame = next(decode(path))
     assert frame.shape == (32, 32, 3) and (frame[0, 0, 0], frame[0, 31, 0]) == (157, 40)  # 200 * 200 / 255, 200 / 5
+
+
+@pytest.mark.parametrize("codec", ["libvpx", "libvpx-vp9"])
+def test_transparency_beside_the_pictures_is_seen(tmp_path: Path, codec: str) -> None:
+    """As a browser or FFmpeg writes it into WebM, where FFmpeg's own decoders do not look."""
+    path = tmp_path / "alpha.webm"
+    with av.open(str(path), mode="w") as container:
+        options = {"deadline": "realtime", "cpu-used": "8", "auto-alt-ref": "0", "crf": "4", "b": "1M"}
+        stream: Any = container.add_stream(codec, rate=30, options=options)
+        stream.height, stream.width, stream.pix_fmt = 64, 64, "yuva420p"
+        for index in range(8):
+            rgba = np.dstack([videos.picture(index, 64, 64), np.full((64, 64), 255, dtype=np.uint8)])
+            rgba[:, 32:, 3] = 0
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(rgba, format="rgba")))
+        container.mux(stream.encode())
+    frames = list(decode(path))
+    assert len(frames) == read_properties(path).num_frames == 8
+    for index, frame in enumerate(frames):
+        assert np.abs(frame[:, :28].astype(int) - videos.picture(index, 64, 64)[:, :28]).mean() < 6
+        assert frame[:, 36:].max() <= 8
+
+
+def write_webp(path: Path, pictures: list[np.ndarray], durations: list[int] | int, **options: Any) -> Path:
+    first, *more = [Image.fromarray(picture) for picture in pictures]
+    first.save(path, save_all=True, append_images=more, duration=durations, **options)
+    return path
+
+
+def test_animated_webp_is_a_film(tmp_path: Path) -> None:
+    """Lossless, so that each picture comes back; frames that are stored in part are composed; times are the file's."""
+    pictures = [videos.picture(index, 64, 240) for index in range(12)]
+    path = write_webp(tmp_path / "a.webp", pictures, 40, lossless=True)
+    properties, frames = read_properties(path), list(decode(path))
+    assert (properties.height, properties.width, properties.num_frames, properties.notes) == (64, 240, 12, ())
+    assert properties.frames_per_second == pytest.approx(25)
+    assert all(np.array_equal(*pair) for pair in zip(frames, pictures, strict=True))
+    uneven = write_webp(tmp_path / "b.mp4", pictures, [40] * 6 + [120] + [40] * 5, lossless=True, format="WEBP")
+    assert [number_of(frame) for frame in decode(uneven)] == [*range(6), 6, 6, 6, *range(7, 12)], "whatever its name"
+    clear = [np.dstack([picture, np.full((64, 240), 51, dtype=np.uint8)]) for picture in pictures]
+    faint = next(decode(write_webp(tmp_path / "c.webp", clear, 40, lossless=True, exact=True)))
+    assert np.abs(faint.astype(float) - pictures[0] / 5).max() <= 1
+    Image.fromarray(pictures[0]).save(tmp_path / "still.webp")
+    assert read_properties(tmp_path / "still.webp").num_frames == 1
+
+
+@pytest.mark.parametrize("share", [0.2, 0.6, 0.97])
+def test_animated_webp_cut_short_is_refused(tmp_path: Path, share: float) -> None:
+    whole = write_webp(tmp_path / "a.webp", [videos.picture(index, 64, 48) for index in range(9)], 40)
+    short = videos.cut_short(whole, tmp_path / "b.webp", share)
+    with pytest.raises(VideoError, match=r"is cut short after [0-8] frames"):
+        read_properties(short)
+    content = bytearray(whole.read_bytes())
+    at = content.rfind(b"ANMF") + 40
+    content[at : at + 30] = bytes(30)
+    short.write_bytes(content)
+    with pytest.raises(VideoError, match=r"is damaged at frame \d: "):
+        list(decode(short))
+    content[24:30] = b"\xff\xff\x00" * 2  # 65536 x 65536
+    short.write_bytes(content)
+    with pytest.raises(VideoError, match="is too large: 65536x65536"):
+        read_properties(short)
 
 
 # Every turn and flip: [[a, b], [c, d]] of x' = a x + c y, y' = b x + d y.

@@ -11,10 +11,10 @@ import yaml
 from people import Swaying
 
 from mimicmotion import checkpoint, settings_file, train
-from mimicmotion.config import to_json
 from mimicmotion.data.curate import Bounds
 from mimicmotion.data.preparation import Recipe, prepare
 from mimicmotion.distributed import Ranks
+from mimicmotion.json_values import to_json
 from mimicmotion.model.encoders import PatchCodec
 from mimicmotion.stopping import Stop
 

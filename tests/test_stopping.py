@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import videos
+from stopped_prepare import LONGEST
 from stopped_run import STOPPED_STEP, patched, small_run
 
 from mimicmotion import checkpoint, train
+from mimicmotion.data.cache import is_prepared, load_intact
 from mimicmotion.stopping import REPEAT_S
 
 SCRIPT = Path(__file__).with_name("stopped_run.py")
@@ -30,11 +33,11 @@ def handlers() -> Iterator[None]:
         signal.signal(number, handler)
 
 
-def start(folder: Path, where: str, *launcher: str) -> subprocess.Popen[str]:
+def start(folder: Path, where: str, *launcher: str, script: Path = SCRIPT) -> subprocess.Popen[str]:
     paths = os.pathsep.join([str(SCRIPT.parents[1]), str(SCRIPT.parent)])
     env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, *launcher, str(SCRIPT), str(folder), where], text=True, stdout=subprocess.PIPE,
+        [sys.executable, *launcher, str(script), str(folder), where], text=True, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, start_new_session=True, env=env,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell ignores it
     )  # fmt: skip
@@ -135,6 +138,23 @@ def test_a_second_ctrl_c_ends_at_once_and_the_same_one_passed_on_does_not(tmp_pa
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=10)
     assert process.returncode == -signal.SIGINT and "ended at once" in out and "Traceback" not in out
+
+
+def test_a_second_ctrl_c_ends_preparing_at_once_and_what_is_whole_stays(tmp_path: Path) -> None:
+    (tmp_path / "videos").mkdir()
+    for name, length in (("a", 10), ("b", LONGEST)):
+        videos.write_video(tmp_path / "videos" / f"{name}.mp4", length)
+    process = start(tmp_path, "pool", script=SCRIPT.with_name("stopped_prepare.py"))
+    wait_for(tmp_path / "ready", process)
+    process.send_signal(signal.SIGINT)
+    time.sleep(REPEAT_S + 0.5)
+    assert process.poll() is None, "it waits for the video that is under way"
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=10)
+    assert process.returncode == -signal.SIGINT and "Traceback" not in out
+    assert "again ends at once" in out and "asked again: ended at once, what is whole stays" in out
+    (tensors,) = (tmp_path / "prepared" / "clips").glob("*.safetensors")
+    assert load_intact(tensors) is not None and not is_prepared(tmp_path / "prepared")
 
 
 def test_ctrl_c_under_torchrun_stops_every_rank_at_the_same_step(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mimicmotion.data.timeline import at_one_rate, is_even
+from mimicmotion.data.timeline import Timeline, at_one_rate, is_even
 
 
 def shown_at(times: np.ndarray, moment: float) -> int:
@@ -77,3 +77,16 @@ def test_what_stands_still_is_not_even() -> None:
     assert not is_even(np.zeros(5)) and not is_even(np.zeros(1)) and is_even(np.arange(2.0))
     assert at_one_rate(np.zeros(5), 0.0).frames_per_second == pytest.approx(1)
     assert at_one_rate(np.zeros(5), 24.0).frames_per_second == 24
+
+
+def test_stamps_that_stand_still_for_a_moment_lie_between_their_neighbours() -> None:
+    """As recorders with coarse clocks write them: the rate is 30 and not 15."""
+    pairs = at_one_rate(np.arange(60) // 2 * 2 / 30, 30.0)
+    assert (pairs.frames, pairs.frames_per_second) == (None, 30.0)
+    assert pairs.notes[0] == "29 time stamps stand still: put between the ones around"
+    once = np.arange(60) / 30
+    once[20] = once[19]
+    assert at_one_rate(once, 30.0) == Timeline(30.0, None, ("1 time stamp stands still: put between the ones around",))
+    behind = np.concatenate([np.arange(20) / 30, np.arange(60) / 30])  # a second recording has no room there
+    assert at_one_rate(behind, 30.0).notes[0].startswith("1 slip of the time stamps, first by -0.633 s after frame 19")
+    assert at_one_rate(behind, 30.0).frames_per_second == 30

@@ -9,13 +9,14 @@ import errno
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,11 +25,17 @@ from safetensors.torch import save
 from mimicmotion.paths import free_gib, near, printable
 
 MANIFEST_VERSION = 2
+_Kind = TypeVar("_Kind")
 
 
 # What keeps any file from being written there, whatever it holds.
 FULL = (errno.ENOSPC, errno.EDQUOT)
-CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EIO, errno.EFBIG)
+CLOSED = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EIO,
+    errno.EFBIG,
+)  # fmt: skip
+# What runs out for every video alike, whichever met it.
+EXHAUSTED = (*FULL, errno.EMFILE, errno.ENFILE)
 
 
 class NotWritableError(OSError):
@@ -129,19 +136,22 @@ def check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write tensors to path atomically, with a digest of their content that load_intact checks.
+    """Write tensors to path atomically, with a digest of their content and of the file's name that load_intact checks.
 
     Raises NotFiniteError, and writes nothing, where a value is infinite or NaN.
     """
     check_finite(tensors)
     kept = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    payload = save(kept, metadata={"content_sha256": _tensors_sha256(kept)})
+    payload = save(kept, metadata={"content_sha256": _tensors_sha256(path.name, kept)})
     with atomic_write(path) as temporary:
         temporary.write_bytes(payload)
 
 
 def load_intact(path: Path) -> dict[str, torch.Tensor] | None:
-    """The tensors of a file written by save_tensors, or None where it is missing, cut short, changed or not finite."""
+    """The tensors of a file written by save_tensors under this name.
+
+    None where it is missing, cut short, changed, not finite or another one's.
+    """
     try:
         with safe_open(path, framework="pt") as opened:
             stated = (opened.metadata() or {}).get("content_sha256")
@@ -149,7 +159,7 @@ def load_intact(path: Path) -> dict[str, torch.Tensor] | None:
         check_finite(tensors)
     except (OSError, SafetensorError, NotFiniteError):
         return None
-    return tensors if stated == _tensors_sha256(tensors) else None
+    return tensors if stated == _tensors_sha256(path.name, tensors) else None
 
 
 def stated_sha256(path: Path) -> str:
@@ -158,8 +168,8 @@ def stated_sha256(path: Path) -> str:
         return (opened.metadata() or {}).get("content_sha256", "")
 
 
-def _tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
-    digest = hashlib.sha256()
+def _tensors_sha256(file_name: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256(file_name.encode())  # a name says what a file follows from
     for name in sorted(tensors):
         digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
         digest.update(tensors[name].contiguous().view(torch.uint8).numpy().data)
@@ -214,7 +224,7 @@ class Drop:
     """A video that was left out, or a stretch of one, and why."""
 
     source: str
-    stage: str  # decode, split (a stretch is too short), curate, check (what was made is not finite) or unforeseen
+    stage: str  # decode, split (a stretch is too short), curate, check (not finite), memory (too little) or unforeseen
     reason: str
     statistics: dict[str, float] = field(default_factory=dict)  # as a clip's; empty where nothing was measured
     first_frame: int = 0  # as a clip's
@@ -253,6 +263,7 @@ class Manifest:
     encoder_device: str  # kind of device
     frame_stride: int  # every clip's
     with_mirrored: bool = False  # whether each clip is there a second time, flipped left to right
+    num_jittered: int = 0  # further copies of each clip in larger crops drawn at random
     bounds: dict[str, Any]  # what clips were held to, by the names of curate.Bounds
     clips: list[Clip]
     dropped: list[Drop] = field(default_factory=list)
@@ -282,8 +293,35 @@ class Manifest:
         if version != MANIFEST_VERSION:
             raise ValueError(f"got {path} of version {version}, wanted {MANIFEST_VERSION}; run prepare again")
         try:
-            clips = [Clip(**{**clip, "crop": Crop(**clip["crop"])}) for clip in stored.pop("clips")]
-            dropped = [Drop(**drop) for drop in stored.pop("dropped")]
-            return cls(clips=clips, dropped=dropped, **stored)
-        except (TypeError, KeyError) as error:  # a name too many, or one too few
+            clips = [_checked(Clip, {**clip, "crop": _checked(Crop, clip["crop"])}) for clip in stored.pop("clips")]
+            dropped = [_checked(Drop, drop) for drop in stored.pop("dropped")]
+            manifest = _checked(cls, {"clips": clips, "dropped": dropped, **stored})
+        except (TypeError, KeyError) as error:  # a name too many, or one too few, or a value of another kind
             raise ValueError(f"{path} is damaged ({error}); run prepare again, which makes it anew") from error
+        names = {part.keypoints_file for part in (*clips, *dropped)} | {clip.tensors_file for clip in clips}
+        if strange := sorted(name for name in names | set(manifest.files) if name and not _FILE_NAME.fullmatch(name)):
+            raise ValueError(f"{path} names {printable(strange[0])}, no file of this folder; run prepare again")
+        return manifest
+
+
+_FILE_NAME = re.compile(r"(clips|keypoints)/[\w-]+\.safetensors")
+
+
+def _checked(kind: type[_Kind], stored: dict[str, Any]) -> _Kind:
+    """A dataclass of stored values. Raises TypeError where one is missing, unknown or of another type."""
+    made = kind(**stored)
+    for name, hint in get_type_hints(kind).items():
+        if not _is_of(value := getattr(made, name), hint):
+            raise TypeError(f"{name} is {str(value)[:60]!r}")
+    return made
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    kind, parts = get_origin(hint) or hint, get_args(hint)
+    if kind is Any:
+        return True
+    if kind is list:
+        return isinstance(value, list) and all(_is_of(one, parts[0]) for one in value)
+    if kind is dict:
+        return isinstance(value, dict) and all(_is_of(one, parts[1]) for one in value.values())
+    return isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))

@@ -3,9 +3,7 @@
 import traceback
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field, replace
-from math import isclose, log
-from os import cpu_count
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Event, Lock
 from typing import Any
@@ -14,6 +12,7 @@ import numpy as np
 import torch
 
 from mimicmotion.data.cache import (
+    EXHAUSTED,
     Clip,
     Crop,
     Drop,
@@ -25,64 +24,21 @@ from mimicmotion.data.cache import (
     save_tensors,
 )
 from mimicmotion.data.crop import crop_frame, crop_keypoints, person_crop
-from mimicmotion.data.curate import Bounds, Watched, measure, reasons_to_drop, split
+from mimicmotion.data.curate import Watched, measure, reasons_to_drop, split
 from mimicmotion.data.film import VideoError
 from mimicmotion.data.footage import VideoProperties, decode, read_properties
 from mimicmotion.data.poses import PoseBackend
 from mimicmotion.data.poses.keypoints import mirrored
 from mimicmotion.data.progress import VideoProgress, Work
+from mimicmotion.data.recipe import Recipe
+from mimicmotion.data.variants import Variant, variants
 from mimicmotion.data.watching import keep, kept, watch, watched_file
-from mimicmotion.model.encoders import SPATIAL_FACTOR, Encoder
+from mimicmotion.model.encoders import Encoder
 from mimicmotion.paths import printable
-from mimicmotion.shapes import size_of
 
 # Bumped where the meaning of a clip's file changes, so that old files are not met.
 TENSORS_FORMAT = 3
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """How clips are made of videos."""
-
-    height: int  # pixels, a multiple of 8
-    width: int  # pixels, a multiple of 8
-    sizes: tuple[str, ...] = ()  # further ones, as 576x1024; a clip has the one nearest its video's
-    num_frames: int  # frames of a training clip; shorter stretches of a video are dropped
-    frame_stride: int = 1  # every frame_stride-th frame of a video is kept
-    bounds: Bounds = field(default_factory=Bounds)
-    with_mirrored: bool = False  # each clip a second time, flipped left to right
-    frames_at_once: int = 16  # encoded together
-    workers: int | None = None  # videos worked on at once; None is one a processor core
-
-    def __post_init__(self) -> None:
-        for size in ((self.height, self.width), *map(size_of, self.sizes)):
-            for name, side in zip(("height", "width"), size, strict=True):
-                if side < SPATIAL_FACTOR or side % SPATIAL_FACTOR:
-                    raise ValueError(f"got {name} {side}, wanted a positive multiple of {SPATIAL_FACTOR}")
-        for name in ("num_frames", "frame_stride", "frames_at_once"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"got {name} {getattr(self, name)}, wanted at least 1")
-
-    @property
-    def held_to(self) -> Bounds:
-        """The bounds, with no fewer frames than a training clip has."""
-        return replace(self.bounds, min_frames=max(self.bounds.min_frames, self.num_frames))
-
-    def num_workers(self, num_videos: int) -> int:
-        """Videos worked on at once."""
-        return max(1, self.workers or min(num_videos, cpu_count() or 1))
-
-    def shaped(self, source_height: int, source_width: int) -> "Recipe":
-        """For a video of this shape: with one size, of the nearest aspect ratio the largest that the video fills.
-
-        Where it fills none, the smallest of that ratio.
-        """
-        sizes = [(self.height, self.width), *map(size_of, self.sizes)]
-        away = {size: abs(log(size[0] / size[1] * source_width / source_height)) for size in sizes}
-        near = sorted(size for size in sizes if isclose(away[size], min(away.values()), abs_tol=1e-9))
-        filled = [size for size in near if size[0] <= source_height and size[1] <= source_width]
-        height, width = filled[-1] if filled else near[0]
-        return replace(self, height=height, width=width, sizes=())
+RAN_OUT = "memory"  # stage of a Drop: other videos may have taken it
 
 
 @dataclass(frozen=True)
@@ -131,18 +87,24 @@ class ClipMaker:
     def make(self, path: Path) -> list[Clip | Drop]:
         """The clips of a video and what of it was left out, in order, whatever the video raised.
 
-        What is no video's own fault is raised: NotWritableError, StoppedError, and RuntimeError where memory ran out.
+        What is no video's own fault is raised: StoppedError, OSError where a disk is full or too many files are open
+        (NotWritableError where it is ours), and RuntimeError where the GPU's memory ran out.
         """
         try:
             return self._make(path)
         except (NotWritableError, StoppedError):
             raise
-        except (MemoryError, torch.OutOfMemoryError) as error:
+        except torch.OutOfMemoryError as error:
             raise RuntimeError(
-                f"out of memory at {printable(path)} ({_first_line(error)}); give fewer --workers, a smaller size, or"
-                " take this video out"
+                f"the GPU's memory ran out at {printable(path)} ({_first_line(error)}); give a smaller size, or take"
+                " this video out"
             ) from error
+        except MemoryError as error:
+            why = f" ({_first_line(error)})" if str(error) else ""
+            return [self._drop(path, RAN_OUT, f"takes more memory than there is{why}; cut it, or give a smaller size")]
         except (VideoError, OSError) as error:
+            if isinstance(error, OSError) and error.errno in EXHAUSTED:
+                raise
             return [self._drop(path, "decode", str(error))]
         except NotFiniteError as error:
             made_by = f"{self.poses.name} {self.poses.version}, {self.encoder.name} {self.encoder.version}"
@@ -200,25 +162,41 @@ class ClipMaker:
         where = "" if len(keypoints) == len(source.watched) else f" {first} to {last}"
         if reasons:
             return [self._drop(path, "curate", "; ".join(reasons), where, **place)]
-        files = self.encode(source, rows, crop, frames)
+        copies, left_out = self._copies(source, rows, crop, measures)
+        files = self.encode(source, rows, list(copies), frames)
         said = f"{printable(path.name)}{where}: kept, {len(keypoints)} frames"
         self.progress.say("; ".join([said, *properties.notes]))
         return [
             Clip(
-                clip_id=f"{printable(path.stem)}-{source.sha256[:8]}-{first}{'-mirrored' if is_mirrored else ''}",
+                clip_id=f"{printable(path.stem)}-{source.sha256[:8]}-{first}{copy.suffix}",
                 source=str(path.absolute()),
                 source_sha256=source.sha256,
                 frames_per_second=properties.frames_per_second / recipe.frame_stride,
-                crop=crop,
+                crop=copy.crop,
                 height=recipe.height,
                 width=recipe.width,
                 tensors_file=tensors_file,
-                is_mirrored=is_mirrored,
+                is_mirrored=copy.is_mirrored,
                 notes=list(properties.notes),
-                **place,
+                **{**place, "statistics": copies[copy]},
             )
-            for is_mirrored, tensors_file in files.items()
-        ]
+            for copy, tensors_file in zip(copies, files, strict=True)
+        ] + left_out
+
+    def _copies(
+        self, source: Source, rows: slice, crop: Crop, measures: dict[str, float]
+    ) -> tuple[dict[Variant, dict[str, float]], list[Drop]]:
+        """The copies of a kept stretch with their figures, and those left out: a larger crop may show two people."""
+        wanted = variants(self.recipe, crop, source.sha256, rows.start, source.properties)
+        found, left_out = {}, []
+        for copy in wanted:
+            of_copy = measures if copy.crop == crop else measure(source.watched, rows, copy.crop)
+            if reasons := reasons_to_drop(of_copy, self._bounds):
+                place = self._place(source, rows, of_copy)
+                left_out.append(self._drop(source.path, "curate", "; ".join(reasons), copy.suffix, **place))
+            else:
+                found[copy] = of_copy
+        return found, left_out
 
     def _place(self, source: Source, rows: slice, measures: dict[str, float]) -> dict[str, Any]:
         stride = self.recipe.frame_stride
@@ -270,51 +248,53 @@ class ClipMaker:
             work.finish()
 
     def encode(
-        self, source: Source, rows: slice, crop: Crop, frames: Iterator[tuple[int, np.ndarray]]
-    ) -> dict[bool, str]:
-        """Write the tensors of a stretch, unless they are there; their files, as filmed (False) and mirrored (True)."""
+        self, source: Source, rows: slice, copies: Sequence[Variant], frames: Iterator[tuple[int, np.ndarray]]
+    ) -> list[str]:
+        """Write the tensors of each copy of a stretch, unless they are there; their files."""
         encoder, recipe = self.encoder, self.recipe.shaped(source.properties.height, source.properties.width)
-        inputs = [
-            TENSORS_FORMAT, source.keypoints_file, rows.start, rows.stop, asdict(crop), recipe.height, recipe.width,
-            encoder.name, encoder.version, encoder.device,
-        ]  # fmt: skip
-        names = {
-            is_mirrored: f"clips/{content_key([*inputs, is_mirrored])}.safetensors"
-            for is_mirrored in ((False, True) if recipe.with_mirrored else (False,))
-        }
-        if any(load_intact(self._prepared / name) is None for name in names.values()):
-            for is_mirrored, tensors in self.tensors(source, rows, crop, frames).items():
-                save_tensors(self._prepared / names[is_mirrored], tensors)
+        names = []
+        for copy in copies:
+            inputs = [
+                TENSORS_FORMAT, source.keypoints_file, rows.start, rows.stop, asdict(copy.crop), recipe.height,
+                recipe.width, encoder.name, encoder.version, encoder.device, copy.is_mirrored,
+            ]  # fmt: skip
+            names.append(f"clips/{content_key(inputs)}.safetensors")
+        if any(load_intact(self._prepared / name) is None for name in names):
+            for name, tensors in zip(names, self.tensors(source, rows, copies, frames), strict=True):
+                save_tensors(self._prepared / name, tensors)
         return names
 
     def tensors(
-        self, source: Source, rows: slice, crop: Crop, frames: Iterator[tuple[int, np.ndarray]]
-    ) -> dict[bool, dict[str, torch.Tensor]]:
-        """What is kept of a stretch, as filmed and mirrored: latents, deviation, embeddings, cropped keypoints."""
+        self, source: Source, rows: slice, copies: Sequence[Variant], frames: Iterator[tuple[int, np.ndarray]]
+    ) -> list[dict[str, torch.Tensor]]:
+        """What is kept of each copy of a stretch: latents, deviation, embeddings, cropped keypoints."""
         keypoints, (height, width) = (
             source.watched.track.keypoints[rows],
             (source.properties.height, source.properties.width),
         )
-        recipe, placed = self.recipe.shaped(height, width), crop_keypoints(keypoints, crop, height, width)
-        encoded: dict[bool, list[tuple[torch.Tensor, ...]]] = {False: []} | ({True: []} if recipe.with_mirrored else {})
+        recipe = self.recipe.shaped(height, width)
+        encoded: list[list[tuple[torch.Tensor, ...]]] = [[] for _ in copies]
         for batch in _batches(_between(frames, rows), recipe.frames_at_once):
-            cropped = np.stack([crop_frame(frame, crop, recipe.height, recipe.width) for frame in batch])
-            pictures = torch.from_numpy(cropped).permute(0, 3, 1, 2).float() / 127.5 - 1  # (F, 3, H, W)
-            for is_mirrored, parts in encoded.items():
-                shown = pictures.flip(-1) if is_mirrored else pictures
+            for copy, parts in zip(copies, encoded, strict=True):
+                cropped = np.stack([crop_frame(frame, copy.crop, recipe.height, recipe.width) for frame in batch])
+                pictures = torch.from_numpy(cropped).permute(0, 3, 1, 2).float() / 127.5 - 1  # (F, 3, H, W)
+                shown = pictures.flip(-1) if copy.is_mirrored else pictures
                 with self._encoder_lock:  # one batch on the device at a time, however many videos are worked on
                     parts.append((*self.encoder.distribution(shown), self.encoder.embed(shown)))
-        if sum(len(mean) for mean, *_ in encoded[False]) != len(keypoints):
+        if sum(len(mean) for mean, *_ in encoded[0]) != len(keypoints):
             raise VideoError(f"had {len(source.watched)} frames when poses were found and has fewer now")
-        made = {}
-        for is_mirrored, parts in encoded.items():
+        made = []
+        for copy, parts in zip(copies, encoded, strict=True):
+            placed = crop_keypoints(keypoints, copy.crop, height, width)
             mean, deviation, embedding = (torch.cat(values).half() for values in zip(*parts, strict=True))
-            made[is_mirrored] = {
-                "latents": mean,  # (F, 4, h, w), unscaled
-                "latents_deviation": deviation,  # (F, 4, h, w), unscaled
-                "image_embedding": embedding,  # (F, 1024)
-                "keypoints": torch.from_numpy(mirrored(placed) if is_mirrored else placed),  # (F, 128, 3)
-            }
+            made.append(
+                {
+                    "latents": mean,  # (F, 4, h, w), unscaled
+                    "latents_deviation": deviation,  # (F, 4, h, w), unscaled
+                    "image_embedding": embedding,  # (F, 1024)
+                    "keypoints": torch.from_numpy(mirrored(placed) if copy.is_mirrored else placed),  # (F, 128, 3)
+                }
+            )
         return made
 
 

@@ -8,6 +8,7 @@ from mimicmotion.data.poses.keypoints import BODY, VISIBLE_CONFIDENCE
 
 # Space left around the person, as a share of its longer side: joints end before heads, hands and feet do.
 MARGIN = 0.12
+LEAST_JITTER, MOST_JITTER = 1.05, 1.25  # times the size of a crop that a jittered one has
 
 
 def person_crop(
@@ -32,6 +33,21 @@ def person_crop(
     left = int(np.clip(center[0] - crop_width / 2, 0, source_width - crop_width))
     top = int(np.clip(center[1] - crop_height / 2, 0, source_height - crop_height))
     return Crop(left=left, top=top, width=crop_width, height=crop_height)
+
+
+def jittered_crop(crop: Crop, source_height: int, source_width: int, random: np.random.Generator) -> Crop:
+    """A larger crop of the same shape that holds all of `crop`, of a size and at a place drawn at random.
+
+    So the person stays whole, further away and not in the middle. `crop` itself where the picture leaves no room.
+    """
+    most = min(MOST_JITTER, source_height / crop.height, source_width / crop.width)
+    if most < LEAST_JITTER:
+        return crop
+    scale = random.uniform(LEAST_JITTER, most)
+    height, width = int(scale * crop.height), int(scale * crop.width)
+    left = random.integers(max(0, crop.left + crop.width - width), min(crop.left, source_width - width) + 1)
+    top = random.integers(max(0, crop.top + crop.height - height), min(crop.top, source_height - height) + 1)
+    return Crop(left=int(left), top=int(top), width=width, height=height)
 
 
 def crop_frame(frame: np.ndarray, crop: Crop, height: int, width: int) -> np.ndarray:

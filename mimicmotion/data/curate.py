@@ -11,16 +11,18 @@ import numpy as np
 
 from mimicmotion.data.boxes import are_apart, area, body_boxes, covered, shared
 from mimicmotion.data.cache import Crop
-from mimicmotion.data.picture_measures import PictureTrack
+from mimicmotion.data.picture_measures import FIXED_FRAMES, NUM_CELLS, PictureTrack
 from mimicmotion.data.poses import PoseTrack
 from mimicmotion.data.poses.keypoints import BODY, HEAD, LIMBS, TORSO, VISIBLE_CONFIDENCE
-from mimicmotion.data.stretches import stretches
+from mimicmotion.data.stretches import stretches, without_fades
 
 MIN_JOINTS = 4  # body joints without which there is nobody
 ENTANGLED = 0.4  # share of the smaller of two people's boxes that both cover, from which on they may be mixed up
 END_FRAMES = 5  # at each end of a stretch, looked at for a person who is not wholly in the picture
 SEEN_OF_OTHER = 0.2  # share of another person's box that lies in the crop, from which on the crop shows two
 DOUBLED = 0.5  # change of luma, 0 to 255, of the most changed part of a picture, below which it is the last one again
+TORSO_RIM = 0.15  # of the torso's box, on each side, where the background may be seen
+MOVED = 0.015  # of the picture's longer side: a torso that moved as far within FIXED_FRAMES took its own edges along
 FREEZE_WINDOW = 15  # frames of which more than half are doubled where a picture stands still
 
 
@@ -46,6 +48,10 @@ class Bounds:
     max_doubled_share: float = 0.1  # of frames that are the last one again: 24 frames a second made 30 doubles 0.2
     min_sharpness: float = 0.01  # variance of the Laplacian over that of luma, on the person at 512 pixels: sharp 0.4
     max_clipped_share: float = 0.7  # of pixels on the person nearly black or white; a white studio may clip half
+    max_burnt_in: float = 1.0  # share of a moving torso that is edges standing still; 1: off; 0.03 finds text
+    min_fade_contrast: float = (
+        0.8  # of the usual; ends of a stretch that rise from or fall below it are a fade, cut off
+    )
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -55,8 +61,8 @@ class Bounds:
                 raise ValueError(f"got bound {name} {value}, wanted a share from 0 to 1")
 
 
-# Figure, its bound, and what to say of it.
-_LEAST = (
+# Figure, its bound, and what to say of it. A bound's name says whether it is the least or the most.
+_BOUNDS = (
     ("person_share", "min_person_share", "shows one person in a share of {:.2f} of frames"),
     ("torso_share", "min_torso_share", "shows the torso in a share of {:.2f} of frames"),
     ("head_share", "min_head_share", "shows the head in a share of {:.2f} of frames"),
@@ -64,19 +70,16 @@ _LEAST = (
     ("limb_share", "min_limb_share", "shows a share of {:.2f} of the limbs"),
     ("end_share", "min_end_share", "shows at an end a share of {:.2f} of the limbs it usually does"),
     ("motion", "min_motion", "moves by {:.4f} torso lengths a frame"),
-    ("sharpness", "min_sharpness", "has a sharpness of {:.4f}"),
-)
-_MOST = (
     ("motion", "max_motion", "moves by {:.4f} torso lengths a frame"),
     ("jump", "max_jump", "jumps by {:.2f} torso lengths between two frames (a cut?)"),
     ("camera", "max_camera", "has a camera that moves by {:.4f} torso lengths a frame"),
     ("doubled_share", "max_doubled_share", "repeats the last frame in a share of {:.2f} of frames"),
+    ("sharpness", "min_sharpness", "has a sharpness of {:.4f}"),
     ("clipped_share", "max_clipped_share", "is black or white in a share of {:.2f} of the person"),
+    ("burnt_in", "max_burnt_in", "has edges that stand still in a share of {:.3f} of the moving torso (text, a logo?)"),
 )
 # Each figure of a clip and the names of its bounds in Bounds.
-GATES = {
-    name: tuple(bound for figure, bound, _ in (*_LEAST, *_MOST) if figure == name) for name, _, _ in (*_LEAST, *_MOST)
-}
+GATES = {name: tuple(bound for figure, bound, _ in _BOUNDS if figure == name) for name, _, _ in _BOUNDS}
 
 
 @dataclass(frozen=True)
@@ -116,9 +119,10 @@ def split(watched: Watched, bounds: Bounds) -> list[slice]:
     frames = np.flatnonzero(is_there)
     moves = _moves(watched.points[frames], watched.visible[frames])
     is_other = (moves > bounds.max_jump) | are_apart(watched.boxes[frames[:-1]], watched.boxes[frames[1:]])
-    return stretches(
+    found = stretches(
         is_there, [*np.flatnonzero(is_cut).tolist(), *frames[1:][is_other].tolist()], bounds.max_lost_frames
     )
+    return [without_fades(rows, pictures.contrast, bounds.min_fade_contrast) for rows in found]
 
 
 def is_present(watched: Watched) -> np.ndarray:
@@ -164,6 +168,7 @@ def measure(watched: Watched, rows: slice, crop: Crop | None = None) -> dict[str
         "doubled_share": float((pictures.change[inner] < DOUBLED).mean()) if num_frames > 1 else 0.0,
         "sharpness": float(np.median(pictures.sharpness[rows][is_there])) if is_there.any() else 0.0,
         "clipped_share": float(np.median(pictures.clipped[rows][is_there])) if is_there.any() else 0.0,
+        "burnt_in": _burnt_in(watched, rows),
     }
 
 
@@ -172,12 +177,10 @@ def reasons_to_drop(measures: dict[str, float], bounds: Bounds) -> list[str]:
     reasons = []
     if measures["num_frames"] < bounds.min_frames:
         reasons.append(f"has {measures['num_frames']:.0f} frames, fewer than {bounds.min_frames}")
-    for name, bound, text in _LEAST:
-        if measures[name] < (least := getattr(bounds, bound)):
-            reasons.append(f"{text.format(measures[name])}, less than {least:g}")
-    for name, bound, text in _MOST:
-        if measures[name] > (most := getattr(bounds, bound)):
-            reasons.append(f"{text.format(measures[name])}, more than {most:g}")
+    for name, bound, text in _BOUNDS:
+        value, limit, is_least = measures[name], getattr(bounds, bound), bound.startswith("min_")
+        if value < limit if is_least else value > limit:
+            reasons.append(f"{text.format(value)}, {'less' if is_least else 'more'} than {limit:g}")
     return reasons
 
 
@@ -194,6 +197,26 @@ def _is_alone(watched: Watched, crop: Crop | None) -> np.ndarray:
         shown = shown / (watched.width, watched.height, watched.width, watched.height)
     seen = shared(track.others, shown) / np.maximum(area(track.others), 1e-9)
     return (track.num_people >= 1) & watched.visible.any(axis=1) & ~(seen > SEEN_OF_OTHER).any(axis=1)
+
+
+def _burnt_in(watched: Watched, rows: slice) -> float:
+    """Largest share of a cell on the torso that edges fixed to the picture take, the mean of frames where it moves.
+
+    Between the shoulders and hips the background is hidden, and what the person wears moves along: what stands still is
+    neither. 0 where the torso never moves, or is smaller than a cell.
+    """
+    torso = watched.track.keypoints[rows][:, list(TORSO), :2]  # shares of the picture
+    is_seen = watched.visible[rows][:, list(TORSO)].all(axis=1)
+    middle = torso.mean(axis=1) * (watched.width, watched.height) / max(watched.width, watched.height)
+    moved = np.zeros(len(torso))
+    moved[FIXED_FRAMES:] = np.hypot(*(middle[FIXED_FRAMES:] - middle[:-FIXED_FRAMES]).T)
+    low, high = torso.min(axis=1, keepdims=True), torso.max(axis=1, keepdims=True)
+    low, high = low + TORSO_RIM * (high - low), high - TORSO_RIM * (high - low)
+    places = (np.arange(NUM_CELLS) + 0.5) / NUM_CELLS
+    is_across, is_down = ((low[..., axis] < places) & (places < high[..., axis]) for axis in (0, 1))  # (F, NUM_CELLS)
+    on_torso = np.where(is_down[:, :, None] & is_across[:, None, :], watched.pictures.fixed[rows], 0.0)
+    shares = on_torso.max(axis=(1, 2), initial=0.0)[is_seen & (moved > MOVED)]
+    return float(shares.mean()) if len(shares) else 0.0
 
 
 def joint_moves(watched: Watched, rows: slice) -> np.ndarray:

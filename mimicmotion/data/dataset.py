@@ -48,12 +48,13 @@ class ClipDataset:
     def __init__(
         self, prepared: Path, num_frames: int, seed: int, *, batch_size: int = 1, lengths: Sequence[int] = (),
         held_out: float = 0.0, is_held_out: bool = False, hand_confidence: float = HAND_CONFIDENCE,
-        draw_latents: bool = False,
+        draw_latents: bool = False, max_stride: int = 1,
     ) -> None:  # fmt: skip
         """batch_size: samples a step over all ranks. lengths: below num_frames, for clips that are too short for it.
 
         held_out: share of the source videos that is set aside; is_held_out: this dataset is of those.
         draw_latents: samples hold latents drawn from the encoder's distribution and not its mean.
+        max_stride: a sample's frames lie 1 to max_stride kept frames apart, drawn for each, as far as its clip goes.
         """
         self.prepared = prepared
         self.manifest = Manifest.read(prepared)
@@ -64,7 +65,8 @@ class ClipDataset:
         self._lengths = (num_frames, *lengths)
         self.seed = seed
         self._hand_confidence = hand_confidence
-        self._draw_latents = draw_latents and not is_held_out  # what is looked at stays the same
+        # What is looked at stays the same.
+        self._draw_latents, self._max_stride = draw_latents and not is_held_out, 1 if is_held_out else max_stride
         self._clips = {clip.clip_id: clip for clip in self.manifest.clips}
         if num_frames < 2:
             raise ValueError(f"got num_frames {num_frames}, wanted at least 2: a reference and one more")
@@ -102,10 +104,9 @@ class ClipDataset:
         Returns latents and latents_deviation (F, 4, h, w) float32 scaled, reference_latent (4, h, w) unscaled,
         image_embedding (1, 1024),
         keypoints (F, 128, 3), pose (F, 3, H, W) in [-1, 1], loss_weight (F, 1, h, w), fps, motion_bucket, sample_id,
-        and what was chosen: clip_id, reference, start.
+        and what was chosen: clip_id, reference, start, stride.
         """
-        clip_id, reference, start, num_frames = self._draw(step, sample_id)
-        sample = {**self.clip(clip_id, reference, start, num_frames), "sample_id": sample_id}
+        sample = {**self.clip(*self._draw(step, sample_id)), "sample_id": sample_id}
         if self._draw_latents:  # but for reference_latent, which is the mean in sampling too
             seed = np.random.SeedSequence([self.seed, step, sample_id]).spawn(1)[0].generate_state(1, np.uint64)[0]
             generator = torch.Generator().manual_seed(int(seed) >> 1)
@@ -121,8 +122,11 @@ class ClipDataset:
         """Name of the clip that `sample` takes."""
         return self._draw(step, sample_id)[0]
 
-    def _draw(self, step: int, sample_id: int) -> tuple[str, int, int, int]:
-        """The clip's name, the reference frame, the first frame and the number of frames of a sample."""
+    def _draw(self, step: int, sample_id: int) -> tuple[str, int, int, int, int]:
+        """The clip's name, the reference frame, the first frame, the number of frames and the stride of a sample.
+
+        A stride over 1 reaches beyond the sample's window, which then begins where there is room.
+        """
         pick = self._order.pick(step, sample_id)
         bucket = self._by_name[pick.bucket]
         clip_id, window = self._samples[bucket][pick.sample]
@@ -130,7 +134,10 @@ class ClipDataset:
         of_epoch = [self.seed, pick.epoch, number_of(clip_id)]
         first = int(np.random.default_rng(np.random.SeedSequence(of_epoch)).integers(clip.num_frames % length + 1))
         random = np.random.default_rng(np.random.SeedSequence([*of_epoch, window]))
-        return clip_id, int(random.integers(clip.num_frames)), first + window * length, bucket.num_frames
+        reference, longest = int(random.integers(clip.num_frames)), (clip.num_frames - 1) // max(1, length - 1)
+        stride = int(random.integers(min(self._max_stride, longest))) + 1
+        start = min(first + window * length, clip.num_frames - 1 - (length - 1) * stride)
+        return clip_id, reference, start, bucket.num_frames, stride
 
     def _counts(self) -> dict[str, int]:
         return {str(bucket): len(samples) for bucket, samples in self._samples.items()}
@@ -167,20 +174,22 @@ class ClipDataset:
                 taken[name] = -(-taken[name] // before.num_samples[name]) * counts[name]
         self._order = Order(counts, order.batch_size, self.seed, Place(step=step, taken=taken))
 
-    def clip(self, clip_id: str, reference: int, start: int, num_frames: int | None = None) -> dict[str, Any]:
+    def clip(
+        self, clip_id: str, reference: int, start: int, num_frames: int | None = None, stride: int = 1
+    ) -> dict[str, Any]:
         """Frame `reference` of a clip, then num_frames - 1 frames from start on (default: as many as it is trained in).
 
         Keys as in sample, with sample_id -1. Raises ValueError where the frames are not in the clip.
         """
         chosen = self._clip(clip_id)
         num_frames = num_frames or _bucket(chosen, self._lengths).num_frames
-        stop = start + num_frames - 1
+        stop = start + (num_frames - 2) * stride + 1
         if not (0 <= start < stop <= chosen.num_frames and 0 <= reference < chosen.num_frames):
             raise ValueError(
                 f"got reference {reference} and frames {start} to {stop} of clip {clip_id}, which has"
                 f" {chosen.num_frames}"
             )
-        stored = self._read(chosen, reference, start, stop)
+        stored = self._read(chosen, reference, range(start, stop, stride))
         latents, keypoints = stored["latents"].float(), stored["keypoints"]
         short_side, stroke = drawing_scale(chosen.height, chosen.width)
         pictures = draw(keypoints.numpy(), chosen.height, chosen.width, short_side=short_side, stroke=stroke)
@@ -198,6 +207,7 @@ class ClipDataset:
             "clip_id": clip_id,
             "reference": reference,
             "start": start,
+            "stride": stride,
         }
 
     def frames(self, clip_id: str, indices: Sequence[int]) -> Tensor:
@@ -226,21 +236,22 @@ class ClipDataset:
             raise ValueError(f"got clip {clip_id!r}, wanted one of {', '.join(self._clips)}")
         return self._clips[clip_id]
 
-    def _read(self, clip: Clip, reference: int, start: int, stop: int) -> dict[str, Tensor]:
-        """Rows reference, start ... stop - 1 of latents and keypoints, row reference of the embedding."""
+    def _read(self, clip: Clip, reference: int, window: range) -> dict[str, Tensor]:
+        """Rows reference and `window` of latents and keypoints, row reference of the embedding."""
         path = self.prepared / clip.tensors_file
         try:
             with safe_open(path, framework="pt") as opened:
                 rows = {
-                    name: torch.cat([part[reference : reference + 1], part[start:stop]])
+                    name: torch.cat([part[reference : reference + 1], part[window.start : window.stop][:: window.step]])
                     for name in ("latents", "latents_deviation", "keypoints")
                     for part in (opened.get_slice(name),)
                 }
                 embedding = opened.get_slice("image_embedding")[reference : reference + 1]
+                stated = (opened.metadata() or {}).get("content_sha256")
         except (OSError, SafetensorError) as error:
             raise ValueError(f"cannot read {path} ({error}); run prepare again, which makes it anew") from error
         read = {**rows, "image_embedding": embedding}
-        _check_layout(path, read, clip, 1 + stop - start)
+        _check_layout(path, read, clip, 1 + len(window))
         try:
             check_finite(read)
         except NotFiniteError as error:
@@ -248,6 +259,8 @@ class ClipDataset:
                 f"clip {clip.clip_id} ({path}) is {error}; run prepare again, which makes it anew or leaves the video "
                 "out with the reason"
             ) from error
+        if stated != self.manifest.files.get(clip.tensors_file, stated):
+            raise ValueError(f"{path} is not the file that the manifest names; run prepare again, which makes it anew")
         return read
 
 

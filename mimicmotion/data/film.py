@@ -4,17 +4,27 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import av
 import numpy as np
 from av.bitstream import BitStreamFilterContext
+from av.codec import CodecContext
+from av.codec.codec import codecs_available
 from av.container import InputContainer
+from av.video.codeccontext import VideoCodecContext
+
+from mimicmotion.data.animated_webp import LIBRARY, Animation, AnimationError, frames, read_animation
+from mimicmotion.data.cache import EXHAUSTED
 
 # Messages (SEI) beside the pictures of these codecs, by their unit types: a broken one spoils no picture.
 MESSAGES = {"h264": "6", "hevc": "39-40"}
+# Transparency lies beside the pictures of these codecs, where FFmpeg's own decoders do not look.
+WITH_TRANSPARENCY = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+ANIMATED_WEBP = "animated webp"
 
 # Files differ with the decoder in pixels and in what is refused, so what is made of them bears its name.
-DECODER = f"PyAV {av.__version__}, libavcodec {'.'.join(map(str, av.library_versions['libavcodec']))}"
+DECODER = f"PyAV {av.__version__}, libavcodec {'.'.join(map(str, av.library_versions['libavcodec']))}, {LIBRARY}"
 
 
 class VideoError(ValueError):
@@ -36,10 +46,19 @@ class Film:
     frames_per_second: float  # 0 where it is not stated
     seconds: float  # 0 where it is not stated
     num_other_films: int
+    is_transparent: bool  # in a way that only WITH_TRANSPARENCY's decoder sees
 
 
 def open_film(path: Path) -> Film:
     """What the container states. Raises VideoError where the file holds no film."""
+    _check_file(path)
+    if (animation := _animation(path)) is not None:
+        seconds = sum(animation.durations_ms) / 1000
+        return Film(
+            path=path, stream_index=0, codec=ANIMATED_WEBP, height=animation.height, width=animation.width,
+            pixel_aspect=1.0, transfer=2, primaries=2, frames_per_second=len(animation.durations_ms) / seconds,
+            seconds=seconds, num_other_films=0, is_transparent=False,
+        )  # fmt: skip
     with _open(path) as container:
         films = _films(path, container)
         best = container.streams.best("video")
@@ -58,6 +77,7 @@ def open_film(path: Path) -> Film:
             frames_per_second=rate,
             seconds=_stated_seconds(container, stream),
             num_other_films=len(films) - 1,
+            is_transparent=stream.metadata.get("alpha_mode") == "1" and context.name in WITH_TRANSPARENCY,
         )
 
 
@@ -66,6 +86,9 @@ def packet_times(film: Film) -> np.ndarray | None:
 
     Takes no decoding; a packet need not be one frame.
     """
+    if film.codec == ANIMATED_WEBP:
+        animation = _animation(film.path)
+        return None if animation is None else animation.times_ms / 1000
     with _open(film.path) as container:
         shown = [packet for packet in _packets(container, [_stream(film, container)]) if not packet.is_discard]
         times = [packet.pts * packet.time_base for packet in shown if packet.pts is not None]
@@ -100,10 +123,21 @@ def frames_of(film: Film, max_frame_pixels: int) -> Iterator[av.VideoFrame]:
 
 
 def _decode(film: Film, with_messages: bool, max_frame_pixels: int) -> Iterator[av.VideoFrame]:
+    if (animation := _animation(film.path)) is not None:
+        try:
+            yield from frames(film.path, animation)
+        except AnimationError as error:
+            raise VideoError(str(error)) from error
+        return
     with _open(film.path) as container:
         stream = _stream(film, container)
-        stream.codec_context.options = {"err_detect": "explode", "max_pixels": str(max_frame_pixels)}
-        stream.codec_context.thread_count = 1  # clips are decoded side by side instead
+        context = _transparent(film) if film.is_transparent else stream.codec_context
+        context.options = {"err_detect": "explode", "max_pixels": str(max_frame_pixels)}
+        context.thread_count = 1  # clips are decoded side by side instead
+        if film.is_transparent:
+            for packet in container.demux(stream):
+                yield from context.decode(packet if packet.size else None)
+            return
         if with_messages:
             yield from container.decode(stream)
             return
@@ -114,7 +148,21 @@ def _decode(film: Film, with_messages: bool, max_frame_pixels: int) -> Iterator[
         yield from stream.codec_context.decode(None)
 
 
-def _open(path: Path) -> InputContainer:
+def _transparent(film: Film) -> VideoCodecContext:
+    name = WITH_TRANSPARENCY[film.codec]
+    if name not in codecs_available:
+        raise VideoError(f"is transparent, which takes {name}, and FFmpeg {av.ffmpeg_version_info} lacks it here")
+    return cast(VideoCodecContext, CodecContext.create(name, "r"))
+
+
+def _animation(path: Path) -> Animation | None:
+    try:
+        return read_animation(path)
+    except AnimationError as error:
+        raise VideoError(str(error)) from error
+
+
+def _check_file(path: Path) -> None:
     if path.is_dir():
         if path.is_symlink():
             raise VideoError("is a link to a folder that is not looked into; give its target as a videos folder")
@@ -125,10 +173,16 @@ def _open(path: Path) -> InputContainer:
         raise VideoError("is a pipe, a socket or a device and not a file")
     if path.stat().st_size == 0:
         raise VideoError("is empty")
+
+
+def _open(path: Path) -> InputContainer:
+    _check_file(path)
     try:
         # The whole path, since FFmpeg takes what stands before the colon of "12:30.mp4" for a protocol.
         return av.open(str(path.absolute()), mode="r", metadata_errors="replace")
     except (av.FFmpegError, EOFError, ValueError) as error:
+        if isinstance(error, av.FFmpegError) and error.errno in EXHAUSTED:
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise VideoError(f"is not a video that can be opened: {_reason(error)}") from error
 
 

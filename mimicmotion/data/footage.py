@@ -44,6 +44,8 @@ VIDEO_SUFFIXES = (
     ".m2ts", ".m2v", ".m4v", ".mjpeg", ".mjpg", ".mkv", ".mov", ".mp4", ".mpe", ".mpeg", ".mpg", ".mts", ".mxf", ".nut",
     ".ogm", ".ogv", ".qt", ".rm", ".rmvb", ".ts", ".vob", ".webm", ".webp", ".wmv", ".y4m",
 )  # fmt: skip
+LIST_SUFFIXES = (".txt", ".lst", ".list")
+PATTERN = set("*?[")  # what makes a path one
 # 4096 x 4096: a few kilobytes of video can ask for gigabytes of picture.
 MAX_FRAME_PIXELS = 4096 * 4096
 # About 20 minutes of 1920x1080 at 30 frames a second.
@@ -77,11 +79,12 @@ def find_videos(folder: Path) -> list[Path]:
     ValueError where there is no folder or no video.
     """
     if not folder.is_dir():
+        why = "not a folder" if folder.exists() else "not there"
         raise ValueError(
-            f"got videos folder {printable(folder)}, which is not a folder ({near(folder, Path.is_dir)}); give one"
+            f"got videos {printable(folder)}, which is {why} ({near(folder)}); give a folder, videos, a pattern or a"
+            " list of them"
         )
-    folders, files = _entries(folder)
-    videos = [path for path in files if path.suffix.lower() in VIDEO_SUFFIXES]
+    videos, folders = _videos(folder)
     if not videos:
         raise ValueError(
             f"got videos folder {printable(folder)} without a video, wanted files ending in"
@@ -91,19 +94,53 @@ def find_videos(folder: Path) -> list[Path]:
 
 
 def find_all(given: Sequence[Path]) -> list[Path]:
-    """The videos of what was given, each once, in order: of folders, of patterns as "takes/*.mp4", and by themselves.
+    """The videos of what was given, each once, in order.
 
-    Raises ValueError where one of them is not there or stands for nothing.
+    Given are videos, folders, patterns as "takes/*.mp4", and lists: text files with one of these a line, relative to
+    the list, where empty lines and those that begin with # are left out. What a list names and is not there is a video
+    that decoding answers for. Raises ValueError where what was given itself is not there or stands for nothing.
     """
     found: list[Path] = []
-    for path in given:
-        if path.is_file():
+    for path in (path.expanduser() for path in given):
+        if path.is_file() and path.suffix.lower() in LIST_SUFFIXES:
+            found += _listed(path)
+        elif path.is_file():
             found.append(path)
-        elif not path.exists() and (matching := sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))))):
-            found += find_all(matching)
+        elif not path.exists() and PATTERN & set(str(path)):
+            found += _matching(path)
         else:
             found += find_videos(path)
     return list(dict.fromkeys(found))
+
+
+def _matching(pattern: Path) -> list[Path]:
+    matching = sorted(Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor))))
+    inside = [[path] if not path.is_dir() else sorted([*_videos(path)[0], *_videos(path)[1]]) for path in matching]
+    if not (found := [path for paths in inside for path in paths]):
+        what = f"which {len(matching)} folders without a video match" if matching else "which nothing matches"
+        raise ValueError(f"got the pattern {printable(pattern)}, {what} ({near(pattern)}); give another")
+    return found
+
+
+def _listed(path: Path) -> list[Path]:
+    text = path.read_bytes().decode("utf-8-sig", errors="surrogateescape")
+    names = [line.strip() for line in text.splitlines()]
+    found: list[Path] = []
+    for name in (name for name in names if name and not name.startswith("#")):
+        one = path.parent / Path(name).expanduser()
+        is_many = one.is_dir() or (not one.exists() and bool(PATTERN & set(name)))
+        found += find_all([one]) if is_many else [one]
+    if not found:
+        raise ValueError(
+            f"got the list {printable(path)}, which names nothing; give one video, folder or pattern a line"
+        )
+    return found
+
+
+def _videos(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The videos of a folder and its subfolders, and the folders that are not looked into."""
+    folders, files = _entries(folder)
+    return [path for path in files if path.suffix.lower() in VIDEO_SUFFIXES], folders
 
 
 def not_looked_at(folder: Path) -> list[str]:
@@ -141,7 +178,7 @@ def read_properties(
     """
     film = open_film(path)
     if film.height < 1 or film.width < 1:
-        raise VideoError(f"says {film.width}x{film.height} pixels, which is no video")
+        raise VideoError("states no size of its picture: it is damaged, too large, or of a kind that FFmpeg lacks")
     _check_size(film.height, film.width, 1, max_frame_pixels, max_video_pixels)
     times = packet_times(film)
     num_packets = 1 if times is None else len(times)

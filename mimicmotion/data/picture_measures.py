@@ -13,7 +13,7 @@ from scenedetect.detectors import AdaptiveDetector
 from scenedetect.stats_manager import StatsManager
 
 # Bumped where the meaning of a figure changes, so that old files are not met.
-VERSION = 1
+VERSION = 2
 
 # Pixels of the longer side at which sharpness and exposure are measured; smaller pictures are not enlarged.
 FINE_SIDE = 512
@@ -23,6 +23,9 @@ NUM_CELLS = 16  # a side of the grid
 NEARLY_BLACK, NEARLY_WHITE = 3, 252
 CHANGED = 5.0  # mean change of luma, 0 to 255, of a cell that shows something else
 FLAT = 1.0  # variance of luma that is nothing but noise
+EDGE = 24.0  # least of the luma's Laplacian on the rim of what is burnt in
+STILL = 12.0  # most change of luma of a pixel that shows the same
+FIXED_FRAMES = 15  # that an edge stays where it is, from which on it is fixed to the picture
 # Frames that the detector wants to see before and after a cut.
 WINDOW = 2
 CONTENT, RATIO = AdaptiveDetector.FRAME_SCORE_KEY, f"adaptive_ratio_lum (w={WINDOW})"
@@ -38,6 +41,8 @@ class PictureTrack:
     spread: np.ndarray  # (F,) share of the cells whose luma changed by more than CHANGED
     sharpness: np.ndarray  # (F,) variance of the luma's Laplacian over that of the luma, on the person; of nobody 1
     clipped: np.ndarray  # (F,) share of the person's box that is nearly black or nearly white; 0 where there is nobody
+    contrast: np.ndarray  # (F,) standard deviation of the luma, 0 to 255
+    fixed: np.ndarray  # (F, NUM_CELLS, NUM_CELLS) share of each cell that is an edge fixed to the picture
     camera: np.ndarray  # (F, 2) median motion beside the person, to the right and down, in shares of the longer side
 
 
@@ -50,6 +55,7 @@ class PictureMeter:
         self._stats = self._detector.stats_manager = StatsManager()
         self._optical_flow = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
         self._luma: np.ndarray | None = None
+        self._fixed = _FixedEdges()
         self._rows: list[tuple[np.ndarray, ...]] = []  # means of cells
 
     def add(self, frame: np.ndarray) -> None:
@@ -64,8 +70,8 @@ class PictureMeter:
         change = cv2.absdiff(luma, last).astype(np.float32)
         flow = self._flow(last, luma) if self._rows else np.zeros((NUM_CELLS, NUM_CELLS, 2), dtype=np.float32)
         exact = luma.astype(np.float32)
-        sums = (change, edges * edges, exact, exact * exact, clipped)
-        self._rows.append((*(_cells(values) for values in sums), flow))
+        sums = (change, edges * edges, exact, exact * exact, clipped, self._fixed.add(exact, edges))
+        self._rows.append((*(_cells(values) for values in sums), exact.std(), flow))
         self._luma = luma
 
     def finish(self, boxes: np.ndarray) -> PictureTrack:
@@ -75,7 +81,9 @@ class PictureMeter:
         scores = [self._stats.get_metrics(_time(index), [CONTENT, RATIO]) for index in range(len(boxes))]
         content = np.array([score[0] or 0.0 for score in scores], dtype=np.float32)
         ratio = [_ratio_at_end(content, frame) if score[1] is None else score[1] for frame, score in enumerate(scores)]
-        change, edges, luma, squared, clipped, flow = (np.stack(values) for values in zip(*self._rows, strict=True))
+        change, edges, luma, squared, clipped, fixed, contrast, flow = (
+            np.stack(values) for values in zip(*self._rows, strict=True)
+        )
         inside = _coverage(boxes)
         weights = inside / np.maximum(inside.sum(axis=(1, 2), keepdims=True), 1e-9)
         edges, luma, squared, clipped = ((x * weights).sum(axis=(1, 2)) for x in (edges, luma, squared, clipped))
@@ -88,6 +96,8 @@ class PictureMeter:
             # blurred: nothing is there that could be sharper.
             sharpness=(edges + FLAT) / (np.maximum(squared - luma * luma, 0) + FLAT),
             clipped=clipped,
+            contrast=contrast,
+            fixed=fixed,
             camera=np.stack(
                 [
                     np.median(motion[cells], axis=0) if cells.any() else np.zeros(2, dtype=np.float32)
@@ -102,6 +112,23 @@ class PictureMeter:
             return np.zeros((NUM_CELLS, NUM_CELLS, 2), dtype=np.float32)
         flow = np.zeros((*after.shape, 2), dtype=np.float32)
         return _cells(self._optical_flow.calc(before, after, flow) / max(after.shape))
+
+
+class _FixedEdges:
+    """Which pixels have been an edge of the same luma for FIXED_FRAMES frames: not the person, who moves."""
+
+    def __init__(self) -> None:
+        self._since: np.ndarray | None = None  # luma where the run of each pixel began
+        self._frames = np.zeros((0, 0), dtype=np.uint8)  # of the run
+
+    def add(self, luma: np.ndarray, edges: np.ndarray) -> np.ndarray:
+        """1.0 and 0.0 for each pixel of the next frame, whose luma and Laplacian are (H, W)."""
+        if self._since is None:
+            self._since, self._frames = luma, np.zeros(luma.shape, dtype=np.uint8)
+        goes_on = (np.abs(edges) > EDGE) & (np.abs(luma - self._since) < STILL)
+        self._frames = np.where(goes_on, np.minimum(self._frames, FIXED_FRAMES) + 1, 0).astype(np.uint8)
+        self._since = np.where(goes_on, self._since, luma)
+        return (self._frames > FIXED_FRAMES).astype(np.float32)
 
 
 def _ratio_at_end(content: np.ndarray, frame: int) -> float:

@@ -9,16 +9,19 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal
 
+from safetensors import SafetensorError
+
 from mimicmotion.config import Config, DataConfig, demo
 from mimicmotion.data import pool, ray_engine
 from mimicmotion.data.cache import Clip, Drop, Manifest, check_writable, is_prepared, stated_sha256
-from mimicmotion.data.clip_maker import ClipMaker, Recipe
+from mimicmotion.data.clip_maker import RAN_OUT, ClipMaker
 from mimicmotion.data.curate import Bounds
 from mimicmotion.data.film import DECODER
 from mimicmotion.data.footage import embedded_footage
 from mimicmotion.data.ownership import locked, sign
 from mimicmotion.data.poses import PoseBackend, load_backend
 from mimicmotion.data.progress import VideoProgress
+from mimicmotion.data.recipe import Recipe
 from mimicmotion.model.encoders import PATCH_CODEC, SPATIAL_FACTOR, Encoder, PatchCodec, load_encoder
 from mimicmotion.paths import printable
 
@@ -45,7 +48,7 @@ def prepare(
     engine: threads of this process, or the workers of a Ray cluster, whose machines have to see the same folders.
     A video that cannot be used is recorded with its reason and the rest goes on. Raises NothingKeptError where none is
     left, ValueError where another process prepares the folder, NotWritableError where it cannot be written, at once or
-    later, and RuntimeError where memory ran out: what was made until then stays, and the next call goes on from it.
+    later, and RuntimeError where the GPU's memory ran out: what was made stays, and the next call goes on from it.
     """
     for folder in (prepared / "keypoints", prepared / "clips", prepared):
         check_writable(folder)
@@ -57,6 +60,7 @@ def prepare(
         sign(prepared)
         for left in prepared.rglob(".*.tmp"):  # by a process that was killed while it wrote
             left.unlink()
+        _remove_strange(prepared)
         return _prepare(videos, prepared, recipe, poses, encoder, progress, engine)
 
 
@@ -73,6 +77,10 @@ def _prepare(
     with progress or VideoProgress() as shown:
         maker = ClipMaker(prepared, recipe, poses, encoder, shown)
         results = ENGINES[engine].make_all(maker, videos, recipe.num_workers(len(videos)))
+        for index, result in enumerate(results):
+            if [part.stage for part in result if isinstance(part, Drop)] == [RAN_OUT]:
+                shown.say(f"{printable(videos[index].name)}: once more, alone")
+                results[index] = maker.make(videos[index])
     clips, dropped = _sorted_out(results)
     manifest = Manifest(
         height=recipe.height,
@@ -89,6 +97,7 @@ def _prepare(
         encoder_device=encoder.device,
         frame_stride=recipe.frame_stride,
         with_mirrored=recipe.with_mirrored,
+        num_jittered=recipe.num_jittered,
         bounds=asdict(recipe.bounds),
         clips=clips,
         dropped=dropped,
@@ -100,6 +109,21 @@ def _prepare(
         reasons = "\n".join(f"  {printable(drop.source)}: {drop.reason}" for drop in dropped)
         raise NothingKeptError(f"got {len(videos)} videos, none of which can be trained on:\n{reasons}")
     return manifest
+
+
+def _remove_strange(prepared: Path) -> None:
+    """Remove files that are not the ones which the manifest that was there names, however whole; they are made anew."""
+    try:
+        files = Manifest.read(prepared).files
+    except ValueError:  # none, or another version's
+        return
+    for name, digest in files.items():
+        try:
+            is_strange = stated_sha256(prepared / name) != digest
+        except (OSError, SafetensorError):  # missing or damaged, which is seen where it is needed
+            continue
+        if is_strange:
+            (prepared / name).unlink()
 
 
 def _holds_clips(prepared: Path) -> bool:
@@ -155,11 +179,18 @@ def prepare_if_missing(config: Config, progress: VideoProgress | None = None) ->
         # in order and once, however many clips each gave
         videos = list(dict.fromkeys(Path(part.source) for part in (*manifest.clips, *manifest.dropped)))
         backend = manifest.pose_backend
+        try:
+            bounds = Bounds(**manifest.bounds)
+        except TypeError as error:
+            raise ValueError(
+                f"{data.prepared} was made with bounds of another version ({error}); prepare it"
+            ) from error
         recipe = replace(
             recipe,
             frame_stride=manifest.frame_stride,
             with_mirrored=manifest.with_mirrored,
-            bounds=Bounds(**manifest.bounds),
+            num_jittered=manifest.num_jittered,
+            bounds=bounds,
         )
     return prepare(
         videos,
@@ -184,7 +215,7 @@ def why_stale(manifest: Manifest, data: DataConfig) -> str | None:
         return f"clips of {manifest.num_frames} frames or more, not {fewest}"
     encoder = PatchCodec.name if data.encoder == PATCH_CODEC else data.encoder
     if manifest.encoder_name != encoder:
-        return f"the encoder {manifest.encoder_name}, not {encoder}"
+        return f"the encoder {manifest.encoder_name}, not {encoder} (--data.encoder)"
     if encoder == PatchCodec.name and manifest.encoder_version != PatchCodec.version:
         return f"version {manifest.encoder_version} of {encoder}, not {PatchCodec.version}"
     return None

@@ -33,6 +33,11 @@ class VideoProgress:
         if self._bars is not None:
             self._bars.stop()
 
+    @property
+    def has_bars(self) -> bool:
+        """Whether there is a terminal to draw bars on."""
+        return self._bars is not None
+
     def start(self, name: str, total: int | None) -> "Work":
         """Begin a piece of work of total steps (None or 0 where unknown)."""
         bar = None if self._bars is None else self._bars.add_task(self._sayable(name), total=total or None)

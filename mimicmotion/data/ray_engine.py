@@ -1,9 +1,12 @@
 """Many videos at once, on the machines of a Ray cluster that see the same folders: a maker in each of its workers."""
 
 import os
-from collections.abc import Sequence
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
+from threading import current_thread, main_thread
 from typing import Any
 
 from mimicmotion.data.cache import Clip, Drop
@@ -21,7 +24,8 @@ def make_all(maker: ClipMaker, videos: Sequence[Path], workers: int) -> list[lis
         raise ValueError(f"the engine ray needs Ray ({error}); `pip install ray`, or leave --engine out") from error
     was_running = ray.is_initialized()
     if not was_running:
-        ray.init(runtime_env={"env_vars": {"PYTHONPATH": _python_path()}}, log_to_driver=True)
+        with _own_signals():
+            ray.init(runtime_env={"env_vars": {"PYTHONPATH": _python_path()}}, log_to_driver=True)
     try:
         kept: Any = ray.put(maker)  # serialised once, however many workers there are
         actor: Any = ray.remote(_Worker)
@@ -35,6 +39,16 @@ def make_all(maker: ClipMaker, videos: Sequence[Path], workers: int) -> list[lis
     finally:
         if not was_running:
             ray.shutdown()
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Put our handlers of signals back after Ray, which takes SIGTERM and aborts."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    if current_thread() is main_thread():
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class _Worker:

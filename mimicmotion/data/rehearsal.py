@@ -9,12 +9,14 @@ from threading import Lock
 
 import numpy as np
 
-from mimicmotion.data.cache import Clip, Crop, Drop
-from mimicmotion.data.clip_maker import ClipMaker, Recipe, Source
+from mimicmotion.data.cache import Clip, Drop
+from mimicmotion.data.clip_maker import ClipMaker, Source
 from mimicmotion.data.footage import VideoProperties
 from mimicmotion.data.pool import make_all
 from mimicmotion.data.poses import PoseBackend
 from mimicmotion.data.progress import VideoProgress
+from mimicmotion.data.recipe import Recipe
+from mimicmotion.data.variants import Variant
 from mimicmotion.data.watching import watch
 from mimicmotion.model.encoders import Encoder
 from mimicmotion.paths import printable
@@ -47,16 +49,16 @@ class RehearsedMaker(ClipMaker):
         return Source(path, properties, "", watched, "")
 
     def encode(
-        self, source: Source, rows: slice, crop: Crop, frames: Iterator[tuple[int, np.ndarray]]
-    ) -> dict[bool, str]:
+        self, source: Source, rows: slice, copies: Sequence[Variant], frames: Iterator[tuple[int, np.ndarray]]
+    ) -> list[str]:
         """Encodes the first batch of the first clip, and nothing after it."""
         with self._first_encoding:
             if self.encoded is None:
                 some = slice(rows.start, min(rows.stop, rows.start + self.recipe.frames_at_once))
                 started = time.perf_counter()
-                self.tensors(source, some, crop, frames)
-                self.encoded = time.perf_counter() - started, some.stop - some.start
-        return dict.fromkeys((False, True) if self.recipe.with_mirrored else (False,), "")
+                self.tensors(source, some, copies, frames)
+                self.encoded = time.perf_counter() - started, len(copies) * (some.stop - some.start)
+        return [""] * len(copies)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,7 @@ MOST_LINES = 3  # said of one clip before they are folded
 PICTURE_SECONDS = 60.0  # of decoding, after which poses are shown alone
 
 # What can be said of a single clip comes before what was never looked into and before scraps between cuts.
-_STAGES = ("curate", "check", "unforeseen", "decode", "split")
+_STAGES = ("curate", "check", "memory", "unforeseen", "decode", "split")
 # Figures of one clip, but not those of a bound, which stand after "than".
 _FIGURES = re.compile(r"(?<!than )(?<![a-wyz\d.])\d+(?:[.,]\d+)*(?:e[+-]?\d+)?")
 

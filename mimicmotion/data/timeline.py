@@ -63,7 +63,34 @@ def at_one_rate(times: np.ndarray, stated_rate: float) -> Timeline:
 
 
 def _without_slips(times: np.ndarray, stated_rate: float) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Times where what goes backwards, stands still or leaps is one ordinary step on."""
+    """Times where what goes backwards, stands still or leaps is one ordinary step on, or between its neighbours."""
+    times, repeats = _without_repeats(times)
+    times, slips = _without_leaps(times, stated_rate)
+    return times, (*repeats, *slips)
+
+
+def _without_repeats(times: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Times where those that stand still for a moment lie evenly between the ones around them."""
+    steps = np.diff(times)
+    ahead = np.flatnonzero(np.concatenate([[True], times[1:] > np.maximum.accumulate(times)[:-1]]))
+    numbers = np.diff(ahead)
+    if not (numbers > 1).any() or not (steps > 0).any():
+        return times, ()
+    between = np.diff(times[ahead]) / numbers
+    # Where the clock stood, or a second recording begins, there is no room for them.
+    room = between > 0.75 * (times.max() - times[0]) / len(steps)
+    is_repeat = np.repeat((numbers > 1) & room, numbers)
+    evenly = np.interp(np.arange(len(times)), ahead, times[ahead])
+    repaired = times.copy()
+    repaired[: len(is_repeat)][is_repeat] = evenly[: len(is_repeat)][is_repeat]
+    num_moved = int((repaired != times).sum())
+    if num_moved == 0:
+        return times, ()
+    said = f"{num_moved} time stamp{'s stand' if num_moved > 1 else ' stands'} still: put between the ones around"
+    return repaired, (said,)
+
+
+def _without_leaps(times: np.ndarray, stated_rate: float) -> tuple[np.ndarray, tuple[str, ...]]:
     steps = np.diff(times)
     slipped = (steps <= 0) | (steps > LONGEST_GAP_S)
     if not slipped.any():

@@ -27,5 +27,5 @@ def _damage(path: Path, digest: str) -> str | None:
     if load_intact(path) is None:
         return "is damaged"
     if stated_sha256(path) != digest:
-        return "is whole, and is not the file that the manifest names: delete it"
+        return "is whole, and is not the file that the manifest names"
     return None

@@ -5,10 +5,12 @@ where no weights can be had; everything made with it carries its name.
 """
 
 import hashlib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F_
 
@@ -135,9 +137,17 @@ class SVDEncoder:
     """
 
     def __init__(self, vae: Any, image_encoder: Any, *, name: str, frames_at_once: int = 8) -> None:
-        width = int(image_encoder.config.projection_dim)
+        width, channels = int(image_encoder.config.projection_dim), int(vae.config.latent_channels)
         if width != EMBEDDING_SIZE:
-            raise ValueError(f"got an image encoder of {width} outputs, wanted {EMBEDDING_SIZE}, as the UNet reads")
+            raise ValueError(
+                f"the image encoder of {name} gives embeddings of {width} values, wanted {EMBEDDING_SIZE}, as SVD's "
+                "(CLIP ViT-H with projection) and what the UNet reads; give Stable Video Diffusion's encoders"
+            )
+        if channels != LATENT_CHANNELS:
+            raise ValueError(
+                f"the VAE of {name} gives latents of {channels} channels, wanted {LATENT_CHANNELS}, as SVD's and what "
+                "the UNet reads; give Stable Video Diffusion's encoders"
+            )
         self.name = name
         precision = "-".join(str(model.dtype).removeprefix("torch.") for model in (vae, image_encoder))
         self.version = f"{_fingerprint(vae, image_encoder)}-{precision}"
@@ -162,14 +172,8 @@ class SVDEncoder:
 
         if _is_path(name_or_path):
             check_there("encoder", Path(name_or_path), "give a folder holding vae/ and image_encoder/, or a hub id")
-        try:
-            vae = AutoencoderKLTemporalDecoder.from_pretrained(name_or_path, subfolder="vae")
-            image_encoder = CLIPVisionModelWithProjection.from_pretrained(name_or_path, subfolder="image_encoder")
-        except OSError as error:
-            raise ValueError(
-                f"got encoder {name_or_path!r}, wanted {PATCH_CODEC!r}, a folder holding vae/ and image_encoder/ in"
-                f" diffusers' layout, or the id of such a model on the hub: {error}"
-            ) from error
+        vae = _whole(AutoencoderKLTemporalDecoder, name_or_path, "vae")
+        image_encoder = _whole(CLIPVisionModelWithProjection, name_or_path, "image_encoder")
         models: tuple[Any, Any] = (vae, image_encoder)
         dtypes = (torch.float32 if vae.config.get("force_upcast", False) else dtype, dtype)
         for model, own_dtype in zip(models, dtypes, strict=True):
@@ -191,11 +195,9 @@ class SVDEncoder:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Pictures (F, 3, H, W), clamped to [-1, 1], in float32; several frames at a time, as upstream decodes."""
-        pictures = [
-            self._vae.decode(_as_read_by(self._vae, part), num_frames=len(part)).sample for part in self._parts(latents)
-        ]
-        return torch.cat(pictures).to(latents.device, torch.float32).clamp(-1, 1)
+        """Pictures (F, 3, H, W), clamped to [-1, 1], in float32, all decoded at once: each frame sees the others."""
+        pictures = self._vae.decode(_as_read_by(self._vae, latents), num_frames=len(latents)).sample
+        return pictures.to(latents.device, torch.float32).clamp(-1, 1)
 
     @torch.no_grad()
     def embed(self, frames: Tensor) -> Tensor:
@@ -212,6 +214,43 @@ class SVDEncoder:
 
     def _parts(self, tensor: Tensor) -> tuple[Tensor, ...]:
         return tensor.split(self._frames_at_once)
+
+
+def _whole(kind: Any, name_or_path: str, part: str) -> Any:
+    """A model of a kind from a folder or hub id, with every weight from there. Raises ValueError where it is none.
+
+    The libraries fill what a file lacks with random weights, and say so in the log alone.
+    """
+    try:
+        model, info = kind.from_pretrained(name_or_path, subfolder=part, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # RuntimeError: shapes, by the version
+        why = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"got encoder {name_or_path!r}, wanted {PATCH_CODEC!r}, a folder holding vae/ and image_encoder/ in"
+            f" diffusers' layout, or the id of such a model on the hub: {part} of {kind.__name__}: {why}"
+        ) from error
+    found = {"missing": info["missing_keys"], "of another shape": info["mismatched_keys"]}
+    if said := [f"{len(keys):,} {how} ({_first(keys)})" for how, keys in found.items() if keys]:
+        raise ValueError(
+            f"{part} of {name_or_path} is no {kind.__name__}: {' and '.join(said)} of its weights, which would be "
+            "random; give Stable Video Diffusion's encoders"
+        )
+    return model
+
+
+def _first(keys: Collection[Any]) -> str:
+    """The first few names of keys, of which mismatched ones are tuples with shapes."""
+    names = sorted(key if isinstance(key, str) else str(key[0]) for key in keys)
+    return ", ".join(names[:3]) + (", ..." if names[3:] else "")
+
+
+def check_embeddings(cross_attention_dim: int) -> None:
+    """Raise ValueError where a UNet of this width cannot read the embeddings that every encoder here gives."""
+    if cross_attention_dim != EMBEDDING_SIZE:
+        raise ValueError(
+            f"model.cross_attention_dim is {cross_attention_dim}, and prepared clips hold image embeddings of "
+            f"{EMBEDDING_SIZE} values; set it to {EMBEDDING_SIZE}"
+        )
 
 
 def _loaded(name: str, device: str, dtype: torch.dtype) -> SVDEncoder:

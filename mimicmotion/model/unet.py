@@ -37,6 +37,7 @@ class MimicMotionModel(nn.Module):
         self.unet = unet
         self.pose_net = pose_net
         self.is_channels_last = False  # how the UNet is given each frame
+        self.base_sha256: str | None = None  # of the UNet that adapters are for, where there are any
         # where it is a list, each forward adds the squared 2-norms of PoseNet's features and of conv_in's output with
         # them, (2,), over the clips whose features are kept
         self.pose_squares: list[Tensor] | None = None

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mmkernels.blocks.contexts import Context
 from mmkernels.blocks.operations import product_dtype
+from mmkernels.blocks.recognition.structure import is_patched
 from mmkernels.blocks.recognition.transformer import SPATIAL, TEMPORAL, plain_parts_of_block, why_not_block
 from mmkernels.blocks.source_statistics import like_the_first
 from mmkernels.blocks.sources import is_decoupled, sources_of
@@ -37,7 +38,10 @@ def one_token_value(block: Block, context: Context) -> Tensor | None:
 
 
 class _Bypass(torch.autograd.Function):
-    """value as it is, of a graph that holds the bypassed parameters too, whose gradient is undefined: no memory."""
+    """value as it is, of a graph that holds the bypassed parameters too, whose gradient is undefined: no memory.
+
+    Of a parameter with hooks of its own it is zeros, which they can take.
+    """
 
     @staticmethod
     def forward(value: Tensor, *bypassed: nn.Parameter) -> Tensor:
@@ -45,11 +49,12 @@ class _Bypass(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.num_bypassed = len(inputs) - 1
+        # A hook on a parameter expects a gradient.
+        ctx.hooked = [parameter if parameter._backward_hooks else None for parameter in inputs[1:]]
 
     @staticmethod
     def backward(ctx: Any, *doutputs: Tensor) -> tuple[Tensor | None, ...]:
-        return *doutputs, *(None,) * ctx.num_bypassed
+        return *doutputs, *(None if x is None else torch.zeros_like(x) for x in ctx.hooked)
 
 
 def dead_parameters(unet: nn.Module, context_tokens: int = 1) -> set[str]:
@@ -83,6 +88,8 @@ def _is_bypassing(block: Any) -> bool:
         return False
     role = TEMPORAL if "ff_in" in block._modules else SPATIAL
     original = getattr(block, "original", block)  # of a drop-in
+    if is_patched(block):
+        return False
     is_known = why_not_block(original, role) is None and "attn2" not in plain_parts_of_block(original, role)
     return is_known and not is_decoupled(block.attn2)
 

@@ -72,9 +72,15 @@ class DropIn(nn.Module):
 
 @functools.cache
 def _class_of(kind: type[DropIn], known: type[nn.Module]) -> type[DropIn]:
-    """A drop-in of this kind that is a `known` as well, by name too."""
+    """A drop-in of this kind that is a `known` as well, by name too; what is made by a call of it is a `known`."""
     names = {"__module__": known.__module__, "__qualname__": known.__qualname__, "__doc__": kind.__doc__}
-    return type(known.__name__, (kind, known), {"__slots__": (), "kind": kind, "known_class": known, **names})
+    own = {
+        "__slots__": (),
+        "kind": kind,
+        "known_class": known,
+        "__new__": lambda _, *args, **more: known(*args, **more),
+    }
+    return type(known.__name__, (kind, known), own | names)
 
 
 def _made_again(kind: type[DropIn], original: nn.Module, own: dict[str, Any]) -> DropIn:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mmkernels.blocks.drop_in import PLAIN, DropIn, FusedBlock
 from mmkernels.blocks.operations import of_output_head
+from mmkernels.blocks.recognition.head import HEAD, why_not_in_a_row
 from mmkernels.blocks.recognition.resnet import why_not_output_head
 from mmkernels.blocks.recognition.structure import is_hooked
 from mmkernels.blocks.resnet import channels_last, norm_silu_conv
@@ -84,7 +85,17 @@ class PassThrough(DropIn):
         """x itself. Raises RuntimeError where a hook would see that and not what the original gives."""
         if is_hooked(self):
             raise RuntimeError(
-                f"a {type(self.original).__name__} that is part of a fused operation has hooks or a replaced forward; "
+                f"a {type(self.original).__name__} that is part of a fused operation has hooks or a replaced method; "
                 "undo(), add them, replace again"
             )
         return x
+
+
+@torch._disable_dynamo
+def check_head(unet: nn.Module, args: Any) -> None:
+    """Raise RuntimeError where the three are no longer what computes together in `unet`; a hook before its forward."""
+    kinds = (PassThrough, PassThrough, FusedOutputHead)
+    changed = [name for name, kind in zip(HEAD, kinds, strict=True) if not isinstance(unet._modules.get(name), kind)]
+    reason = f"{changed[0]} is another module" if changed else why_not_in_a_row(unet)
+    if reason is not None:
+        raise RuntimeError(f"the head has changed since replace(): {reason}; undo(), change it, replace again")

@@ -51,9 +51,14 @@ def why_not_linear(layer: Any) -> str | None:
         return _why_not_lora(layer)
     if not isinstance(layer, nn.Linear):
         return f"is {_class_path(layer)}, not a linear layer whose weight can be read"
-    if type(layer).forward is not nn.Linear.forward and not _is_4bit(layer) and not _is_idle_lora(layer):
+    if not _is_called_as_torchs(layer) and not _is_4bit(layer) and not _is_idle_lora(layer):
         return f"is {_class_path(layer)}, whose forward is its own"
     return _why_not_weight(layer)
+
+
+def _is_called_as_torchs(layer: Any) -> bool:
+    names = ("forward", "__call__", "_wrapped_call_impl", "_call_impl")
+    return all(getattr(type(layer), name) is getattr(nn.Linear, name) for name in names)
 
 
 # --- LoRA

@@ -13,7 +13,7 @@ Modelled, not measured: held to a measured step in tests/test_measured_step.py.
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -136,6 +136,16 @@ def trace(
     )
 
 
+def plain_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The tensors with memory of their own that one is made of: several, of 8-bit states and quantised weights."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield tensor
+        return
+    names, _ = tensor.__tensor_flatten__()
+    for name in names:
+        yield from plain_parts(getattr(tensor, name))
+
+
 class _StorageFollower(TorchDispatchMode):
     """Counts the bytes of live storages, the FLOPs and the time of the operators dispatched under it."""
 
@@ -160,7 +170,8 @@ class _StorageFollower(TorchDispatchMode):
         self._seen: dict[int, tuple[weakref.ref, int]] = {}  # and the bytes that it counts
         self._saved: dict[int, tuple[str, int]] = {}  # unit and bytes of what autograd holds, by the same key
         for tensor in resident:
-            self._see(tensor, is_counted=True)
+            for part in plain_parts(tensor):
+                self._see(part, is_counted=True)
         self._resident = set(self._seen)
 
     def _read(self) -> tuple[int, float, int]:

@@ -17,8 +17,8 @@ def refit(
 ) -> np.ndarray:
     """driving (F, 128, 3) moved and scaled to the body of reference (128, 3); sizes are (height, width) in pixels.
 
-    Joints count where both poses are confident. Raises ValueError where fewer than two joints are seen in common, or
-    where they all lie at one height.
+    Joints count where both poses are confident. Raises ValueError where fewer than two joints are seen in common,
+    where they all lie at one height, or where one body is upside down to the other.
     """
     joints = [joint for joint in FITTED_JOINTS if reference[BODY][joint, 2] > VISIBLE_CONFIDENCE]
     seen = driving[:, joints, 2] > VISIBLE_CONFIDENCE  # (F, J)
@@ -30,6 +30,11 @@ def refit(
             " heights: choose a reference picture that shows the body"
         )
     scale_y, offset_y = np.polyfit(points[:, 1], target[:, 1], 1)
+    if scale_y <= 0:
+        raise ValueError(
+            f"got poses of which one stands on its head to the other (scale {scale_y:.2f}): choose a reference picture"
+            " of a person in a pose like those of the video"
+        )
     (driving_height, driving_width), (height, width) = driving_size, reference_size
     scale_x = scale_y / (driving_height / driving_width / height * width)
     offset_x = np.mean(target[:, 0] - points[:, 0] * scale_x)

@@ -120,10 +120,11 @@ FORMS: Mapping[str, Mapping[str, Mapping[str, str]]] = {  # role: method: digest
 
 
 class Form(NamedTuple):
-    """A class in a role, and the settings of an instance that its methods may ask for."""
+    """A class in a role with its methods of now, and the settings of an instance that these may ask for."""
 
     kind: type
     role: str
+    methods: tuple[Any, ...]
     settings: tuple[tuple[str, Any], ...]
 
 
@@ -135,10 +136,12 @@ relied_on: list[Form] = []  # what it has let pass since a probe has
 def why_not_known(module: nn.Module, role: str) -> str | None:
     """Why a module's class does not read as one of the known ones in this role, or None where it does."""
     kind = known_class(module)
+    if "__call__" not in FORMS[role] and not calls_like(kind, nn.Module):
+        return f"is {class_path(kind)}, which is called in a way of its own"
     reason = _why_not(kind, role)
     if reason is None:
         return None
-    form = Form(kind, role, _settings(module))
+    form = Form(kind, role, tuple(getattr(kind, name, None) for name in FORMS[role]), _settings(module))
     (relied_on if form in by_probe else missed).append(form)
     return None if form in by_probe else reason
 
@@ -156,13 +159,20 @@ def _settings(module: nn.Module) -> tuple[tuple[str, Any], ...]:
 _NOT_SETTINGS = ("training", "gradient_checkpointing", "dropout")
 
 
-@functools.cache
+def calls_like(kind: Any, base: Any) -> bool:
+    """Whether what happens around forward is the same in a class and in one that it is derived from."""
+    return all(getattr(kind, name, None) is getattr(base, name, None) for name in _AROUND_FORWARD)
+
+
+_AROUND_FORWARD = ("__call__", "_wrapped_call_impl", "_call_impl", "_conv_forward", "__getattr__")
+
+
 def _why_not(kind: type, role: str) -> str | None:
     for method, known in FORMS[role].items():
         function = getattr(kind, method, None)
         if function is None:
             return f"is {class_path(kind)}, which has no {method} as a {role} has"
-        if (digest := digest_of(function)) not in known:
+        if (digest := _digest(function)) not in known:
             seen = "cannot be read" if digest is None else "is not known"
             return f"is {class_path(kind)}, whose {method} {seen} as a {role}'s"
     return None
@@ -170,7 +180,8 @@ def _why_not(kind: type, role: str) -> str | None:
 
 def digest_of_form(module: Any) -> str | None:
     """The digest of a module's forward."""
-    return _digest(known_class(module))
+    kind: Any = known_class(module)
+    return _digest(kind.forward)
 
 
 def known_class(module: nn.Module) -> type:
@@ -178,9 +189,7 @@ def known_class(module: nn.Module) -> type:
     return getattr(type(module), "known_class", type(module))
 
 
-@functools.cache
-def _digest(kind: type) -> str | None:
-    return digest_of(kind.forward)  # pyright: ignore[reportAttributeAccessIssue]  of a module
+_digest = functools.cache(digest_of)  # of functions, since a class may be given another
 
 
 def class_path(kind: type) -> str:

@@ -1,7 +1,8 @@
 """Whether a block computes what its drop-in computes, measured, where it reads like no known one.
 
-A probe sees some inputs only. So it decides where no path of the block's forward can depend on what the inputs hold or
-on their sizes: `why_not_probable` reads that; where a source cannot be read, the probe alone decides. The block is
+A probe sees some inputs only. So it decides where nothing in the block's forward, and in what of its project's that
+calls, begins to matter at some size or value: no path, no bound, no cut. `why_not_probable` reads that; where a source
+cannot be read, the probe alone decides. The block is
 copied in float64 with random parameters and run as it is and as a drop-in: several draws, training and evaluation,
 one token and several, frames that are images among the others; output and the gradients of all inputs and parameters.
 """
@@ -19,11 +20,15 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from mmkernels.blocks.recognition import forms
-from mmkernels.blocks.recognition.syntax import first_name, last_name, tree_of
+from mmkernels.blocks.recognition.syntax import first_name, is_of_a_project, last_name, tree_of
 
 B, F, H, W = 2, 3, 2, 3
 TOLERANCE = 1e-9  # of the largest output or gradient; float64 has 1e-16
 _RANDOM = ("rand", "randn", "rand_like", "randn_like", "randperm", "bernoulli", "dropout", "multinomial")
+_BOUNDING = (
+    "clamp", "clamp_", "clip", "clip_", "min", "max", "minimum", "maximum", "where", "nan_to_num", "nan_to_num_",
+    "masked_fill", "masked_fill_", "hardtanh", "threshold", "floor", "ceil", "round",
+)  # fmt: skip
 _ASKS_NO_TENSOR = ("isinstance", "hasattr", "getattr", "is_grad_enabled", "is_torch_version", "is_torch_npu_available")
 Check = Callable[[nn.Module], str | None]
 _results: dict[tuple[Any, ...], str | None] = {}
@@ -60,7 +65,7 @@ def _why_not_equal(block: nn.Module, drop_in: Any, trial: list[forms.Form]) -> s
     parameters = inspect.signature(drop_in.forward).parameters
     for form in trial:
         for method in forms.FORMS[form.role]:
-            if (why := why_not_probable(getattr(form.kind, method))) is not None:
+            if (why := why_not_probable(getattr(form.kind, method), form.kind)) is not None:
                 return f"a probe cannot decide: {method} of {forms.class_path(form.kind)} {why}"
     if more := [name for name in inspect.signature(type(block).forward).parameters if name not in parameters]:
         return f"it takes other arguments: {', '.join(more)}"
@@ -69,19 +74,47 @@ def _why_not_equal(block: nn.Module, drop_in: Any, trial: list[forms.Form]) -> s
         return _compare(_twin(block), drop_in)
 
 
-def why_not_probable(function: Callable[..., Any]) -> str | None:
-    """Why the path of a function may depend on what its inputs hold or how large they are, or None where it cannot."""
+def why_not_probable(function: Callable[..., Any], kind: type, callers: tuple[Any, ...] = ()) -> str | None:
+    """Why a method of this class may do something else for other sizes or values of its inputs, or None."""
     tree = tree_of(function)
     if tree is None:
         return None
     for node in ast.walk(tree):
-        if isinstance(node, (ast.While, ast.Try, ast.Global, ast.Nonlocal)):
+        if isinstance(node, (ast.While, ast.Try, ast.Match, ast.Global, ast.Nonlocal)):
             return f"has a {type(node).__name__.lower()}"
-        if isinstance(node, (ast.If, ast.IfExp)) and not all(map(_asks_no_tensor, _conditions(node.test))):
-            return f"asks whether {ast.unparse(node.test)}"
-        if isinstance(node, ast.Call) and last_name(node.func) in _RANDOM:
+        for test in _tests(node):
+            if not all(map(_asks_no_tensor, _conditions(test))):
+                return f"asks whether {ast.unparse(test)}"
+        if isinstance(node, ast.Call) and last_name(node.func) in (*_RANDOM, *_BOUNDING):
             return f"calls {last_name(node.func)}"
+        if isinstance(node, ast.Slice) and (node.lower or node.upper):
+            return f"cuts to {ast.unparse(node)}"
+        own = _own_function(node, function, kind)
+        if own is None or own in (function, *callers):
+            continue
+        if (why := why_not_probable(own, kind, (function, *callers))) is not None:
+            return f"calls {own.__name__}, which {why}"
     return None
+
+
+def _own_function(node: ast.AST, function: Any, kind: type) -> Any:
+    """The function of its project, or the method of its class, that a name in a function is, or None."""
+    if isinstance(node, ast.Name):
+        value = getattr(function, "__globals__", {}).get(node.id)
+        return value if is_of_a_project(value) else None
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
+        value = getattr(kind, node.attr, None)
+        return value if inspect.isfunction(value) and not hasattr(nn.Module, node.attr) else None
+    return None
+
+
+def _tests(node: ast.AST) -> list[ast.expr]:
+    """What a node asks."""
+    if isinstance(node, (ast.If, ast.IfExp)):
+        return [node.test]
+    if isinstance(node, ast.comprehension):
+        return node.ifs
+    return [node] if isinstance(node, (ast.Compare, ast.BoolOp)) else []
 
 
 def _conditions(test: ast.expr) -> Iterator[ast.expr]:
@@ -102,7 +135,7 @@ def _asks_no_tensor(test: ast.expr) -> bool:
         return all(isinstance(x, ast.Constant) or first_name(x) == "self" for x in (test.left, *test.comparators))
     if isinstance(test, ast.Call):
         return last_name(test.func) in _ASKS_NO_TENSOR
-    return first_name(test) in ("self", "return_dict")
+    return isinstance(test, ast.Constant) or first_name(test) in ("self", "return_dict")
 
 
 def _twin(block: nn.Module) -> nn.Module:

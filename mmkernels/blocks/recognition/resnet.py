@@ -77,7 +77,7 @@ def why_not_up_block(module: Any) -> str | None:
         if ways != (True, "conv", None, False) or not getattr(upsampler, "interpolate", True):
             return f"upsamplers.{i} does not enlarge by nearest pixels and then convolve"
         if is_hooked(upsampler):
-            return f"upsamplers.{i} has hooks or a replaced forward"
+            return f"upsamplers.{i} has hooks or a replaced method"
     return None
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from mmkernels.blocks.recognition.forms import class_path, why_not_known
+from mmkernels.blocks.recognition.forms import calls_like, class_path, why_not_known
 from mmkernels.blocks.weights import why_not_linear
 
 Kinds = Mapping[str, type | str]  # by the dotted name within a block: a class of torch's, or a role that is known
@@ -20,16 +20,24 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _NORMS = (nn.LayerNorm, nn.GroupNorm)
 
 
+def is_patched(module: nn.Module) -> bool:
+    """Whether this one module has a function of its own in the place of a method of its class, as forward.
+
+    What only says it in words does not count: torchao gives a quantised layer an extra_repr of its own.
+    """
+    return any(callable(getattr(type(module), name, None)) for name in vars(module) if name != "extra_repr")
+
+
 def is_hooked(module: nn.Module) -> bool:
     """Whether calling the module does more, or other things, than the forward of its class."""
-    return "forward" in module.__dict__ or any(getattr(module, hooks, None) for hooks in _HOOKS)
+    return is_patched(module) or any(getattr(module, hooks, None) for hooks in _HOOKS)
 
 
 def is_read(module: nn.Module) -> bool:
     """Whether somebody beside the module may read its inputs or change them: hooks, but for those that only watch."""
     hooks = [hook for name in _HOOKS for hook in getattr(module, name, {}).values()]
     are_watching = (str(getattr(hook, "__module__", "")).startswith(_WATCHERS) for hook in hooks)
-    return "forward" in module.__dict__ or not all(are_watching)
+    return is_patched(module) or not all(are_watching)
 
 
 def why_not_built_of(
@@ -83,13 +91,13 @@ def _why_not_of(module: nn.Module, kind: type | str) -> str | None:
 def _adds_nothing(module: Any, kind: Any) -> bool:
     """Whether a subclass computes what torch's layer does: diffusers' for LoRA before peft, with none in it."""
     is_theirs = type(module).__module__ == "diffusers.models.lora" and getattr(module, "lora_layer", None) is None
-    return type(module).forward is kind.forward or is_theirs
+    return (type(module).forward is kind.forward and calls_like(type(module), kind)) or is_theirs
 
 
 def why_not_read(module: nn.Module) -> str | None:
     """What would happen around a module's forward that reading its parameters leaves out."""
     if is_hooked(module):
-        return "has hooks or a replaced forward"
+        return "has hooks or a replaced method"
     if isinstance(module, nn.Dropout) and module.p > 0 and module.training:
         return f"drops with probability {module.p}"
     if isinstance(module, _NORMS) and (module.weight is None or module.bias is None):

@@ -17,13 +17,15 @@ from typing import Any
 
 _SILENT_CALLS = ("print", "deprecate", "logger", "logging", "warnings")  # by the first name of what is called
 _CHECKPOINT = ("checkpoint", "_gradient_checkpointing_func")  # by the last
-_OF_LIBRARIES = ("torch", "diffusers", "builtins", "typing", "math")
 
 
 def digest_of(function: Callable[..., Any], callers: tuple[Any, ...] = ()) -> str | None:
     """The digest of a function written in Python, or None where its source cannot be read."""
-    tree = tree_of(function, callers)
-    return None if tree is None else hashlib.sha256(_written(tree).encode()).hexdigest()[:16]
+    tree = tree_of(function)
+    if tree is None:
+        return None
+    renamed = _Renamed(_local_names(tree), getattr(function, "__globals__", {}), (*callers, function)).visit(tree)
+    return hashlib.sha256(_written(renamed).encode()).hexdigest()[:16]
 
 
 _OF_A_PYTHON = (
@@ -43,11 +45,10 @@ def _written(node: Any) -> str:
     return f"[{','.join(map(_written, node))}]" if isinstance(node, list) else repr(node)
 
 
-def tree_of(function: Callable[..., Any], callers: tuple[Any, ...] = ()) -> ast.FunctionDef | None:
-    """The normalised tree of a function, or None where its source cannot be read; callers: those that use it."""
-    function = inspect.unwrap(function)
+def tree_of(function: Callable[..., Any]) -> ast.FunctionDef | None:
+    """The tree of a function without what changes no number, or None where its source cannot be read."""
     try:
-        source = inspect.getsource(function)
+        source = inspect.getsource(getattr(function, "__code__", function))  # of a wrapper its own, not what it wraps
         # A method's lines are indented, but for some comments: under an `if` they need no other indentation.
         found: Any = ast.parse(f"if 1:\n{source}" if source[0].isspace() else source).body[0]
         definition = found.body[0] if source[0].isspace() else found
@@ -56,13 +57,21 @@ def tree_of(function: Callable[..., Any], callers: tuple[Any, ...] = ()) -> ast.
     if not isinstance(definition, ast.FunctionDef):
         return None
     definition.name, definition.decorator_list, definition.returns = "f", [], None
-    tree = _Silenced().visit(definition)
+    return _Silenced().visit(definition)
+
+
+def _local_names(tree: ast.FunctionDef) -> set[str]:
     parameters = {x.arg for x in _parameters(tree)}
     stored = [x.id for x in ast.walk(tree) if isinstance(x, ast.Name) and isinstance(x.ctx, ast.Store)]
     inner = [x.name for x in ast.walk(tree) if isinstance(x, ast.FunctionDef) and x is not tree]
     inner += [x.arg for f in ast.walk(tree) if isinstance(f, (ast.FunctionDef, ast.Lambda)) for x in f.args.args]
-    local = {name for name in (*stored, *inner) if name not in parameters}
-    return _Renamed(local, getattr(function, "__globals__", {}), (*callers, function)).visit(tree)
+    return {name for name in (*stored, *inner) if name not in parameters}
+
+
+def is_of_a_project(value: Any) -> bool:
+    """Whether it is a function that no library which is known has: it may be anything."""
+    of_libraries = ("torch", "diffusers", "builtins", "typing", "math")
+    return inspect.isfunction(value) and value.__module__.split(".")[0] not in of_libraries
 
 
 def _parameters(function: ast.FunctionDef) -> list[ast.arg]:
@@ -156,7 +165,7 @@ class _Renamed(ast.NodeTransformer):
             node.id = self._number(node.id)
         elif isinstance(value := self._globals.get(node.id), ModuleType):
             node.id = value.__name__
-        elif inspect.isfunction(value) and value.__module__.split(".")[0] not in _OF_LIBRARIES:
+        elif value is not None and is_of_a_project(value):
             digest = "" if value in self._callers else digest_of(value, self._callers)
             node.id = f"{node.id} {digest}"  # a helper of the same file may be anything
         return node

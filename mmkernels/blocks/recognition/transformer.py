@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from mmkernels.blocks.recognition.forms import why_not_known
-from mmkernels.blocks.recognition.structure import Kinds, is_hooked, why_not_built_of
+from mmkernels.blocks.recognition.structure import Kinds, is_hooked, why_not_built_of, why_not_read
 from mmkernels.blocks.sources import is_decoupled, why_not_scaled
 
 SPATIAL, TEMPORAL = "transformer block over pixels", "transformer block over frames"
@@ -39,7 +39,8 @@ def why_not_transformer(module: Any) -> str | None:
     if channels != inner or module.proj_out.out_features != channels:
         return f"{channels} channels in but {inner} inside"
     for name, role, block in blocks:
-        if (reason := why_not_block(block, role)) is not None:
+        # Within a transformer that is fused whole a block is read, not called.
+        if (reason := why_not_read(block) or why_not_block(block, role)) is not None:
             return f"{name}: {reason}"
     return None
 
@@ -153,7 +154,7 @@ def _why_not_cross_attention(block: Any, part: str) -> str | None:
         return reason
     attention = getattr(block, part)
     if any(is_hooked(x) for x in attention.to_k.modules()):
-        return f"{part}.to_k has hooks or a replaced forward"
+        return f"{part}.to_k has hooks or a replaced method"
     if attention.to_q.bias is not None or attention.to_out[0].bias is None:
         return f"{part} has a bias on its query, or none on its output"
     return None if getattr(attention, "is_cross_attention", True) else f"{part} attends to itself"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from operator import is_
 from typing import Any
 
@@ -14,10 +14,18 @@ _TENSORS = ("_parameters", "_buffers")  # other numbers are no other block, and 
 def watch(block: nn.Module) -> Callable[[], bool]:
     """Returns what says whether each attribute of every module in the block is the very object that it is now.
 
-    Of lists and dictionaries so is each item; of parameters and buffers only the names and classes.
+    Of lists and dictionaries so is each item; of parameters and buffers only the names and classes. What a module and
+    what it calls of its attributes, a processor, run is their class's as it is now.
     """
     checks = [_watch(module) for module in block.modules()]
-    return lambda: all(check() for check in checks)
+    ran = {(kind, name): getattr(kind, name) for kind, name in _methods(block)}
+    return lambda: all(getattr(kind, name) is x for (kind, name), x in ran.items()) and all(x() for x in checks)
+
+
+def _methods(block: nn.Module) -> Iterator[tuple[type, str]]:
+    for module in block.modules():
+        yield type(module), "forward"
+        yield from ((type(x), "__call__") for x in vars(module).values() if callable(x))
 
 
 def _watch(module: nn.Module) -> Callable[[], bool]:
