@@ -130,7 +130,8 @@ def motion_figures(frames: Tensor, truth: Tensor, driving: np.ndarray, region: T
     Over all pixels that are in the region (F, 1, H, W) of any frame, in pictures shrunk by averaging, m_t is frame t
     less the mean over frames, n_t the same of the truth. motion_strength: the root mean square of m over that of n.
     motion_distance_px: mean distance in pixels of the body's joints in the driving poses of frames t and
-    argmax_u <m_t, n_u> / |n_u|; None where the strength is below STILL or the truth stands still. Empty where there is no region.
+    argmax_u <m_t, n_u> / |n_u|; None where the strength is below STILL or the truth stands still. Empty where there is
+    no region.
     """
     if not region.any():
         return {}
