@@ -17,6 +17,7 @@ from mimicmotion.data.dataset import ClipDataset
 from mimicmotion.data.footage import VIDEO_SUFFIXES, decode, read_properties
 from mimicmotion.generation import generate, load_averaged, load_decoder, other_order, reference_and_truth
 from mimicmotion.paths import near, printable
+from mimicmotion.resumption import of_other_clips
 
 PICTURE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 RESAMPLING = "cv2.INTER_AREA where smaller, cv2.INTER_CUBIC where larger"
@@ -49,6 +50,8 @@ class RunClips:
         self.config, self._model, self.checkpoint = load_averaged(run_dir)
         self.encoder = load_decoder(self.config.data.encoder)
         self.dataset, self.chosen = (like.dataset, like.chosen) if like else self._choose(prepared)
+        for note in of_other_clips(self.checkpoint, self.config, self.dataset.manifest):
+            print(note, flush=True)
 
     def _choose(self, prepared: Path | None) -> tuple[ClipDataset, str]:
         data, seed = self.config.data, self.config.trainer.seed

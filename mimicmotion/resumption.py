@@ -4,12 +4,14 @@ One rule: settings hold as they are given now, from the next step on. The learni
 today's learning rate, schedule, warm-up and number of steps has at step n, wherever it came from.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
 from mimicmotion import checkpoint
 from mimicmotion.checkpoint import Checkpoint
 from mimicmotion.config import Config
+from mimicmotion.data.cache import Manifest
 from mimicmotion.data.footage_identity import FootageIdentity
 from mimicmotion.json_values import changes, to_json
 from mimicmotion.model.adapters import check_base, load_own, own_state
@@ -43,6 +45,30 @@ def _check_model(saved: Checkpoint, config: Config) -> None:
             f"{'; '.join(map(_said, shape))}: the checkpoint's weights are of that model; resume with its settings, or "
             "leave --resume out to start a run of its own"
         )
+
+
+def of_other_clips(folder: Path, config: Config, manifest: Manifest) -> list[str]:
+    """What to say where clips to sample or evaluate are not those that a checkpoint was trained on.
+
+    Latents of another encoder mean something else to the model and to the run's decoder, and other sizes are nothing
+    that it was trained on: ValueError. Other clips are what evaluation is for, and are said.
+    """
+    before, now = json.loads((folder / "encoder.json").read_text()), FootageIdentity.of(manifest)
+    if before["name"] != now.encoder and before.get("version") != now.encoder_version:
+        raise ValueError(
+            f"the clips hold latents of the encoder {now.encoder}, and {folder} was trained on those of "
+            f"{before['name']}, to which they mean something else; give --prepared with clips of that encoder"
+        )
+    sizes = [f"{height}x{width}" for height, width in config.data.all_sizes]
+    if others := {size for clip in manifest.clips if (size := f"{clip.height}x{clip.width}") not in sizes}:
+        raise ValueError(
+            f"the clips are of {' and '.join(sorted(others))} pixels (height x width), and {folder} was trained on "
+            f"{' and '.join(sizes)}; give --prepared with clips of that size"
+        )
+    known = before.get("clips", now.clips)
+    if others := [name for name, digest in now.clips.items() if known.get(name) != digest]:
+        return [f"{len(others)} of the {len(now.clips)} clips are none that {folder} was trained on"]
+    return []
 
 
 def go_on(saved: Checkpoint, model: MimicMotionModel, optimization: Optimization) -> None:

@@ -36,6 +36,7 @@ from mimicmotion.generation import (
 from mimicmotion.metrics import psnr
 from mimicmotion.model.unet import MimicMotionModel
 from mimicmotion.picture_to_video import PictureArguments, make_videos
+from mimicmotion.resumption import of_other_clips
 from mimicmotion.video import side_by_side, write_stills, write_video
 
 
@@ -98,6 +99,8 @@ def run(arguments: Arguments) -> bool:
     dataset = ClipDataset(
         arguments.prepared or data.prepared, data.num_frames, config.trainer.seed, lengths=data.lengths
     )
+    for note in of_other_clips(folder, config, dataset.manifest):
+        print(note, flush=True)
     clip_id = dataset.clip_ids[0] if arguments.clip is None else arguments.clip
     clip = dataset.clip(clip_id, arguments.reference, arguments.start, arguments.num_frames)
     rate = dataset.frames_per_second(clip_id)

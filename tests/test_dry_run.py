@@ -1,6 +1,8 @@
+import re
+
 import pytest
 
-from mimicmotion import train
+from mimicmotion import dry_stages, train
 from mimicmotion.config import mimicmotion_72
 from mimicmotion.dry_run import dry_run
 from mimicmotion.model.unet import build_model, num_parameters
@@ -59,3 +61,32 @@ def test_dry_run_follows_the_optimizers_options(words, weight_bytes, trained_byt
         assert result.cost.peak_bytes < static + small + workspaces + result.cost.saved_bytes + 0.5 * gradients
     assert result.cost.end_bytes < static + small + workspaces
     assert ("no moving average" in str(result)) == ("ema off" in words)
+
+
+@pytest.mark.parametrize(
+    "more", [["--kernels", "torch"], pytest.param(["--memory-budget", "2"], marks=pytest.mark.deep)]
+)
+def test_a_card_that_is_named_gives_a_time_and_each_shape_a_plan(more, capsys, monkeypatch, tmp_path):
+    """The stage's time, from each shape's micro-batch: 6 clips in threes of 2, both shapes alike, ten million steps."""
+    small = "--model.block-out-channels 32 32 32 32 --model.num-attention-heads 1 1 1 1 --model.layers-per-block 1"
+    small += " --data.height 64 --data.width 64 --data.sizes 64x128 --data.num-frames 4 --sampling.tile-overlap 0"
+    small += " --trainer.batch-size 6 --trainer.micro-batch-size 2 --trainer.num-steps 10000000"
+    words = ["train.py", "--dry-run", *small.split(), "--data.prepared", str(tmp_path / "none"), *more]
+    found = []
+    monkeypatch.setattr(
+        dry_stages, "dry_run", lambda *given, **more: found.append(dry_run(*given, **more)) or found[-1]
+    )
+    monkeypatch.setattr("sys.argv", [*words, "--card", "RTX 4090"])
+    train.main()
+    printed = capsys.readouterr().out
+    has_plan = more[0] == "--memory-budget"
+    assert [run.config.data.width for run in found] == [128, 64]
+    assert printed.count("plan for RTX 4090, 2.0 GiB") == 2 * has_plan
+    assert all((run.plan is not None) == has_plan and run.cost.reserved_bytes < 2 << 30 for run in found)
+    seconds = 3 * sum(run.step_s for run in found) / 2
+    said = re.search(r"time on one GPU: ([\d.]+) s a step, ([\d.]+) hours in all \(modelled\)", printed)
+    assert float(said[1]) == pytest.approx(seconds, abs=0.005)
+    assert float(said[2]) == pytest.approx(1e7 * seconds / 3600, abs=0.05)
+    monkeypatch.setattr("sys.argv", [*words, "--card", "RTX 4O90"])
+    with pytest.raises(SystemExit, match=r"no dry run: .*RTX 4O90.*RTX 4090"):
+        train.main()

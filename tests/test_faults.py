@@ -32,6 +32,17 @@ def test_a_share_of_every_row_is_survived(tmp_path: Path) -> None:
         assert row["survived"] == row["injected"] >= 0.15 * ROWS[name].COUNT and not row["failed"]
 
 
+@pytest.mark.deep
+def test_a_resume_that_gets_its_moments_wrong_is_reported_as_lost(tmp_path: Path) -> None:
+    """Moments a thousandth too large, after a kill that the same run survives as it should."""
+    words = [sys.executable, str(ROOT / "tests/broken_resume.py"), str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    right, wrong = done.stdout.splitlines()[-2:]
+    assert right == "1 []" and wrong.startswith("0 [") and "wanted" in wrong
+
+
 def test_the_published_counts_are_of_the_whole_table() -> None:
     """What the table says was injected is what the file says that ran, never more than there is."""
     for row in json.loads((ROOT / "bench/results/faults.json").read_text()):

@@ -215,7 +215,7 @@ def why_stale(manifest: Manifest, data: DataConfig) -> str | None:
         return f"clips of {manifest.num_frames} frames or more, not {fewest}"
     encoder = PatchCodec.name if data.encoder == PATCH_CODEC else data.encoder
     if manifest.encoder_name != encoder:
-        return f"the encoder {manifest.encoder_name}, not {encoder}"
+        return f"the encoder {manifest.encoder_name}, not {encoder} (--data.encoder)"
     if encoder == PatchCodec.name and manifest.encoder_version != PatchCodec.version:
         return f"version {manifest.encoder_version} of {encoder}, not {PatchCodec.version}"
     return None

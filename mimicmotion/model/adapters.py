@@ -166,7 +166,7 @@ def _quantise_nf4(unet: nn.Module) -> None:
             narrow = layers.Linear4bit(
                 module.in_features, module.out_features, module.bias is not None, compute_dtype=torch.bfloat16
             )
-            narrow.weight = layers.Params4bit(module.weight.detach(), requires_grad=False, quant_type="nf4")
+            narrow.weight = layers.Params4bit(module.weight.detach(), requires_grad=False, quant_type="nf4")  # pyright: ignore
             narrow.bias = module.bias
             unet.set_submodule(name, narrow.to(module.weight.device))  # which is when it is quantised
 
@@ -175,7 +175,11 @@ def _inject(unet: nn.Module, layers: list[str], config: LoraConfig) -> None:
     """Adapters as peft has them, in float32 whatever the layer is of: A as nn.Linear begins, B of zeros."""
     device = next(unet.parameters()).device
     settings = _peft().LoraConfig(
-        r=config.rank, lora_alpha=config.alpha or config.rank, target_modules=layers, lora_dropout=0.0, bias="none"
+        r=config.rank,
+        lora_alpha=config.alpha or config.rank,  # pyright: ignore[reportArgumentType]
+        target_modules=layers,
+        lora_dropout=0.0,
+        bias="none",
     )
     with unset_fake_temporarily():  # peft makes them without memory, and could not move them among fake ones
         _peft().inject_adapter_in_model(settings, unet, adapter_name=NAME, low_cpu_mem_usage=True)

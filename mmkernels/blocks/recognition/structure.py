@@ -21,8 +21,11 @@ _NORMS = (nn.LayerNorm, nn.GroupNorm)
 
 
 def is_patched(module: nn.Module) -> bool:
-    """Whether this one module has a function of its own in the place of a method of its class, as forward."""
-    return any(callable(getattr(type(module), name, None)) for name in vars(module))
+    """Whether this one module has a function of its own in the place of a method of its class, as forward.
+
+    What only says it in words does not count: torchao gives a quantised layer an extra_repr of its own.
+    """
+    return any(callable(getattr(type(module), name, None)) for name in vars(module) if name != "extra_repr")
 
 
 def is_hooked(module: nn.Module) -> bool:
