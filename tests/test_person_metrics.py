@@ -127,6 +127,8 @@ def test_motion_is_matched_whatever_its_strength_and_what_stands_still_has_none(
         figures = motion_figures(weak, truth, driving, region)
         assert figures["motion_distance_px"] == 0
         assert figures["motion_strength"] == pytest.approx(strength, abs=1e-4)
+    uneven = mean + torch.tensor([1.0, 1.0, 0.4, 1.0, 3.0]).view(-1, 1, 1, 1) * (truth - mean)
+    assert motion_figures(uneven, uneven, driving, region)["motion_distance_px"] == 0
     order = [4, 3, 2, 1, 0]
     moved = motion_figures(truth[order], truth, driving, region)["motion_distance_px"]
     assert moved == pytest.approx(np.mean([4 * abs(a - b) for a, b in enumerate(order)]), abs=1e-4)
