@@ -137,7 +137,7 @@ def test_a_clip_is_trained_in_its_own_size_and_the_longest_length_that_it_fills(
     }
     assert next(iter(dataset.buckets)).num_frames == 9  # the largest first
     for step in range(20):
-        name, _, start, num_frames = dataset._draw(step, 0)
+        name, _, start, num_frames, _ = dataset._draw(step, 0)
         assert str(dataset.bucket_of(step)).endswith(f"x{num_frames}")
         assert start + num_frames - 1 <= dataset._clips[name].num_frames
     with pytest.raises(ValueError, match=r"num_frames 7 and clip 64x64-3 of 6 frames; prepare again for 7 frames"):

@@ -9,12 +9,11 @@ import errno
 import hashlib
 import json
 import os
-import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from threading import Lock
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -299,12 +298,15 @@ class Manifest:
         except (TypeError, KeyError) as error:  # a name too many, or one too few, or a value of another kind
             raise ValueError(f"{path} is damaged ({error}); run prepare again, which makes it anew") from error
         names = {part.keypoints_file for part in (*clips, *dropped)} | {clip.tensors_file for clip in clips}
-        if strange := sorted(name for name in names | set(manifest.files) if name and not _FILE_NAME.fullmatch(name)):
+        if strange := sorted(name for name in names | set(manifest.files) if not _is_inside(name)):
             raise ValueError(f"{path} names {printable(strange[0])}, no file of this folder; run prepare again")
         return manifest
 
 
-_FILE_NAME = re.compile(r"(clips|keypoints)/[\w-]+\.safetensors")
+def _is_inside(name: str) -> bool:
+    """Whether a file's name, relative to the prepared folder, leads out of it nowhere."""
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts
 
 
 def _checked(kind: type[_Kind], stored: dict[str, Any]) -> _Kind:
