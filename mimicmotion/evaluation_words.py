@@ -37,7 +37,7 @@ def summary(result: Mapping[str, Any]) -> str:
         said += (
             f" The pose detector finds {limit:.0%} of the body's points in the truth itself, so its figures say little."
         )
-        return said + _distances(result, "nearest_distance_px", "In the nearest true frames body points lie")
+        return said + _distances(result, "motion_distance_px", "Where the truth moves alike, the body lies")
     return said + _distances(result, "body_distance_px", "Body points lie")
 
 

@@ -81,7 +81,7 @@ def test_a_card_that_is_named_gives_a_time_and_each_shape_a_plan(more, capsys, m
     printed = capsys.readouterr().out
     has_plan = more[0] == "--memory-budget"
     assert [run.config.data.width for run in found] == [128, 64]
-    assert printed.count("plan for RTX 4090, 2.0 GiB") == 2 * has_plan
+    assert printed.count("plan for RTX 4090, 2 GiB") == 2 * has_plan
     assert all((run.plan is not None) == has_plan and run.cost.reserved_bytes < 2 << 30 for run in found)
     seconds = 3 * sum(run.step_s for run in found) / 2
     said = re.search(r"time on one GPU: ([\d.]+) s a step, ([\d.]+) hours in all \(modelled\)", printed)

@@ -171,6 +171,9 @@ def test_animated_webp_cut_short_is_refused(tmp_path: Path, share: float) -> Non
     short = videos.cut_short(whole, tmp_path / "b.webp", share)
     with pytest.raises(VideoError, match=r"is cut short after [0-8] frames"):
         read_properties(short)
+    short.write_bytes(whole.read_bytes()[:4] + b"\xff\xff\xff\xff" + whole.read_bytes()[8:])  # says 4 GiB
+    with pytest.raises(VideoError, match="is cut short after 9 frames"):
+        read_properties(short)
     content = bytearray(whole.read_bytes())
     at = content.rfind(b"ANMF") + 40
     content[at : at + 30] = bytes(30)

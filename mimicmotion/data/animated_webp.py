@@ -49,10 +49,11 @@ def read_animation(path: Path) -> Animation | None:
         width, height = (1 + int.from_bytes(head[at : at + 3], "little") for at in (24, 27))
         durations, end = [], 8 + int.from_bytes(head[4:8], "little")
         while opened.tell() + 8 <= end:
-            name, size = struct.unpack("<4sI", opened.read(8).ljust(8, b"\0"))
+            header = opened.read(8)
+            name, size = struct.unpack("<4sI", header.ljust(8, b"\0"))
             payload = opened.read(16)
             at = opened.tell() - len(payload) + size + size % 2
-            if len(payload) < min(16, size) or at > path.stat().st_size:
+            if len(header) < 8 or at > path.stat().st_size:
                 raise AnimationError(f"is cut short after {len(durations)} frames")
             opened.seek(at)
             if name == b"ANMF":

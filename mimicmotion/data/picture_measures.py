@@ -2,6 +2,7 @@
 
 Frames come by once, while poses are found in them, and where the person stands is known only afterwards. So sharpness,
 exposure and flow are kept for a grid of cells a frame, and `finish` reads them in and outside of the person's boxes.
+Cuts are PySceneDetect's. TransNetV2 is not offered: its one package brings a pickle and a top-level `tests` along.
 """
 
 from dataclasses import dataclass
