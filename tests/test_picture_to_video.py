@@ -205,8 +205,10 @@ def test_people_missing_and_places_that_cannot_be_written(run_dir, files, tmp_pa
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"file is no folder; give another place"):
         make_videos(asked(run_dir, files, tmp_path / "file" / "a.mp4"))
-    with pytest.raises(ValueError, match="without --image; give the picture"):
-        sample.run(sample.Arguments(run_dir=run_dir, video=files["video"]))
+    with pytest.raises(ValueError, match="got --video, --seeds without --image; give the picture"):
+        sample.run(sample.Arguments(run_dir=run_dir, video=files["video"], seeds=(1, 2)))
+    with pytest.raises(ValueError, match="got --check-pose-order with --image; leave it out"):
+        sample.run(asked(run_dir, files, tmp_path / "a.mp4", check_pose_order=True))
 
     def full(*_, **__):
         raise MemoryError

@@ -17,8 +17,6 @@ from transformers import CLIPImageProcessor
 
 from mimicmotion import pipeline as pipeline_module
 from mimicmotion.data.still import fitted
-from mimicmotion.model import weights
-from mimicmotion.model.unet import build_model
 from mimicmotion.pipeline import MimicMotionPipeline, PoseNetModel
 from mimicmotion.sampler import euler_scheduler
 
@@ -66,10 +64,11 @@ def test_saved_and_loaded_it_gives_the_same(pipe, picture, poses, tmp_path):
     again = loaded(picture, poses, **SETTINGS, output_type="np").frames
     assert np.abs(again - frames).max() < 5e-4  # weights lie elsewhere in memory, and sums are taken in another order
 
-    model = build_model(MODEL)  # the folder is one of weights as well
-    weights.load(model, weights.read(tmp_path))
-    for name, tensor in pipe.pose_net.state_dict().items():
-        assert torch.equal(model.pose_net.state_dict()[name], tensor)
+    # the folder is one of weights and of encoders as well
+    made = MimicMotionPipeline.from_weights(tmp_path, str(tmp_path), model=MODEL)
+    for name in ("vae", "image_encoder", "unet", "pose_net"):
+        before, after = (getattr(each, name).state_dict() for each in (pipe, made))
+        assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
 
 
 def test_it_is_the_published_algorithm(pipe, picture, poses):
