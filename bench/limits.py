@@ -74,6 +74,19 @@ def spatial_attention(shape: Shape, dtype: str) -> Passes:
     }
 
 
+CONTEXT_TOKENS = 5  # a picture's and four of a face, as StableAnimator has them
+
+
+def context_attention(shape: Shape, dtype: str) -> Passes:
+    """x -> norm, Q, attention over a few tokens, projection, residual -> y, x alone saved; keys are small."""
+    one, projection = tensor_bytes(shape, dtype), 2 * _tokens(shape) * shape["channels"] ** 2
+    product = 2 * _tokens(shape) * CONTEXT_TOKENS * shape["channels"]
+    return {
+        "forward": Work(bytes=2 * one, flops=2 * projection + 2 * product),
+        "backward": Work(bytes=3 * one, flops=5 * projection + 6 * product),
+    }
+
+
 def group_norm_statistics(shape: Shape, dtype: str) -> Passes:
     """x -> mean, rstd."""
     return {"forward": Work(bytes=tensor_bytes(shape, dtype))}
@@ -118,6 +131,7 @@ WORK_OF_BENCH: Mapping[str, Callable[[Shape, str], Passes]] = {
     "group_norm_silu_conv 3x3": partial(convolution, num_taps=9),  # x saved, normalised again: no products of its own
     "group_norm_silu_conv 3x1x1": partial(convolution, num_taps=3),
     "spatial_attention": spatial_attention,
+    "context_attention": context_attention,
     "group_norm_projection": group_norm_projection,
     "blend_projection": blend_projection,
     "blend": blend,

@@ -31,7 +31,7 @@ class Compared:
     generated: Tensor
     truth: Tensor
     reference: Tensor  # (1, 3, H, W)
-    keypoints: np.ndarray | None  # (F, 128, 3), the driving poses; None where they are to be found in the truth
+    keypoints: np.ndarray | None  # (1 + F, 128, 3) of the reference and the truth; None where they are to be found
     pose: Tensor | None = None  # (F, 3, H, W), what the model saw of them
     frames_per_second: float
     truth_sha256: str  # 16 digits of what the truth follows from: another result must be held against the same
@@ -96,7 +96,7 @@ class RunClips:
                 generated=generate(self._model, config, clip, decoder, seed=seed),
                 truth=truth,
                 reference=reference,
-                keypoints=clip["keypoints"][1:].numpy(),
+                keypoints=clip["keypoints"].numpy(),
                 pose=clip["pose"][1:],
                 frames_per_second=self.dataset.frames_per_second(name),
                 truth_sha256=_digest(clip["latents"].numpy()),  # decoders of other devices round otherwise

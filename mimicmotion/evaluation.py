@@ -23,7 +23,7 @@ from mimicmotion.evaluation_tools import Tools
 from mimicmotion.paired_test import compare
 from mimicmotion.person_metrics import (
     find_poses,
-    nearest_distance,
+    motion_figures,
     person_region,
     pose_figures,
     region_figures,
@@ -53,9 +53,8 @@ FIGURES = {
     "person_ssim": Figure("SSIM in the person's region"),
     "lpips": Figure("LPIPS (AlexNet)", higher_is_better=False),
     "identity": Figure("identity: CLIP cosine to the reference"),
-    "nearest_distance_px": Figure(
-        "body in the nearest true frame: mean distance", "px", higher_is_better=False, digits=2
-    ),
+    "motion_strength": Figure("motion: strength, of the truth's", higher_is_better=None),
+    "motion_distance_px": Figure("motion: body in the frame that moves alike", "px", higher_is_better=False, digits=2),
     "body_pck": Figure("body: PCK"),
     "body_distance_px": Figure("body: mean distance", "px", higher_is_better=False, digits=2),
     "body_distance": Figure("body: mean distance", "body sizes", higher_is_better=False, digits=4),
@@ -72,9 +71,10 @@ FIGURES = {
 def measure(clip: Compared, tools: Tools) -> dict[str, Any]:
     """The row of one clip: figures of the generated frames, and of what they are read beside by their names."""
     num_frames, _, height, width = clip.truth.shape
-    driving = clip.keypoints
-    if driving is None and tools.poses is not None:
-        driving = find_poses(clip.truth, tools.poses)
+    keypoints = clip.keypoints
+    if keypoints is None and tools.poses is not None:
+        keypoints = find_poses(torch.cat([clip.reference, clip.truth]), tools.poses)
+    driving = None if keypoints is None else keypoints[1:]
     row: dict[str, Any] = {
         "clip": clip.name,
         "num_frames": num_frames,
@@ -95,8 +95,11 @@ def measure(clip: Compared, tools: Tools) -> dict[str, Any]:
             continue
         figures = _of_frames(frames, clip, region, tools)
         if driving is not None:
-            figures["nearest_distance_px"] = nearest_distance(frames, clip.truth, driving, region)
+            figures |= motion_figures(frames, clip.truth, driving, region)
         row |= {name: figures} if name else figures
+    if keypoints is not None and driving is not None:  # a still video has one pose, which is known
+        still = pose_figures(np.broadcast_to(keypoints[:1], driving.shape), driving, height, width)
+        row[REFERENCE]["motion_distance_px"] = still["body_distance_px"]
     if driving is not None and tools.poses is not None:
         _add_poses(row, clip, driving, tools, tools.poses)
     for distance in tools.distances.values():

@@ -16,7 +16,7 @@ from mimicmotion.evaluation_words import GENERATED, OTHER_RUN, columns, lines, s
 from mimicmotion.page import document, pairs, text
 from mimicmotion.video import side_by_side, write_stills, write_video
 
-_STYLE = ".scroll{overflow-x:auto}.clip{margin:1rem 0}.clip video,.clip img{width:100%}"
+_STYLE = ".scroll{overflow-x:auto;overflow-wrap:normal}.clip{margin:1rem 0}.clip video,.clip img{width:100%}"
 _NOT_SHOWN = ("clips", "missing", "against", *FIGURES, *BESIDE)
 
 

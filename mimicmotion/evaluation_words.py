@@ -35,10 +35,11 @@ def summary(result: Mapping[str, Any]) -> str:
     limit = result.get("poses_found_in_the_truth", {}).get("body_found")
     if limit is not None and limit < LEAST_FOUND:
         said += (
-            f" The pose detector finds {limit:.0%} of the body's points in the truth itself, so its figures say little."
+            f" The pose detector finds {limit:.0%} of the body's points in the truth itself: its figures say little."
         )
-        return said + _distances(result, "nearest_distance_px", "In the nearest true frames body points lie")
-    return said + _distances(result, "body_distance_px", "Body points lie")
+    elif "body_distance_px" in result:
+        return said + _distances(result, "body_distance_px", "Body points lie")
+    return said + _distances(result, "motion_distance_px", "Where the truth moves alike, the body lies")
 
 
 def _distances(result: Mapping[str, Any], name: str, subject: str) -> str:

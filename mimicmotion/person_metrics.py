@@ -4,8 +4,10 @@ The region of a frame is the convex hull of its confident key points that lie in
 by REGION_MARGIN of the body's size on all sides. The body's size, which distances are also measured in, is the diagonal
 of the upright box around its confident joints, in pixels.
 
-A picture that no detector reads, as of the demo's stand-in codec, still shows a pose: that of the true frame of its
-clip which is nearest to it. How far that pose is from the driving one is `nearest_distance_px`.
+Pictures that no detector reads, as of the demo's stand-in codec, still show how the person moves: what differs from a
+video's own mean picture. Each frame's motion is matched to the true frame whose motion points the same way, and that
+frame's pose is held against the driving one. How strong the motion is, is a figure of its own: a blur has the right
+motion, but little of it.
 
 PCK (percentage of correct key points, as a share): of the points confident in both poses, how many lie within a
 threshold times the body's size of each other. 0.05 of a standing person is about half a head, as PCKh@0.5 has it.
@@ -26,6 +28,7 @@ from mimicmotion.metrics import psnr, ssim
 
 REGION_MARGIN = 0.1
 PCK_THRESHOLD = 0.05
+STILL = 0.02  # of the truth's motion: below it there is none to match
 MATCHED_SIDE = 128  # pixels of the shorter side that frames are shrunk to before they are matched
 _PARTS = {"body": np.r_[BODY], "hands": np.concatenate([np.r_[hand] for hand in HANDS])}
 
@@ -121,22 +124,31 @@ def pose_figures(
     return figures
 
 
-def nearest_distance(frames: Tensor, truth: Tensor, driving: np.ndarray, region: Tensor) -> float | None:
-    """Mean distance in pixels of the body in the true frame that is nearest to each frame, from its driving pose.
+def motion_figures(frames: Tensor, truth: Tensor, driving: np.ndarray, region: Tensor) -> dict[str, float | None]:
+    """How frames (F, 3, H, W) move against the truth, by the driving poses (F, 128, 3) of the true frames.
 
-    Nearest to frames (F, 3, H, W) is the least squared error over all pixels that are in the region (F, 1, H, W) of any
-    frame, in pictures shrunk by averaging. The distance is that of the body joints confident in both of the two driving
-    poses (F, 128, 3). None where there is no region or no such joint.
+    Over all pixels that are in the region (F, 1, H, W) of any frame, in pictures shrunk by averaging, m_t is frame t
+    less the mean over frames, n_t the same of the truth. motion_strength: the root mean square of m over that of n.
+    motion_distance_px: mean distance in pixels of the body's joints in the driving poses of frames t and
+    argmax_u <m_t, n_u> / |n_u|; None where the strength is below STILL or the truth stands still. Empty where there is
+    no region.
     """
     if not region.any():
-        return None
+        return {}
     height, width = truth.shape[2:]
     scale = min(1.0, MATCHED_SIDE / min(height, width))
     size = max(1, round(height * scale)), max(1, round(width * scale))
     inside = F_.interpolate(region.any(dim=0, keepdim=True).float(), size, mode="area")[0, 0].cpu() > 0
-    one, other = (F_.interpolate(x.float(), size, mode="area").cpu()[:, :, inside].flatten(1) for x in (frames, truth))
-    nearest = torch.cdist(one, other, compute_mode="donot_use_mm_for_euclid_dist").argmin(dim=1).numpy()
-    return accuracy(driving[nearest], driving, height, width, rows=_PARTS["body"]).distance_px
+    shown = (
+        F_.interpolate(x.float(), size, mode="area").cpu()[:, :, inside].flatten(1).double() for x in (frames, truth)
+    )
+    motion, true = (x - x.mean(dim=0) for x in shown)
+    strength = float(motion.norm() / true.norm())
+    if not STILL <= strength < float("inf"):
+        return {"motion_strength": strength, "motion_distance_px": None}
+    alike = (motion @ F_.normalize(true, dim=1).T).argmax(dim=1).numpy()
+    distance = accuracy(driving[alike], driving, height, width, rows=_PARTS["body"]).distance_px
+    return {"motion_strength": strength, "motion_distance_px": distance}
 
 
 def find_poses(frames: Tensor, backend: PoseBackend) -> np.ndarray:

@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from mimicmotion import pretrained
 from mimicmotion.animation import as_input, as_pictures, frames_of, generate_latents, steer
 from mimicmotion.config import LATENT_STRIDE, PRESETS, Config, Kernels, Precision, PresetName
 from mimicmotion.data.cache import Manifest, check_writable, is_prepared
@@ -46,8 +47,8 @@ class PictureArguments:
     video: Path | None = None  # driving video
     poses: Path | None = None  # key points of the driving video: read where the file is, else found and kept there
     out: Path = Path("out.mp4")  # video to write; of several seeds out-seed0.mp4, out-seed1.mp4 and so on
-    weights: Path | None = None  # weights to use and not a run: MimicMotion_1-1.pth, a .safetensors or a folder
-    pose_net: Path | None = None  # PoseNet .safetensors that goes with a ComfyUI UNet .safetensors
+    weights: Path | None = None  # weights to use and not a run: whatever --model.pretrained of train.py takes
+    pose_net: Path | None = None  # a file whose PoseNet goes with them, where they are a UNet alone
     preset: PresetName = "mimicmotion-72"  # settings and shape of the model that --weights are for
     encoder: str | None = None  # folder or hub id of Stable Video Diffusion; the run's or the preset's
     size: str | None = None  # height x width as 1024x576, multiples of 64; the trained one nearest the picture's shape
@@ -179,7 +180,8 @@ def _source(arguments: PictureArguments) -> tuple[Config, Callable[[], MimicMoti
         config, model, folder = load_averaged(arguments.run_dir, arguments.kernels, torch.device("cpu"))
         return _as_asked(arguments, config), lambda: model, f"checkpoint {folder.as_posix()}"
     path, config = arguments.weights, _as_asked(arguments, PRESETS[arguments.preset]())
-    found = weights.read(path, arguments.pose_net)  # before anything else: the file that is most often wrong
+    start = dataclasses.replace(config.model, pretrained=path, pretrained_pose_net=arguments.pose_net)
+    found = pretrained.read(start)  # before anything else: the file that is most often wrong
 
     def load() -> MimicMotionModel:
         model = build_model(config.model, config.kernels)

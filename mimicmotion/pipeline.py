@@ -25,15 +25,18 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
+from mimicmotion import pretrained
 from mimicmotion.animation import as_input, as_pictures, frames_of, generate_latents, steer
-from mimicmotion.config import Config, mimicmotion_72
+from mimicmotion.config import Config, ModelConfig, mimicmotion_72
 from mimicmotion.data.driving import reference_pose, steering_pictures, watch_driving
 from mimicmotion.data.poses import load_backend
 from mimicmotion.data.progress import VideoProgress
 from mimicmotion.data.still import Fit, fitted, from_pil, read_still
+from mimicmotion.model import weights
 from mimicmotion.model.encoders import CLIP_MEAN, CLIP_STD, SVDEncoder
 from mimicmotion.model.pose_net import PoseNet, lay_out_channels_last
-from mimicmotion.model.unet import MimicMotionModel
+from mimicmotion.model.unet import MimicMotionModel, build_model
+from mimicmotion.sampler import euler_scheduler
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -86,6 +89,26 @@ class MimicMotionPipeline(DiffusionPipeline):
             scheduler=scheduler,
             feature_extractor=feature_extractor,
             pose_net=pose_net,
+        )
+
+    @classmethod
+    def from_weights(
+        cls, path: str | Path, encoder: str, *, pose_net: Path | None = None, model: ModelConfig | None = None
+    ) -> "MimicMotionPipeline":
+        """Of weights that training can begin with, as MimicMotion_1-1.pth, and a folder or hub id with SVD's encoders.
+
+        pose_net: goes with a ComfyUI UNet. model: shape of the UNet; the released one where none is given.
+        """
+        shape = dataclasses.replace(model or ModelConfig(), pretrained=Path(path), pretrained_pose_net=pose_net)
+        network = build_model(shape).eval()
+        weights.load(network, pretrained.read(shape))
+        return cls(
+            vae=AutoencoderKLTemporalDecoder.from_pretrained(encoder, subfolder="vae"),
+            image_encoder=CLIPVisionModelWithProjection.from_pretrained(encoder, subfolder="image_encoder"),
+            unet=network.unet,
+            scheduler=euler_scheduler(),
+            feature_extractor=CLIPImageProcessor(),
+            pose_net=PoseNetModel.of(network.pose_net),
         )
 
     @torch.no_grad()

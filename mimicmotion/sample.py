@@ -82,13 +82,29 @@ def _say(what: str) -> Callable[[int, int], None]:
     return say
 
 
+def _check_together(arguments: Arguments) -> None:
+    """Raise ValueError where something is given that a video of a picture, or one of a prepared clip, does not read."""
+    of_both = ("run_dir", "num_frames", "seed", "num_steps", "guidance", "kernels", "debug")
+    of_pictures = {field.name for field in dataclasses.fields(PictureArguments)}
+    given = [
+        f"--{field.name.replace('_', '-')}"
+        for field in dataclasses.fields(Arguments)
+        if field.name not in of_both
+        and (field.name in of_pictures) == (arguments.image is None)
+        and getattr(arguments, field.name) != field.default
+    ]
+    if given and arguments.image is None:
+        raise ValueError(f"got {', '.join(given)} without --image; give the picture that is to move")
+    if given:
+        raise ValueError(f"got {', '.join(given)} with --image; leave it out: they are for prepared clips")
+
+
 def run(arguments: Arguments) -> bool:
     """Sample as asked; False where the order of poses was checked and the right one did not win."""
+    _check_together(arguments)
     if arguments.image is not None:
         make_videos(arguments)
         return True
-    if arguments.video is not None or arguments.poses is not None or arguments.weights is not None:
-        raise ValueError("got --video, --poses or --weights without --image; give the picture that is to move")
     config, model, folder = load_averaged(arguments.run_dir, arguments.kernels)
     asked = {"num_steps": arguments.num_steps, "guidance": arguments.guidance}
     given = {name: value for name, value in asked.items() if value is not None}

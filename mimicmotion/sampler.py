@@ -160,7 +160,6 @@ def sample(
     return latents
 
 
-@torch.no_grad()
 def network_output(
     model: MimicMotionModel, conditions: Conditions, scaled: Tensor, timestep: Tensor, ids: Tensor, rows: list[Row]
 ) -> Tensor:

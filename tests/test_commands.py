@@ -159,7 +159,7 @@ def test_evaluate_writes_a_row_a_clip(run_dir, tmp_path):
     )
     # The key points are the cache's, so that the person's region needs no backend.
     assert result["person_psnr_db"] == pytest.approx(sum(row["person_psnr_db"] for row in result["clips"]) / 2)
-    assert {"psnr_db", "nearest_distance_px"} <= result["repeating_the_reference"].keys()
+    assert {"psnr_db", "motion_distance_px"} <= result["repeating_the_reference"].keys()
     with av.open(str(tmp_path / "evaluate" / f"001-{result['clips'][0]['clip']}.mp4")) as container:
         assert (container.streams.video[0].width, container.streams.video[0].frames) == (4 * 64, NUM_FRAMES - 1)
 

@@ -53,15 +53,18 @@ def test_a_smaller_body_elsewhere_is_drawn_as_the_references():
 
 def test_what_was_not_found_is_not_drawn():
     person = standing(4)
+    person[..., :2] -= (0.5, 0.3)  # refit brings what lies at 0, 0 to the neck
     person[:, 100] = 0  # a face point
     person[2] = 0
     pictures, notes = steering_pictures(standing()[0], driving(person, height=64), 64, 64)
     assert not pictures[3].any() and pictures[2].any()
     assert notes == ("no person in 1 of 4 frames: those have no pose",)
-    # where refit moved zeros, a black dot would cover what lies there
     without = standing()[0]
     without[100] = 0
-    assert np.abs(pictures[1].astype(int) - drawn(without[None], 64, 64)[0]).mean() < 0.5
+    wanted = drawn(without[None], 64, 64)[0].astype(int)
+    assert np.abs(pictures[1] - wanted).mean() < 0.5
+    neck = np.s_[:, 18:21, 31:34]  # which a black dot would cover
+    assert np.abs(pictures[1][neck] - wanted[neck]).mean() < 10 < wanted[neck].mean()
 
 
 def test_a_video_without_people_or_of_other_bodies_is_refused():

@@ -65,6 +65,10 @@ def test_folders_of_frames_are_paired_and_held_against_each_other(split, capsys)
     assert found["psnr_db"] == pytest.approx(np.mean([row["psnr_db"] for row in found["clips"]]))
     still = np.mean(-10 * np.log10(((true - np.stack(frames(2))[:1] / 255) ** 2).mean(axis=(1, 2, 3))))
     assert row["repeating_the_reference"]["psnr_db"] == pytest.approx(still, abs=1e-3)
+    assert row["motion_strength"] == pytest.approx(1, abs=0.05) and row["motion_distance_px"] == 0
+    # The figure sways by 0.1 sin(t / 5) of the width.
+    sway = np.mean([abs(np.sin(t / 5)) for t in range(1, FRAMES)]) * 0.1 * WIDTH
+    assert row["repeating_the_reference"]["motion_distance_px"] == pytest.approx(sway, abs=1e-3)
     assert row["body_found"] == 1 and row["body_pck"] == 1 and 0 < row["person_share"] < 1
     test = found["against"]["tests"]["psnr_db"]
     assert test["num_clips"] == 6 and test["p_value"] == pytest.approx(2 / 64)

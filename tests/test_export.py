@@ -17,7 +17,8 @@ from torch import Tensor
 
 from mimicmotion import checkpoint, export, pretrained
 from mimicmotion.checkpoint import Checkpoint, CheckpointError
-from mimicmotion.config import ModelConfig, to_json
+from mimicmotion.config import ModelConfig
+from mimicmotion.json_values import to_json
 from mimicmotion.model.unet import build_model
 from mimicmotion.model.weights import read
 from mmkernels.planning.choices import Plan, document

@@ -13,10 +13,11 @@ import videos
 from people import Swaying
 
 from mimicmotion import checkpoint, evaluate, export, sample
-from mimicmotion.config import Config, from_json
+from mimicmotion.config import Config
 from mimicmotion.data.cache import Manifest
 from mimicmotion.data.curate import Bounds
 from mimicmotion.data.preparation import Recipe, prepare
+from mimicmotion.json_values import from_json
 from mimicmotion.model.encoders import PatchCodec
 from mimicmotion.resumption import of_other_clips
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mimicmotion.metrics import psnr, ssim
-from mimicmotion.person_metrics import accuracy, body_size, find_poses, nearest_distance, person_region, pose_figures
+from mimicmotion.person_metrics import accuracy, body_size, find_poses, motion_figures, person_region, pose_figures
 
 HEIGHT, WIDTH = 80, 100
 ALL = np.arange(128)
@@ -118,22 +118,30 @@ def _bars():
     return truth, np.stack(poses)
 
 
-def test_the_nearest_true_frame_tells_how_far_a_pose_is():
+def test_motion_is_matched_whatever_its_strength_and_what_stands_still_has_none():
     truth, driving = _bars()
     region = person_region(driving, HEIGHT, WIDTH)
+    mean = truth.mean(dim=0)
+    for strength in (1.0, 0.3):
+        weak = 0.2 + mean + strength * (truth - mean)  # and all of it brighter, which is no motion
+        figures = motion_figures(weak, truth, driving, region)
+        assert figures["motion_distance_px"] == 0
+        assert figures["motion_strength"] == pytest.approx(strength, abs=1e-4)
+    uneven = mean + torch.tensor([1.0, 1.0, 0.4, 1.0, 3.0]).view(-1, 1, 1, 1) * (truth - mean)
+    assert motion_figures(uneven, uneven, driving, region)["motion_distance_px"] == 0
     order = [4, 3, 2, 1, 0]
-    assert nearest_distance(truth * 0.5, truth, driving, region) == 0
-    moved = nearest_distance(truth[order], truth, driving, region)
+    moved = motion_figures(truth[order], truth, driving, region)["motion_distance_px"]
     assert moved == pytest.approx(np.mean([4 * abs(a - b) for a, b in enumerate(order)]), abs=1e-4)
-    still = nearest_distance(truth[:1].expand_as(truth), truth, driving, region)
-    assert still == pytest.approx(np.mean([0, 4, 8, 12, 16]), abs=1e-4)
-    # What is outside every region has no say: the background of frame 4 on all of them.
-    away = truth.clone()
-    away[:, :, 70:] = torch.linspace(-1, 1, 5).view(-1, 1, 1, 1)
+    still = motion_figures(truth[:1].expand_as(truth), truth, driving, region)
+    assert still["motion_distance_px"] is None and still["motion_strength"] == pytest.approx(0, abs=1e-6)
+    # What moves outside every region has no say.
     elsewhere = truth.clone()
-    elsewhere[:, :, 70:] = 1.0
-    assert nearest_distance(elsewhere, away, driving, region) == 0
-    assert nearest_distance(truth, truth, driving, torch.zeros_like(region)) is None
+    elsewhere[:, :, 70:] = torch.linspace(-1, 1, 5).view(-1, 1, 1, 1)
+    assert motion_figures(elsewhere[order], elsewhere, driving, region)["motion_distance_px"] == moved
+    beside = truth.clone()
+    beside[:, :, 70:] = elsewhere[order][:, :, 70:]
+    assert motion_figures(beside, elsewhere, driving, region)["motion_distance_px"] == 0
+    assert motion_figures(truth, truth, driving, torch.zeros_like(region)) == {}
 
 
 def test_poses_are_looked_for_in_bytes():

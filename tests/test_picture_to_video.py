@@ -139,7 +139,7 @@ def test_a_budget_chooses_and_refuses(run_dir, files, tmp_path, capsys):
     assert "memory budget 1.00 GiB: 6 of up to 6 tiles together (modelled)" in capsys.readouterr().out
     make_videos(asked(run_dir, files, tmp_path / "b.mp4", size="64x64"))
     one, other = shown(tmp_path / "a.mp4")[0].astype(int), shown(tmp_path / "b.mp4")[0]
-    assert np.abs(one - other).mean() < 0.5
+    assert np.abs(one - other).mean() < 3  # rounding, through a lossy codec
     with pytest.raises(ValueError, match=r"takes 0\.\d+ GiB \(modelled\) and the budget is 0\.001: give a smaller"):
         make_videos(asked(run_dir, files, tmp_path / "c.mp4", memory_budget=0.001))
     assert not (tmp_path / "c.mp4").exists()
@@ -205,8 +205,10 @@ def test_people_missing_and_places_that_cannot_be_written(run_dir, files, tmp_pa
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"file is no folder; give another place"):
         make_videos(asked(run_dir, files, tmp_path / "file" / "a.mp4"))
-    with pytest.raises(ValueError, match="without --image; give the picture"):
-        sample.run(sample.Arguments(run_dir=run_dir, video=files["video"]))
+    with pytest.raises(ValueError, match="got --video, --seeds without --image; give the picture"):
+        sample.run(sample.Arguments(run_dir=run_dir, video=files["video"], seeds=(1, 2)))
+    with pytest.raises(ValueError, match="got --check-pose-order with --image; leave it out"):
+        sample.run(asked(run_dir, files, tmp_path / "a.mp4", check_pose_order=True))
 
     def full(*_, **__):
         raise MemoryError

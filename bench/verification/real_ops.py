@@ -13,9 +13,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from bench.limits import CONTEXT_TOKENS
 from mmkernels.ops import (
     blend,
     blend_projection,
+    context_attention,
     geglu_feed_forward,
     group_norm_projection,
     group_norm_silu_conv,
@@ -27,6 +29,7 @@ from mmkernels.ops.temporal_attention_block import temporal_attention_block
 Tensors = dict[str, Tensor]
 Sizes = Mapping[str, int]
 GROUPS = 32
+SOURCES = (1, CONTEXT_TOKENS - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +90,17 @@ def _attention_weights(C: int) -> Tensors:
 
 def _tokens(s: Sizes) -> Tensors:
     return {"x": _normal(s["frames"], _pixels(s), s["channels"]), **_attention_weights(s["channels"])}
+
+
+def _context(s: Sizes) -> Tensors:
+    """Tokens, and keys and values of a context beside them."""
+    tokens = _tokens(s)
+    shape = s["frames"], CONTEXT_TOKENS, s["channels"]
+    return {
+        **{x: tokens[x] for x in tokens if x not in ("to_k", "to_v")},
+        "keys": _normal(*shape),
+        "values": _normal(*shape),
+    }
 
 
 def _clips(s: Sizes) -> Tensors:
@@ -172,6 +186,12 @@ def real_ops(heads: int) -> dict[str, RealOp]:
             formula=partial(_spatial_formula, num_heads=heads),
             make=_tokens,
             long=("x",), axis=0, work="spatial_attention",
+        ),
+        "context_attention": RealOp(
+            call=partial(context_attention.context_attention, num_heads=heads, sizes=SOURCES),
+            formula=partial(context_attention.reference, num_heads=heads, sizes=SOURCES),
+            make=_context,
+            long=("x", "keys", "values"), axis=0, work="context_attention",
         ),
         "temporal_attention_block": RealOp(
             call=partial(temporal_attention_block, num_heads=heads),

@@ -161,10 +161,10 @@ _NOT_SETTINGS = ("training", "gradient_checkpointing", "dropout")
 
 def calls_like(kind: Any, base: Any) -> bool:
     """Whether what happens around forward is the same in a class and in one that it is derived from."""
-    return all(getattr(kind, name, None) is getattr(base, name, None) for name in _AROUND_FORWARD)
+    return all(getattr(kind, name, None) is getattr(base, name, None) for name in AROUND_FORWARD)
 
 
-_AROUND_FORWARD = ("__call__", "_wrapped_call_impl", "_call_impl", "_conv_forward", "__getattr__")
+AROUND_FORWARD = ("__call__", "_wrapped_call_impl", "_call_impl", "_conv_forward", "__getattr__")
 
 
 def _why_not(kind: type, role: str) -> str | None:

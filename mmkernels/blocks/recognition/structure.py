@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from mmkernels.blocks.recognition.forms import calls_like, class_path, why_not_known
+from mmkernels.blocks.recognition.forms import AROUND_FORWARD, calls_like, class_path, why_not_known
 from mmkernels.blocks.weights import why_not_linear
 
 Kinds = Mapping[str, type | str]  # by the dotted name within a block: a class of torch's, or a role that is known
@@ -21,11 +21,9 @@ _NORMS = (nn.LayerNorm, nn.GroupNorm)
 
 
 def is_patched(module: nn.Module) -> bool:
-    """Whether this one module has a function of its own in the place of a method of its class, as forward.
-
-    What only says it in words does not count: torchao gives a quantised layer an extra_repr of its own.
-    """
-    return any(callable(getattr(type(module), name, None)) for name in vars(module) if name != "extra_repr")
+    """Whether this one module has a function of its own in the place of a method that its class computes by."""
+    methods = (name for name in vars(module) if callable(getattr(type(module), name, None)))
+    return any(name == "forward" or name in AROUND_FORWARD or not hasattr(nn.Module, name) for name in methods)
 
 
 def is_hooked(module: nn.Module) -> bool:
