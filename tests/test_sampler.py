@@ -137,6 +137,9 @@ def test_guidance_and_the_unconditional_pass():
     )
     assert ids.tolist() == ids_free.tolist() == [[6.0, 127.0, 0.0]]
     recorder.calls.clear()
+    _sample(recorder, conditions, noise, num_steps=1, guidance=2.0, reference_noise=0.25)
+    assert [call[3].tolist() for call in recorder.calls] == [[[6.0, 127.0, 0.25]]] * 2
+    recorder.calls.clear()
     _sample(recorder, conditions, noise, num_steps=1, guidance=1.0)
     assert len(recorder.calls) == 1 and recorder.calls[0][4] is not None
 
