@@ -23,7 +23,7 @@ from safetensors.torch import save
 
 from mimicmotion.paths import free_gib, near, printable
 
-MANIFEST_VERSION = 2
+MANIFEST_VERSION = 3
 _Kind = TypeVar("_Kind")
 
 
