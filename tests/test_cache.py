@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from mimicmotion.data.cache import (
+    MANIFEST_VERSION,
     Clip,
     Crop,
     Drop,
@@ -185,8 +186,8 @@ def test_manifest_of_another_kind_is_refused(tmp_path: Path) -> None:
         Manifest.read(tmp_path)
     manifest().write(tmp_path)
     path = tmp_path / "manifest.json"
-    path.write_text(path.read_text().replace('"version": 2', '"version": 1'))
-    with pytest.raises(ValueError, match="version 1, wanted 2; run prepare again"):
+    path.write_text(path.read_text().replace(f'"version": {MANIFEST_VERSION}', '"version": 1'))
+    with pytest.raises(ValueError, match="version 1, wanted 3; run prepare again"):
         Manifest.read(tmp_path)
     path.write_text("{")
     with pytest.raises(ValueError, match="is damaged"):
