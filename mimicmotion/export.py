@@ -116,12 +116,13 @@ def _write(export: Export, output: Path, tensors: dict[str, Tensor], model: Mimi
         partial.rename(output)
         checkpoint.flush(output.parent)
     except (OSError, SafetensorError, RuntimeError) as error:  # torch.save raises the last where a disk is full
-        shutil.rmtree(partial, ignore_errors=True)
         size = sum(tensor.nbytes for tensor in tensors.values()) / 2**30
         raise ValueError(
             f"{output} could not be written ({error}): it takes {size:.1f} GiB{free_gib(output)}; make room there, or "
             "give another --output"
         ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # there is none where all went well
 
 
 def main() -> None:

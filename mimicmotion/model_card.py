@@ -150,7 +150,11 @@ def _data(export: Export) -> str:
     lines.append(
         f"SHA-256 of the prepared folder's manifest.json: `{file_sha256(config.data.prepared / 'manifest.json')}`."
     )
-    now = FootageIdentity.of(Manifest.read(config.data.prepared)).clips
+    try:
+        now = FootageIdentity.of(Manifest.read(config.data.prepared)).clips
+    except ValueError:  # damaged, or another version's
+        lines.append("It could not be read when this was exported, so its clips were not compared.")
+        return " ".join(lines)
     if clips and clips != now:
         lines.append("Clips of it were added, dropped or made anew since the checkpoint was written.")
     return " ".join(lines)

@@ -131,6 +131,17 @@ def test_the_card_says_what_they_are_and_no_path_of_this_machine(run, tmp_path):
         assert f"| `{path.relative_to(made)}` | {path.stat().st_size:,} | `{_sha256(path)}` |" in card
 
 
+def test_a_prepared_folder_of_another_version_keeps_nothing_from_being_exported(run, tmp_path):
+    manifest = run.parent / "prepared" / "manifest.json"
+    manifest.write_text('{"version": 1}')
+    try:
+        card = (export.run(export.Arguments(run_dir=run, output=tmp_path / "out")) / "README.md").read_text()
+    finally:
+        manifest.unlink()
+    digest = hashlib.sha256(b'{"version": 1}').hexdigest()
+    assert f"manifest.json: `{digest}`. It could not be read when this was exported" in card
+
+
 def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 

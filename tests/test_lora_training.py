@@ -48,6 +48,7 @@ def lora_config(
         kernels=kernels,  # pyright: ignore[reportArgumentType]
         model=dataclasses.replace(config.model, pretrained=released),
         lora=LoraConfig(**{"rank": 4, "alpha": 8.0} | lora),
+        data=dataclasses.replace(config.data, prepared=run_dir / "prepared"),
     )
 
 
