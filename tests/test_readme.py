@@ -14,7 +14,7 @@ import pytest
 from mimicmotion.train import parse
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/other-trainers.md", "docs/sampling.md")
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/other-trainers.md", "docs/sampling.md", "docs/recipe.md")
 BIN = Path(sys.executable).parent
 
 # How each command is run here: "as typed", with words added that make it short, or only read where it would set up a
