@@ -35,6 +35,7 @@ from mimicmotion.generation import (
 )
 from mimicmotion.metrics import psnr
 from mimicmotion.model.unet import MimicMotionModel
+from mimicmotion.person_metrics import person_region
 from mimicmotion.picture_to_video import PictureArguments, make_videos
 from mimicmotion.resumption import of_other_clips
 from mimicmotion.video import side_by_side, write_stills, write_video
@@ -58,15 +59,20 @@ def sample_clip(
     """The wide picture (F - 1, H, 4 W, 3) and the figures of one clip."""
     reference, truth = reference_and_truth(clip, config, decoder)
     generated = generate(model, config, clip, decoder, seed=seed, on_forward=_say("right poses"))
-    figures: dict[str, Any] = {
-        "psnr_db": psnr(generated, truth),
-        "psnr_of_repeating_the_reference_db": psnr(reference.expand_as(truth), truth),
-    }
+    region = person_region(clip["keypoints"][1:].numpy(), *truth.shape[-2:])
+
+    def against_truth(frames: Tensor, what: str = "") -> dict[str, float]:
+        """PSNR of the whole frame, and of the person where there is one in the driving poses."""
+        whole = {f"psnr{what}_db": psnr(frames, truth)}
+        return whole | ({f"person_psnr{what}_db": psnr(frames, truth, region)} if region.any() else {})
+
+    figures: dict[str, Any] = against_truth(generated)
+    figures |= against_truth(reference.expand_as(truth), "_of_repeating_the_reference")
     if checks_order:
         order = other_order(len(clip["pose"]), seed)
         on_forward = _say("poses in another order")
         permuted = generate(model, config, clip, decoder, seed=seed, pose_order=order, on_forward=on_forward)
-        figures["psnr_other_pose_order_db"] = psnr(permuted, truth)
+        figures |= against_truth(permuted, "_other_pose_order")
         figures["is_right_order_higher"] = figures["psnr_db"] > figures["psnr_other_pose_order_db"]
         figures["other_pose_order"] = order.tolist()
     return side_by_side([reference, clip["pose"][1:], generated, truth]), figures
@@ -80,6 +86,12 @@ def _say(what: str) -> Callable[[int, int], None]:
             print(f"sampling with {what}: {done}/{total}", flush=True)
 
     return say
+
+
+def _said(figures: dict[str, Any], what: str) -> str:
+    """A PSNR in words, and that of the person where there is one."""
+    person = figures.get(f"person_psnr{what}_db")
+    return f"{figures[f'psnr{what}_db']:.3f} dB" + ("" if person is None else f", of the person {person:.3f} dB")
 
 
 def _check_together(arguments: Arguments) -> None:
@@ -145,10 +157,11 @@ def run(arguments: Arguments) -> bool:
         temporary.write_text(json.dumps(figures, indent=1) + "\n")
     record.draw(output, config, encoder=decoder.name)  # its page shows the video now
     print(f"reference | pose | generated | truth, encoder {decoder.name}: {output / 'sample.mp4'}")
-    print(f"PSNR against the truth: {figures['psnr_db']:.3f} dB ({output / 'sample.json'})")
+    print(f"PSNR against the truth: {_said(figures, '')} ({output / 'sample.json'})")
+    print(f"PSNR of repeating the reference: {_said(figures, '_of_repeating_the_reference')}")
     if not arguments.check_pose_order:
         return True
-    print(f"PSNR with the same poses in another order: {figures['psnr_other_pose_order_db']:.3f} dB", flush=True)
+    print(f"PSNR with the same poses in another order: {_said(figures, '_other_pose_order')}", flush=True)
     return figures["is_right_order_higher"]
 
 
