@@ -180,7 +180,10 @@ def train_stage(
     if arguments.memory_report:
         trainer.around_step = MemoryReport(trainer)
     if ranks.is_first and dataset.num_held_out:
-        trainer.after_step = Validation(trainer, clips(is_held_out=True)).after_step
+        validation = Validation(trainer, clips(is_held_out=True))
+        trainer.after_step = validation.after_step
+        if config.model.pretrained is not None or start is not None:
+            validation.begin()
     if ranks.is_first:
         write(config, config.run_dir)
         about = f"kernels {config.kernels}, encoder {dataset.identity.encoder}, {ranks.world_size} rank(s)"

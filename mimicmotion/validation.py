@@ -14,13 +14,15 @@ from mimicmotion import diffusion
 from mimicmotion.data.dataset import ClipDataset
 from mimicmotion.execution import free_what_is_left
 from mimicmotion.generation import generate, load_decoder, reference_and_truth
-from mimicmotion.history import History
+from mimicmotion.history import History, read_history
 from mimicmotion.micro_batch import FIELDS, clip_losses, log_sigma_mean
 from mimicmotion.run_page import VALIDATION_ROWS, VALIDATION_VIDEO
 from mimicmotion.trainer import Trainer
 from mimicmotion.video import side_by_side, write_video
 
 QUANTILES = (-1.28, -0.52, 0.0, 0.52, 1.28)  # of a normal ln sigma: 10, 30, 50, 70 and 90% of the levels trained at
+
+RISE = 1.05  # a loss this many times the first one is said to have risen; not in the source
 
 
 class Validation:
@@ -31,22 +33,37 @@ class Validation:
         names = held_out.clip_ids[: trainer.config.trainer.validate_clips]
         self._clips = [held_out.clip(name, 0, 1) for name in names]
         self._rows = History(trainer.config.run_dir / VALIDATION_ROWS, resumed_step=trainer.step)
+        self._first = next((row for row in read_history(self._rows.path) if row["step"] == 0), None)
         self._taken_s, self._began_s = 0.0, time.monotonic()
         self._decoder: Any = None
 
+    def begin(self) -> None:
+        """Before the first step of a run that begins with others' weights: the losses that its own are held against."""
+        if self._trainer.step == 0:
+            self._first = self._tell(0)
+
     def after_step(self, step: int) -> None:
-        """Look where it is due. Where memory runs out in it, that is said, and the run goes on."""
+        """Look where it is due, and say at which levels the run is worse than what it began with."""
         settings = self._config.trainer
         is_turn = step % settings.validate_every == 0 or step == settings.num_steps
         if not is_turn or self._taken_s >= settings.validate_share * (time.monotonic() - self._began_s):
             return
+        row = self._tell(step)
+        if row is not None and self._first is not None and (worse := _risen(self._first, row)):
+            self._trainer.say(
+                f"step {step}: held-out loss is above that of the weights it began with, {'; '.join(worse)}. "
+                "Where that lasts, give a smaller optimizer.learning_rate, or look at the clips: prepare.py --report"
+            )
+
+    def _tell(self, step: int) -> dict[str, Any] | None:
+        """Look, keep and say what was seen. Where memory runs out in it, that is said, and the run goes on: None."""
         start_s = time.monotonic()
         try:
             with torch.no_grad(), self._trainer.optimization.averaged():
                 row = self._look(step)
         except torch.OutOfMemoryError:
             self._trainer.say(f"step {step}: no memory to look at held-out clips; --data.held-out 0 does without")
-            return
+            return None
         finally:
             self._taken_s += time.monotonic() - start_s
             free_what_is_left()  # a plan knows of no pieces that a look leaves
@@ -54,13 +71,15 @@ class Validation:
         if self._trainer.record is not None:
             self._trainer.record.add_validation(row)
         self._trainer.say(f"step {step}: held-out loss {row['loss']:.4f} over {row['clips']} clips")
+        return row
 
     def _look(self, step: int) -> dict[str, Any]:
-        """The losses of the held-out clips, a mean for each level; writes the video of the first."""
+        """The losses of the held-out clips, a mean for each level; after a step also writes the video of the first."""
         levels = range(len(QUANTILES))
         losses = [[self._loss(number, level) for number in range(len(self._clips))] for level in levels]
         means = [sum(of_level) / len(of_level) for of_level in losses]
-        self._write_video()
+        if step > 0:
+            self._write_video()
         return {
             "step": step, "loss": sum(means) / len(means), "losses": means, "sigmas": self._sigmas(),
             "clips": len(self._clips),
@@ -96,3 +115,11 @@ class Validation:
         wide = side_by_side([reference, clip["pose"][1:], generated, truth])
         comment = f"reference | pose | generated | truth; encoder: {decoder.name}; held-out clip {clip['clip_id']}"
         write_video(self._config.run_dir / VALIDATION_VIDEO, wide, frames_per_second=rate, comment=comment)
+
+
+def _risen(first: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Each level at which the loss is above the first one, in words. The noise is the same, so the model differs."""
+    levels = zip(now["sigmas"], first["losses"], now["losses"], strict=True)
+    return [
+        f"{after:.4f} from {before:.4f} at sigma {s:.2g}" for s, before, after in levels if not after <= RISE * before
+    ]

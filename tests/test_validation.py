@@ -83,6 +83,33 @@ def test_looking_says_the_loss_writes_a_video_and_changes_no_bit(prepared, tmp_p
     assert "Loss on 1 held-out clips, step 1 to 2" in page and 'src="validation.mp4"' in page
 
 
+def test_a_run_that_gets_worse_than_what_it_began_with_says_at_which_levels(prepared, tmp_path, capsys):
+    config = _config(tmp_path, prepared, validate_every=1)
+    # a rate at which the weights are ruined in the first step, and an average that follows at once
+    optimizer = dataclasses.replace(config.optimizer, learning_rate=0.1, warmup_steps=0, ema_decay=0.0)
+    config = dataclasses.replace(config, optimizer=optimizer)
+    data = config.data
+    trainer = Trainer(config, ClipDataset(prepared, data.num_frames, 0, held_out=data.held_out), ONE)
+    held_out = ClipDataset(prepared, data.num_frames, 0, held_out=data.held_out, is_held_out=True)
+    validation = Validation(trainer, held_out)
+    validation.begin()
+    assert not (tmp_path / "validation.mp4").exists()
+    trainer.after_step = validation.after_step
+    trainer.run()
+    rows = read_history(tmp_path / "validation.jsonl")
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    risen = [
+        f"{after:.4f} from {before:.4f} at sigma {sigma:.2g}"
+        for sigma, before, after in zip(rows[0]["sigmas"], rows[0]["losses"], rows[2]["losses"], strict=True)
+        if after / before > 1.05
+    ]
+    assert risen and f"above that of the weights it began with, {'; '.join(risen)}. " in capsys.readouterr().out
+    # a resumed run holds its losses against the same first ones, and does not look again
+    again = Validation(Trainer(config, trainer.dataset, ONE, resume=True), held_out)
+    again.begin()
+    assert again._first == rows[0] and read_history(tmp_path / "validation.jsonl") == rows
+
+
 def test_a_look_is_at_the_averaged_weights_and_they_are_put_back(tmp_path):
     config = tiny_config(tmp_path)
     model = build_model(config.model)
