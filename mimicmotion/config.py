@@ -143,6 +143,7 @@ class DiffusionConfig:
     log_sigma_std: float = 1.6  # standard deviation of ln sigma, SVD's at both of its resolutions
     reference_log_sigma_mean: float = -3.0  # mean of ln s of the noise on the reference's latent
     reference_log_sigma_std: float = 0.5  # standard deviation of ln s of the noise on the reference's latent
+    min_snr_gamma: float | None = None  # loss weight min(1 / s^2, this), as 5 (arXiv 2303.09556); None: EDM's
     condition_dropout: float = 0.1  # share of samples that lose all conditions at once; not in the source
     fps: int = 7  # frame rate the model is told (time id fps - 1 = 6), whatever the footage's: as released
     motion_bucket: int = 127  # motion bucket the model is told, as released
@@ -151,6 +152,8 @@ class DiffusionConfig:
         _require(self.log_sigma_std > 0, "diffusion.log_sigma_std", self.log_sigma_std, "a positive number")
         std = self.reference_log_sigma_std
         _require(std > 0, "diffusion.reference_log_sigma_std", std, "a positive number")
+        gamma = self.min_snr_gamma
+        _require(gamma is None or gamma > 0, "diffusion.min_snr_gamma", gamma, "a positive number, as 5")
         rate = self.condition_dropout
         _require(0.0 <= rate <= 1.0, "diffusion.condition_dropout", rate, "a share between 0 and 1")
         _require(self.fps >= 1, "diffusion.fps", self.fps, "at least 1 frame a second")

@@ -16,17 +16,23 @@ class Losses:
     hands: Tensor  # the mean in the hands' boxes without their weight, to be watched; NaN of a clip without such a box
 
 
-def denoising_loss(output: Tensor, noisy: Tensor, clean: Tensor, sigma: Tensor, region_weight: Tensor) -> Losses:
+def denoising_loss(
+    output: Tensor, noisy: Tensor, clean: Tensor, sigma: Tensor, region_weight: Tensor,
+    min_snr_gamma: float | None = None,
+) -> Losses:  # fmt: skip
     """Of each clip the mean over its elements of w(s) * r * (D(x; s) - x0)^2, in float32 or wider.
 
     output, noisy, clean (B, F, 4, h, w); sigma (B,); region_weight r (B, F, 1, h, w), 10 in a sure hand's box and 1
-    elsewhere. r multiplies before the mean (Tencent/MimicMotion #42), so hands gain weight and nothing is divided out;
-    w(s) = (1+s^2)/s^2 is EDM's. Plain means, so the clips of a batch average to the loss of the whole.
+    elsewhere. r multiplies before the mean (Tencent/MimicMotion #42), so hands gain weight and nothing is divided out.
+    w(s) = (1+s^2)/s^2 is EDM's, or min(1/s^2, min_snr_gamma) where that is given (arXiv 2303.09556, with the signal to
+    noise ratio 1/s^2 of unit latents): less of the loss for frames that show nearly everything. Plain means, so the
+    clips of a batch average to the loss of the whole.
     """
     if region_weight.shape != (*clean.shape[:2], 1, *clean.shape[3:]):
         wanted = (*clean.shape[:2], 1, *clean.shape[3:])
         raise ValueError(f"region_weight is {tuple(region_weight.shape)}; give {wanted} (B, F, 1, h, w).")
-    weight = preconditioning(sigma.float().view(-1, 1, 1, 1, 1)).weight
+    levels = sigma.float().view(-1, 1, 1, 1, 1)
+    weight = preconditioning(levels).weight if min_snr_gamma is None else (levels**-2).clamp(max=min_snr_gamma)
     error = weight * region_weight * (denoised(output, noisy, sigma) - widened(clean)) ** 2
     return Losses(clips=error.flatten(1).mean(1), hands=_in_hands(error, region_weight))
 

@@ -94,7 +94,8 @@ def clip_losses(
             batch["pose"].to(dtype),
             noised.keep,
         )
-    return denoising_loss(output, noised.noisy, latents, noised.sigma, batch["loss_weight"])
+    region, gamma = batch["loss_weight"], config.diffusion.min_snr_gamma
+    return denoising_loss(output, noised.noisy, latents, noised.sigma, region, gamma)
 
 
 def draw_samples(config: Config, step: int, sample_ids: range, latent_shape: tuple[int, ...]) -> list[diffusion.Draw]:

@@ -57,6 +57,17 @@ def test_parts_of_a_batch_average_to_the_whole():
     torch.testing.assert_close(torch.stack(parts).mean(), whole)
 
 
+def test_min_snr_is_the_velocitys_loss_times_min_snr_over_snr_plus_one():
+    """As the paper has it for a model that predicts v (arXiv 2303.09556, section 3.4)."""
+    output, noisy, clean, sigma = (t.double() for t in _case())
+    got = preconditioning(sigma.view(-1, 1, 1, 1, 1))
+    velocity_loss = ((output - (clean - got.c_skip * noisy) / got.c_out) ** 2).flatten(1).mean(1)
+    snr = 1 / sigma**2
+    ones = torch.ones(3, 2, 1, 5, 6)
+    found = losses.denoising_loss(output, noisy, clean, sigma, ones, min_snr_gamma=5.0).clips
+    torch.testing.assert_close(found, velocity_loss * snr.clamp(max=5) / (snr + 1), rtol=1e-5, atol=0)
+
+
 def test_half_precision_output_is_judged_in_float32():
     output, noisy, clean, sigma = _case()
     loss = denoising_loss(output.bfloat16(), noisy, clean, sigma, torch.ones(3, 2, 1, 5, 6))
