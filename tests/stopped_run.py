@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +26,8 @@ STOPPED_STEP = 1  # counted from 0: so many were done
 def small_run(run_dir: Path) -> Config:
     """Six steps of two clips for each rank, in micro-batches of one."""
     size = 2 * int(os.environ.get("WORLD_SIZE", "1"))
-    return tiny_config(run_dir, num_frames=3, batch_size=size, num_steps=6, micro_batch_size=1)
+    config = tiny_config(run_dir, num_frames=3, batch_size=size, num_steps=6, micro_batch_size=1)
+    return replace(config, model=replace(config.model, cross_attention_dim=1024))  # as prepared clips have it
 
 
 @contextmanager
