@@ -7,6 +7,7 @@ that training begins at the weights that the adapters are for. With W of int8 or
 import hashlib
 import math
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -181,7 +182,9 @@ def _inject(unet: nn.Module, layers: list[str], config: LoraConfig) -> None:
         lora_dropout=0.0,
         bias="none",
     )
-    with unset_fake_temporarily():  # peft makes them without memory, and could not move them among fake ones
+    # peft makes them without memory, and could not move them among fake ones
+    with unset_fake_temporarily(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "TorchaoLoraLinear")  # of its own merging, which is not used
         _peft().inject_adapter_in_model(settings, unet, adapter_name=NAME, low_cpu_mem_usage=True)
     for module in unet.modules():
         if not hasattr(module, "lora_A"):
