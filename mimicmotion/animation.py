@@ -17,16 +17,6 @@ from mimicmotion.model.unet import MimicMotionModel
 from mimicmotion.sampler import Conditions
 
 
-def as_input(pictures: Tensor) -> Tensor:
-    """Pictures uint8 -> the same in [-1, 1], float32."""
-    return pictures.float() / 127.5 - 1
-
-
-def as_pictures(frames: Tensor) -> Tensor:
-    """Frames (F, 3, H, W) in [-1, 1] -> (F, H, W, 3) uint8, rounded."""
-    return ((frames.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-
-
 def steer(
     picture: Tensor,
     poses: Tensor,

@@ -17,6 +17,7 @@ from mimicmotion.data.dataset import ClipDataset
 from mimicmotion.data.footage import VIDEO_SUFFIXES, decode, read_properties
 from mimicmotion.generation import generate, load_averaged, load_decoder, other_order, reference_and_truth
 from mimicmotion.paths import near, printable
+from mimicmotion.pixels import as_input
 from mimicmotion.resumption import of_other_clips
 
 PICTURE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
@@ -232,4 +233,4 @@ def _frames(pictures: list[np.ndarray], size: tuple[int, int] | None) -> Tensor:
         is_smaller = height * width < pictures[0].shape[0] * pictures[0].shape[1]
         way = cv2.INTER_AREA if is_smaller else cv2.INTER_CUBIC
         pictures = [cv2.resize(picture, (width, height), interpolation=way) for picture in pictures]
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return as_input(torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2))

@@ -72,8 +72,9 @@ def same_bits(wanted: bool) -> Iterator[None]:
 
 def input_dtype(model: nn.Module) -> torch.dtype:
     """What a model reads: float32 where any of its weights is, which autocast brings to the others."""
-    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
-    return torch.float32 if torch.float32 in dtypes else next(iter(dtypes))
+    dtypes = (parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    first = next(dtypes)
+    return torch.float32 if first == torch.float32 or torch.float32 in dtypes else first
 
 
 def autocast(device: torch.device, precision: Precision, weights: torch.dtype = torch.float32) -> torch.autocast:

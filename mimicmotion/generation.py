@@ -47,7 +47,7 @@ def load_averaged(
     if config.lora.rank:
         pretrained.begin(model, config)
         check_base(model.base_sha256, saved.documents["base"]["sha256"])
-    load_own(model, saved.tensors["model"] | saved.tensors.get("ema", {}))  # dead parameters have no average
+    load_own(model, pretrained.own(saved, "ema")[0])
     use_kernels(model, kernels)
     return config, model.to(device or own_device()).eval().requires_grad_(False), folder
 

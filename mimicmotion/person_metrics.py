@@ -25,6 +25,7 @@ from mimicmotion.data.boxes import body_boxes
 from mimicmotion.data.poses import PoseBackend
 from mimicmotion.data.poses.keypoints import BODY, HANDS, NUM_KEYPOINTS, VISIBLE_CONFIDENCE
 from mimicmotion.metrics import psnr, ssim
+from mimicmotion.pixels import as_pictures
 
 REGION_MARGIN = 0.1
 PCK_THRESHOLD = 0.05
@@ -153,5 +154,5 @@ def motion_figures(frames: Tensor, truth: Tensor, driving: np.ndarray, region: T
 
 def find_poses(frames: Tensor, backend: PoseBackend) -> np.ndarray:
     """Key points (F, 128, 3) that a pose backend finds in frames (F, 3, H, W) in [-1, 1]."""
-    pictures = ((frames.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    pictures = as_pictures(frames).cpu().numpy()
     return backend.track(np.ascontiguousarray(picture) for picture in pictures).keypoints

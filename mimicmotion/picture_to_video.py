@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from mimicmotion import pretrained
-from mimicmotion.animation import as_input, as_pictures, frames_of, generate_latents, steer
+from mimicmotion.animation import frames_of, generate_latents, steer
 from mimicmotion.config import LATENT_STRIDE, PRESETS, Config, Kernels, Precision, PresetName
 from mimicmotion.data.cache import Manifest, check_writable, is_prepared
 from mimicmotion.data.driving import (
@@ -31,6 +31,7 @@ from mimicmotion.model import weights
 from mimicmotion.model.encoders import load_encoder
 from mimicmotion.model.unet import MimicMotionModel, build_model
 from mimicmotion.paths import printable
+from mimicmotion.pixels import as_input, as_pictures
 from mimicmotion.sampler import generator_of, tiles
 from mimicmotion.sampling_memory import MOST_ROWS, budget_gib, decoder_bytes, most_within, network_bytes
 from mimicmotion.shapes import size_of

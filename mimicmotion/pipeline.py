@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
 from mimicmotion import pretrained
-from mimicmotion.animation import as_input, as_pictures, frames_of, generate_latents, steer
+from mimicmotion.animation import frames_of, generate_latents, steer
 from mimicmotion.config import Config, ModelConfig, mimicmotion_72
 from mimicmotion.data.driving import reference_pose, steering_pictures, watch_driving
 from mimicmotion.data.poses import load_backend
@@ -36,6 +36,7 @@ from mimicmotion.model import weights
 from mimicmotion.model.encoders import CLIP_MEAN, CLIP_STD, SVDEncoder
 from mimicmotion.model.pose_net import PoseNet, lay_out_channels_last
 from mimicmotion.model.unet import MimicMotionModel, build_model
+from mimicmotion.pixels import as_input, as_pictures
 from mimicmotion.sampler import euler_scheduler
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")

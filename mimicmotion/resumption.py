@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mimicmotion import checkpoint
+from mimicmotion import checkpoint, pretrained
 from mimicmotion.checkpoint import Checkpoint
 from mimicmotion.config import Config
 from mimicmotion.data.cache import Manifest
@@ -109,7 +109,7 @@ def begin_from(folder: Path, config: Config, model: MimicMotionModel, optimizati
         load_own(model, saved.tensors["model"])
         optimization.begin_from(saved.tensors, saved.documents["state"])
         return [f"begins with the weights, moments and moving average of {folder}"]
-    load_own(model, saved.tensors["model"] | saved.tensors.get("ema", {}))
+    load_own(model, pretrained.own(saved, "ema")[0])
     optimization.begin_average()
     return [f"begins with the averaged weights of {folder}; moments begin anew, since other parameters are trained"]
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mimicmotion.diffusion import time_ids
 from mimicmotion.model.unet import MimicMotionModel, image_latents, model_input
+from mimicmotion.pixels import as_input
 
 
 def euler_scheduler() -> EulerDiscreteScheduler:
@@ -90,7 +91,7 @@ class Conditions:
     def poses(self, clip: int, frames: list[int]) -> Tensor:
         """Poses (F', 3, H, W) of some frames of a clip as the network sees them."""
         pictures = self.pose[clip, frames].to(self.image_embedding.device)
-        pictures = pictures.float() / 127.5 - 1 if pictures.dtype == torch.uint8 else pictures
+        pictures = as_input(pictures) if pictures.dtype == torch.uint8 else pictures
         return pictures.to(self.image_embedding.dtype)
 
 

@@ -13,8 +13,8 @@ from mimicmotion.generation import Decoder
 from mimicmotion.model.unet import build_model
 from mimicmotion.sampler import Conditions, Row, network_output
 from mmkernels.memory.trace import trace
+from mmkernels.planning.choices import GIB
 
-GIB = 2**30
 # Left of a GPU's free memory: what the driver and the libraries take beside tensors.
 LEFT_GIB = 1.5
 MOST_ROWS = 8

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mimicmotion.data.cache import atomic_write
+from mimicmotion.pixels import as_pictures
 from mimicmotion.sound import SoundCopy
 
 
@@ -17,7 +18,7 @@ def side_by_side(columns: list[Tensor]) -> Tensor:
     """Frames (F, 3, H, W) in [-1, 1] of each column -> (F, H, W * columns, 3) uint8; one frame is repeated."""
     num_frames = max(len(column) for column in columns)
     wide = torch.cat([column.expand(num_frames, -1, -1, -1) for column in columns], dim=3)
-    return ((wide.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    return as_pictures(wide)
 
 
 def write_video(

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from mimicmotion.config import OptimizerConfig
+from mimicmotion.optional import optional
 from mmkernels.kernels import adamw8bit
 from mmkernels.planning.choices import PIECE_ELEMENTS, TEMPORARY_BYTES, OptimizerChoice
 from mmkernels.planning.workload import temporary_bytes
@@ -52,7 +53,7 @@ class WeightUpdate:
         settings: dict[str, Any] = {"betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
         groups = self._groups(config)
         if self.is_8bit:
-            kind = _torchao().AdamW8bit
+            kind = optional("torchao.optim", "optimizer.kind adamw8bit").AdamW8bit
             self.optimizer = kind(groups, bf16_stochastic_round=True, block_size=adamw8bit.BLOCK, **settings)
         else:
             self.optimizer = torch.optim.AdamW(groups, fused=True, **settings)
@@ -235,15 +236,6 @@ class WeightUpdate:
             )
         for key, tensor in own.items():
             tensor.copy_(tensors[key])
-
-
-def _torchao() -> Any:
-    try:
-        from torchao import optim
-    except ModuleNotFoundError as error:
-        message = "optimizer.kind adamw8bit needs torchao, which is not installed: pip install torchao"
-        raise ModuleNotFoundError(message) from error
-    return optim
 
 
 def _state_class() -> Any:

@@ -47,6 +47,8 @@ LAYERS = [
     ("mmkernels.__init__", 4.1),
     ("mimicmotion.__init__", 5),
     ("mimicmotion.shapes", 4.9),
+    ("mimicmotion.pixels", 4.9),
+    ("mimicmotion.optional", 4.9),
     ("mimicmotion.config", 5),
     ("mimicmotion.json_values", 5.05),
     ("mimicmotion.paths", 5),

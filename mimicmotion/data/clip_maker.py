@@ -35,6 +35,7 @@ from mimicmotion.data.variants import Variant, variants
 from mimicmotion.data.watching import keep, kept, watch, watched_file
 from mimicmotion.model.encoders import Encoder
 from mimicmotion.paths import printable
+from mimicmotion.pixels import as_input
 
 # Bumped where the meaning of a clip's file changes, so that old files are not met.
 TENSORS_FORMAT = 3
@@ -277,7 +278,7 @@ class ClipMaker:
         for batch in _batches(_between(frames, rows), recipe.frames_at_once):
             for copy, parts in zip(copies, encoded, strict=True):
                 cropped = np.stack([crop_frame(frame, copy.crop, recipe.height, recipe.width) for frame in batch])
-                pictures = torch.from_numpy(cropped).permute(0, 3, 1, 2).float() / 127.5 - 1  # (F, 3, H, W)
+                pictures = as_input(torch.from_numpy(cropped).permute(0, 3, 1, 2))  # (F, 3, H, W)
                 shown = pictures.flip(-1) if copy.is_mirrored else pictures
                 with self._encoder_lock:  # one batch on the device at a time, however many videos are worked on
                     parts.append((*self.encoder.distribution(shown), self.encoder.embed(shown)))

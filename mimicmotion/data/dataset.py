@@ -28,6 +28,7 @@ from mimicmotion.data.held_out import split
 from mimicmotion.data.order import Order, Place, number_of
 from mimicmotion.data.poses import draw, drawing_scale
 from mimicmotion.data.poses.keypoints import HANDS, NUM_KEYPOINTS
+from mimicmotion.pixels import as_input
 from mimicmotion.shapes import Bucket
 
 # The released model was always told 7 frames a second and motion 127, whatever the video: so is it in training.
@@ -199,7 +200,7 @@ class ClipDataset:
             "reference_latent": latents[0].clone(),
             "image_embedding": stored["image_embedding"].float(),
             "keypoints": keypoints,
-            "pose": torch.from_numpy(pictures).float() / 127.5 - 1,
+            "pose": as_input(torch.from_numpy(pictures)),
             "loss_weight": hand_weights(keypoints, *latents.shape[-2:], hand_confidence=self._hand_confidence),
             "fps": CONDITIONED_FRAMES_PER_SECOND,
             "motion_bucket": CONDITIONED_MOTION_BUCKET,

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import is_fake, unset_fake_temporarily
 import mmkernels
 from mimicmotion.config import FrozenWeights, LoraConfig, Precision
 from mimicmotion.model.unet import MimicMotionModel, num_parameters
+from mimicmotion.optional import optional
 
 NAME = "default"  # peft's own for a model's only adapter
 _TARGETS = {
@@ -148,7 +149,7 @@ def _narrow(unet: nn.Module, base: FrozenWeights) -> None:
             if parameter.ndim > 1:
                 setattr(module, name, nn.Parameter(parameter.detach().bfloat16(), requires_grad=False))
     if base == "int8":
-        quantization = _torchao()
+        quantization = optional("torchao.quantization", "lora.base int8")
         kind = quantization.Int8WeightOnlyConfig()
         quantization.quantize_(unet, kind, filter_fn=lambda module, name: _is_in_transformers(module, name))
     elif base == "nf4":
@@ -161,13 +162,13 @@ def _is_in_transformers(module: nn.Module, name: str) -> bool:
 
 def _quantise_nf4(unet: nn.Module) -> None:
     """By bitsandbytes, whose layers hold the numbers in blocks of 64 with a scale each."""
-    layers = _bitsandbytes()
+    layers = optional("bitsandbytes.nn", "lora.base nf4")
     for name, module in list(unet.named_modules()):
         if isinstance(module, nn.Linear) and _is_in_transformers(module, name):
             narrow = layers.Linear4bit(
                 module.in_features, module.out_features, module.bias is not None, compute_dtype=torch.bfloat16
             )
-            narrow.weight = layers.Params4bit(module.weight.detach(), requires_grad=False, quant_type="nf4")  # pyright: ignore
+            narrow.weight = layers.Params4bit(module.weight.detach(), requires_grad=False, quant_type="nf4")
             narrow.bias = module.bias
             unet.set_submodule(name, narrow.to(module.weight.device))  # which is when it is quantised
 
@@ -175,17 +176,14 @@ def _quantise_nf4(unet: nn.Module) -> None:
 def _inject(unet: nn.Module, layers: list[str], config: LoraConfig) -> None:
     """Adapters as peft has them, in float32 whatever the layer is of: A as nn.Linear begins, B of zeros."""
     device = next(unet.parameters()).device
-    settings = _peft().LoraConfig(
-        r=config.rank,
-        lora_alpha=config.alpha or config.rank,  # pyright: ignore[reportArgumentType]
-        target_modules=layers,
-        lora_dropout=0.0,
-        bias="none",
+    peft = optional("peft", "lora.rank")
+    settings = peft.LoraConfig(
+        r=config.rank, lora_alpha=config.alpha or config.rank, target_modules=layers, lora_dropout=0.0, bias="none"
     )
     # peft makes them without memory, and could not move them among fake ones
     with unset_fake_temporarily(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "TorchaoLoraLinear")  # of its own merging, which is not used
-        _peft().inject_adapter_in_model(settings, unet, adapter_name=NAME, low_cpu_mem_usage=True)
+        peft.inject_adapter_in_model(settings, unet, adapter_name=NAME, low_cpu_mem_usage=True)
     for module in unet.modules():
         if not hasattr(module, "lora_A"):
             continue
@@ -193,30 +191,3 @@ def _inject(unet: nn.Module, layers: list[str], config: LoraConfig) -> None:
             factor = getattr(module, group)[NAME]
             factor.weight = nn.Parameter(torch.zeros(factor.weight.shape, device=device))
         nn.init.kaiming_uniform_(module.lora_A[NAME].weight, a=math.sqrt(5))  # pyright: ignore
-
-
-def _peft():
-    try:
-        import peft
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("lora.rank needs peft, which is not installed: pip install peft") from error
-    return peft
-
-
-def _torchao():
-    try:
-        from torchao import quantization
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "lora.base int8 needs torchao, which is not installed: pip install torchao"
-        ) from error
-    return quantization
-
-
-def _bitsandbytes():
-    try:
-        from bitsandbytes import nn as layers
-    except ModuleNotFoundError as error:
-        message = "lora.base nf4 needs bitsandbytes, which is not installed: pip install bitsandbytes"
-        raise ModuleNotFoundError(message) from error
-    return layers
