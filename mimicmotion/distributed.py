@@ -119,6 +119,9 @@ def join_ranks() -> Iterator[Ranks]:
     torch.distributed.init_process_group("nccl" if has_gpu else "gloo", timeout=timedelta(hours=6))
     try:
         yield ranks
+        # Gloo's threads may still hold the last tensors, and letting go of them while Python ends is an abort:
+        # waiting for a barrier, which has none, lets them.
+        torch.distributed.barrier()
     finally:
         torch.distributed.destroy_process_group()
 
