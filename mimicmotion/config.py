@@ -141,8 +141,9 @@ class DiffusionConfig:
 
     log_sigma_mean: float | None = None  # mean of ln sigma; None: by resolution, as SVD (arXiv 2311.15127)
     log_sigma_std: float = 1.6  # standard deviation of ln sigma, SVD's at both of its resolutions
-    reference_log_sigma_mean: float = -3.0  # mean of ln s of the noise on the reference's latent
-    reference_log_sigma_std: float = 0.5  # standard deviation of ln s of the noise on the reference's latent
+    reference_noise: Literal["pixels", "latent"] = "pixels"  # where it is added: before the VAE, as SVD's, or after it
+    reference_log_sigma_mean: float = -3.0  # mean of ln s of the noise on the reference (SVD, arXiv 2311.15127)
+    reference_log_sigma_std: float = 0.5  # standard deviation of ln s of the noise on the reference, SVD's
     min_snr_gamma: float | None = None  # loss weight min(1 / s^2, this), as 5 (arXiv 2303.09556); None: EDM's
     condition_dropout: float = 0.1  # share of samples that lose all conditions at once; not in the source
     fps: int = 7  # frame rate the model is told (time id fps - 1 = 6), whatever the footage's: as released
@@ -150,7 +151,8 @@ class DiffusionConfig:
 
     def __post_init__(self) -> None:
         _require(self.log_sigma_std > 0, "diffusion.log_sigma_std", self.log_sigma_std, "a positive number")
-        std = self.reference_log_sigma_std
+        where, std = self.reference_noise, self.reference_log_sigma_std
+        _require(where in ("pixels", "latent"), "diffusion.reference_noise", where, "pixels or latent")
         _require(std > 0, "diffusion.reference_log_sigma_std", std, "a positive number")
         gamma = self.min_snr_gamma
         _require(gamma is None or gamma > 0, "diffusion.min_snr_gamma", gamma, "a positive number, as 5")

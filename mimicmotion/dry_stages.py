@@ -47,7 +47,7 @@ def _samples(config: Config) -> tuple[Mapping[Bucket, int], str]:
     data, unknown = config.data, dict.fromkeys(config.data.buckets, 1)
     if not is_prepared(data.prepared):
         return unknown, f"clips: nothing is prepared in {data.prepared} yet; shapes are those that the settings allow"
-    if (why := why_stale(Manifest.read(data.prepared), data)) is not None:
+    if (why := why_stale(Manifest.read(data.prepared), config)) is not None:
         return unknown, f"clips: {data.prepared} was prepared with {why}; training prepares it again"
     dataset = ClipDataset(
         data.prepared, data.num_frames, config.trainer.seed, lengths=data.lengths, held_out=data.held_out

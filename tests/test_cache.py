@@ -187,7 +187,7 @@ def test_manifest_of_another_kind_is_refused(tmp_path: Path) -> None:
     manifest().write(tmp_path)
     path = tmp_path / "manifest.json"
     path.write_text(path.read_text().replace(f'"version": {MANIFEST_VERSION}', '"version": 1'))
-    with pytest.raises(ValueError, match="version 1, wanted 3; run prepare again"):
+    with pytest.raises(ValueError, match="version 1, wanted 4; run prepare again"):
         Manifest.read(tmp_path)
     path.write_text("{")
     with pytest.raises(ValueError, match="is damaged"):
