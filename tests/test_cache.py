@@ -163,6 +163,8 @@ def test_manifest_comes_back(tmp_path: Path) -> None:
         (("dropped", 0, "stage"), None, "damaged .stage is 'None'"),
         (("files",), None, "damaged .files is 'None'"),
         (("with_mirrored",), 1, "damaged .with_mirrored is '1'"),
+        (("reference_noise", "log_sigma_mean"), None, "damaged .log_sigma_mean is 'None'"),
+        (("reference_noise", "log_sigma_std"), 0.0, "damaged .got log_sigma_std 0"),
         (("clips", 0, "tensors_file"), "clips/../../c.safetensors", "names clips/../../c.safetensors, no file of this"),
         (("clips", 0, "keypoints_file"), "/etc/k.safetensors", "names /etc/k.safetensors, no file of this folder"),
     ],
