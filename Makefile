@@ -63,7 +63,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python bench/train_step.py --measure --preset demo --out $(DEMO)
 	@echo "The demo's results:"
 	@for file in index.html loss.png sample.mp4 sample.png sample.json step_cost.png step_cost.json; do echo "  $(DEMO)/$$file"; done
-	@echo "  $$(ls -d $(DEMO)/stage-2/step-* | tail -n 1)/"
+	@echo "  $$(ls -d $(DEMO)/step-* | tail -n 1)/"
 	@echo "  data/prepared/demo/report.html"
 
 test: $(VENV)/.installed-test
