@@ -66,7 +66,7 @@ def parse(words: list[str]) -> Arguments:
 
 
 def stages_of(words: list[str], whole: Config) -> list[Config]:
-    """The config of each stage that the file of --settings names, or the whole; the last one's run folder is the run's."""
+    """The config of each stage that the file of --settings names, or the whole; the last one's folder is the run's."""
     path = _given(words, "--settings")
     base, stages = ([], []) if path is None else read(Path(path))
     found = [_parsed([*base, *stage, *words]).config for stage in stages]

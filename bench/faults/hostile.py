@@ -71,7 +71,7 @@ def inject(judge: Judge, kind: str, random: Random) -> Outcome:
 def _resumable(judge: Judge, folder: Path) -> Path:
     """The whole run without its last stage: it has one to go on with."""
     run_dir = folder / "run"
-    shutil.copytree(*(checkpoint.stage(place, 1, 2) for place in (judge.whole, run_dir)))
+    shutil.copytree(checkpoint.stage(judge.whole, 1, 2), checkpoint.stage(run_dir, 1, 2))
     return run_dir
 
 
