@@ -311,7 +311,7 @@ def demo() -> Config:
     return Config(
         preset="demo",
         run_dir=Path("runs/demo"),
-        # four clips: none to spare, so the demo is also looked at on what it was trained on
+        # three or four clips: too few to hold one out while training; `make demo` puts a camera aside as never seen
         data=DataConfig(prepared=Path("data/prepared/demo"), height=128, width=128, poses="holistic", held_out=0.0),
         model=ModelConfig(block_out_channels=(32, 64, 128, 128), num_attention_heads=(1, 2, 4, 4), layers_per_block=1),
         # more noise than SVD's: where little is added the frame shows its own pose, and a short run learns no other way

@@ -185,7 +185,7 @@ class Trainer:
 
     def _resume(self) -> list[str]:
         """Take up the newest checkpoint of the run, where there is one; returns what to say of it."""
-        folder = checkpoint.newest(self.config.run_dir)
+        folder = checkpoint.newest_in(self.config.run_dir)
         if folder is None:
             return [f"nothing to resume in {self.config.run_dir}: starting at step 0"]
         saved = checkpoint.load(folder)
