@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from mimicmotion.parallel import ParallelConfig
 from mimicmotion.shapes import Bucket, size_of
 
 Kernels = Literal["fused", "checkpoint", "torch"]
@@ -266,6 +267,7 @@ class Config:
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
     def __post_init__(self) -> None:
@@ -291,6 +293,7 @@ class Config:
             base = self.lora.base
             is_good = precision == "bf16" or base in ("precision", "fp32")
             _require(is_good, "lora.base", base, "fp32, or trainer.precision bf16 with it")
+        self.parallel.check(self)
         overlap, tile = self.sampling.tile_overlap, self.data.num_frames
         is_good = overlap < tile - 1  # frame 0 of a tile is the reference, so a tile moves on by at most tile - 1
         _require(is_good, "sampling.tile_overlap", overlap, f"less than data.num_frames - 1 = {tile - 1}")

@@ -30,6 +30,11 @@ def dry_stages(stages: list[Config], card_name: str | None) -> Iterator[str]:
         yield f"{name}{config.trainer.num_steps:,} steps of {config.trainer.batch_size} clips, {config.run_dir}"
         samples, said = _samples(config)
         yield said
+        if config.parallel.is_sharded:
+            yield (
+                f"memory below is without --parallel.shard {config.parallel.shard}, under which a rank holds a part of "
+                "weights, gradients, moments and average alone, and gathers one block at a time"
+            )
         if config.memory_budget is not None and chosen is None and not torch.cuda.is_available():
             yield (
                 f"no GPU here: fused without the plan that --memory-budget {config.memory_budget} makes on one; "

@@ -187,7 +187,7 @@ def train_stage(
     trainer = Trainer(config, dataset, ranks, resume=resume, start=start, plan=plan, fitting=fitting, stop=stop)
     if arguments.memory_report:
         trainer.around_step = MemoryReport(trainer)
-    if ranks.is_first and dataset.num_held_out:
+    if (ranks.is_first or config.parallel.is_sharded) and dataset.num_held_out:
         validation = Validation(trainer, clips(is_held_out=True))
         trainer.after_step = validation.after_step
         if config.model.pretrained is not None or start is not None:
