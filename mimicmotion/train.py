@@ -26,6 +26,7 @@ from mimicmotion.config import PRESETS, Config
 from mimicmotion.data.dataset import ClipDataset
 from mimicmotion.data.ownership import sign
 from mimicmotion.data.preparation import prepare_if_missing
+from mimicmotion.data.reference_noise import ReferenceNoise
 from mimicmotion.distributed import Ranks, join_ranks
 from mimicmotion.dry_stages import dry_stages
 from mimicmotion.execution import free_what_is_left
@@ -169,6 +170,7 @@ def train_stage(
 ) -> bool:  # fmt: skip
     """Train by one config and its plan, from `start` where nothing is resumed; False where a signal ended it early."""
     config, plan, fitting = planned
+    diffusion = config.diffusion
     clips = partial(
         ClipDataset,
         config.data.prepared,
@@ -179,12 +181,13 @@ def train_stage(
         lengths=config.data.lengths,
         draw_latents=config.data.draw_latents,
         max_stride=config.data.max_stride,
+        reference_noise=ReferenceNoise.of(diffusion) if diffusion.reference_noise == "pixels" else None,
     )
     dataset = clips()
     trainer = Trainer(config, dataset, ranks, resume=resume, start=start, plan=plan, fitting=fitting, stop=stop)
     if arguments.memory_report:
         trainer.around_step = MemoryReport(trainer)
-    if ranks.is_first and dataset.num_held_out:
+    if (ranks.is_first or config.parallel.is_sharded) and dataset.num_held_out:
         validation = Validation(trainer, clips(is_held_out=True))
         trainer.after_step = validation.after_step
         if config.model.pretrained is not None or start is not None:
