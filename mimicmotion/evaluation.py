@@ -71,6 +71,8 @@ FIGURES = {
 def measure(clip: Compared, tools: Tools) -> dict[str, Any]:
     """The row of one clip: figures of the generated frames, and of what they are read beside by their names."""
     num_frames, _, height, width = clip.truth.shape
+    if not clip.generated.isfinite().all():
+        raise ValueError(f"clip {clip.name}: generated frames are not finite; give an earlier checkpoint")
     keypoints = clip.keypoints
     if keypoints is None and tools.poses is not None:
         keypoints = find_poses(torch.cat([clip.reference, clip.truth]), tools.poses)

@@ -23,6 +23,8 @@ MOST_ROWS = 8
 def budget_gib(asked: float | Literal["auto"] | None) -> float | None:
     """GiB that sampling may take: as asked, or with auto a GPU's free memory less 1.5; None for no bound."""
     if asked != "auto":
+        if asked is not None and not 0 < asked < float("inf"):
+            raise ValueError(f"got --memory-budget {asked}, wanted a number of GiB over 0")
         return asked
     if not torch.cuda.is_available():
         raise ValueError("got --memory-budget auto without a GPU; give a number of GiB, or no budget")

@@ -6,13 +6,16 @@ import av
 import cv2
 import numpy as np
 import pytest
+import torch
 import videos
 from people import Swaying
 
 from mimicmotion import evaluate, evaluation_tools
-from mimicmotion.compared import FolderClips
+from mimicmotion.compared import Compared, FolderClips
 from mimicmotion.data.footage import decode
 from mimicmotion.evaluate import Arguments, run
+from mimicmotion.evaluation import measure
+from mimicmotion.evaluation_tools import Tools
 
 NAMES = [f"dance{number}" for number in range(6)]
 FRAMES, HEIGHT, WIDTH = 6, 64, 48
@@ -200,6 +203,16 @@ def test_frames_that_are_the_same_have_no_psnr_and_the_json_stays_json(split):
     with av.open(str(split / "same" / "evaluate" / "001-dance0.mp4")) as container:
         assert container.metadata["comment"].startswith("reference | generated | truth; ")
         assert sum(1 for _ in container.decode(video=0)) == FRAMES - 1
+
+
+def test_frames_that_are_not_finite_are_no_same_frames():
+    nothing = torch.full((2, 3, 16, 16), torch.nan)
+    clip = Compared(
+        name="a", generated=nothing, truth=nothing * 0, reference=nothing[:1], keypoints=None, frames_per_second=8.0,
+        truth_sha256="",
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="clip a: generated frames are not finite"):
+        measure(clip, Tools())
 
 
 def test_the_command_ends_in_one_sentence(tmp_path, monkeypatch):

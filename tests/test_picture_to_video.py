@@ -164,6 +164,18 @@ def test_fused_kernels_sample_the_same_and_save_nothing(run_dir):
     assert float(apart) < 1e-3
 
 
+def test_no_file_that_is_read_is_written_over(run_dir, files, tmp_path):
+    (tmp_path / "link.mp4").symlink_to(files["video"])
+    before = files["video"].read_bytes()
+    with pytest.raises(ValueError, match="which would take the place of"):
+        make_videos(asked(run_dir, files, tmp_path / "link.mp4"))
+    named = tmp_path / "a-seed1.mp4"
+    named.write_bytes(before)
+    with pytest.raises(ValueError, match=r"would take the place of .*a-seed1\.mp4"):
+        make_videos(asked(run_dir, files | {"video": named}, tmp_path / "a.mp4", seeds=(0, 1)))
+    assert files["video"].read_bytes() == named.read_bytes() == before
+
+
 class Missing(Swaying):
     """Finds nobody in any video, and somebody in a picture."""
 
@@ -188,6 +200,14 @@ class Missing(Swaying):
         ({"num_frames": 1}, "wanted the reference and at least one frame"),
         ({"weights": Path("none.pth")}, "none.pth is not there"),
         ({"memory_budget": "auto"}, "got --memory-budget auto without a GPU"),
+        ({"memory_budget": float("nan")}, "got --memory-budget nan, wanted a number of GiB over 0"),
+        ({"fps": float("inf")}, "got --fps inf, wanted 0.1 to 240.0 frames a second"),
+        ({"fps": 1e-4}, "got --fps 0.0001, wanted 0.1"),
+        ({"first_guidance": float("nan")}, "sampling.first_guidance is nan; give 0 or more"),
+        ({"guidance": float("inf")}, "sampling.guidance is inf; give 0 or more"),
+        ({"reference_noise": -1.0}, "got noise of deviation -1.0 on the reference, wanted 0 or more"),
+        ({"tile": 0}, "got --tile 0, wanted the reference and at least one frame"),
+        ({"seeds": (0, 2**64)}, "got seed 18446744073709551616, wanted one of 64 bits"),
     ],
 )
 def test_what_cannot_be_is_one_line_and_nothing_is_written(run_dir, files, tmp_path, monkeypatch, changes, message):
