@@ -33,7 +33,7 @@ from mimicmotion.model.unet import MimicMotionModel, build_model
 from mimicmotion.paths import printable
 from mimicmotion.pixels import as_input, as_pictures
 from mimicmotion.sampler import generator_of, tiles
-from mimicmotion.sampling_memory import MOST_ROWS, budget_gib, decoder_bytes, most_within, network_bytes
+from mimicmotion.sampling_memory import MOST_ROWS, budget_gib, clip_bytes, decoder_bytes, most_within, network_bytes
 from mimicmotion.shapes import size_of
 from mimicmotion.sound import check_has_sound
 from mimicmotion.video import write_video
@@ -313,11 +313,12 @@ def _rows_at_once(
     tile = min(config.data.num_frames, num_frames)
     guided = max(config.sampling.guidance, config.sampling.first_guidance or 0) > 1
     most = min(MOST_ROWS, num_seeds * (1 + guided) * len(tiles(num_frames, tile, config.sampling.tile_overlap)))
+    around = clip_bytes(num_seeds, num_frames, height, width, passes=1 + guided)
     rows = most_within(
         budget,
         most,
-        lambda count: network_bytes(config, dtype, height, width, tile, count),
-        f"a tile of {tile} frames of {height}x{width} pixels",
+        lambda count: around + network_bytes(config, dtype, height, width, tile, count),
+        f"a tile of {tile} frames of {height}x{width} pixels, of {num_frames},",
     )
     progress.say(f"memory budget {budget:.2f} GiB: {rows} of up to {most} tiles together (modelled)")
     return rows

@@ -54,6 +54,13 @@ def network_bytes(config: Config, dtype: torch.dtype, height: int, width: int, n
         return trace(forward, [*model.parameters(), scaled], device_kind="cuda").peak_bytes
 
 
+def clip_bytes(num_clips: int, num_frames: int, height: int, width: int, *, passes: int) -> int:
+    """Bytes of what lies beside the network for all frames, in float32: noise, latents, the same scaled, and the sum
+    over tiles of each pass.
+    """
+    return (3 + passes) * num_clips * num_frames * 4 * (height // LATENT_STRIDE) * (width // LATENT_STRIDE) * 4
+
+
 def decoder_bytes(decoder: Decoder, height: int, width: int, num_frames: int) -> int:
     """Modelled bytes at the peak of decoding num_frames frames together, the weights that come with it included."""
     networks = [part for part in vars(decoder).values() if isinstance(part, nn.Module)]

@@ -18,6 +18,7 @@ from mimicmotion import picture_to_video, sample
 from mimicmotion.animation import generate_latents, steer
 from mimicmotion.commands import one_sentence
 from mimicmotion.config import PRESETS
+from mimicmotion.data.progress import VideoProgress
 from mimicmotion.distributed import Ranks
 from mimicmotion.generation import load_averaged
 from mimicmotion.model.encoders import PatchCodec
@@ -143,6 +144,16 @@ def test_a_budget_chooses_and_refuses(run_dir, files, tmp_path, capsys):
     with pytest.raises(ValueError, match=r"takes 0\.\d+ GiB \(modelled\) and the budget is 0\.001: give a smaller"):
         make_videos(asked(run_dir, files, tmp_path / "c.mp4", memory_budget=0.001))
     assert not (tmp_path / "c.mp4").exists()
+
+
+def test_a_budget_counts_the_latents_of_a_long_clip(run_dir, monkeypatch):
+    """20,000 frames: five tensors of 20000 x 4 x 128 x 72 floats are 13.7 GiB beside the network."""
+    config, *_ = load_averaged(run_dir)
+    monkeypatch.setattr(picture_to_video, "network_bytes", lambda *given: given[-1] << 27)
+    shape = (20000, 3, 1024, 576)
+    assert picture_to_video._rows_at_once(config, torch.float32, shape, 1, 14.0, VideoProgress()) == 2
+    with pytest.raises(ValueError, match=r"a tile of 4 frames .*, of 20000, takes 13\.9 GiB"):
+        picture_to_video._rows_at_once(config, torch.float32, shape, 1, 13.5, VideoProgress())
 
 
 def test_fused_kernels_sample_the_same_and_save_nothing(run_dir):
