@@ -45,13 +45,9 @@ def ssim(generated: Tensor, truth: Tensor, region: Tensor | None = None) -> floa
     """
     _check(generated, truth, region)
     generated, truth = _as_pictures(generated), _as_pictures(truth)
-    parts = zip(generated.split(FRAMES_AT_ONCE), truth.split(FRAMES_AT_ONCE), strict=True)
-    maps = [
-        structural_similarity_index_measure(*pair, data_range=1.0, reduction="none", return_full_image=True)
-        for pair in parts
-    ]
+    maps = map(_ssim_maps, generated.split(FRAMES_AT_ONCE), truth.split(FRAMES_AT_ONCE))
     if region is None:
-        return float(torch.cat([_tensor(values) for values, _ in maps]).mean())
+        return float(torch.cat([values for values, _ in maps]).mean())
     inside = zip(maps, region.split(FRAMES_AT_ONCE), strict=True)
     return float(torch.cat([_means_inside(each.mean(dim=1, keepdim=True), part) for (_, each), part in inside]).mean())
 
@@ -63,7 +59,11 @@ def _means_inside(values: Tensor, region: Tensor) -> Tensor:
     return (sums / inside)[inside > 0]
 
 
-def _tensor(value: object) -> Tensor:
-    if not isinstance(value, torch.Tensor):
-        raise TypeError(f"torchmetrics returned {type(value).__name__} for SSIM, wanted a tensor.")
-    return value
+def _ssim_maps(generated: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
+    """SSIM of each frame (F,), and its map (F, 3, H, W)."""
+    found = structural_similarity_index_measure(
+        generated, truth, data_range=1.0, reduction="none", return_full_image=True
+    )
+    if not isinstance(found, tuple):
+        raise TypeError(f"torchmetrics returned {type(found).__name__} for SSIM, wanted its values and its maps.")
+    return found
