@@ -31,6 +31,7 @@ def steer(
     picture (3, H, W) in [-1, 1]; poses (F, 3, H, W) as of `Conditions`, the picture's own first. Each generator draws
     the noise of the reference's pixels, of which `reference_noise` is the standard deviation, and then that of latents.
     """
+    check_reference_noise(reference_noise)
     num_frames, _, height, width = poses.shape
     if picture.shape != (3, height, width):
         raise ValueError(f"got a picture {tuple(picture.shape)} and poses {tuple(poses.shape)}, wanted one size")
@@ -44,6 +45,9 @@ def steer(
         image_embedding=encoder.embed(picture.unsqueeze(0)).unsqueeze(0).expand(len(draws), -1, -1),
         pose=poses.unsqueeze(0).expand(len(draws), -1, -1, -1, -1),
     )
+    for what, found in (("latent", conditions.reference_latent), ("embedding", conditions.image_embedding)):
+        if not found.isfinite().all():
+            raise ValueError(f"the picture's {what} by {encoder.name} is not finite; run the encoders in float32")
     return conditions, torch.stack([sampler.over_clip(latents, num_frames) for _, latents in draws])
 
 
@@ -82,7 +86,18 @@ def generate_latents(
             scheduler=scheduler,
             on_forward=on_forward,
         )
+    if not latents.isfinite().all():
+        raise ValueError(
+            f"the generated latents are not finite: {str(dtype).removeprefix('torch.')} is too narrow for these"
+            " weights, or they are broken; sample in bf16 or fp32, or give other weights"
+        )
     return latents.cpu()
+
+
+def check_reference_noise(deviation: float) -> None:
+    """Raise ValueError at what is no standard deviation."""
+    if not 0 <= deviation < float("inf"):
+        raise ValueError(f"got noise of deviation {deviation} on the reference, wanted 0 or more")
 
 
 def frames_of(latents: Tensor, config: Config, decoder: Decoder) -> Iterator[Tensor]:

@@ -22,6 +22,9 @@ from mimicmotion.resumption import of_other_clips
 
 PICTURE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 RESAMPLING = "cv2.INTER_AREA where smaller, cv2.INTER_CUBIC where larger"
+# Marks a folder of videos that an evaluation wrote, often below those that it read: they are no footage.
+OWN_OUTPUT = ".evaluation"
+SAME_RATE = 0.01  # as a share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +144,7 @@ class FolderClips:
         """Read one pair after another. size: height and width to bring all frames to."""
         for name, pair in zip(self.names[:num_clips], self._pairs, strict=False):
             (generated, about), (truth, about_truth) = (_read(path, num_frames) for path in pair)
+            _check_rates(name, about, about_truth)
             shapes = [(len(frames), *frames[0].shape[:2]) for frames in (generated, truth)]
             if shapes[0][0] != shapes[1][0] or (size is None and shapes[0] != shapes[1]):
                 said = " and ".join(f"{frames} frames of {width}x{height}" for frames, height, width in shapes)
@@ -178,8 +182,11 @@ def _entries(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
         raise ValueError(f"{printable(folder)} is not a folder ({near(folder, Path.is_dir)}); give one")
     found: dict[str, Path] = {}
+    own = {path.parent for path in folder.rglob(OWN_OUTPUT)}
     for path in sorted(folder.rglob("*")):
         suffix = path.suffix.lower()
+        if not own.isdisjoint(path.parents):
+            continue
         if path.is_file() and suffix in VIDEO_SUFFIXES and suffix not in PICTURE_SUFFIXES:
             place, shown = path.relative_to(folder).with_suffix(""), path
         elif path.is_file() and suffix in PICTURE_SUFFIXES:
@@ -198,16 +205,35 @@ def _beside(entries: dict[str, Path], others: dict[str, Path]) -> list[Path]:
     return [path for name, path in entries.items() if name not in others]
 
 
+def _check_rates(name: str, generated: dict[str, Any], truth: dict[str, Any]) -> None:
+    """Raise ValueError where frame k of two videos is not the same moment, so that the first ones do not belong
+    together. Of as many frames each, a rate is only what the file says.
+    """
+    rates = generated["frames_per_second"], truth["frames_per_second"]
+    if None in rates or generated["frames_in_file"] == truth["frames_in_file"]:
+        return
+    if abs(rates[0] / rates[1] - 1) > SAME_RATE:
+        raise ValueError(
+            f"{name} has {generated['frames_in_file']} frames at {rates[0]:.4g} a second and"
+            f" {truth['frames_in_file']} at {rates[1]:.4g}: frames of the same number show other moments; save the"
+            " truth at the generated video's rate"
+        )
+
+
 def _read(path: Path, num_frames: int | None) -> tuple[list[np.ndarray], dict[str, Any]]:
     """The frames (H, W, 3) uint8 RGB of a video or a folder of pictures, and what it is."""
     if path.is_file():
         properties = read_properties(path)
         frames = list(islice(decode(path, properties=properties), num_frames))
-        about = {"codec": properties.film.codec, "frames_per_second": properties.frames_per_second}
+        about = {
+            "codec": properties.film.codec, "frames_per_second": properties.frames_per_second,
+            "frames_in_file": properties.num_frames,
+        }  # fmt: skip
     else:
         files = sorted((file for file in path.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES), key=_number_order)
         frames = [_picture(file) for file in files[:num_frames]]
-        about = {"codec": f"pictures ({', '.join(sorted({file.suffix for file in files}))})", "frames_per_second": None}
+        kinds = ", ".join(sorted({file.suffix for file in files}))
+        about = {"codec": f"pictures ({kinds})", "frames_per_second": None, "frames_in_file": len(files)}
     if sizes := {frame.shape[:2] for frame in frames[1:]} - {frames[0].shape[:2]}:
         raise ValueError(f"{printable(path)} changes size to {sizes}; give frames of one size")
     height, width = frames[0].shape[:2]

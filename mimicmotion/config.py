@@ -246,7 +246,8 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         _require(self.num_steps >= 1, "sampling.num_steps", self.num_steps, "at least 1")
-        _require(min(self.guidance, self.first_guidance or 0) >= 0, "sampling.guidance", self.guidance, "0 or more")
+        for name, scale in (("guidance", self.guidance), ("first_guidance", self.first_guidance or 0.0)):
+            _require(0 <= scale < float("inf"), f"sampling.{name}", scale, "0 or more")
         _require(self.noise in ("tile", "clip"), "sampling.noise", self.noise, "tile or clip")
         _require(self.tile_overlap >= 0, "sampling.tile_overlap", self.tile_overlap, "0 or more")
         _require(self.decode_frames >= 1, "sampling.decode_frames", self.decode_frames, "at least 1")

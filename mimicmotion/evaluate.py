@@ -82,6 +82,7 @@ def evaluate(arguments: Arguments, source: Source, tools: Tools, page: Path, fol
 
 def run(arguments: Arguments) -> None:
     """Evaluate what was asked for, write it and show it."""
+    _check(arguments)
     source, tools = _source_and_tools(arguments)
     if arguments.generated is None:
         output = arguments.output or run_folder_of(arguments.run_dir) / "evaluate.json"
@@ -97,6 +98,22 @@ def run(arguments: Arguments) -> None:
     write_page(page, result)
     show(result)
     print(f"{output}, {page}")
+
+
+def _check(arguments: Arguments) -> None:
+    """Raise ValueError at a number that is none of clips, frames or pixels, and at a file that is no result."""
+    least = {"num_clips": 1, "num_frames": 2}
+    for name, fewest in least.items():
+        if (given := getattr(arguments, name)) is not None and given < fewest:
+            raise ValueError(f"got --{name.replace('_', '-')} {given}, wanted {fewest} or more")
+    if arguments.size is not None and min(arguments.size) < 1:
+        raise ValueError(f"got --size {' '.join(map(str, arguments.size))}, wanted a height and a width in pixels")
+    if not 0 < arguments.pck_threshold < float("inf"):
+        raise ValueError(f"got --pck-threshold {arguments.pck_threshold}, wanted a share of the body's size over 0")
+    if arguments.output is not None and arguments.output.suffix != ".json":
+        raise ValueError(
+            f"got --output {arguments.output}, wanted a .json: a page and a folder of its name lie beside it"
+        )
 
 
 def _source_and_tools(arguments: Arguments) -> tuple[Source, Tools]:

@@ -71,6 +71,8 @@ FIGURES = {
 def measure(clip: Compared, tools: Tools) -> dict[str, Any]:
     """The row of one clip: figures of the generated frames, and of what they are read beside by their names."""
     num_frames, _, height, width = clip.truth.shape
+    if not clip.generated.isfinite().all():
+        raise ValueError(f"clip {clip.name}: generated frames are not finite; give an earlier checkpoint")
     keypoints = clip.keypoints
     if keypoints is None and tools.poses is not None:
         keypoints = find_poses(torch.cat([clip.reference, clip.truth]), tools.poses)
@@ -194,14 +196,23 @@ def check_comparable(result: Mapping[str, Any], other: Mapping[str, Any], named:
     for row in result["clips"]:
         if row["clip"] not in theirs:
             raise ValueError(f"{named} has no clip {row['clip']}; give one of the same clips")
-        if theirs[row["clip"]].get("truth_sha256") != row["truth_sha256"]:
+        other_row = theirs[row["clip"]]
+        if other_row.get("truth_sha256") != row["truth_sha256"]:
             raise ValueError(f"{named} holds clip {row['clip']} against other frames; evaluate it on the same ones")
+        sizes = [tuple(each.get(name) for name in ("num_frames", "height", "width")) for each in (row, other_row)]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"{named} has clip {row['clip']} as {sizes[1]} (frames, height, width) where this has {sizes[0]};"
+                " evaluate it with the same --num-frames and --size"
+            )
 
 
 def compared_with(result: Mapping[str, Any], other: Mapping[str, Any], named: str) -> dict[str, Any]:
     """The paired test of every figure over the clips of two results, this one's minus the other's."""
     check_comparable(result, other, named)
     theirs = {row["clip"]: row for row in other["clips"]}
+    if len(theirs) > len(result["clips"]):
+        other = _of_clips(other, [theirs[row["clip"]] for row in result["clips"]])
     tests = {}
     for name, figure in FIGURES.items():
         if figure.higher_is_better is None:
@@ -213,6 +224,12 @@ def compared_with(result: Mapping[str, Any], other: Mapping[str, Any], named: st
             values, others = ([pair[side] for pair in both] for side in (0, 1))
             tests[name] = vars(compare(values, others, name=title, higher_is_better=figure.higher_is_better))
     return {"named": named, "tests": tests, "settings_that_differ": _differing(result, other), "result": other}
+
+
+def _of_clips(result: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A result as it would be of some of its clips; distances between all videos cannot be had of some."""
+    of_all = (*FIGURES, *BESIDE, "fvd", "fid_vid")
+    return {**{name: value for name, value in result.items() if name not in of_all}, **means(rows), "clips": [*rows]}
 
 
 def _differing(result: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:

@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mimicmotion.compared import Compared
+from mimicmotion.compared import OWN_OUTPUT, Compared
 from mimicmotion.data.cache import atomic_write
 from mimicmotion.evaluation import BESIDE, FIGURES
-from mimicmotion.evaluation_words import GENERATED, OTHER_RUN, columns, lines, summary, video_distances
+from mimicmotion.evaluation_words import GENERATED, OTHER_RUN, columns, lines, of_all_clips, summary
 from mimicmotion.page import document, pairs, text
 from mimicmotion.video import side_by_side, write_stills, write_video
 
@@ -25,7 +25,7 @@ def write_page(path: Path, result: Mapping[str, Any]) -> None:
     against = result.get("against")
     parts = [f"<h1>{text(_title(result))}</h1>", f"<p class='lead'>{text(summary(result))}</p>"]
     parts += ["<h2>Means over clips</h2>", _table(columns(result))]
-    parts += [f"<p>{text(line)}</p>" for line in video_distances(result)]
+    parts += [f"<p>{text(line)}</p>" for line in of_all_clips(result)]
     parts += [f"<p class='soft'>Not measured: {text(f'{name}: {why}')}</p>" for name, why in result["missing"].items()]
     if against:
         parts.append(f"<h2>Against {text(against['named'])}</h2>")
@@ -50,6 +50,8 @@ def write_clip(page: Path, folder: Path, clip: Compared, number: int, comment: s
     wide = side_by_side(list(shown.values()))
     wide = wide[:, : wide.shape[1] // 2 * 2, : wide.shape[2] // 2 * 2]  # as H.264 needs them
     layout = " | ".join(shown)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / OWN_OUTPUT).touch()
     video, still = (folder / f"{number:03d}-{safe}{ending}" for ending in (".mp4", ".png"))
     write_video(video, wide, frames_per_second=clip.frames_per_second, comment=f"{layout}; {comment}")
     write_stills(still, wide)

@@ -82,6 +82,16 @@ def video_distances(result: Mapping[str, Any]) -> list[str]:
     return found
 
 
+def of_all_clips(result: Mapping[str, Any]) -> list[str]:
+    """What is known of all clips together, of the other run too where there is one, and what means leave out."""
+    found = video_distances(result)
+    if against := result.get("against"):
+        found += [f"{OTHER_RUN}: {line}" for line in video_distances(against["result"])]
+    if same := sum(row["psnr_db"] is None for row in result["clips"]):
+        found.append(f"{same} of {len(result['clips'])} clips are the truth's own frames: their PSNR is in no mean")
+    return found
+
+
 def show(result: dict[str, Any]) -> None:
     """The means as a table, and what else there is to say."""
     console = Console()
@@ -93,7 +103,7 @@ def show(result: dict[str, Any]) -> None:
     for line in lines(shown):
         table.add_row(*line)
     console.print(table)
-    said = [summary(result), *video_distances(result)]
+    said = [summary(result), *of_all_clips(result)]
     said += [f"not measured: {name}: {why}" for name, why in result["missing"].items()]
     said += [test["sentence"] for test in result.get("against", {}).get("tests", {}).values()]
     for line in said:

@@ -85,6 +85,9 @@ class VideoDistance:
             note = f"{number} whole windows of {FRAMES_A_WINDOW} frames: a covariance needs two or more"
             return {"value": None, **about, "num_windows": number, "note": note}
         generated, truth = (np.concatenate(features) for features in self._features)
+        if not (np.isfinite(generated).all() and np.isfinite(truth).all()):
+            note = "the backbone gave features that are not finite"
+            return {"value": None, **about, "num_windows": number, "note": note}
         moments = [f(x) for x in (generated, truth) for f in (lambda x: x.mean(axis=0), _covariance)]
         note = ""
         if number <= generated.shape[1]:

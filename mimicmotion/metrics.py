@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
+FRAMES_AT_ONCE = 8  # SSIM takes some twenty times the memory of its pictures
+
 
 def _as_pictures(frames: Tensor) -> Tensor:
     """Frames (F, 3, H, W) in [-1, 1] -> the same in [0, 1], float32, clamped."""
@@ -43,12 +45,11 @@ def ssim(generated: Tensor, truth: Tensor, region: Tensor | None = None) -> floa
     """
     _check(generated, truth, region)
     generated, truth = _as_pictures(generated), _as_pictures(truth)
-    found = structural_similarity_index_measure(generated, truth, data_range=1.0, return_full_image=region is not None)
+    maps = map(_ssim_maps, generated.split(FRAMES_AT_ONCE), truth.split(FRAMES_AT_ONCE))
     if region is None:
-        return float(_tensor(found))
-    if not isinstance(found, tuple):
-        raise TypeError(f"torchmetrics returned {type(found).__name__} for SSIM, wanted its value and its map.")
-    return float(_means_inside(found[1].mean(dim=1, keepdim=True), region).mean())
+        return float(torch.cat([values for values, _ in maps]).mean())
+    inside = zip(maps, region.split(FRAMES_AT_ONCE), strict=True)
+    return float(torch.cat([_means_inside(each.mean(dim=1, keepdim=True), part) for (_, each), part in inside]).mean())
 
 
 def _means_inside(values: Tensor, region: Tensor) -> Tensor:
@@ -58,7 +59,11 @@ def _means_inside(values: Tensor, region: Tensor) -> Tensor:
     return (sums / inside)[inside > 0]
 
 
-def _tensor(value: object) -> Tensor:
-    if not isinstance(value, torch.Tensor):
-        raise TypeError(f"torchmetrics returned {type(value).__name__} for SSIM, wanted a tensor.")
-    return value
+def _ssim_maps(generated: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
+    """SSIM of each frame (F,), and its map (F, 3, H, W)."""
+    found = structural_similarity_index_measure(
+        generated, truth, data_range=1.0, reduction="none", return_full_image=True
+    )
+    if not isinstance(found, tuple):
+        raise TypeError(f"torchmetrics returned {type(found).__name__} for SSIM, wanted its values and its maps.")
+    return found

@@ -165,7 +165,15 @@ def _evaluation(export: Export) -> Iterator[str]:
     if not export.evaluation.is_file():
         yield "Not evaluated (`python mimicmotion/evaluate.py`)."
         return
-    found = json.loads(export.evaluation.read_text(encoding="utf-8"))
+    try:
+        found = json.loads(export.evaluation.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        yield f"{export.evaluation.name} could not be read when this was exported."
+        return
+    if export.kind != "ema" and "ema" in export.saved.tensors:
+        yield "These figures are of the averaged weights (evaluate.py takes those), and raw ones were exported.\n"
     of = PurePath(str(found.get("checkpoint", ""))).name
     if of != export.folder.name:
         yield f"These figures are of {of or 'another checkpoint'}, not of {export.folder.name}, which was exported.\n"

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from mimicmotion import pretrained
-from mimicmotion.animation import frames_of, generate_latents, steer
+from mimicmotion.animation import check_reference_noise, frames_of, generate_latents, steer
 from mimicmotion.config import LATENT_STRIDE, PRESETS, Config, Kernels, Precision, PresetName
 from mimicmotion.data.cache import Manifest, check_writable, is_prepared
 from mimicmotion.data.driving import (
@@ -33,10 +33,12 @@ from mimicmotion.model.unet import MimicMotionModel, build_model
 from mimicmotion.paths import printable
 from mimicmotion.pixels import as_input, as_pictures
 from mimicmotion.sampler import generator_of, tiles
-from mimicmotion.sampling_memory import MOST_ROWS, budget_gib, decoder_bytes, most_within, network_bytes
+from mimicmotion.sampling_memory import MOST_ROWS, budget_gib, clip_bytes, decoder_bytes, most_within, network_bytes
 from mimicmotion.shapes import size_of
 from mimicmotion.sound import check_has_sound
 from mimicmotion.video import write_video
+
+LEAST_RATE, MOST_RATE = 0.1, 240.0  # frames a second that a video is written at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +161,7 @@ def _outputs(arguments: PictureArguments) -> tuple[tuple[int, ...], list[Path]]:
         raise ValueError("got --sound without --video; give the video whose sound is meant")
     if arguments.num_frames is not None and arguments.num_frames < 2:
         raise ValueError(f"got --num-frames {arguments.num_frames}, wanted the reference and at least one frame")
+    _check_numbers(arguments)
     out, seeds = arguments.out, arguments.seeds or (arguments.seed,)
     if len(set(seeds)) != len(seeds):
         raise ValueError(f"got --seeds {' '.join(map(str, seeds))}, wanted each once")
@@ -170,9 +173,26 @@ def _outputs(arguments: PictureArguments) -> tuple[tuple[int, ...], list[Path]]:
     check_writable(out.absolute().parent)
     if arguments.sound and arguments.video is not None:
         check_has_sound(arguments.video)
-    if len(seeds) == 1:
-        return seeds, [out]
-    return seeds, [out.with_name(f"{out.stem}-seed{seed}{out.suffix}") for seed in seeds]
+    several = [out.with_name(f"{out.stem}-seed{seed}{out.suffix}") for seed in seeds]
+    outputs = [out] if len(seeds) == 1 else several
+    read = [path.resolve() for path in (arguments.image, arguments.video, arguments.poses) if path is not None]
+    if taken := [path for path in outputs if path.resolve() in read]:
+        raise ValueError(
+            f"got --out {printable(out)}, which would take the place of {printable(taken[0])}; give another"
+        )
+    return seeds, outputs
+
+
+def _check_numbers(arguments: PictureArguments) -> None:
+    """Raise ValueError at a number that is none of what it is for."""
+    check_reference_noise(arguments.reference_noise)
+    budget_gib(arguments.memory_budget)
+    if arguments.fps is not None and not LEAST_RATE <= arguments.fps <= MOST_RATE:
+        raise ValueError(f"got --fps {arguments.fps}, wanted {LEAST_RATE} to {MOST_RATE} frames a second")
+    if arguments.tile is not None and arguments.tile < 2:
+        raise ValueError(f"got --tile {arguments.tile}, wanted the reference and at least one frame")
+    if wrong := [seed for seed in (arguments.seed, *arguments.seeds) if not -(2**63) <= seed < 2**64]:
+        raise ValueError(f"got seed {wrong[0]}, wanted one of 64 bits")
 
 
 def _source(arguments: PictureArguments) -> tuple[Config, Callable[[], MimicMotionModel], str]:
@@ -293,11 +313,12 @@ def _rows_at_once(
     tile = min(config.data.num_frames, num_frames)
     guided = max(config.sampling.guidance, config.sampling.first_guidance or 0) > 1
     most = min(MOST_ROWS, num_seeds * (1 + guided) * len(tiles(num_frames, tile, config.sampling.tile_overlap)))
+    around = clip_bytes(num_seeds, num_frames, height, width, passes=1 + guided)
     rows = most_within(
         budget,
         most,
-        lambda count: network_bytes(config, dtype, height, width, tile, count),
-        f"a tile of {tile} frames of {height}x{width} pixels",
+        lambda count: around + network_bytes(config, dtype, height, width, tile, count),
+        f"a tile of {tile} frames of {height}x{width} pixels, of {num_frames},",
     )
     progress.say(f"memory budget {budget:.2f} GiB: {rows} of up to {most} tiles together (modelled)")
     return rows

@@ -151,6 +151,8 @@ class MimicMotionPipeline(DiffusionPipeline):
         if video is not None:
             poses = _poses_of(Path(video), picture, pose_backend)
         assert poses is not None
+        if poses.is_floating_point() and not float(poses.abs().max()) <= 1 + 1e-3:
+            raise ValueError(f"got poses of up to {float(poses.abs().max()):.4g}, wanted [-1, 1], or uint8 pictures")
         config = _config(
             num_frames=tile_size,
             num_steps=num_inference_steps,
@@ -161,7 +163,7 @@ class MimicMotionPipeline(DiffusionPipeline):
             fps=fps,
             motion_bucket=motion_bucket_id,
         )
-        encoder = SVDEncoder(self.vae, self.image_encoder, name="pipeline")
+        encoder = SVDEncoder(self.vae, self.image_encoder, name="pipeline", device=self._execution_device)
         conditions, noise = steer(
             as_input(torch.from_numpy(picture).permute(2, 0, 1)),
             poses,

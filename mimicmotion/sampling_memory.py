@@ -23,6 +23,8 @@ MOST_ROWS = 8
 def budget_gib(asked: float | Literal["auto"] | None) -> float | None:
     """GiB that sampling may take: as asked, or with auto a GPU's free memory less 1.5; None for no bound."""
     if asked != "auto":
+        if asked is not None and not 0 < asked < float("inf"):
+            raise ValueError(f"got --memory-budget {asked}, wanted a number of GiB over 0")
         return asked
     if not torch.cuda.is_available():
         raise ValueError("got --memory-budget auto without a GPU; give a number of GiB, or no budget")
@@ -50,6 +52,13 @@ def network_bytes(config: Config, dtype: torch.dtype, height: int, width: int, n
                 return network_output(model, conditions, scaled, torch.empty(()), ids, asked)
 
         return trace(forward, [*model.parameters(), scaled], device_kind="cuda").peak_bytes
+
+
+def clip_bytes(num_clips: int, num_frames: int, height: int, width: int, *, passes: int) -> int:
+    """Bytes of what lies beside the network for all frames, in float32: noise, latents, the same scaled, and the sum
+    over tiles of each pass.
+    """
+    return (3 + passes) * num_clips * num_frames * 4 * (height // LATENT_STRIDE) * (width // LATENT_STRIDE) * 4
 
 
 def decoder_bytes(decoder: Decoder, height: int, width: int, num_frames: int) -> int:

@@ -78,6 +78,8 @@ def test_too_few_windows_and_files_that_are_no_backbone_are_said(tmp_path):
     assert distance.result()["value"] is None and "1 whole windows" in distance.result()["note"]
     distance.add(clip * 0.5, clip)
     assert distance.result()["value"] > 0 and "not full rank" in distance.result()["note"]
+    distance.add(torch.full_like(clip, torch.nan), clip)  # a video of nothing must not cost all other figures
+    assert distance.result()["value"] is None and "not finite" in distance.result()["note"]
     (tmp_path / "bad.pt").write_bytes(b"<html>")
     for name, told in (("bad.pt", "no TorchScript"), ("gone.pt", "not there")):
         with pytest.raises(ValueError, match=told):

@@ -8,6 +8,7 @@ import videos
 from people import Swaying
 from test_poses import standing
 
+from mimicmotion.data import driving as driving_module
 from mimicmotion.data.driving import (
     DrivingPoses,
     keep_driving,
@@ -125,6 +126,14 @@ class TwoPeople(Swaying):
     def track(self, frames) -> PoseTrack:
         found = super().track(frames)
         return dataclasses.replace(found, num_people=found.num_people + 1)
+
+
+def test_a_video_too_long_for_the_memory_is_refused_before_it_is_drawn(monkeypatch):
+    monkeypatch.setattr(driving_module, "available_host_bytes", lambda: 3 << 30)
+    found = Swaying().track([np.zeros(0)] * 2000).keypoints
+    long = DrivingPoses(keypoints=found, height=90, width=60, frames_per_second=30, source_sha256="")
+    with pytest.raises(ValueError, match=r"2,001 pose pictures of 1024x576 take 3\.3 GiB of memory and 3\.0 are free"):
+        steering_pictures(found[0], long, 1024, 576)
 
 
 def test_two_people_and_nobody_in_a_picture():

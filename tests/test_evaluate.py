@@ -6,13 +6,16 @@ import av
 import cv2
 import numpy as np
 import pytest
+import torch
 import videos
 from people import Swaying
 
 from mimicmotion import evaluate, evaluation_tools
-from mimicmotion.compared import FolderClips
+from mimicmotion.compared import Compared, FolderClips
 from mimicmotion.data.footage import decode
 from mimicmotion.evaluate import Arguments, run
+from mimicmotion.evaluation import measure
+from mimicmotion.evaluation_tools import Tools
 
 NAMES = [f"dance{number}" for number in range(6)]
 FRAMES, HEIGHT, WIDTH = 6, 64, 48
@@ -108,6 +111,52 @@ def test_results_of_other_frames_or_clips_are_refused(split):
         result_of(split / "near", against=path)
 
 
+def test_what_an_evaluation_wrote_is_no_footage(split):
+    result_of(split / "near")
+    run(Arguments(generated=split / "truth", truth=split / "near", output=split / "truth" / "of" / "other.json"))
+    found = result_of(split / "near")
+    assert [row["clip"] for row in found["clips"]] == NAMES and found["without_partner"] == []
+    (split / "near" / "evaluate.json").unlink()  # as one that was stopped leaves it
+    assert [row["clip"] for row in result_of(split / "near")["clips"]] == NAMES
+
+
+def test_another_result_is_of_the_same_clips_and_sizes(split):
+    far = result_of(split / "far")
+    found = result_of(split / "near", against=split / "far" / "evaluate.json", num_clips=2)
+    assert found["against"]["result"]["psnr_db"] == pytest.approx(np.mean([x["psnr_db"] for x in far["clips"][:2]]))
+    result_of(split / "far", size=(32, 24))
+    with pytest.raises(ValueError, match=r"dance0 as \(5, 32, 24\) .* where this has \(5, 64, 48\)"):
+        result_of(split / "near", against=split / "far" / "evaluate.json")
+
+
+def test_the_first_frames_of_videos_at_other_rates_are_refused(tmp_path):
+    for side, number, rate in (("generated", 3, 15), ("truth", 6, 30)):
+        (tmp_path / side).mkdir()
+        videos.write_video(tmp_path / side / "a.mp4", number, HEIGHT, WIDTH, rate)
+    source = FolderClips(tmp_path / "generated", tmp_path / "truth")
+    with pytest.raises(ValueError, match=r"a has 3 frames at 15 a second and 6 at 30: .* show other moments"):
+        list(source.clips(num_clips=None, num_frames=3, size=None))
+    videos.write_video(tmp_path / "truth" / "a.mp4", 3, HEIGHT, WIDTH, 30)  # as many: frame k is frame k
+    assert len(list(source.clips(num_clips=None, num_frames=3, size=None))) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ({"num_clips": -1}, "got --num-clips -1, wanted 1 or more"),
+        ({"num_frames": 0}, "got --num-frames 0, wanted 2 or more"),
+        ({"size": (0, 8)}, "got --size 0 8, wanted a height"),
+        ({"pck_threshold": float("nan")}, "got --pck-threshold nan, wanted a share"),
+        ({"output": "page.html"}, r"wanted a \.json"),
+    ],
+)
+def test_numbers_that_are_none_are_refused_before_any_work(split, words, told):
+    words = {name: split / value if name == "output" else value for name, value in words.items()}
+    with pytest.raises(ValueError, match=told):
+        result_of(split / "near", **words)
+    assert {path.name for path in (split / "near").iterdir()} == set(NAMES)
+
+
 def test_videos_are_read_as_a_player_shows_them_and_sizes_are_asked_for(tmp_path):
     for side in ("generated", "truth"):
         (tmp_path / side).mkdir()
@@ -154,6 +203,16 @@ def test_frames_that_are_the_same_have_no_psnr_and_the_json_stays_json(split):
     with av.open(str(split / "same" / "evaluate" / "001-dance0.mp4")) as container:
         assert container.metadata["comment"].startswith("reference | generated | truth; ")
         assert sum(1 for _ in container.decode(video=0)) == FRAMES - 1
+
+
+def test_frames_that_are_not_finite_are_no_same_frames():
+    nothing = torch.full((2, 3, 16, 16), torch.nan)
+    clip = Compared(
+        name="a", generated=nothing, truth=nothing * 0, reference=nothing[:1], keypoints=None, frames_per_second=8.0,
+        truth_sha256="",
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="clip a: generated frames are not finite"):
+        measure(clip, Tools())
 
 
 def test_the_command_ends_in_one_sentence(tmp_path, monkeypatch):

@@ -154,10 +154,12 @@ def test_figures_of_another_checkpoint_are_said_to_be(run, tmp_path):
     (tmp_path / "run" / "evaluate.json").write_text('{"checkpoint": "step-00000003", "ssim": 0.5}')
     again = export.run(export.Arguments(run_dir=tmp_path / "run", weights="raw"))
     assert again == tmp_path / "run" / "export" / "tencent-7-raw-fp16"
-    assert (
-        "These figures are of step-00000003, not of step-00000007, which was exported."
-        in (again / "README.md").read_text()
-    )
+    card = (again / "README.md").read_text()
+    assert "These figures are of step-00000003, not of step-00000007, which was exported." in card
+    assert "These figures are of the averaged weights (evaluate.py takes those), and raw ones were exported." in card
+    (tmp_path / "run" / "evaluate.json").write_text('{"checkpoint": ')
+    cut = export.run(export.Arguments(run_dir=tmp_path / "run", dtype="bf16"))
+    assert "evaluate.json could not be read when this was exported." in (cut / "README.md").read_text()
 
 
 def test_it_is_there_whole_or_not_at_all(run, tmp_path, monkeypatch):

@@ -1,9 +1,11 @@
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from mimicmotion import metrics
 from mimicmotion.metrics import psnr, ssim
 
 
@@ -43,6 +45,26 @@ def test_ssim_by_hand():
     wanted = np.mean([[_ssim(a[f, c], b[f, c]) for c in range(3)] for f in range(3)])
     assert ssim(generated, truth) == pytest.approx(wanted, abs=1e-4)
     assert ssim(truth, truth) == pytest.approx(1.0)
+
+
+def test_ssim_takes_a_long_clip_a_few_frames_at_a_time(monkeypatch):
+    """The same figure of all frames, and no more of them at once than `FRAMES_AT_ONCE`."""
+    torch.manual_seed(1)
+    generated, truth = (torch.rand(19, 3, 24, 32) * 2 - 1 for _ in range(2))
+    region = torch.rand(19, 1, 24, 32) < 0.3
+    region[9:17] = False  # a part without anybody
+    computes: Any = metrics.structural_similarity_index_measure
+    wanted, whole = computes(generated / 2 + 0.5, truth / 2 + 0.5, data_range=1.0, return_full_image=True)
+    inside = [float(whole[f].mean(dim=0)[region[f, 0]].mean()) for f in range(19) if region[f].any()]
+    sizes = []
+    monkeypatch.setattr(
+        metrics,
+        "structural_similarity_index_measure",
+        lambda one, *more, **words: sizes.append(len(one)) or computes(one, *more, **words),
+    )
+    assert ssim(generated, truth) == pytest.approx(float(wanted), abs=1e-6)
+    assert ssim(generated, truth, region) == pytest.approx(np.mean(inside), abs=1e-5)
+    assert max(sizes) == metrics.FRAMES_AT_ONCE and sum(sizes) == 2 * 19
 
 
 def test_other_shapes_are_refused():

@@ -18,6 +18,7 @@ from mimicmotion import picture_to_video, sample
 from mimicmotion.animation import generate_latents, steer
 from mimicmotion.commands import one_sentence
 from mimicmotion.config import PRESETS
+from mimicmotion.data.progress import VideoProgress
 from mimicmotion.distributed import Ranks
 from mimicmotion.generation import load_averaged
 from mimicmotion.model.encoders import PatchCodec
@@ -145,6 +146,16 @@ def test_a_budget_chooses_and_refuses(run_dir, files, tmp_path, capsys):
     assert not (tmp_path / "c.mp4").exists()
 
 
+def test_a_budget_counts_the_latents_of_a_long_clip(run_dir, monkeypatch):
+    """20,000 frames: five tensors of 20000 x 4 x 128 x 72 floats are 13.7 GiB beside the network."""
+    config, *_ = load_averaged(run_dir)
+    monkeypatch.setattr(picture_to_video, "network_bytes", lambda *given: given[-1] << 27)
+    shape = (20000, 3, 1024, 576)
+    assert picture_to_video._rows_at_once(config, torch.float32, shape, 1, 14.0, VideoProgress()) == 2
+    with pytest.raises(ValueError, match=r"a tile of 4 frames .*, of 20000, takes 13\.9 GiB"):
+        picture_to_video._rows_at_once(config, torch.float32, shape, 1, 13.5, VideoProgress())
+
+
 def test_fused_kernels_sample_the_same_and_save_nothing(run_dir):
     """Weights that want gradients, as in training: under no_grad autograd still keeps nothing of a forward."""
     saved: list[torch.Size] = []
@@ -162,6 +173,18 @@ def test_fused_kernels_sample_the_same_and_save_nothing(run_dir):
     assert saved == [] and not latents["fused"].requires_grad
     apart = (latents["fused"] - latents["torch"]).norm() / latents["torch"].norm()
     assert float(apart) < 1e-3
+
+
+def test_no_file_that_is_read_is_written_over(run_dir, files, tmp_path):
+    (tmp_path / "link.mp4").symlink_to(files["video"])
+    before = files["video"].read_bytes()
+    with pytest.raises(ValueError, match="which would take the place of"):
+        make_videos(asked(run_dir, files, tmp_path / "link.mp4"))
+    named = tmp_path / "a-seed1.mp4"
+    named.write_bytes(before)
+    with pytest.raises(ValueError, match=r"would take the place of .*a-seed1\.mp4"):
+        make_videos(asked(run_dir, files | {"video": named}, tmp_path / "a.mp4", seeds=(0, 1)))
+    assert files["video"].read_bytes() == named.read_bytes() == before
 
 
 class Missing(Swaying):
@@ -188,6 +211,14 @@ class Missing(Swaying):
         ({"num_frames": 1}, "wanted the reference and at least one frame"),
         ({"weights": Path("none.pth")}, "none.pth is not there"),
         ({"memory_budget": "auto"}, "got --memory-budget auto without a GPU"),
+        ({"memory_budget": float("nan")}, "got --memory-budget nan, wanted a number of GiB over 0"),
+        ({"fps": float("inf")}, "got --fps inf, wanted 0.1 to 240.0 frames a second"),
+        ({"fps": 1e-4}, "got --fps 0.0001, wanted 0.1"),
+        ({"first_guidance": float("nan")}, "sampling.first_guidance is nan; give 0 or more"),
+        ({"guidance": float("inf")}, "sampling.guidance is inf; give 0 or more"),
+        ({"reference_noise": -1.0}, "got noise of deviation -1.0 on the reference, wanted 0 or more"),
+        ({"tile": 0}, "got --tile 0, wanted the reference and at least one frame"),
+        ({"seeds": (0, 2**64)}, "got seed 18446744073709551616, wanted one of 64 bits"),
     ],
 )
 def test_what_cannot_be_is_one_line_and_nothing_is_written(run_dir, files, tmp_path, monkeypatch, changes, message):

@@ -17,6 +17,7 @@ from transformers import CLIPImageProcessor
 
 from mimicmotion import pipeline as pipeline_module
 from mimicmotion.data.still import fitted
+from mimicmotion.model.encoders import SVDEncoder
 from mimicmotion.pipeline import MimicMotionPipeline, PoseNetModel
 from mimicmotion.sampler import euler_scheduler
 
@@ -105,6 +106,67 @@ def test_a_driving_video_and_any_picture(pipe, tmp_path, monkeypatch):
     Image.fromarray(fitted(wide, 64, 128)).save(tmp_path / "me.png")
     again = pipe(tmp_path / "me.png", video=video, height=64, width=128, **SETTINGS, output_type="np").frames
     assert np.array_equal(frames, again)
+
+
+def test_offload_by_hooks_gives_the_same_and_inputs_go_where_it_computes(pipe, picture, poses, monkeypatch):
+    """diffusers' own hooks with the CPU for the GPU; and a device that they would bring the models to."""
+    wanted = pipe(picture, poses, **SETTINGS, output_type="pt").frames
+    pipe.enable_model_cpu_offload(device="cpu")
+    try:
+        assert torch.equal(pipe(picture, poses, **SETTINGS, output_type="pt").frames, wanted)
+    finally:
+        pipe.remove_all_hooks()
+
+    def on_device(name: str, method: str) -> None:
+        """A component's method as on a GPU whose weights its hook has moved: computes on the CPU, notes its input."""
+        computes = getattr(getattr(pipe, name), method)
+
+        def noted(x: torch.Tensor, **more: Any) -> Any:
+            went[name, method] = x.device.type
+            return computes(torch.zeros(x.shape, dtype=x.dtype), **more)
+
+        monkeypatch.setattr(getattr(pipe, name), method, noted)
+
+    went: dict[Any, str] = {}
+    on_device("vae", "encode")
+    on_device("vae", "decode")
+    on_device("image_encoder", "forward")
+    monkeypatch.setattr(MimicMotionPipeline, "_execution_device", torch.device("meta"))
+    latents = torch.zeros(1, 6, 4, 8, 8)
+    monkeypatch.setattr(
+        pipeline_module,
+        "generate_latents",
+        lambda *_, device, **__: went.update(network=device.type) or latents,
+    )
+    pipe(picture, poses, **SETTINGS, output_type="pt")
+    assert len(went) == 4 and set(went.values()) == {"meta"}
+
+
+def test_a_vae_in_float16_that_asks_for_float32_encodes_in_it(picture, poses):
+    """As `from_pretrained(..., torch_dtype=torch.float16)` leaves it; its activations would be infinite."""
+    vae = tiny_vae()
+    assert vae.config.force_upcast
+    frames = torch.rand(1, 3, 64, 64) * 2 - 1
+    with torch.no_grad():
+        wanted = vae.half().float().encode(frames).latent_dist.mode()
+    encoder = SVDEncoder(vae.half(), tiny_clip(), name="half")
+    assert torch.equal(encoder.encode(frames), wanted)
+    assert vae.dtype == torch.float16
+
+
+def test_numbers_that_are_not_finite_end_in_one_line_and_no_video(pipe, picture, poses, monkeypatch):
+    with pytest.raises(ValueError, match=r"got poses of up to 255, wanted \[-1, 1\]"):
+        pipe(picture, poses.sign() * 255, **SETTINGS)
+    with pytest.raises(ValueError, match="got noise of deviation nan on the reference"):
+        pipe(picture, poses, **SETTINGS, noise_aug_strength=float("nan"))
+    with monkeypatch.context() as patched:
+        patched.setattr(pipe.vae.encoder.conv_in.bias, "data", torch.full((32,), torch.inf))
+        with pytest.raises(ValueError, match="the picture's latent by pipeline is not finite"):
+            pipe(picture, poses, **SETTINGS)
+    patched_bias = torch.full_like(pipe.unet.conv_out.bias, torch.nan)
+    monkeypatch.setattr(pipe.unet.conv_out.bias, "data", patched_bias)
+    with pytest.raises(ValueError, match="the generated latents are not finite: float32 is too narrow"):
+        pipe(picture, poses, **SETTINGS)
 
 
 def test_what_does_not_go_together_is_refused(pipe, picture, poses):

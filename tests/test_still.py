@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms, ImageOps
 
 from mimicmotion.data.still import fitted, read_still
 
@@ -48,6 +48,15 @@ def test_cmyk_palettes_gray_and_sixteen_bits(tmp_path):
     assert np.array_equal(gray.picture, HALVES[..., :1].repeat(3, axis=2))
     deep = Image.fromarray(HALVES[..., 0].astype(np.uint16) << 8)
     assert read_still(saved(tmp_path / "d.png", deep)).picture[0, [0, 40], 0].tolist() == [199, 40]
+
+
+def test_a_profile_counts_with_transparency_too(tmp_path, monkeypatch):
+    """As phones and screenshots save Display P3; a converter of our own shows that it is asked."""
+    monkeypatch.setattr(ImageCms, "profileToProfile", lambda image, *_, **__: ImageOps.invert(image))
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for mode in ("RGB", "RGBA"):
+        Image.new(mode, (40, 40), (10, 20, 30, 255)[: len(mode)]).save(tmp_path / "a.png", icc_profile=profile)
+        assert read_still(tmp_path / "a.png").picture[0, 0].tolist() == [245, 235, 225]
 
 
 def test_of_an_animation_the_first_picture(tmp_path):

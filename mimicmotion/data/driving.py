@@ -15,6 +15,7 @@ from mimicmotion.data.poses import PoseBackend, PoseTrack, draw, drawing_scale, 
 from mimicmotion.data.poses.keypoints import BODY, VISIBLE_CONFIDENCE
 from mimicmotion.data.progress import VideoProgress
 from mimicmotion.paths import near, printable
+from mmkernels.memory.transfer import available_host_bytes
 
 # Confident body joints from which on somebody is there.
 MIN_JOINTS = 3
@@ -155,6 +156,21 @@ def _people(track: PoseTrack) -> Iterator[str]:
         yield f"shows {most} people: the one at {(left + right) / 2:.0%} of its width is followed"
 
 
+def _check_room(num_frames: int, height: int, width: int) -> None:
+    """Raise ValueError where pose pictures do not fit into memory: the system would end the process without a word."""
+    wanted = num_frames * 3 * height * width
+    try:
+        available = available_host_bytes()
+    except (OSError, RuntimeError):  # no Linux, or an old one
+        return
+    if wanted > available:
+        raise ValueError(
+            f"{num_frames:,} pose pictures of {height}x{width} take {wanted / 2**30:.1f} GiB of memory and"
+            f" {available / 2**30:.1f} are free: give --num-frames for the first ones, a lower --fps, or a smaller"
+            " --size"
+        )
+
+
 def steering_pictures(
     reference: np.ndarray, driving: DrivingPoses, height: int, width: int, *, refits: bool = True
 ) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -176,6 +192,7 @@ def steering_pictures(
         found = keypoints[..., 2:] > 0
         keypoints = np.where(found, refit(keypoints, reference, **sizes), 0)
     notes = () if seen.all() else (f"no person in {int((~seen).sum())} of {len(seen)} frames: those have no pose",)
+    _check_room(len(keypoints) + 1, height, width)
     short_side, stroke = drawing_scale(height, width)
     together = np.concatenate([reference[None], keypoints]).astype(np.float32)
     return draw(together, height, width, short_side=short_side, stroke=stroke), notes

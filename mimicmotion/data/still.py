@@ -73,9 +73,10 @@ def _upright_rgb(opened: Image.Image) -> Still:
         under = Image.new("RGBA", seen.size, (255, 255, 255, 255))
         if np.asarray(seen)[..., 3].min() < 255:
             notes.append("is transparent: shown over white")
-        turned = Image.alpha_composite(under, seen)
-    else:
-        turned = _in_screen_colors(turned, notes)
+        profile = turned.info.get("icc_profile")
+        turned = Image.alpha_composite(under, seen).convert("RGB")
+        turned.info["icc_profile"] = profile
+    turned = _in_screen_colors(turned, notes)
     return Still(picture=np.asarray(turned.convert("RGB")), notes=tuple(notes))
 
 

@@ -5,7 +5,8 @@ where no weights can be had; everything made with it carries its name.
 """
 
 import hashlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -133,10 +134,20 @@ class SVDEncoder:
     """Stable Video Diffusion's AutoencoderKLTemporalDecoder and CLIP vision model with projection.
 
     Each runs in the dtype of its weights. A VAE whose config says `force_upcast`, as the released one's does, has
-    activations beyond float16's 65504: `load` leaves it in float32, whatever dtype is asked for.
+    activations beyond float16's 65504: `load` leaves it in float32, whatever dtype is asked for, and one that is given
+    in float16 encodes in float32, as in diffusers' pipeline of SVD.
     """
 
-    def __init__(self, vae: Any, image_encoder: Any, *, name: str, frames_at_once: int = 8) -> None:
+    def __init__(
+        self,
+        vae: Any,
+        image_encoder: Any,
+        *,
+        name: str,
+        frames_at_once: int = 8,
+        device: torch.device | None = None,
+    ) -> None:
+        """device: where the models run, if their hooks bring them there only when they are called."""
         width, channels = int(image_encoder.config.projection_dim), int(vae.config.latent_channels)
         if width != EMBEDDING_SIZE:
             raise ValueError(
@@ -156,6 +167,7 @@ class SVDEncoder:
         self._vae = vae
         self._image_encoder = image_encoder
         self._frames_at_once = frames_at_once
+        self._runs_on = device
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process loads its own, from the same place, for the same device and precision."""
@@ -189,14 +201,15 @@ class SVDEncoder:
     def distribution(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         """Mean, which is the mode, and standard deviation of the unscaled latents, in float32 on the frames' device."""
         check_frames(frames)
-        found = [self._vae.encode(_as_read_by(self._vae, part)).latent_dist for part in self._parts(frames)]
+        with _wide_enough(self._vae):
+            found = [self._vae.encode(self._as_read_by(self._vae, part)).latent_dist for part in self._parts(frames)]
         mean, deviation = torch.cat([each.mode() for each in found]), torch.cat([each.std for each in found])
         return mean.to(frames.device, torch.float32), deviation.to(frames.device, torch.float32)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures (F, 3, H, W), clamped to [-1, 1], in float32, all decoded at once: each frame sees the others."""
-        pictures = self._vae.decode(_as_read_by(self._vae, latents), num_frames=len(latents)).sample
+        pictures = self._vae.decode(self._as_read_by(self._vae, latents), num_frames=len(latents)).sample
         return pictures.to(latents.device, torch.float32).clamp(-1, 1)
 
     @torch.no_grad()
@@ -208,9 +221,12 @@ class SVDEncoder:
         embeddings = []
         for part in self._parts(frames):
             resized = (_resize_with_antialiasing(part, (CLIP_SIZE, CLIP_SIZE)) + 1) / 2
-            normalised = _as_read_by(self._image_encoder, (resized - mean) / std)
+            normalised = self._as_read_by(self._image_encoder, (resized - mean) / std)
             embeddings.append(self._image_encoder(normalised).image_embeds)
         return torch.cat(embeddings).to(frames.device, torch.float32)
+
+    def _as_read_by(self, model: Any, tensor: Tensor) -> Tensor:
+        return tensor.to(self._runs_on or model.device, model.dtype)
 
     def _parts(self, tensor: Tensor) -> tuple[Tensor, ...]:
         return tensor.split(self._frames_at_once)
@@ -262,8 +278,17 @@ def _is_path(name_or_path: str) -> bool:
     return name_or_path.count("/") != 1 or name_or_path.startswith((".", "~", "/"))
 
 
-def _as_read_by(model: Any, tensor: Tensor) -> Tensor:
-    return tensor.to(model.device, model.dtype)
+@contextmanager
+def _wide_enough(vae: Any) -> Iterator[None]:
+    """A VAE in float32 where it is in float16 and its config says that this is not enough."""
+    is_narrow = vae.dtype == torch.float16 and bool(vae.config.get("force_upcast", False))
+    if is_narrow:
+        vae.to(dtype=torch.float32)
+    try:
+        yield
+    finally:
+        if is_narrow:
+            vae.to(dtype=torch.float16)
 
 
 def _fingerprint(*models: Any) -> str:

@@ -107,14 +107,17 @@ def _unlock(device: torch.device, slab: Tensor) -> None:
         raise RuntimeError(f"CUDA refused to unlock {slab.numel():,} bytes of host memory (error {error})")
 
 
-def check_host_memory(wanted_bytes: int, meminfo: Path = Path("/proc/meminfo")) -> None:
-    """Raise MemoryError where the host cannot give `wanted_bytes` and keep HOST_MARGIN_BYTES."""
+def available_host_bytes(meminfo: Path = Path("/proc/meminfo")) -> int:
+    """Bytes of host memory that can still be had. Raises RuntimeError or OSError where the system does not say."""
     for line in meminfo.read_text().splitlines():
         if line.startswith("MemAvailable:"):
-            available_bytes = int(line.split()[1]) * 1024
-            break
-    else:
-        raise RuntimeError(f"{meminfo} has no line MemAvailable; offload needs Linux 3.14 or later")
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"{meminfo} has no line MemAvailable; offload needs Linux 3.14 or later")
+
+
+def check_host_memory(wanted_bytes: int, meminfo: Path = Path("/proc/meminfo")) -> None:
+    """Raise MemoryError where the host cannot give `wanted_bytes` and keep HOST_MARGIN_BYTES."""
+    available_bytes = available_host_bytes(meminfo)
     if wanted_bytes + HOST_MARGIN_BYTES > available_bytes:
         raise MemoryError(
             f"offload wants {wanted_bytes / 2**30:.1f} GiB of host memory and {HOST_MARGIN_BYTES / 2**30:.0f} GiB to "
