@@ -33,8 +33,9 @@ from mimicmotion.picture_to_video import beside, make_videos
 from mimicmotion.stopping import EndedBySignalError, Stop
 
 MOST_STEPS, MOST_GUIDANCE, MOST_SEED = 100, 20.0, 2**32 - 1
-_HOME = ("127.0.0.1", "localhost", "::1")
+_HOME = ("127.0.0.1", "localhost")
 _DAY_S = 86400
+_CSS = "button[aria-label='Trim video to selection'] {display: none}"  # works with what lies elsewhere on the net
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +95,11 @@ class Shown(VideoProgress):
         self._show, self._stop = show, stop
         self.lines: list[str] = []  # what was said
 
+    @property
+    def has_bars(self) -> bool:
+        """The page has them."""
+        return True
+
     def say(self, line: str) -> None:
         """As of VideoProgress."""
         self._check()
@@ -136,10 +142,12 @@ class Jobs:
                     dataclasses.replace(asked, out=videos / f"{number:04d}.mp4"), source=self._source, progress=shown
                 )
             finally:
-                self._stops.pop(page, None)
+                if self._stops[page] is stop:  # else another job of the page waits already
+                    del self._stops[page]
         copies = Path(tempfile.mkdtemp(dir=self._served))
         both, one = (Path(shutil.copy(path, copies)) for path in (beside(output), output))
-        return both, one, given.by_name("\n".join(shown.lines))
+        said = "\n".join(shown.lines).replace(f"{self._arguments.folder}{os.sep}", "")
+        return both, one, given.by_name(said)
 
     def cancel(self, page: str) -> None:
         """End the page's job at its next step."""
@@ -211,26 +219,24 @@ def build_page(gradio: Any, arguments: Arguments, source: Source, jobs: Jobs) ->
                 gradio.Number(0, label="Seed", precision=0, minimum=0, maximum=MOST_SEED),
                 gradio.Slider(1, MOST_STEPS, min(sampling.num_steps, MOST_STEPS), step=1, label="Steps"),
                 gradio.Slider(0, MOST_GUIDANCE, sampling.guidance, step=0.1, label="Guidance"),
-                gradio.Slider(1, most, min(frames, most), step=1, label="Frames, at most"),
+                gradio.Slider(1, most, min(frames, most), step=1, label="Most frames"),
+                gradio.Radio(FITS, value=FITS[0], label="Picture to size", info="crop: its middle; pad: all of it"),
+                gradio.Checkbox(False, label="Copy the video's sound"),
             ]
         with gradio.Row():
-            inputs += [
-                gradio.Radio(FITS, value=FITS[0], label="Picture to size", info="crop: its middle; pad: all of it"),
-                gradio.Checkbox(False, label="Sound of the driving video"),
-            ]
-            make, cancel = gradio.Button("Make the video", variant="primary"), gradio.Button("Cancel", variant="stop")
+            make, cancel = gradio.Button("Make the video", variant="primary"), gradio.Button("Cancel")
         wide = gradio.Video(label="Picture | pose | generated", interactive=False, autoplay=True, loop=True)
         with gradio.Row():
             alone = gradio.File(label="The generated video alone", interactive=False)
-            notes = gradio.Textbox(label="What was decided", interactive=False, lines=4)
+            notes = gradio.Textbox(label="What was decided", interactive=False, lines=3)
         clicked, given_up = _answers(gradio, arguments, jobs)
         # Nothing of gradio looks into what was uploaded: it goes to our own decoders as it came.
         job = make.click(
             clicked, inputs, [wide, alone, notes], api_name="make", preprocess=False, show_progress_on=wide
         )
-        cancel.click(given_up, cancels=[job], queue=False, api_name="cancel")
+        cancel.click(given_up, outputs=notes, cancels=[job], queue=False, api_name="cancel")
         page.unload(given_up)
-    return page.queue(max_size=arguments.max_waiting + 1, default_concurrency_limit=1, api_open=False)
+    return page.queue(max_size=arguments.max_waiting, default_concurrency_limit=1, api_open=False)
 
 
 def _answers(gradio: Any, arguments: Arguments, jobs: Jobs) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -256,8 +262,9 @@ def _answers(gradio: Any, arguments: Arguments, jobs: Jobs) -> tuple[Callable[..
             raise gradio.Error(why, duration=None, title="No video", print_exception=arguments.debug) from error
         return str(both), str(one), said
 
-    def given_up(request: Any) -> None:
+    def given_up(request: Any) -> str:
         jobs.cancel(str(request.session_hash))
+        return "cancelled"
 
     for function in (clicked, given_up):
         function.__annotations__["request"] = gradio.Request  # by which gradio knows what to hand over
@@ -275,12 +282,16 @@ def serve(arguments: Arguments) -> None:
     with tempfile.TemporaryDirectory(dir=folder, prefix="served-", ignore_cleanup_errors=True) as served:
         os.environ |= {"GRADIO_TEMP_DIR": served, "GRADIO_ANALYTICS_ENABLED": "False"}
         gradio = optional("gradio", "the page")
-        middleware = optional("starlette.middleware", "the page")
+        layer = optional("starlette.middleware", "the page").Middleware
+        hosts = list(_HOME) if arguments.host in _HOME else ["*"]  # no other site's name leads here
         source = read_source(of_model(arguments)).kept()
         jobs = Jobs(arguments, source, Path(served))
         page = build_page(gradio, arguments, source, jobs)
         most_bytes = arguments.max_upload_mib * 2**20
-        layers = [middleware.Middleware(Gate, folder=Path(served), most_upload_bytes=most_bytes)]
+        layers = [
+            layer(optional("starlette.middleware.trustedhost", "the page").TrustedHostMiddleware, allowed_hosts=hosts),
+            layer(Gate, folder=Path(served), most_upload_bytes=most_bytes),
+        ]
         _, address, _ = page.launch(
             server_name=arguments.host,
             server_port=arguments.port,
@@ -296,6 +307,7 @@ def serve(arguments: Arguments) -> None:
             run_history=False,
             enable_monitoring=False,
             footer_links=[],
+            css=_CSS,
         )
         try:
             print(

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 API = "/gradio_api"
-_PAGES = ("/", "/config", "/theme.css", "/favicon.ico")
 _PREFIXES = ("/assets/", "/static/", f"{API}/file=", f"{API}/heartbeat/", f"{API}/run/", f"{API}/queue/")
 _CALLS = ("startup-events", "theme.css", "info", "upload", "upload_progress", "cancel")
-_PAGES = (*_PAGES, *(f"{API}/{name}" for name in _CALLS))
+_PAGES = ("/", "/config", "/theme.css", "/favicon.ico", "/manifest.json", *(f"{API}/{name}" for name in _CALLS))
+# A browser asks nobody else on behalf of the page.
+_POLICY = b"default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; frame-ancestors 'self'"
 # Of a request that is no upload: settings and the names of what was uploaded.
 _MOST_BYTES = 64 * 1024
 
@@ -37,7 +38,7 @@ class Gate:
             if refused is not None:
                 await _answer(send, *refused)
                 return
-        await self._app(scope, receive, send)
+        await self._app(scope, receive, _with_policy(send))
 
     def _refused(self, scope: dict[str, Any]) -> tuple[int, str] | None:
         """Status and sentence for a request that is not let through."""
@@ -82,7 +83,7 @@ def _again(body: bytes) -> Any:
 
 
 def _paths(body: bytes) -> Iterator[str]:
-    """Every file that a JSON body names."""
+    """Every file or address that a JSON body names: what is called so, and any text that looks so."""
     try:
         waiting = [json.loads(body or b"null")]
     except (ValueError, RecursionError):
@@ -90,11 +91,22 @@ def _paths(body: bytes) -> Iterator[str]:
     while waiting:
         value = waiting.pop()
         if isinstance(value, dict):
-            if (path := value.get("path")) is not None:
-                yield str(path)
-            waiting += value.values()
+            if value.get("path") is not None:
+                yield str(value["path"])
+            waiting += [inner for name, inner in value.items() if name != "url"]  # which is not read
         elif isinstance(value, list):
             waiting += value
+        elif isinstance(value, str) and value.startswith(("/", "http:", "https:")):
+            yield value
+
+
+def _with_policy(send: Any) -> Any:
+    async def sends(message: dict[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            message["headers"] = [*message.get("headers", ()), (b"content-security-policy", _POLICY)]
+        await send(message)
+
+    return sends
 
 
 async def _answer(send: Any, status: int, sentence: str) -> None:
