@@ -234,8 +234,11 @@ def test_the_page_in_a_browser(server: Served, files: dict[str, Path], tmp_path:
     with browser(tmp_path / "home") as opened:
         opened.ask("Page.navigate", url=server.address)
         _until(opened, "document.querySelectorAll('input[type=file]').length == 2")
-        while not any("/heartbeat/" in str(event) for event in opened.events):  # the page answers clicks from then on
+        for _ in range(300):
+            if any("/heartbeat/" in str(event) for event in opened.events):
+                break  # from then on the page answers clicks
             _until(opened, "true")
+            time.sleep(0.2)
         opened.ask("Runtime.evaluate", expression=click)
         _until(opened, "document.body.innerText.includes('give a picture of a person first')")
         _give(opened, 0, files["picture"], 'img[src*="file="]')
