@@ -8,6 +8,7 @@ import dataclasses
 import html
 import os
 import shutil
+import socket
 import sys
 import tempfile
 import threading
@@ -220,6 +221,9 @@ def build_page(gradio: Any, arguments: Arguments, source: Source, jobs: Jobs) ->
                 gradio.Slider(1, MOST_STEPS, min(sampling.num_steps, MOST_STEPS), step=1, label="Steps"),
                 gradio.Slider(0, MOST_GUIDANCE, sampling.guidance, step=0.1, label="Guidance"),
                 gradio.Slider(1, most, min(frames, most), step=1, label="Most frames"),
+            ]
+        with gradio.Row():
+            inputs += [
                 gradio.Radio(FITS, value=FITS[0], label="Picture to size", info="crop: its middle; pad: all of it"),
                 gradio.Checkbox(False, label="Copy the video's sound"),
             ]
@@ -234,7 +238,8 @@ def build_page(gradio: Any, arguments: Arguments, source: Source, jobs: Jobs) ->
         job = make.click(
             clicked, inputs, [wide, alone, notes], api_name="make", preprocess=False, show_progress_on=wide
         )
-        cancel.click(given_up, outputs=notes, cancels=[job], queue=False, api_name="cancel")
+        cancel.click(given_up, cancels=[job], queue=False, api_name="cancel")
+        cancel.click(None, outputs=notes, js="() => 'cancelled'")
         page.unload(given_up)
     return page.queue(max_size=arguments.max_waiting, default_concurrency_limit=1, api_open=False)
 
@@ -259,12 +264,11 @@ def _answers(gradio: Any, arguments: Arguments, jobs: Jobs) -> tuple[Callable[..
             both, one, said = jobs.make(given, str(request.session_hash), progress)
         except EXPECTED as error:
             why = html.escape(given.by_name(sentence(error)))  # the page takes it for HTML
-            raise gradio.Error(why, duration=None, title="No video", print_exception=arguments.debug) from error
+            raise gradio.Error(why, duration=None, print_exception=arguments.debug) from error
         return str(both), str(one), said
 
-    def given_up(request: Any) -> str:
+    def given_up(request: Any) -> None:
         jobs.cancel(str(request.session_hash))
-        return "cancelled"
 
     for function in (clicked, given_up):
         function.__annotations__["request"] = gradio.Request  # by which gradio knows what to hand over
@@ -275,6 +279,7 @@ def serve(arguments: Arguments) -> None:
     """Serve until Ctrl-C or SIGTERM. Raises ValueError or OSError where it cannot begin."""
     if min(arguments.max_upload_mib, arguments.max_frames, arguments.max_waiting) < 1:
         raise ValueError("got --max-upload-mib, --max-frames or --max-waiting below 1; give at least 1 of each")
+    _check_free(arguments.host, arguments.port)
     folder = arguments.folder.resolve()
     check_writable(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -282,22 +287,19 @@ def serve(arguments: Arguments) -> None:
     with tempfile.TemporaryDirectory(dir=folder, prefix="served-", ignore_cleanup_errors=True) as served:
         os.environ |= {"GRADIO_TEMP_DIR": served, "GRADIO_ANALYTICS_ENABLED": "False"}
         gradio = optional("gradio", "the page")
-        layer = optional("starlette.middleware", "the page").Middleware
-        hosts = list(_HOME) if arguments.host in _HOME else ["*"]  # no other site's name leads here
+        middleware = optional("starlette.middleware", "the page")
         source = read_source(of_model(arguments)).kept()
         jobs = Jobs(arguments, source, Path(served))
         page = build_page(gradio, arguments, source, jobs)
         most_bytes = arguments.max_upload_mib * 2**20
-        layers = [
-            layer(optional("starlette.middleware.trustedhost", "the page").TrustedHostMiddleware, allowed_hosts=hosts),
-            layer(Gate, folder=Path(served), most_upload_bytes=most_bytes),
-        ]
+        hosts = _HOME if arguments.host in _HOME else ()
+        gate = middleware.Middleware(Gate, folder=Path(served), most_upload_bytes=most_bytes, hosts=hosts)
         _, address, _ = page.launch(
             server_name=arguments.host,
             server_port=arguments.port,
             max_file_size=most_bytes,
             theme=gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
-            app_kwargs={"middleware": layers, "docs_url": None, "redoc_url": None, "openapi_url": None},
+            app_kwargs={"middleware": [gate], "docs_url": None, "redoc_url": None, "openapi_url": None},
             prevent_thread_lock=True,
             quiet=True,
             share=False,
@@ -318,6 +320,15 @@ def serve(arguments: Arguments) -> None:
         finally:
             jobs.cancel_all()
             page.close(verbose=False)
+
+
+def _check_free(host: str, port: int) -> None:
+    """Raise ValueError where nobody can be served at an address."""
+    try:
+        with socket.create_server((host, port)):
+            pass
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"{host}:{port} cannot be served at ({error}); give another --port or --host") from error
 
 
 def main() -> None:

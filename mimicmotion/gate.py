@@ -21,9 +21,12 @@ _MOST_BYTES = 64 * 1024
 class Gate:
     """Answers what is not let through itself, with one sentence."""
 
-    def __init__(self, app: Any, *, folder: Path, most_upload_bytes: int) -> None:
-        """folder: the one whose files are sent and named; most_upload_bytes: of one upload."""
-        self._app, self._folder = app, folder.resolve()
+    def __init__(self, app: Any, *, folder: Path, most_upload_bytes: int, hosts: tuple[str, ...] = ()) -> None:
+        """folder: the one whose files are sent and named; most_upload_bytes: of one upload.
+
+        hosts: names that the server answers to, so that no other site's name leads here; any where none is given.
+        """
+        self._app, self._folder, self._hosts = app, folder.resolve(), hosts
         self._most_upload_bytes = most_upload_bytes
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
@@ -42,13 +45,14 @@ class Gate:
 
     def _refused(self, scope: dict[str, Any]) -> tuple[int, str] | None:
         """Status and sentence for a request that is not let through."""
-        path, method = scope["path"], scope["method"]
+        path, method, headers = scope["path"], scope["method"], dict(scope["headers"])
+        if self._hosts and headers.get(b"host", b"").decode("latin-1").partition(":")[0] not in self._hosts:
+            return 400, f"This page answers to {' and '.join(self._hosts)}."
         if method not in ("GET", "HEAD", "POST") or not (path in _PAGES or path.startswith(_PREFIXES)):
             return 404, "This page has nothing there."
         if path.startswith(f"{API}/file=") and not self._is_ours(path.partition("=")[2]):
             return 403, "Only files of this page are sent."
         if method == "POST":
-            headers = dict(scope["headers"])
             stated = headers.get(b"content-length", b"")
             most = self._most_upload_bytes + _MOST_BYTES if path == f"{API}/upload" else _MOST_BYTES
             if not stated.isdigit() or b"transfer-encoding" in headers:

@@ -5,6 +5,8 @@ A picture or video whose first frame is black shows nobody.
 
 from collections.abc import Iterable
 from itertools import chain
+from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -12,6 +14,7 @@ from people import Swaying
 
 from mimicmotion import app, picture_to_video
 from mimicmotion.data.poses import PoseTrack
+from mimicmotion.picture_to_video import make_videos
 
 
 class Watching(Swaying):
@@ -26,6 +29,19 @@ class Watching(Swaying):
         return found
 
 
+def noted(*given: Any, **named: Any) -> Any:
+    """make_videos, with a line in the file `jobs` where it begins and ends."""
+    with Path("jobs").open("a") as jobs:
+        print("begins", given[0].seed, file=jobs, flush=True)
+        try:
+            return make_videos(*given, **named)
+        finally:
+            print("ends", given[0].seed, file=jobs, flush=True)
+
+
 if __name__ == "__main__":
-    with mock.patch.object(picture_to_video, "load_backend", lambda *_, **__: Watching()):
+    with (
+        mock.patch.object(picture_to_video, "load_backend", lambda *_, **__: Watching()),
+        mock.patch.object(app, "make_videos", noted),
+    ):
         app.main()
