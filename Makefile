@@ -24,7 +24,7 @@ SOURCES := $(shell find csrc ptxrun tests/native -name '*.cpp' -o -name '*.h' -o
 .PHONY: help setup demo test faults verify-deep gpu-at-hand verify-gpu modelled lint format clean
 
 help:
-	@echo "make demo   footage -> clips -> training in two stages with fused kernels -> video, in $(DEMO)/"
+	@echo "make demo   footage -> clips -> training in two stages with fused kernels -> videos, in $(DEMO)/"
 	@echo "make test   the test suite"
 	@echo "make faults faults put into training and preparing on purpose, and what came of them"
 	@echo "make lint   ruff, clang-format and pyright"
@@ -56,14 +56,17 @@ setup: $(VENV)/.installed
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m mmkernels
-	$(BIN)/python bench/demo_videos.py --out $(DEMO)-videos
+	$(BIN)/python bench/demo_videos.py --out $(DEMO)-videos --new $(DEMO)-new
 	$(BIN)/python mimicmotion/prepare.py --preset demo --videos $(DEMO)-videos --poses holistic --report
 	$(BIN)/torchrun --nproc-per-node 1 mimicmotion/train.py --kernels fused --settings presets/demo.yaml --run-dir $(DEMO) $(DEMO_ARGS)
 	$(BIN)/python mimicmotion/sample.py --run-dir $(DEMO) --check-pose-order
 	$(BIN)/python bench/train_step.py --measure --preset demo --out $(DEMO)
+	# A picture and a dance of the camera that was not trained on: the video, and how near it is to what was filmed.
+	$(BIN)/python mimicmotion/sample.py --run-dir $(DEMO) --image $(DEMO)-new/picture.png --video $(DEMO)-new/video/dance.mp4 --out $(DEMO)/new/dance.mp4
+	$(BIN)/python mimicmotion/evaluate.py --generated $(DEMO)/new --truth $(DEMO)-new/video --size 128 128 --output $(DEMO)/unseen.json
 	@echo "The demo's results:"
-	@for file in index.html loss.png sample.mp4 sample.png sample.json step_cost.png step_cost.json; do echo "  $(DEMO)/$$file"; done
-	@echo "  $$(ls -d $(DEMO)/stage-2/step-* | tail -n 1)/"
+	@for file in index.html loss.png sample.mp4 sample.png sample.json step_cost.png step_cost.json new/dance.mp4 unseen.html unseen.json; do echo "  $(DEMO)/$$file"; done
+	@echo "  $$(ls -d $(DEMO)/step-* | tail -n 1)/"
 	@echo "  data/prepared/demo/report.html"
 
 test: $(VENV)/.installed-test

@@ -41,6 +41,7 @@ class TrainingStep:
         batch = {
             "latents": torch.randn(size, frames, 4, height, width),
             "reference_latent": torch.randn(size, 4, height, width),
+            "reference_sigma": torch.full((size,), 0.05),
             "image_embedding": torch.randn(size, 1, config.model.cross_attention_dim),
             "pose": torch.rand(size, frames, 3, config.data.height, config.data.width) * 2 - 1,
             "loss_weight": torch.ones(size, frames, 1, height, width),

@@ -139,7 +139,7 @@ def set_damaged_aside(run_dir: Path) -> list[str]:
     Raises CheckpointError, and renames nothing, where none is intact.
     """
     whys: dict[Path, str] = {}
-    for folder in (path for place in _places(run_dir) for path in reversed(folders(place))):
+    for folder in (path for place in reversed(places(run_dir)) for path in reversed(folders(place))):
         if (why := damage(folder)) is None:
             for damaged in whys:
                 damaged.rename(_aside(damaged))
@@ -193,15 +193,17 @@ def load(folder: Path, groups: Collection[str] | None = None) -> Checkpoint:
 
 def newest(run_dir: Path) -> Path | None:
     """Newest checkpoint folder of a run, or None; of one in stages, of the last stage that has one."""
-    for folder in _places(run_dir):
-        if found := folders(folder):
-            return found[-1]
-    return None
+    return next((found for place in reversed(places(run_dir)) if (found := newest_in(place))), None)
 
 
-def _places(run_dir: Path) -> list[Path]:
-    """Where a run's checkpoints may lie, the newest first."""
-    return [run_dir, *reversed(stages(run_dir))]
+def newest_in(place: Path) -> Path | None:
+    """Newest checkpoint folder that lies in this very folder, as one stage's do, or None."""
+    return next(reversed(folders(place)), None)
+
+
+def places(run_dir: Path) -> list[Path]:
+    """Where a run's checkpoints may lie, in the order of training: earlier stages' folders, then its own."""
+    return [*stages(run_dir), run_dir]
 
 
 def step_of(folder: Path) -> int:
@@ -209,12 +211,12 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def stage(run_dir: Path, number: int) -> Path:
-    """The folder of a stage of a run, from 1."""
-    return run_dir / f"stage-{number}"
+def stage(run_dir: Path, number: int, num_stages: int) -> Path:
+    """The folder of a stage of a run, from 1; the last one's is the run's own."""
+    return run_dir if number == num_stages else run_dir / f"stage-{number}"
 
 
 def stages(run_dir: Path) -> list[Path]:
-    """The folders of a run's stages, in their order."""
+    """The folders of a run's stages but the last, in their order."""
     found = [(int(m[1]), path) for path in run_dir.glob("stage-*") if (m := _STAGE.fullmatch(path.name))]
     return [path for _, path in sorted(found)]

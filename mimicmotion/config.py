@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from mimicmotion.parallel import ParallelConfig
 from mimicmotion.shapes import Bucket, size_of
 
 Kernels = Literal["fused", "checkpoint", "torch"]
@@ -141,8 +142,9 @@ class DiffusionConfig:
 
     log_sigma_mean: float | None = None  # mean of ln sigma; None: by resolution, as SVD (arXiv 2311.15127)
     log_sigma_std: float = 1.6  # standard deviation of ln sigma, SVD's at both of its resolutions
-    reference_log_sigma_mean: float = -3.0  # mean of ln s of the noise on the reference's latent
-    reference_log_sigma_std: float = 0.5  # standard deviation of ln s of the noise on the reference's latent
+    reference_noise: Literal["pixels", "latent"] = "pixels"  # where it is added: before the VAE, as SVD's, or after it
+    reference_log_sigma_mean: float = -3.0  # mean of ln s of the noise on the reference (SVD, arXiv 2311.15127)
+    reference_log_sigma_std: float = 0.5  # standard deviation of ln s of the noise on the reference, SVD's
     min_snr_gamma: float | None = None  # loss weight min(1 / s^2, this), as 5 (arXiv 2303.09556); None: EDM's
     condition_dropout: float = 0.1  # share of samples that lose all conditions at once; not in the source
     fps: int = 7  # frame rate the model is told (time id fps - 1 = 6), whatever the footage's: as released
@@ -150,7 +152,8 @@ class DiffusionConfig:
 
     def __post_init__(self) -> None:
         _require(self.log_sigma_std > 0, "diffusion.log_sigma_std", self.log_sigma_std, "a positive number")
-        std = self.reference_log_sigma_std
+        where, std = self.reference_noise, self.reference_log_sigma_std
+        _require(where in ("pixels", "latent"), "diffusion.reference_noise", where, "pixels or latent")
         _require(std > 0, "diffusion.reference_log_sigma_std", std, "a positive number")
         gamma = self.min_snr_gamma
         _require(gamma is None or gamma > 0, "diffusion.min_snr_gamma", gamma, "a positive number, as 5")
@@ -264,6 +267,7 @@ class Config:
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
     def __post_init__(self) -> None:
@@ -289,6 +293,7 @@ class Config:
             base = self.lora.base
             is_good = precision == "bf16" or base in ("precision", "fp32")
             _require(is_good, "lora.base", base, "fp32, or trainer.precision bf16 with it")
+        self.parallel.check(self)
         overlap, tile = self.sampling.tile_overlap, self.data.num_frames
         is_good = overlap < tile - 1  # frame 0 of a tile is the reference, so a tile moves on by at most tile - 1
         _require(is_good, "sampling.tile_overlap", overlap, f"less than data.num_frames - 1 = {tile - 1}")
@@ -309,7 +314,7 @@ def demo() -> Config:
     return Config(
         preset="demo",
         run_dir=Path("runs/demo"),
-        # four clips: none to spare, so the demo is also looked at on what it was trained on
+        # three or four clips: too few to hold one out while training; `make demo` puts a camera aside as never seen
         data=DataConfig(prepared=Path("data/prepared/demo"), height=128, width=128, poses="holistic", held_out=0.0),
         model=ModelConfig(block_out_channels=(32, 64, 128, 128), num_attention_heads=(1, 2, 4, 4), layers_per_block=1),
         # more noise than SVD's: where little is added the frame shows its own pose, and a short run learns no other way

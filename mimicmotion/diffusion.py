@@ -60,7 +60,7 @@ class Draw:
     """Every random number of one sample of one step."""
 
     sigma: Tensor  # (), noise level of the clip
-    reference_sigma: Tensor  # (), noise level of the reference's latent
+    reference_sigma: Tensor  # (), noise level of the reference's latent, 0 where its pixels have the noise
     is_dropped: Tensor  # (), 1 where all conditions are dropped
     noise: Tensor  # (F, 4, h, w), unit normal
     reference_noise: Tensor  # (4, h, w), unit normal
@@ -81,7 +81,8 @@ def draw(
     """Random numbers of sample `sample_id` of step `step`; latent_shape is (F, 4, h, w).
 
     A function of (seed, step, sample id) alone, drawn on the CPU: the same on every device, at every world size and
-    batch composition, and after a resume. ln sigma ~ N(mean, std^2), ln s of the reference likewise.
+    batch composition, and after a resume. ln sigma ~ N(mean, std^2), ln s of the reference's latent likewise: none
+    where its mean is -inf.
     """
     # the last word keeps this stream apart from any other use of the same three numbers
     state = np.random.SeedSequence([seed, step, sample_id, 0x4E4F4953]).generate_state(1, np.uint64)[0]
@@ -112,12 +113,14 @@ class Noised:
 
 
 def noise_batch(
-    latents: Tensor, reference: Tensor, image_embedding: Tensor, draws: list[Draw], *, fps: int, motion_bucket: int
-) -> Noised:
+    latents: Tensor, reference: Tensor, pixel_sigma: Tensor, image_embedding: Tensor, draws: list[Draw], *, fps: int,
+    motion_bucket: int,
+) -> Noised:  # fmt: skip
     """Noise a batch by its draws; conditions are dropped jointly (image embedding, image latent and pose).
 
-    latents (B, F, 4, h, w) scaled; reference (B, 4, h, w) unscaled; image_embedding (B, 1, C). The third time id is
-    the reference's noise level, as in SVD: 0 when sampling, where no noise is added.
+    latents (B, F, 4, h, w) scaled; reference (B, 4, h, w) unscaled, of pixels with noise of pixel_sigma (B,);
+    image_embedding (B, 1, C). The third time id is the reference's noise level, as in SVD, of its pixels or of its
+    latent, of which a run has one: 0 when sampling, where no noise is added.
     """
     if len(draws) != len(latents):
         raise ValueError(f"{len(draws)} draws for a batch of {len(latents)}; give one each.")
@@ -136,7 +139,7 @@ def noise_batch(
         image_embedding=image_embedding * keep.view(-1, 1, 1),
         reference=noised_reference * keep.view(-1, 1, 1, 1),
         keep=keep,
-        time_ids=time_ids(fps, motion_bucket, reference_sigma),
+        time_ids=time_ids(fps, motion_bucket, pixel_sigma + reference_sigma),
         sigma=sigma,
     )
 

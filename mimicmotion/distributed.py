@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from mimicmotion.config import Config
@@ -35,6 +36,10 @@ class Ranks:
     def is_first(self) -> bool:
         """Whether this rank writes files and prints."""
         return self.rank == 0
+
+    def alone(self) -> "Ranks":
+        """This process without the others."""
+        return Ranks(rank=0, world_size=1, device=self.device)
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum over ranks, the same bits on every rank."""
@@ -128,6 +133,8 @@ def join_ranks() -> Iterator[Ranks]:
 
 def no_sync(model: nn.Module, is_last: bool) -> contextlib.AbstractContextManager[None]:
     """Context that leaves gradients local for all but the last micro-batch of a step."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(is_last)
     if is_last or not isinstance(model, DistributedDataParallel):
         return contextlib.nullcontext()
     return model.no_sync()

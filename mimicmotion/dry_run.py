@@ -84,6 +84,7 @@ def fake_step(config: Config) -> FakeStep:
     batch = {
         "latents": torch.empty(size, data.num_frames, 4, height, width),
         "reference_latent": torch.empty(size, 4, height, width),
+        "reference_sigma": torch.empty(size),
         "image_embedding": torch.empty(size, 1, config.model.cross_attention_dim),
         "pose": torch.empty(size, data.num_frames, 3, data.height, data.width),
         "loss_weight": torch.empty(size, data.num_frames, 1, height, width),

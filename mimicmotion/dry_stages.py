@@ -30,6 +30,11 @@ def dry_stages(stages: list[Config], card_name: str | None) -> Iterator[str]:
         yield f"{name}{config.trainer.num_steps:,} steps of {config.trainer.batch_size} clips, {config.run_dir}"
         samples, said = _samples(config)
         yield said
+        if config.parallel.is_sharded:
+            yield (
+                f"memory below is without --parallel.shard {config.parallel.shard}, under which a rank holds a part of "
+                "weights, gradients, moments and average alone, and gathers one block at a time"
+            )
         if config.memory_budget is not None and chosen is None and not torch.cuda.is_available():
             yield (
                 f"no GPU here: fused without the plan that --memory-budget {config.memory_budget} makes on one; "
@@ -47,7 +52,7 @@ def _samples(config: Config) -> tuple[Mapping[Bucket, int], str]:
     data, unknown = config.data, dict.fromkeys(config.data.buckets, 1)
     if not is_prepared(data.prepared):
         return unknown, f"clips: nothing is prepared in {data.prepared} yet; shapes are those that the settings allow"
-    if (why := why_stale(Manifest.read(data.prepared), data)) is not None:
+    if (why := why_stale(Manifest.read(data.prepared), config)) is not None:
         return unknown, f"clips: {data.prepared} was prepared with {why}; training prepares it again"
     dataset = ClipDataset(
         data.prepared, data.num_frames, config.trainer.seed, lengths=data.lengths, held_out=data.held_out

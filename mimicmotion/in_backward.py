@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from mimicmotion.config import Config
+
 
 class InBackward:
     """Hooks on parameters that clip, update and free each gradient; `finish()` after each backward.
@@ -79,3 +81,13 @@ class InBackward:
             parameter.grad = None
 
         return arrived
+
+
+def check_one_backward(config: Config, num_ranks: int) -> None:
+    """Raise ValueError where updates in backward are asked for and a step has more than one, of more ranks or clips."""
+    batch, micro = config.trainer.batch_size, config.trainer.micro_batch_size
+    if config.optimizer.in_backward and (num_ranks > 1 or batch > micro):
+        raise ValueError(
+            f"optimizer.in_backward updates from one backward of one rank; got {num_ranks} rank(s), "
+            f"trainer.batch_size {batch} and trainer.micro_batch_size {micro}. Give one rank and equal sizes."
+        )

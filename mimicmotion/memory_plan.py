@@ -92,7 +92,7 @@ def _read(config: Config, free_gib: float) -> Plan:
 
 def _within(config: Config, budget_gib: float, planner: StepPlanner, name: str | None) -> tuple[Plan, str]:
     """A plan for the budget, and where it is from. name: of the plan that the newest checkpoint is asked for."""
-    folder = None if name is None else checkpoint.newest(config.run_dir)
+    folder = None if name is None else checkpoint.newest_in(config.run_dir)
     if folder is None or not (saved := folder / f"{name}.json").is_file():
         return planner.plan_within(budget_gib), ""
     try:

@@ -1,5 +1,6 @@
 """A micro-batch, its loss and its random numbers, each a function of (seed, step, sample id) alone."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -17,7 +18,7 @@ from mimicmotion.shapes import Bucket
 
 Batches = list[tuple[dict[str, Tensor] | NotFiniteError, range]]  # micro-batches of a step with their sample ids
 
-FIELDS = ("latents", "reference_latent", "image_embedding", "pose", "loss_weight")
+FIELDS = ("latents", "reference_latent", "reference_sigma", "image_embedding", "pose", "loss_weight")
 
 
 class Samples(Protocol):
@@ -30,7 +31,9 @@ class Samples(Protocol):
         ...
 
     def sample(self, step: int, sample_id: int) -> dict[str, Any]:
-        """One clip: latents (F,4,h,w), reference_latent (4,h,w), image_embedding (1,C), pose (F,3,H,W), loss_weight."""
+        """One clip: latents (F,4,h,w), reference_latent (4,h,w), reference_sigma (), image_embedding (1,C),
+        pose (F,3,H,W), loss_weight.
+        """
         ...
 
     def bucket_of(self, step: int) -> Bucket:
@@ -80,6 +83,7 @@ def clip_losses(
     noised = diffusion.noise_batch(
         latents,
         batch["reference_latent"],
+        batch["reference_sigma"],
         batch["image_embedding"],
         draws,
         fps=config.diffusion.fps,
@@ -109,7 +113,7 @@ def draw_samples(config: Config, step: int, sample_ids: range, latent_shape: tup
             latent_shape,
             mean=log_sigma_mean(config, *latent_shape[-2:]),
             std=settings.log_sigma_std,
-            reference_mean=settings.reference_log_sigma_mean,
+            reference_mean=settings.reference_log_sigma_mean if settings.reference_noise == "latent" else -math.inf,
             reference_std=settings.reference_log_sigma_std,
             dropout=settings.condition_dropout,
         )

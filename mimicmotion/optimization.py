@@ -14,6 +14,7 @@ from mimicmotion.config import Config, OptimizerConfig
 from mimicmotion.in_backward import InBackward
 from mimicmotion.model.unet import MimicMotionModel
 from mimicmotion.moving_average import MovingAverage
+from mimicmotion.sharding import full, part
 from mimicmotion.weight_update import WeightUpdate
 
 
@@ -81,7 +82,7 @@ class Optimization:
         if self.in_backward is not None:
             return torch.tensor(self.in_backward.norm())
         self.scaler.unscale_(self.optimizer)
-        return nn.utils.clip_grad_norm_(self.live.values(), self.max_grad_norm)
+        return full(nn.utils.clip_grad_norm_(self.live.values(), self.max_grad_norm))
 
     def take_room(self) -> None:
         """Before any weight moves: raise torch.OutOfMemoryError where there is no room for what `step` works in."""
@@ -179,7 +180,7 @@ class Optimization:
         if self.average is None:
             yield
             return
-        kept = {name: weight.detach().to("cpu", copy=True) for name, weight in self.live.items()}
+        kept = {name: part(weight.detach()).to("cpu", copy=True) for name, weight in self.live.items()}
         try:
             self._set(self.average.shadows)
             yield
@@ -189,7 +190,7 @@ class Optimization:
     @torch.no_grad()
     def _set(self, values: Mapping[str, Tensor]) -> None:
         for name, weight in self.live.items():
-            weight.copy_(values[name])
+            part(weight).copy_(part(values[name]))
 
     def begin_average(self) -> None:
         """Start the moving average, where one is taken, from the weights as they are."""

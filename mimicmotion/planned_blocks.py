@@ -20,8 +20,8 @@ class PlannedBlocks:
     """
 
     def __init__(
-        self, model: MimicMotionModel, config: Config, plan: Plan | None, fitting: Fitting | None,
-        place: Callable[[bool], None],
+        self, model: MimicMotionModel, config: Config, plan: Plan | None = None, fitting: Fitting | None = None,
+        place: Callable[[bool], None] = lambda on_host: None,
     ) -> None:  # fmt: skip
         """plan, or fitting with its own, is for the largest of the shapes that the config allows.
 

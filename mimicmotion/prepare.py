@@ -26,6 +26,7 @@ from mimicmotion.data.poses import load_backend
 from mimicmotion.data.preparation import Engine, NothingKeptError, prepare
 from mimicmotion.data.progress import VideoProgress
 from mimicmotion.data.recipe import Recipe
+from mimicmotion.data.reference_noise import ReferenceNoise
 from mimicmotion.data.rehearsal import Rehearsal, rehearse
 from mimicmotion.data.report_page import write_report
 from mimicmotion.data.verification import damages
@@ -56,6 +57,7 @@ class Arguments:
     encoder: str | None = None  # patch-codec (a stand-in), or a folder or hub id of Stable Video Diffusion
     device: str | None = None  # where the encoder runs; the GPU where there is one
     workers: int | None = None  # videos worked on at once; one a processor core where none is given
+    reference_noise: ReferenceNoise = field(default_factory=ReferenceNoise)  # on pixels, as a run asks for it
     bounds: Bounds = field(default_factory=Bounds)  # what a stretch of a video must meet
     engine: Engine = "pool"  # pool: this process; ray: a Ray cluster (RAY_ADDRESS), or Ray on this machine
     dry_run: bool = False  # look at the first minute of each video, say what would be kept and how long all would take
@@ -80,6 +82,7 @@ def recipe_of(arguments: Arguments) -> Recipe:
         frame_stride=arguments.frame_stride,
         with_mirrored=arguments.with_mirrored,
         num_jittered=arguments.jittered_crops,
+        reference_noise=arguments.reference_noise,
         bounds=arguments.bounds,
         workers=arguments.workers,
     )

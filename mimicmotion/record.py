@@ -17,18 +17,19 @@ HISTORY = "loss.jsonl"
 def draw(run_dir: Path, config: Config, *, encoder: str) -> None:
     """Write loss.png and index.html of a run's folder, where it holds a step; a sample that lies there is shown.
 
-    Of a run in stages, whose steps lie in folders of their own, the steps of all stages are counted through.
+    Of a run in stages, the earlier of which lie in folders of their own, the steps of all are counted through.
     """
-    rows = _rows(run_dir)
+    rows = rows_of(run_dir)
     if rows:
         title = f"{config.preset}, kernels {config.kernels}, encoder {encoder}"
         draw_loss(rows, run_dir / "loss.png", title)
         write_page(run_dir, rows, to_json(config), title)
 
 
-def _rows(run_dir: Path) -> list[dict[str, Any]]:
+def rows_of(run_dir: Path) -> list[dict[str, Any]]:
+    """The rows of a run's history, of all its stages in their order, steps counted through."""
     rows: list[dict[str, Any]] = []
-    for folder in (run_dir, *checkpoint.stages(run_dir)):
+    for folder in checkpoint.places(run_dir):
         before = rows[-1]["step"] if rows else 0
         found = read_history(folder / HISTORY) if (folder / HISTORY).is_file() else []
         rows += [{**row, "step": before + row["step"]} for row in found]

@@ -4,6 +4,7 @@ One rule: settings hold as they are given now, from the next step on. The learni
 today's learning rate, schedule, warm-up and number of steps has at step n, wherever it came from.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from mimicmotion.json_values import changes, to_json
 from mimicmotion.model.adapters import check_base, load_own, own_state
 from mimicmotion.model.unet import MimicMotionModel
 from mimicmotion.optimization import Optimization
+from mimicmotion.sharding import in_parts
 
 _OF_THE_RATE = ("optimizer.learning_rate", "optimizer.schedule", "optimizer.warmup_steps")
 # What the weights began with does not shape the model.
@@ -73,13 +75,16 @@ def of_other_clips(folder: Path, config: Config, manifest: Manifest) -> list[str
 
 def go_on(saved: Checkpoint, model: MimicMotionModel, optimization: Optimization) -> None:
     """Take up the weights and all of the optimizer's state. Raises ValueError where a tensor does not fit."""
-    _check_tensors(saved, model, optimization)
+    saved = _checked(saved, model, optimization)
     load_own(model, saved.tensors["model"])
     optimization.load(saved.tensors, saved.documents["state"])
 
 
-def _check_tensors(saved: Checkpoint, model: MimicMotionModel, optimization: Optimization) -> None:
-    """Raise ValueError where a saved tensor has not the name, shape or dtype of what it is loaded into."""
+def _checked(saved: Checkpoint, model: MimicMotionModel, optimization: Optimization) -> Checkpoint:
+    """The checkpoint with its tensors in parts where those of the run are.
+
+    Raises ValueError where a saved tensor has not the name, shape or dtype of what it is loaded into.
+    """
     check_base(model.base_sha256, saved.documents.get("base", {}).get("sha256"))
     wanted = {"model": own_state(model), **optimization.tensors()}
     for group in wanted.keys() & saved.tensors.keys():
@@ -94,6 +99,7 @@ def _check_tensors(saved: Checkpoint, model: MimicMotionModel, optimization: Opt
                     f"{key} of {group} is {said[0]} in the checkpoint of step {saved.step} and {said[1]} in this run; "
                     "resume with the settings it was saved with"
                 )
+    return dataclasses.replace(saved, tensors=in_parts(saved.tensors, wanted))
 
 
 def begin_from(folder: Path, config: Config, model: MimicMotionModel, optimization: Optimization) -> list[str]:
@@ -104,7 +110,7 @@ def begin_from(folder: Path, config: Config, model: MimicMotionModel, optimizati
     """
     saved = checkpoint.load(folder)
     _check_model(saved, config)
-    _check_tensors(saved, model, optimization)
+    saved = _checked(saved, model, optimization)
     if optimization.holds_states_of(saved.tensors):
         load_own(model, saved.tensors["model"])
         optimization.begin_from(saved.tensors, saved.documents["state"])

@@ -22,6 +22,25 @@ def owned(run_dir: Path) -> AbstractContextManager[None]:
     )
 
 
+def check_stages(run_dir: Path, num_stages: int) -> None:
+    """Raise ValueError where a run to go on with has not so many stages, the last of which lies in its own folder."""
+    earlier = [checkpoint.stage(run_dir, number, num_stages) for number in range(1, num_stages)]
+    if checkpoint.newest_in(run_dir) is None:
+        others = [path for path in checkpoint.stages(run_dir) if path not in earlier and checkpoint.folders(path)]
+        if others:
+            raise ValueError(
+                f"--resume: {others[-1]} holds checkpoints, and the last stage of {num_stages} lies in {run_dir} "
+                "itself; give --settings with all stages of the run, or, where this is its last one, as earlier "
+                f"versions laid it out, move all that {others[-1]} holds into {run_dir}"
+            )
+    elif missing := [path for path in earlier if not path.is_dir()]:
+        raise ValueError(
+            f"--resume: {run_dir} holds checkpoints of a last stage, and {missing[0]} is not there: the settings have "
+            f"{num_stages} stages, the run has fewer; give those it was trained with, or begin another run with "
+            f"--model.pretrained {run_dir}"
+        )
+
+
 def start_afresh(run_dir: Path) -> str | None:
     """Move an earlier run's folder aside where it holds checkpoints; returns what to say about it."""
     if not checkpoint.is_run(run_dir):

@@ -44,7 +44,7 @@ def write_page(run_dir: Path, rows: Sequence[Mapping[str, Any]], settings: Mappi
 
 def _held_out(run_dir: Path) -> list[str]:
     """What held-out clips said, in the last stage of several: the loss at each noise level, and the newest video."""
-    folders = [path for path in (run_dir, *checkpoint.stages(run_dir)) if (path / VALIDATION_ROWS).is_file()]
+    folders = [path for path in checkpoint.places(run_dir) if (path / VALIDATION_ROWS).is_file()]
     rows = read_history(folders[-1] / VALIDATION_ROWS) if folders else []
     if not rows:
         return []

@@ -26,6 +26,7 @@ from mimicmotion.config import PRESETS, Config
 from mimicmotion.data.dataset import ClipDataset
 from mimicmotion.data.ownership import sign
 from mimicmotion.data.preparation import prepare_if_missing
+from mimicmotion.data.reference_noise import ReferenceNoise
 from mimicmotion.distributed import Ranks, join_ranks
 from mimicmotion.dry_stages import dry_stages
 from mimicmotion.execution import free_what_is_left
@@ -34,7 +35,7 @@ from mimicmotion.memory_plan import choose_plan, reserve_as_planned
 from mimicmotion.memory_report import MemoryReport
 from mimicmotion.model.encoders import check_embeddings
 from mimicmotion.paths import check_there, near
-from mimicmotion.run_folder import owned, start_afresh
+from mimicmotion.run_folder import check_stages, owned, start_afresh
 from mimicmotion.settings_file import read, write
 from mimicmotion.shapes import in_words
 from mimicmotion.stopping import EndedBySignalError, Stop, say
@@ -66,12 +67,12 @@ def parse(words: list[str]) -> Arguments:
 
 
 def stages_of(words: list[str], whole: Config) -> list[Config]:
-    """The config of each stage that the file of --settings names, each with a run folder of its own; or the whole."""
+    """The config of each stage that the file of --settings names, or the whole; the last one's folder is the run's."""
     path = _given(words, "--settings")
     base, stages = ([], []) if path is None else read(Path(path))
     found = [_parsed([*base, *stage, *words]).config for stage in stages]
     return [
-        dataclasses.replace(config, run_dir=checkpoint.stage(whole.run_dir, number))
+        dataclasses.replace(config, run_dir=checkpoint.stage(whole.run_dir, number, len(found)))
         for number, config in enumerate(found, 1)
     ] or [whole]
 
@@ -94,8 +95,8 @@ def _given(words: list[str], name: str) -> str | None:
     return value
 
 
-def check_given(arguments: Arguments) -> None:
-    """Raise ValueError where a path that was given, or the checkpoint to resume, is not there."""
+def check_given(arguments: Arguments, num_stages: int) -> None:
+    """Raise ValueError where a path that was given, or the checkpoint to resume, is not there or of other stages."""
     config = arguments.config
     check_there("--plan", config.plan, "make a plan with `python -m mmkernels.plan`")
     pretrained.check_given(config.model)
@@ -106,11 +107,13 @@ def check_given(arguments: Arguments) -> None:
             f"--resume: {config.run_dir} holds no checkpoint (runs {found}); give the --run-dir of a run, or leave "
             "--resume out to start one"
         )
+    if arguments.resume:
+        check_stages(config.run_dir, num_stages)
 
 
 def train(arguments: Arguments, stages: list[Config], ranks: Ranks, stop: Stop) -> bool:
     """Prepare what is to be prepared, then train on this rank, stage after stage; False where a signal ended it."""
-    check_given(arguments)
+    check_given(arguments, len(stages))
     run_dir = arguments.config.run_dir
     with ExitStack() as ends:
 
@@ -135,27 +138,30 @@ def train(arguments: Arguments, stages: list[Config], ranks: Ranks, stop: Stop) 
             sign(run_dir)
 
         ranks.from_first(make_ready)
-        start = checkpoint.newest(stages[done - 1].run_dir) if done else None
+        start = checkpoint.newest_in(stages[done - 1].run_dir) if done else None
         for number, config in enumerate(stages[done:], done):
             if len(stages) > 1 and ranks.is_first:
                 print(f"stage {number + 1} of {len(stages)}", flush=True)
             if number > done:
                 free_what_is_left()
                 planned = choose_plan(config, ranks)
-            resume = arguments.resume and (number == done == 0 or checkpoint.is_run(config.run_dir))
+            resume = arguments.resume and checkpoint.newest_in(config.run_dir) is not None
             if not train_stage(planned, arguments, ranks, stop, start, resume=resume):
                 return False
-            start = checkpoint.newest(config.run_dir)
+            start = checkpoint.newest_in(config.run_dir)
     return True
 
 
 def _num_done(stages: list[Config]) -> int:
-    """How many stages of a run need nothing more; the last one always says itself that it is finished."""
-    for number, config in enumerate(stages[:-1]):
-        newest = checkpoint.newest(config.run_dir)
-        if newest is None or checkpoint.step_of(newest) < config.trainer.num_steps:
-            return number
-    return len(stages) - 1
+    """How many stages of a run need nothing more: those before the last that holds a checkpoint, and it where finished.
+
+    The last one always says itself that it is finished.
+    """
+    for number, config in reversed(list(enumerate(stages))):
+        if newest := checkpoint.newest_in(config.run_dir):
+            is_finished = checkpoint.step_of(newest) >= config.trainer.num_steps
+            return min(number + is_finished, len(stages) - 1)
+    return 0
 
 
 def train_stage(
@@ -164,6 +170,7 @@ def train_stage(
 ) -> bool:  # fmt: skip
     """Train by one config and its plan, from `start` where nothing is resumed; False where a signal ended it early."""
     config, plan, fitting = planned
+    diffusion = config.diffusion
     clips = partial(
         ClipDataset,
         config.data.prepared,
@@ -174,12 +181,13 @@ def train_stage(
         lengths=config.data.lengths,
         draw_latents=config.data.draw_latents,
         max_stride=config.data.max_stride,
+        reference_noise=ReferenceNoise.of(diffusion) if diffusion.reference_noise == "pixels" else None,
     )
     dataset = clips()
     trainer = Trainer(config, dataset, ranks, resume=resume, start=start, plan=plan, fitting=fitting, stop=stop)
     if arguments.memory_report:
         trainer.around_step = MemoryReport(trainer)
-    if ranks.is_first and dataset.num_held_out:
+    if (ranks.is_first or config.parallel.is_sharded) and dataset.num_held_out:
         validation = Validation(trainer, clips(is_held_out=True))
         trainer.after_step = validation.after_step
         if config.model.pretrained is not None or start is not None:
@@ -194,7 +202,7 @@ def train_stage(
     if ranks.is_first:
         if config.run_dir != arguments.config.run_dir:  # a stage: the page of the whole run
             record.draw(arguments.config.run_dir, config, encoder=dataset.identity.encoder)
-        where, page = checkpoint.newest(config.run_dir), arguments.config.run_dir / "index.html"
+        where, page = checkpoint.newest_in(config.run_dir), arguments.config.run_dir / "index.html"
         saved = "nothing was trained" if where is None else f"checkpoint {where}, {page}"
         how = "finished" if is_finished else f"stopped by {stop}, --resume goes on,"
         print(f"{how} at step {trainer.step}: {saved}", flush=True)

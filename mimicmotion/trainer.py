@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mimicmotion import checkpoint, pretrained, resumption
+from mimicmotion import checkpoint, pretrained, resumption, sharding
 from mimicmotion.checkpoint import Checkpoint
 from mimicmotion.config import Config
 from mimicmotion.data.cache import NotFiniteError
@@ -20,6 +20,7 @@ from mimicmotion.execution import peak_gib, same_bits
 from mimicmotion.figures import Figures
 from mimicmotion.fitting import Change, Fitting, NoSmallerPlanError
 from mimicmotion.history import Reporter
+from mimicmotion.in_backward import check_one_backward
 from mimicmotion.json_values import to_json
 from mimicmotion.micro_batch import Batches, Samples, clip_losses, draw_samples, loaded
 from mimicmotion.model.adapters import own_state
@@ -47,17 +48,11 @@ class Trainer:
     ) -> None:  # fmt: skip
         """start: an earlier stage's checkpoint, to begin with where nothing is resumed. plan: what the blocks follow.
 
-        fitting: makes the run's plans, where it has a budget; its own is followed first. stop: entered, where signals
-        are to end the run after a step.
+        fitting: makes the plans of a run with a budget. stop: entered, where signals are to end it after a step.
         """
         self.config, self.dataset, self.ranks = config, dataset, ranks
         self._sample_ids = rank_sample_ids(config, ranks)
-        if config.optimizer.in_backward and (ranks.world_size > 1 or len(self._sample_ids) > 1):
-            batch, micro = config.trainer.batch_size, config.trainer.micro_batch_size
-            raise ValueError(
-                f"optimizer.in_backward updates from one backward of one rank; got {ranks.world_size} rank(s), "
-                f"trainer.batch_size {batch} and trainer.micro_batch_size {micro}. Give one rank and equal sizes."
-            )
+        check_one_backward(config, ranks.world_size)
         torch.manual_seed(config.trainer.seed)
         with ranks.device:  # a GPU draws the weights in no time
             model = build_model(config.model, config.kernels)
@@ -66,13 +61,17 @@ class Trainer:
         if ranks.device.type == "cpu" and (config.optimizer.states_on_host or config.optimizer.ema == "host"):
             self.notes.append("the device is a CPU: optimizer.states_on_host and ema host move nothing off it")
         self.notes += pretrained.begin(self.model, config)
+        self.say, is_sharded = print, config.parallel.is_sharded
+        if is_sharded:  # blocks are known by their classes, which FSDP2 changes, and moments are parts as weights are
+            self.blocks = PlannedBlocks(self.model, config)
+            sharding.shard(self.model, ranks, config.parallel.shard)
         self.optimization = build_optimization(self.model, config, scales_loss=config.trainer.precision == "fp16")
-        self.say = print
-        place = self.optimization.weight_update.place
-        self.blocks = PlannedBlocks(self.model, config, plan, fitting, lambda on_host: place(on_host=on_host))
+        if not is_sharded:
+            place = self.optimization.weight_update.place
+            self.blocks = PlannedBlocks(self.model, config, plan, fitting, lambda on_host: place(on_host=on_host))
         self.notes += self.blocks.notes
         # Where memory may run out on one rank alone, gradients are averaged once all have theirs.
-        self.wrapped = ranks.wrap(self.model) if fitting is None else self.model
+        self.wrapped = ranks.wrap(self.model) if fitting is None and not is_sharded else self.model
         self.around_step: Callable[[Callable[[], Any]], Any] = lambda step: step()  # what watches a step runs it
         self.after_step: Callable[[int], None] = lambda step: None  # what looks at the model, before it is saved
         self.step = 0
@@ -156,11 +155,12 @@ class Trainer:
     def save(self) -> Path:
         """Write a checkpoint of the current step (rank 0) and wait for it on every rank."""
         folder = self.config.run_dir / f"step-{self.step:08d}"
+        tensors = sharding.whole({"model": own_state(self.model), **self.optimization.tensors()}, self.ranks)
         if self.ranks.is_first:
             state = self.optimization.document() | self.skips.document()
             saved = Checkpoint(
                 step=self.step,
-                tensors={"model": own_state(self.model), **self.optimization.tensors()},
+                tensors=tensors,
                 documents={
                     "config": to_json(self.config),
                     "state": state,
@@ -185,7 +185,7 @@ class Trainer:
 
     def _resume(self) -> list[str]:
         """Take up the newest checkpoint of the run, where there is one; returns what to say of it."""
-        folder = checkpoint.newest(self.config.run_dir)
+        folder = checkpoint.newest_in(self.config.run_dir)
         if folder is None:
             return [f"nothing to resume in {self.config.run_dir}: starting at step 0"]
         saved = checkpoint.load(folder)

@@ -26,16 +26,24 @@ RISE = 1.05  # a loss this many times the first one is said to have risen; not i
 
 
 class Validation:
-    """Looks at held-out clips every `trainer.validate_every` steps on the first rank; the others wait in their step."""
+    """Looks at held-out clips every `trainer.validate_every` steps on the first rank; the others wait in their step.
+
+    Where weights are sharded every rank looks, since each holds a part of them, and the first writes.
+    """
 
     def __init__(self, trainer: Trainer, held_out: ClipDataset) -> None:
         self._trainer, self._config, self._dataset = trainer, trainer.config, held_out
         names = held_out.clip_ids[: trainer.config.trainer.validate_clips]
         self._clips = [held_out.clip(name, 0, 1) for name in names]
-        self._rows = History(trainer.config.run_dir / VALIDATION_ROWS, resumed_step=trainer.step)
-        self._first = next((row for row in read_history(self._rows.path) if row["step"] == 0), None)
+        self._ranks = trainer.ranks if trainer.config.parallel.is_sharded else trainer.ranks.alone()
+        self._first = self._ranks.from_first(self._open)
         self._taken_s, self._began_s = 0.0, time.monotonic()
         self._decoder: Any = None
+
+    def _open(self) -> dict[str, Any] | None:
+        """The rows' file on the first rank, and the row of what the run began with."""
+        self._rows = History(self._config.run_dir / VALIDATION_ROWS, resumed_step=self._trainer.step)
+        return next((row for row in read_history(self._rows.path) if row["step"] == 0), None)
 
     def begin(self) -> None:
         """Before the first step of a run that begins with others' weights: the losses that its own are held against."""
@@ -46,7 +54,7 @@ class Validation:
         """Look where it is due, and say at which levels the run is worse than what it began with."""
         settings = self._config.trainer
         is_turn = step % settings.validate_every == 0 or step == settings.num_steps
-        if not is_turn or self._taken_s >= settings.validate_share * (time.monotonic() - self._began_s):
+        if not is_turn or not self._ranks.from_first(self._has_time):
             return
         row = self._tell(step)
         if row is not None and self._first is not None and (worse := _risen(self._first, row)):
@@ -55,6 +63,9 @@ class Validation:
                 "Where that lasts, give a smaller optimizer.learning_rate, or look at the clips: prepare.py --report"
             )
 
+    def _has_time(self) -> bool:
+        return self._taken_s < self._config.trainer.validate_share * (time.monotonic() - self._began_s)
+
     def _tell(self, step: int) -> dict[str, Any] | None:
         """Look, keep and say what was seen. Where memory runs out in it, that is said, and the run goes on: None."""
         start_s = time.monotonic()
@@ -62,11 +73,15 @@ class Validation:
             with torch.no_grad(), self._trainer.optimization.averaged():
                 row = self._look(step)
         except torch.OutOfMemoryError:
+            if self._ranks.world_size > 1:  # the others are in the midst of it
+                raise
             self._trainer.say(f"step {step}: no memory to look at held-out clips; --data.held-out 0 does without")
             return None
         finally:
             self._taken_s += time.monotonic() - start_s
             free_what_is_left()  # a plan knows of no pieces that a look leaves
+        if not self._ranks.is_first:
+            return row
         self._rows.append(row)
         if self._trainer.record is not None:
             self._trainer.record.add_validation(row)
@@ -111,6 +126,8 @@ class Validation:
         clip, decoder = self._clips[0], self._decoder
         reference, truth = reference_and_truth(clip, self._config, decoder)
         generated = generate(self._trainer.model, self._config, clip, decoder, seed=self._config.trainer.seed)
+        if not self._ranks.is_first:
+            return
         rate = self._dataset.frames_per_second(clip["clip_id"])
         wide = side_by_side([reference, clip["pose"][1:], generated, truth])
         comment = f"reference | pose | generated | truth; encoder: {decoder.name}; held-out clip {clip['clip_id']}"

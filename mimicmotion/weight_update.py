@@ -256,7 +256,7 @@ def _moment(state: Any) -> adamw8bit.Moment:
 
 def _parts(value: Tensor) -> dict[str, Tensor]:
     """The plain tensors of a state by a suffix for its name, "" for a plain one."""
-    if not hasattr(value, "__tensor_flatten__"):
+    if not hasattr(value, "codes"):
         return {"": value}
     names, _ = value.__tensor_flatten__()  # pyright: ignore[reportAttributeAccessIssue]
     return {f".{name}": getattr(value, name) for name in names}

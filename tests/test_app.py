@@ -188,6 +188,7 @@ def test_one_at_a_time_in_turn_and_a_bounded_queue(server: Served, files: dict[s
         each.join(120)
     noted = (server.folder / "jobs").read_text()[already:].split()
     assert noted == ["begins", "0", "ends", "0", "begins", "1", "ends", "1", "begins", "2", "ends", "2"]
+    assert refused.status_code == 503 and "full" in refused.text.lower()
 
 
 def test_cancel_ends_a_job_and_keeps_nothing(server: Served, files: dict[str, Path]) -> None:

@@ -163,6 +163,8 @@ def test_manifest_comes_back(tmp_path: Path) -> None:
         (("dropped", 0, "stage"), None, "damaged .stage is 'None'"),
         (("files",), None, "damaged .files is 'None'"),
         (("with_mirrored",), 1, "damaged .with_mirrored is '1'"),
+        (("reference_noise", "log_sigma_mean"), None, "damaged .log_sigma_mean is 'None'"),
+        (("reference_noise", "log_sigma_std"), 0.0, "damaged .got log_sigma_std 0"),
         (("clips", 0, "tensors_file"), "clips/../../c.safetensors", "names clips/../../c.safetensors, no file of this"),
         (("clips", 0, "keypoints_file"), "/etc/k.safetensors", "names /etc/k.safetensors, no file of this folder"),
     ],
@@ -187,7 +189,7 @@ def test_manifest_of_another_kind_is_refused(tmp_path: Path) -> None:
     manifest().write(tmp_path)
     path = tmp_path / "manifest.json"
     path.write_text(path.read_text().replace(f'"version": {MANIFEST_VERSION}', '"version": 1'))
-    with pytest.raises(ValueError, match="version 1, wanted 3; run prepare again"):
+    with pytest.raises(ValueError, match="version 1, wanted 4; run prepare again"):
         Manifest.read(tmp_path)
     path.write_text("{")
     with pytest.raises(ValueError, match="is damaged"):

@@ -69,8 +69,8 @@ def test_missing_file_and_unreadable_manifest_are_refused(tmp_path):
 
 
 def test_what_is_damaged_is_set_aside_down_to_the_newest_intact_one_over_all_stages(tmp_path):
-    first = save(stage(tmp_path, 1), _checkpoint(4), keep=3)
-    bad = [save(stage(tmp_path, 2), _checkpoint(step), keep=3) for step in (1, 2)]
+    first = save(stage(tmp_path, 1, 2), _checkpoint(4), keep=3)
+    bad = [save(stage(tmp_path, 2, 2), _checkpoint(step), keep=3) for step in (1, 2)]
     (bad[0] / "manifest.json").unlink()
     manifest = bad[1] / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"step": 2', '"step": 3'))  # no file's sum tells

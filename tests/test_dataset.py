@@ -10,7 +10,8 @@ from people import Swaying
 
 from mimicmotion.data.cache import Manifest, load_intact
 from mimicmotion.data.curate import Bounds
-from mimicmotion.data.dataset import ClipDataset, hand_weights
+from mimicmotion.data.dataset import ClipDataset
+from mimicmotion.data.hands import hand_weights
 from mimicmotion.data.poses import draw, drawing_scale
 from mimicmotion.data.poses.keypoints import LEFT_HAND, NUM_KEYPOINTS, RIGHT_HAND
 from mimicmotion.data.preparation import Recipe, prepare
@@ -40,6 +41,9 @@ def test_sample_holds_what_the_trainer_reads(dataset: ClipDataset) -> None:
         "latents": (9, 4, 8, 8),
         "latents_deviation": (9, 4, 8, 8),
         "reference_latent": (4, 8, 8),
+        "reference_sigma": (),
+        "noised_reference": (4, 8, 8),
+        "noised_sigma": (),
         "image_embedding": (1, 1024),
         "keypoints": (9, NUM_KEYPOINTS, 3),
         "pose": (9, 3, 64, 64),

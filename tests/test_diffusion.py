@@ -82,6 +82,7 @@ def _batch(draws):
     inputs = {
         "latents": torch.randn(B, *SHAPE),
         "reference": torch.randn(B, *SHAPE[1:]),
+        "pixel_sigma": torch.zeros(B),
         "image_embedding": torch.randn(B, 1, 8),
     }
     return inputs, noise_batch(**inputs, draws=draws, fps=7, motion_bucket=127)
@@ -116,5 +117,6 @@ def test_time_ids_are_fps_less_one_then_motion_then_noise():
 
 
 def test_as_many_draws_as_clips():
+    clips = torch.zeros(2, *SHAPE), torch.zeros(2, 4, 3, 3), torch.zeros(2), torch.zeros(2, 1, 8)
     with pytest.raises(ValueError, match="draws for a batch"):
-        noise_batch(torch.zeros(2, *SHAPE), torch.zeros(2, 4, 3, 3), torch.zeros(2, 1, 8), [], fps=7, motion_bucket=127)
+        noise_batch(*clips, draws=[], fps=7, motion_bucket=127)

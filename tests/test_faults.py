@@ -66,14 +66,15 @@ class Bare(Judge):
                 group: {"w": torch.full((3,), changed.get(group, 1.0))} for group in ("model", "ema", "optimizer")
             }
             saved = checkpoint.Checkpoint(step=step, tensors=tensors, documents={"state": {"skipped": 0}})
-            checkpoint.save(checkpoint.stage(run_dir, number), saved, keep=2)
-            (checkpoint.stage(run_dir, number) / "loss.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+            place = checkpoint.stage(run_dir, number, 2)
+            checkpoint.save(place, saved, keep=2)
+            (place / "loss.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
         self.noted(run_dir).write_text(f"[2, 0, 0, {changed.get('sample', 1)}]\n")
         return run_dir
 
 
 def _history(run_dir: Path) -> None:
-    (checkpoint.stage(run_dir, 1) / "loss.jsonl").write_text('{"step": 1, "loss": 2.5}\n')
+    (checkpoint.stage(run_dir, 1, 2) / "loss.jsonl").write_text('{"step": 1, "loss": 2.5}\n')
 
 
 @pytest.mark.parametrize(

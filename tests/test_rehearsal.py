@@ -1,6 +1,7 @@
 """Before and after preparing: what a rehearsal says without writing, and what reading all of it again finds."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -36,11 +37,14 @@ def test_a_rehearsal_looks_at_the_beginning_and_writes_nothing(tmp_path: Path) -
     first, second = found.lines()
     assert "of 30 frames looked at, of 60 in 2 videos, 30 would be kept in 2 clips, and 1 videos" in first
     assert second.startswith("the whole would give about 60 frames and take about")
+    recipe = replace(RECIPE, num_jittered=1)
+    copied = rehearse(paths[:1], recipe=recipe, poses=poses, encoder=PatchCodec(), progress=quiet()[0], seconds=1.0)
+    assert len(copied.clips) == 4 and len({clip.crop for clip in copied.clips}) == 4, "each in a larger crop too"
     assert [rehearsal._duration(seconds) for seconds in (3.4, 600, 9000)] == ["3 s", "10 min", "2 h 30 min"]
 
 
 def test_the_time_is_that_of_looking_and_encoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A clock that the work moves: 0.5 s a frame to look at, 2 s a frame to encode."""
+    """A clock that the work moves: 0.5 s a frame to look at, 2 s a frame to encode, as it is and with noise."""
     now = [0.0]
 
     class Slow(Swaying):
@@ -57,7 +61,7 @@ def test_the_time_is_that_of_looking_and_encoding(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(rehearsal.time, "perf_counter", lambda: now[0])
     path = write(tmp_path / "a.mp4", dancing(0, 90))
     found = rehearse([path], recipe=RECIPE, poses=Slow(), encoder=SlowCodec(), progress=quiet()[0], seconds=1.0)
-    assert found.seconds == pytest.approx(90 * 0.5 + 90 * 2.0)
+    assert found.seconds == pytest.approx(90 * 0.5 + 90 * 2 * 2.0)
 
 
 def test_every_kind_of_damage_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import videos
 import yaml
 from people import Swaying
 
-from mimicmotion import checkpoint, settings_file, train
+from mimicmotion import checkpoint, record, settings_file, train
 from mimicmotion.data.curate import Bounds
 from mimicmotion.data.preparation import Recipe, prepare
 from mimicmotion.distributed import Ranks
@@ -54,28 +55,63 @@ def _run(path, *words):
     return train.train(arguments, train.stages_of(words, arguments.config), ONE, Stop())
 
 
-def test_stages_go_on_from_each_other_and_a_resumed_run_lands_in_the_right_one(prepared, tmp_path, capsys):
+def _run_first(path, monkeypatch):
+    """The run as a signal leaves it between its first stage and the next."""
+    with monkeypatch.context() as patch:
+        todo, original = iter([True]), train.train_stage
+        patch.setattr(train, "train_stage", lambda *given, **more: next(todo, False) and original(*given, **more))
+        assert not _run(path)
+
+
+def test_stages_go_on_from_each_other_and_a_resumed_run_lands_in_the_right_one(prepared, tmp_path, capsys, monkeypatch):
     (tmp_path / "whole").mkdir()
     (tmp_path / "broken").mkdir()
     assert _run(_file(tmp_path / "whole", prepared, STAGES))
-    whole = checkpoint.load(tmp_path / "whole" / "run" / "stage-2" / "step-00000001")
+    whole = checkpoint.load(tmp_path / "whole" / "run" / "step-00000001")  # the last stage's folder is the run's own
+    assert not (tmp_path / "whole" / "run" / "stage-2").exists()
     assert whole.documents["state"]["average_steps"] == 3  # two of the first stage and one of the second
     steps = {float(value) for key, value in whole.tensors["optimizer"].items() if key.endswith("/step")}
     assert steps == {3.0}
     assert "begins with the weights, moments and moving average of" in capsys.readouterr().out
     page = (tmp_path / "whole" / "run" / "index.html").read_text()
     assert page.count("3 steps in") == 1 and (tmp_path / "whole" / "run" / "loss.png").is_file()
-    assert _run(_file(tmp_path / "broken", prepared, STAGES[:1]))  # ended after the first stage
+    _run_first(_file(tmp_path / "broken", prepared, STAGES), monkeypatch)
+    page = (tmp_path / "broken" / "run" / "index.html").read_text()
+    assert page.count("2 steps in") == 1 and checkpoint.folders(tmp_path / "broken" / "run") == []
     first = (tmp_path / "broken" / "run" / "stage-1" / "step-00000002" / "manifest.json").stat().st_mtime_ns
-    assert _run(_file(tmp_path / "broken", prepared, STAGES), "--resume")
+    assert _run(tmp_path / "broken" / "settings.yaml", "--resume")
     assert (tmp_path / "broken" / "run" / "stage-1" / "step-00000002" / "manifest.json").stat().st_mtime_ns == first
     newest = checkpoint.newest(tmp_path / "broken" / "run")
-    assert newest == tmp_path / "broken" / "run" / "stage-2" / "step-00000001"
+    assert newest == tmp_path / "broken" / "run" / "step-00000001"
     assert newest is not None
     broken = checkpoint.load(newest)
     for group, tensors in whole.tensors.items():
         assert all(torch.equal(value, broken.tensors[group][name]) for name, value in tensors.items()), group
     assert broken.documents["config"]["data"]["num_frames"] == 4
+    rows = [row["step"] for row in record.rows_of(tmp_path / "broken" / "run")]
+    assert rows == [1, 2, 3], "the earlier stage's steps come first"
+    assert _run(tmp_path / "broken" / "settings.yaml") and checkpoint.is_run(tmp_path / "broken" / "run.1" / "stage-1")
+    assert (tmp_path / "broken" / "run.1" / "step-00000001").is_dir(), "a new run moves all of the old one aside"
+
+
+def test_a_run_of_other_stages_is_not_gone_on_with(prepared, tmp_path, monkeypatch, capsys):
+    path = _file(tmp_path, prepared, STAGES)
+    _run_first(path, monkeypatch)
+    run = tmp_path / "run"
+    with pytest.raises(ValueError, match=r"run/stage-1 holds checkpoints, and the last stage of 1 lies in .*/run its"):
+        _run(_file(tmp_path, prepared, STAGES[1:]), "--resume")
+    shutil.copytree(run / "stage-1", run / "stage-2")  # as earlier versions laid a last stage out
+    with pytest.raises(ValueError, match=r"the last stage of 2 lies in .*/run itself; .*, move all that .*/stage-2 ho"):
+        _run(_file(tmp_path, prepared, STAGES), "--resume")
+    for part in (run / "stage-2").iterdir():
+        shutil.move(part, run / part.name)
+    (run / "stage-2").rmdir()
+    shutil.rmtree(run / "stage-1" / "step-00000002")  # to save room: its folder says that the stage was trained
+    capsys.readouterr()
+    assert _run(path, "--resume", "--trainer.num-steps", "3") and "stage 1 of 2" not in capsys.readouterr().out
+    assert checkpoint.newest(run) == run / "step-00000003" and checkpoint.folders(run / "stage-1") == []
+    with pytest.raises(ValueError, match=r"holds checkpoints of a last stage, and .*/stage-2 is not there: the settin"):
+        _run(_file(tmp_path, prepared, [STAGES[0], *STAGES]), "--resume")
 
 
 def test_a_stage_that_trains_other_parameters_begins_with_the_averaged_weights_and_fresh_moments(
@@ -84,7 +120,7 @@ def test_a_stage_that_trains_other_parameters_begins_with_the_averaged_weights_a
     other = [STAGES[0], {**STAGES[1], "optimizer": {"train": "pose_net|temporal"}}]
     assert _run(_file(tmp_path, prepared, other))
     first = checkpoint.load(tmp_path / "run" / "stage-1" / "step-00000002")
-    second = checkpoint.load(tmp_path / "run" / "stage-2" / "step-00000001")
+    second = checkpoint.load(tmp_path / "run" / "step-00000001")
     assert "moments begin anew, since other parameters are trained" in capsys.readouterr().out
     for name, value in second.tensors["model"].items():
         if not re.search("pose_net|temporal", name):
@@ -99,8 +135,9 @@ def test_what_is_typed_wins_over_the_stage_and_the_stage_over_the_file(prepared,
     assert [config.trainer.num_steps for config in (whole, first, second)] == [2, 2, 1]
     assert [config.trainer.batch_size for config in (whole, first, second)] == [4, 4, 4]
     assert [config.data.num_frames for config in (first, second)] == [3, 4]
+    run = tmp_path / "run"
     assert first.optimizer.learning_rate == 1e-3 and first.optimizer.learning_rates == {"pose_net": 2e-3}
-    assert first.run_dir == tmp_path / "run" / "stage-1" and whole.run_dir == tmp_path / "run"
+    assert [config.run_dir for config in (whole, first, second)] == [run, run / "stage-1", run]
 
 
 def test_resolved_settings_are_read_back(tmp_path):

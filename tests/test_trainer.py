@@ -16,7 +16,7 @@ from mimicmotion.distributed import Ranks
 from mimicmotion.execution import use_kernels
 from mimicmotion.generation import load_averaged
 from mimicmotion.history import read_history
-from mimicmotion.micro_batch import batch_loss, draw_samples
+from mimicmotion.micro_batch import FIELDS, batch_loss, draw_samples
 from mimicmotion.model.unet import build_model
 from mimicmotion.optimization import build_optimization
 from mimicmotion.stopping import SIGNALS, Stop
@@ -45,8 +45,7 @@ def _gradients(config, kernels, dtype, sample_ids):
         if parameter.ndim == 4:  # the layout of the fused blocks, in which oneDNN's error is twice the other's
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     clips = [NoiseClips(config=config).sample(0, i) for i in sample_ids]
-    fields = ("latents", "reference_latent", "image_embedding", "pose", "loss_weight")
-    batch = {name: torch.stack([clip[name] for clip in clips]).to(dtype) for name in fields}
+    batch = {name: torch.stack([clip[name] for clip in clips]).to(dtype) for name in FIELDS}
     draws = draw_samples(config, 0, sample_ids, tuple(batch["latents"].shape[1:]))
     loss = batch_loss(model, batch, draws, config)
     loss.backward()

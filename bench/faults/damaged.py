@@ -20,7 +20,7 @@ def inject(judge: Judge, kind: str, random: Random) -> Outcome:
     run_dir = judge.path("damaged")
     shutil.copytree(judge.whole, run_dir)
     shutil.copy(judge.noted(judge.whole), judge.noted(run_dir))
-    folders = checkpoint.folders(checkpoint.stages(run_dir)[-1])
+    folders = checkpoint.folders(run_dir)
     bad = folders[-2:] if random.random() < 0.25 else folders[-1:]
     good = folders[-2] if len(bad) == 1 else checkpoint.folders(checkpoint.stages(run_dir)[0])[-1]
     files = [_damage(kind, folder, random) for folder in bad]

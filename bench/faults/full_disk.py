@@ -67,7 +67,7 @@ def _training(judge: Judge, kind: str, place: Path, *, size: str, words: str) ->
     """A read-only place holds a run whose last stage is still to be done."""
     run_dir = place / "run"
     if size == "ro":
-        shutil.copytree(checkpoint.stage(judge.whole, 1), checkpoint.stage(run_dir, 1))
+        shutil.copytree(checkpoint.stage(judge.whole, 1, 2), checkpoint.stage(run_dir, 1, 2))
         shutil.copy(judge.noted(judge.whole), judge.noted(run_dir))
     _made(place, size)
     end = judge.train(run_dir).wait()

@@ -71,8 +71,7 @@ def inject(judge: Judge, kind: str, random: Random) -> Outcome:
 def _resumable(judge: Judge, folder: Path) -> Path:
     """The whole run without its last stage: it has one to go on with."""
     run_dir = folder / "run"
-    shutil.copytree(judge.whole, run_dir)
-    shutil.rmtree(checkpoint.stages(run_dir)[-1])
+    shutil.copytree(checkpoint.stage(judge.whole, 1, 2), checkpoint.stage(run_dir, 1, 2))
     return run_dir
 
 

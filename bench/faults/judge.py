@@ -161,7 +161,7 @@ class Judge:
     def differs(self, run_dir: Path, *, has_noted: bool = True) -> str:
         """How a finished run differs from the whole one: weights, optimizer, average, stage, losses, noted samples."""
         for number in range(1, len(STEPS) + 1):
-            ours, theirs = checkpoint.stage(run_dir, number), checkpoint.stage(self.whole, number)
+            ours, theirs = (checkpoint.stage(folder, number, len(STEPS)) for folder in (run_dir, self.whole))
             if losses(ours) != losses(theirs):
                 return f"losses of stage {number} are {losses(ours)}, wanted {losses(theirs)}"
         ours, theirs = checkpoint.newest(run_dir), checkpoint.newest(self.whole)
@@ -184,7 +184,7 @@ def losses(stage: Path) -> dict[int, float | None]:
 
 def steps_done(run_dir: Path) -> int:
     """How many steps a run's histories hold, over all stages."""
-    return sum(len(losses(stage)) for stage in checkpoint.stages(run_dir))
+    return sum(len(losses(place)) for place in checkpoint.places(run_dir))
 
 
 def steps_saved(run_dir: Path) -> int:
@@ -192,8 +192,8 @@ def steps_saved(run_dir: Path) -> int:
     newest = checkpoint.newest(run_dir)
     if newest is None:
         return 0
-    stage = int(newest.parent.name.removeprefix("stage-"))
-    return sum(STEPS[: stage - 1]) + checkpoint.step_of(newest)
+    earlier = checkpoint.places(run_dir).index(newest.parent)
+    return sum(STEPS[:earlier]) + checkpoint.step_of(newest)
 
 
 @contextmanager

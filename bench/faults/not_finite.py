@@ -128,7 +128,7 @@ def _spoilt(judge: Judge, random: Random, *, is_whole: bool) -> Path:
     folder = judge.path("prepared")
     shutil.copytree(judge.prepared, folder)
     clips = [folder / clip["tensors_file"] for clip in json.loads((folder / "manifest.json").read_text())["clips"]]
-    name = random.choice(("latents", "image_embedding", "keypoints"))
+    name = random.choice(("latents", "noised_latents", "image_embedding", "keypoints"))
     for path in clips if is_whole else random.sample(clips, 1):
         tensors = safetensors.torch.load_file(path)
         tensors[name][:] = torch.nan

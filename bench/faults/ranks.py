@@ -129,7 +129,7 @@ def _workers(parent: int) -> list[int]:
 def _seen(judge: Judge, run_dir: Path) -> dict[str, int]:
     """How often each window of a clip was trained on, over the steps that made the final weights."""
     done = {
-        (frames, step - 1) for stage, frames in ((1, 2), (2, 3)) for step in losses(checkpoint.stage(run_dir, stage))
+        (frames, step - 1) for stage, frames in ((1, 2), (2, 3)) for step in losses(checkpoint.stage(run_dir, stage, 2))
     }
     found = {}
     for line in judge.noted(run_dir).read_text().splitlines():

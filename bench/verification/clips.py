@@ -49,6 +49,7 @@ class NoiseClips:
         return {
             "latents": latents,
             "reference_latent": latents[0] / 0.35,
+            "reference_sigma": torch.tensor(0.05),
             "image_embedding": torch.randn(1, self.config.model.cross_attention_dim, generator=generator),
             "pose": torch.rand(F, 3, data.height, data.width, generator=generator) * 2 - 1,
             "loss_weight": torch.ones(F, 1, h, w),

@@ -21,9 +21,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from mimicmotion.data.reference_noise import ReferenceNoise
 from mimicmotion.paths import free_gib, near, printable
 
-MANIFEST_VERSION = 3
+MANIFEST_VERSION = 4
 _Kind = TypeVar("_Kind")
 
 
@@ -207,7 +208,7 @@ class Clip:
     height: int  # pixels of the frames that the crop was scaled to
     width: int
     keypoints_file: str  # relative to the prepared folder; of the whole source at frame_stride, full frame
-    tensors_file: str  # relative to the prepared folder; latents, image_embedding, keypoints in the crop
+    tensors_file: str  # relative to the prepared folder; what `ClipMaker.tensors` says
     statistics: dict[str, float]
     is_mirrored: bool = False  # tensors_file holds the clip flipped left to right; keypoints_file is as filmed
     notes: list[str] = field(default_factory=list)  # what of the video's own statements was overruled
@@ -263,6 +264,7 @@ class Manifest:
     frame_stride: int  # every clip's
     with_mirrored: bool = False  # whether each clip is there a second time, flipped left to right
     num_jittered: int = 0  # further copies of each clip in larger crops drawn at random
+    reference_noise: ReferenceNoise = field(default_factory=ReferenceNoise)  # on pixels, of latents that have it
     bounds: dict[str, Any]  # what clips were held to, by the names of curate.Bounds
     clips: list[Clip]
     dropped: list[Drop] = field(default_factory=list)
@@ -294,8 +296,9 @@ class Manifest:
         try:
             clips = [_checked(Clip, {**clip, "crop": _checked(Crop, clip["crop"])}) for clip in stored.pop("clips")]
             dropped = [_checked(Drop, drop) for drop in stored.pop("dropped")]
-            manifest = _checked(cls, {"clips": clips, "dropped": dropped, **stored})
-        except (TypeError, KeyError) as error:  # a name too many, or one too few, or a value of another kind
+            noise = _checked(ReferenceNoise, stored.pop("reference_noise"))
+            manifest = _checked(cls, {"clips": clips, "dropped": dropped, "reference_noise": noise, **stored})
+        except (TypeError, KeyError, ValueError) as error:  # a name too many, or one too few, or a strange value
             raise ValueError(f"{path} is damaged ({error}); run prepare again, which makes it anew") from error
         names = {part.keypoints_file for part in (*clips, *dropped)} | {clip.tensors_file for clip in clips}
         if strange := sorted(name for name in names | set(manifest.files) if not _is_inside(name)):

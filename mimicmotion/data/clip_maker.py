@@ -38,7 +38,7 @@ from mimicmotion.paths import printable
 from mimicmotion.pixels import as_input
 
 # Bumped where the meaning of a clip's file changes, so that old files are not met.
-TENSORS_FORMAT = 3
+TENSORS_FORMAT = 4
 RAN_OUT = "memory"  # stage of a Drop: other videos may have taken it
 
 
@@ -257,7 +257,8 @@ class ClipMaker:
         for copy in copies:
             inputs = [
                 TENSORS_FORMAT, source.keypoints_file, rows.start, rows.stop, asdict(copy.crop), recipe.height,
-                recipe.width, encoder.name, encoder.version, encoder.device, copy.is_mirrored,
+                recipe.width, encoder.name, encoder.version, encoder.device, copy.is_mirrored, copy.suffix,
+                asdict(recipe.reference_noise),
             ]  # fmt: skip
             names.append(f"clips/{content_key(inputs)}.safetensors")
         if any(load_intact(self._prepared / name) is None for name in names):
@@ -268,31 +269,38 @@ class ClipMaker:
     def tensors(
         self, source: Source, rows: slice, copies: Sequence[Variant], frames: Iterator[tuple[int, np.ndarray]]
     ) -> list[dict[str, torch.Tensor]]:
-        """What is kept of each copy of a stretch: latents, deviation, embeddings, cropped keypoints."""
+        """What is kept of each copy of a stretch: latents as they are and of noised pixels, embeddings, keypoints."""
         keypoints, (height, width) = (
             source.watched.track.keypoints[rows],
             (source.properties.height, source.properties.width),
         )
         recipe = self.recipe.shaped(height, width)
         encoded: list[list[tuple[torch.Tensor, ...]]] = [[] for _ in copies]
+        first = rows.start
         for batch in _batches(_between(frames, rows), recipe.frames_at_once):
             for copy, parts in zip(copies, encoded, strict=True):
                 cropped = np.stack([crop_frame(frame, copy.crop, recipe.height, recipe.width) for frame in batch])
                 pictures = as_input(torch.from_numpy(cropped).permute(0, 3, 1, 2))  # (F, 3, H, W)
                 shown = pictures.flip(-1) if copy.is_mirrored else pictures
+                named = [f"{source.sha256} {first + index}{copy.suffix}" for index in range(len(shown))]
+                noised, sigma = recipe.reference_noise.added_to(shown, named)
                 with self._encoder_lock:  # one batch on the device at a time, however many videos are worked on
-                    parts.append((*self.encoder.distribution(shown), self.encoder.embed(shown)))
+                    latents = *self.encoder.distribution(shown), self.encoder.encode(noised)
+                    parts.append((*latents, self.encoder.embed(shown), sigma))
+            first += len(batch)
         if sum(len(mean) for mean, *_ in encoded[0]) != len(keypoints):
             raise VideoError(f"had {len(source.watched)} frames when poses were found and has fewer now")
         made = []
         for copy, parts in zip(copies, encoded, strict=True):
             placed = crop_keypoints(keypoints, copy.crop, height, width)
-            mean, deviation, embedding = (torch.cat(values).half() for values in zip(*parts, strict=True))
+            mean, deviation, noised, embedding, sigma = (torch.cat(values) for values in zip(*parts, strict=True))
             made.append(
                 {
-                    "latents": mean,  # (F, 4, h, w), unscaled
-                    "latents_deviation": deviation,  # (F, 4, h, w), unscaled
-                    "image_embedding": embedding,  # (F, 1024)
+                    "latents": mean.half(),  # (F, 4, h, w), unscaled
+                    "latents_deviation": deviation.half(),  # (F, 4, h, w), unscaled
+                    "noised_latents": noised.half(),  # (F, 4, h, w), unscaled, of noised pixels
+                    "noised_sigma": sigma,  # (F,), float32: how much
+                    "image_embedding": embedding.half(),  # (F, 1024), of frames as they are, as SVD's
                     "keypoints": torch.from_numpy(mirrored(placed) if copy.is_mirrored else placed),  # (F, 128, 3)
                 }
             )

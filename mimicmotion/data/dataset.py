@@ -24,20 +24,18 @@ from mimicmotion.data.cache import Clip, Manifest, NotFiniteError, check_finite
 from mimicmotion.data.crop import crop_frame
 from mimicmotion.data.footage import decode
 from mimicmotion.data.footage_identity import FootageIdentity
+from mimicmotion.data.hands import HAND_CONFIDENCE, hand_weights
 from mimicmotion.data.held_out import split
 from mimicmotion.data.order import Order, Place, number_of
 from mimicmotion.data.poses import draw, drawing_scale
-from mimicmotion.data.poses.keypoints import HANDS, NUM_KEYPOINTS
+from mimicmotion.data.poses.keypoints import NUM_KEYPOINTS
+from mimicmotion.data.reference_noise import ReferenceNoise
 from mimicmotion.pixels import as_input
 from mimicmotion.shapes import Bucket
 
 # The released model was always told 7 frames a second and motion 127, whatever the video: so is it in training.
 CONDITIONED_FRAMES_PER_SECOND = 7
 CONDITIONED_MOTION_BUCKET = 127
-
-HAND_WEIGHT = 10.0  # the paper's factor on the loss in a hand's box
-HAND_CONFIDENCE = 0.8  # the source says that all keypoints pass a threshold, but not which: this is ours
-HAND_MARGIN = 0.1  # of the box's longer side, on each side; joints end before fingertips do
 
 
 class ClipDataset:
@@ -49,13 +47,14 @@ class ClipDataset:
     def __init__(
         self, prepared: Path, num_frames: int, seed: int, *, batch_size: int = 1, lengths: Sequence[int] = (),
         held_out: float = 0.0, is_held_out: bool = False, hand_confidence: float = HAND_CONFIDENCE,
-        draw_latents: bool = False, max_stride: int = 1,
+        draw_latents: bool = False, max_stride: int = 1, reference_noise: ReferenceNoise | None = None,
     ) -> None:  # fmt: skip
         """batch_size: samples a step over all ranks. lengths: below num_frames, for clips that are too short for it.
 
         held_out: share of the source videos that is set aside; is_held_out: this dataset is of those.
         draw_latents: samples hold latents drawn from the encoder's distribution and not its mean.
         max_stride: a sample's frames lie 1 to max_stride kept frames apart, drawn for each, as far as its clip goes.
+        reference_noise: on the pixels of samples' references, as the folder was prepared with; None: they are clean.
         """
         self.prepared = prepared
         self.manifest = Manifest.read(prepared)
@@ -68,11 +67,17 @@ class ClipDataset:
         self._hand_confidence = hand_confidence
         # What is looked at stays the same.
         self._draw_latents, self._max_stride = draw_latents and not is_held_out, 1 if is_held_out else max_stride
+        self._has_noised_references = reference_noise is not None and not is_held_out
         self._clips = {clip.clip_id: clip for clip in self.manifest.clips}
         if num_frames < 2:
             raise ValueError(f"got num_frames {num_frames}, wanted at least 2: a reference and one more")
         if not self._clips:
             raise ValueError(f"got {prepared}, whose manifest holds no clip; run prepare again")
+        if reference_noise not in (None, self.manifest.reference_noise):
+            raise ValueError(
+                f"got {prepared}, prepared with noise of {self.manifest.reference_noise} on the pixels of references, "
+                f"wanted {reference_noise}; prepare another folder for it, or give --diffusion.reference-noise latent"
+            )
         self._samples: dict[Bucket, list[tuple[str, int]]] = {}  # a clip's name and which of its windows
         for clip in self.manifest.clips:
             bucket = _bucket(clip, self._lengths)
@@ -102,12 +107,15 @@ class ClipDataset:
     def sample(self, step: int, sample_id: int) -> dict[str, Any]:
         """Sample sample_id of a step, as `data/order.py` and the module's docstring say.
 
-        Returns latents and latents_deviation (F, 4, h, w) float32 scaled, reference_latent (4, h, w) unscaled,
-        image_embedding (1, 1024),
+        Returns latents and latents_deviation (F, 4, h, w) float32 scaled, reference_latent (4, h, w) unscaled and
+        reference_sigma (), the noise on its pixels, noised_reference and noised_sigma of which they are taken where
+        references have noise, image_embedding (1, 1024),
         keypoints (F, 128, 3), pose (F, 3, H, W) in [-1, 1], loss_weight (F, 1, h, w), fps, motion_bucket, sample_id,
         and what was chosen: clip_id, reference, start, stride.
         """
         sample = {**self.clip(*self._draw(step, sample_id)), "sample_id": sample_id}
+        if self._has_noised_references:
+            sample |= {"reference_latent": sample["noised_reference"], "reference_sigma": sample["noised_sigma"]}
         if self._draw_latents:  # but for reference_latent, which is the mean in sampling too
             seed = np.random.SeedSequence([self.seed, step, sample_id]).spawn(1)[0].generate_state(1, np.uint64)[0]
             generator = torch.Generator().manual_seed(int(seed) >> 1)
@@ -198,6 +206,9 @@ class ClipDataset:
             "latents": latents * self.manifest.scaling_factor,
             "latents_deviation": stored["latents_deviation"].float() * self.manifest.scaling_factor,
             "reference_latent": latents[0].clone(),
+            "reference_sigma": torch.zeros(()),
+            "noised_reference": stored["noised_latents"][0].float(),
+            "noised_sigma": stored["noised_sigma"][0],
             "image_embedding": stored["image_embedding"].float(),
             "keypoints": keypoints,
             "pose": as_input(torch.from_numpy(pictures)),
@@ -238,7 +249,7 @@ class ClipDataset:
         return self._clips[clip_id]
 
     def _read(self, clip: Clip, reference: int, window: range) -> dict[str, Tensor]:
-        """Rows reference and `window` of latents and keypoints, row reference of the embedding."""
+        """Rows reference and `window` of latents and keypoints, row reference of what a reference alone has."""
         path = self.prepared / clip.tensors_file
         try:
             with safe_open(path, framework="pt") as opened:
@@ -247,11 +258,14 @@ class ClipDataset:
                     for name in ("latents", "latents_deviation", "keypoints")
                     for part in (opened.get_slice(name),)
                 }
-                embedding = opened.get_slice("image_embedding")[reference : reference + 1]
+                of_reference = {
+                    name: opened.get_slice(name)[reference : reference + 1]
+                    for name in ("image_embedding", "noised_latents", "noised_sigma")
+                }
                 stated = (opened.metadata() or {}).get("content_sha256")
         except (OSError, SafetensorError) as error:
             raise ValueError(f"cannot read {path} ({error}); run prepare again, which makes it anew") from error
-        read = {**rows, "image_embedding": embedding}
+        read = {**rows, **of_reference}
         _check_layout(path, read, clip, 1 + len(window))
         try:
             check_finite(read)
@@ -267,8 +281,12 @@ class ClipDataset:
 
 def _check_layout(path: Path, read: dict[str, Tensor], clip: Clip, num_rows: int) -> None:
     """Raise ValueError where a tensor of a clip's file has another shape or dtype than a clip of this size has."""
+    latent = 4, clip.height // LATENT_STRIDE, clip.width // LATENT_STRIDE
     wanted = {
-        "latents": (num_rows, 4, clip.height // LATENT_STRIDE, clip.width // LATENT_STRIDE, torch.float16),
+        "latents": (num_rows, *latent, torch.float16),
+        "latents_deviation": (num_rows, *latent, torch.float16),
+        "noised_latents": (1, *latent, torch.float16),
+        "noised_sigma": (1, torch.float32),
         "keypoints": (num_rows, NUM_KEYPOINTS, 3, torch.float32),
         "image_embedding": (1, read["image_embedding"].shape[-1], torch.float16),
     }
@@ -278,38 +296,6 @@ def _check_layout(path: Path, read: dict[str, Tensor], clip: Clip, num_rows: int
                 f"{name} of {path} is {read[name].dtype} {tuple(read[name].shape)} where {dtype} {tuple(shape)} is "
                 "wanted; run prepare again, which makes it anew"
             )
-
-
-def hand_weights(
-    keypoints: Tensor,
-    latent_height: int,
-    latent_width: int,
-    *,
-    weight: float = HAND_WEIGHT,
-    hand_confidence: float = HAND_CONFIDENCE,
-    margin: float = HAND_MARGIN,
-) -> Tensor:
-    """Loss weights (F, 1, h, w): `weight` on latent cells that a sure hand's box touches, else 1.
-
-    A hand of keypoints (F, 128, 3) is sure where all its 21 confidences reach hand_confidence; its box, with a margin,
-    is clamped to the picture and covers at least one cell. A hand wholly outside the picture has no box.
-    """
-    weights = torch.ones(len(keypoints), 1, latent_height, latent_width)
-    size = torch.tensor([latent_width, latent_height], dtype=torch.float32)
-    for frame, person in enumerate(keypoints):
-        for rows in HANDS:
-            hand = person[rows]
-            if bool((hand[:, 2] < hand_confidence).any()):
-                continue
-            low, high = hand[:, :2].amin(dim=0) * size, hand[:, :2].amax(dim=0) * size  # latent cells
-            border = margin * (high - low).max()
-            low, high = low - border, high + border
-            if bool((high < 0).any()) or bool((low >= size).any()):
-                continue
-            left, top = low.floor().clamp(min=0).int().tolist()
-            right, bottom = torch.minimum(high.ceil(), size).int().tolist()
-            weights[frame, 0, top : max(bottom, top + 1), left : max(right, left + 1)] = weight
-    return weights
 
 
 def _bucket(clip: Clip, lengths: Sequence[int]) -> Bucket:

@@ -11,7 +11,7 @@ from typing import Literal
 
 from safetensors import SafetensorError
 
-from mimicmotion.config import Config, DataConfig, demo
+from mimicmotion.config import Config, demo
 from mimicmotion.data import pool, ray_engine
 from mimicmotion.data.cache import Clip, Drop, Manifest, check_writable, is_prepared, stated_sha256
 from mimicmotion.data.clip_maker import RAN_OUT, ClipMaker
@@ -22,6 +22,7 @@ from mimicmotion.data.ownership import locked, sign
 from mimicmotion.data.poses import PoseBackend, load_backend
 from mimicmotion.data.progress import VideoProgress
 from mimicmotion.data.recipe import Recipe
+from mimicmotion.data.reference_noise import ReferenceNoise
 from mimicmotion.model.encoders import PATCH_CODEC, SPATIAL_FACTOR, Encoder, PatchCodec, load_encoder
 from mimicmotion.paths import printable
 
@@ -98,6 +99,7 @@ def _prepare(
         frame_stride=recipe.frame_stride,
         with_mirrored=recipe.with_mirrored,
         num_jittered=recipe.num_jittered,
+        reference_noise=recipe.reference_noise,
         bounds=asdict(recipe.bounds),
         clips=clips,
         dropped=dropped,
@@ -164,13 +166,14 @@ def prepare_if_missing(config: Config, progress: VideoProgress | None = None) ->
     """
     data, shown = config.data, progress or VideoProgress()
     fewest = min(data.all_lengths)
-    recipe = Recipe(height=data.height, width=data.width, sizes=data.sizes, num_frames=fewest)
+    noise = ReferenceNoise.of(config.diffusion)
+    recipe = Recipe(height=data.height, width=data.width, sizes=data.sizes, num_frames=fewest, reference_noise=noise)
     if data.prepared.absolute() == demo().data.prepared.absolute() and not is_prepared(data.prepared):
         shown.say(f"nothing is prepared in {data.prepared}: preparing the embedded footage")
         videos, backend = embedded_footage(), data.poses
     else:
         manifest = Manifest.read(data.prepared)
-        why = why_stale(manifest, data)
+        why = why_stale(manifest, config)
         if not manifest.clips:
             raise ValueError(f"{data.prepared} holds no clip; run prepare.py for it with videos that can be used")
         if why is None:
@@ -202,11 +205,13 @@ def prepare_if_missing(config: Config, progress: VideoProgress | None = None) ->
     )
 
 
-def why_stale(manifest: Manifest, data: DataConfig) -> str | None:
+def why_stale(manifest: Manifest, config: Config) -> str | None:
     """What of a manifest does not fit the settings, or None. Its poses are as the user chose them.
 
-    Another version of the decoder is no reason: videos may have been prepared on another machine.
+    Another version of the decoder is no reason: videos may have been prepared on another machine. Nor is other noise on
+    pixels where the run adds its own to latents.
     """
+    data = config.data
     if (manifest.height, manifest.width) != (data.height, data.width):
         return f"{manifest.height}x{manifest.width} pixels, not {data.height}x{data.width}"
     if set(manifest.sizes) != set(data.sizes):
@@ -218,4 +223,7 @@ def why_stale(manifest: Manifest, data: DataConfig) -> str | None:
         return f"the encoder {manifest.encoder_name}, not {encoder} (--data.encoder)"
     if encoder == PatchCodec.name and manifest.encoder_version != PatchCodec.version:
         return f"version {manifest.encoder_version} of {encoder}, not {PatchCodec.version}"
+    noise = ReferenceNoise.of(config.diffusion)
+    if config.diffusion.reference_noise == "pixels" and manifest.reference_noise != noise:
+        return f"noise of {manifest.reference_noise} on the pixels of references, not {noise}"
     return None

@@ -5,6 +5,7 @@ from math import isclose, log
 from os import cpu_count
 
 from mimicmotion.data.curate import Bounds
+from mimicmotion.data.reference_noise import ReferenceNoise
 from mimicmotion.model.encoders import SPATIAL_FACTOR
 from mimicmotion.shapes import size_of
 
@@ -20,6 +21,7 @@ class Recipe:
     frame_stride: int = 1  # every frame_stride-th frame of a video is kept
     bounds: Bounds = field(default_factory=Bounds)
     with_mirrored: bool = False  # each clip a second time, flipped left to right
+    reference_noise: ReferenceNoise = field(default_factory=ReferenceNoise)  # on pixels, of latents that have it
     num_jittered: int = 0  # further copies of each clip, each in a larger crop drawn at random
     frames_at_once: int = 16  # encoded together
     workers: int | None = None  # videos worked on at once; None is one a processor core

@@ -22,6 +22,7 @@ from mimicmotion.model.encoders import Encoder
 from mimicmotion.paths import printable
 
 SECONDS = 60.0  # looked at of each video
+_NO_DIGEST = 64 * "0"  # of the video, which is not read to its end
 
 
 class RehearsedMaker(ClipMaker):
@@ -46,7 +47,7 @@ class RehearsedMaker(ClipMaker):
         watched = watch(islice(self.frames(properties, work), num_looked_at), properties, self.poses)
         work.finish()
         self.num_frames[path] = len(watched), num_frames
-        return Source(path, properties, "", watched, "")
+        return Source(path, properties, _NO_DIGEST, watched, "")
 
     def encode(
         self, source: Source, rows: slice, copies: Sequence[Variant], frames: Iterator[tuple[int, np.ndarray]]
