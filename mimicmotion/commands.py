@@ -12,7 +12,7 @@ from mimicmotion.data.cache import EXHAUSTED, FULL
 from mimicmotion.paths import free_gib
 
 # What files, weights, disks, memory and missing packages can do, and what is refused.
-_EXPECTED = (ValueError, OSError, MemoryError, torch.OutOfMemoryError, ImportError, SafetensorError, CheckpointError)
+EXPECTED = (ValueError, OSError, MemoryError, torch.OutOfMemoryError, ImportError, SafetensorError, CheckpointError)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -24,7 +24,7 @@ def one_sentence(stopped: str, *more: type[Exception], debug: bool) -> Iterator[
     """
     try:
         yield
-    except (*_EXPECTED, *more) as error:
+    except (*EXPECTED, *more) as error:
         if debug:
             raise
         raise SystemExit(f"{stopped}: {sentence(error)}") from error

@@ -2,17 +2,16 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from mimicmotion import pretrained
 from mimicmotion.animation import check_reference_noise, frames_of, generate_latents, steer
-from mimicmotion.config import LATENT_STRIDE, PRESETS, Config, Kernels, Precision, PresetName
+from mimicmotion.config import LATENT_STRIDE, Config
 from mimicmotion.data.cache import Manifest, check_writable, is_prepared
 from mimicmotion.data.driving import (
     DrivingPoses,
@@ -24,13 +23,13 @@ from mimicmotion.data.driving import (
 )
 from mimicmotion.data.poses import PoseBackend, load_backend
 from mimicmotion.data.progress import VideoProgress
-from mimicmotion.data.still import Fit, fitted, read_still
-from mimicmotion.execution import DTYPES, free_what_is_left, use_kernels
-from mimicmotion.generation import Decoder, load_averaged, own_device
-from mimicmotion.model import weights
+from mimicmotion.data.still import fitted, read_still
+from mimicmotion.execution import DTYPES, free_what_is_left
+from mimicmotion.generation import Decoder, own_device
 from mimicmotion.model.encoders import load_encoder
-from mimicmotion.model.unet import MimicMotionModel, build_model
+from mimicmotion.model.unet import MimicMotionModel
 from mimicmotion.paths import printable
+from mimicmotion.picture_arguments import PictureArguments, Source, as_asked, read_source
 from mimicmotion.pixels import as_input, as_pictures
 from mimicmotion.sampler import generator_of, tiles
 from mimicmotion.sampling_memory import MOST_ROWS, budget_gib, clip_bytes, decoder_bytes, most_within, network_bytes
@@ -39,44 +38,6 @@ from mimicmotion.sound import check_has_sound
 from mimicmotion.video import write_video
 
 LEAST_RATE, MOST_RATE = 0.1, 240.0  # frames a second that a video is written at
-
-
-@dataclass(frozen=True, kw_only=True)
-class PictureArguments:
-    """What is asked for: a picture, who drives it, with which weights, how."""
-
-    run_dir: Path = Path("runs/demo")  # a run's folder (its newest checkpoint) or one checkpoint folder
-    image: Path | None = None  # picture of a person: makes a video of it that moves as --video or --poses do
-    video: Path | None = None  # driving video
-    poses: Path | None = None  # key points of the driving video: read where the file is, else found and kept there
-    out: Path = Path("out.mp4")  # video to write; of several seeds out-seed0.mp4, out-seed1.mp4 and so on
-    weights: Path | None = None  # weights to use and not a run: whatever --model.pretrained of train.py takes
-    pose_net: Path | None = None  # a file whose PoseNet goes with them, where they are a UNet alone
-    preset: PresetName = "mimicmotion-72"  # settings and shape of the model that --weights are for
-    encoder: str | None = None  # folder or hub id of Stable Video Diffusion; the run's or the preset's
-    size: str | None = None  # height x width as 1024x576, multiples of 64; the trained one nearest the picture's shape
-    fit: Fit = (
-        "crop"  # crop: the picture covers the size, its middle is kept, as released; pad: all of it, black around
-    )
-    fps: float | None = None  # frames a second of the result: poses are taken at this rate; the driving video's own
-    num_frames: int | None = None  # frames with the reference; of a driving video all where none is given
-    sound: bool = False  # copy the driving video's sound
-    as_filmed: bool = False  # leave the driving poses as they are, and do not move and scale them to the picture's body
-    pose_backend: Literal["dwpose", "holistic"] | None = None  # that of the prepared folder, the run or the preset
-    dwpose_dir: Path | None = None  # folder of yolox_l.onnx and dw-ll_ucoco_384.onnx; downloaded where none is given
-    seed: int = 0  # of the initial noise
-    seeds: tuple[int, ...] = ()  # several seeds, of which each gives a video
-    num_steps: int | None = None  # Euler steps; the run's setting where none is given
-    guidance: float | None = None  # guidance scale; the run's setting where none is given
-    first_guidance: float | None = None  # of frame 0, from which it goes linearly to --guidance of the last frame
-    reference_noise: float = 0.0  # noise on the picture's pixels in [-1, 1] (noise_aug_strength), as released
-    tile: int | None = None  # frames that the network gets together; the length it was trained at
-    tile_overlap: int | None = None  # a tile moves on by its frames less these; the run's setting where none is given
-    noise: Literal["tile", "clip"] | None = None  # of one tile, repeated, as released; or independent over the clip
-    precision: Precision | None = None  # of weights and activations; the run's where none is given
-    memory_budget: float | Literal["auto"] | None = None  # GiB: rows together and frames decoded together that fit in
-    kernels: Kernels | None = None  # the run's where none are given
-    debug: bool = False  # show where in the code an error arose
 
 
 class Bar:
@@ -97,12 +58,18 @@ class Bar:
             self._work.finish()
 
 
-def make_videos(arguments: PictureArguments) -> list[Path]:
-    """Write a video for each seed, whole or not at all, and return where. Raises ValueError or OSError."""
+def make_videos(
+    arguments: PictureArguments, *, source: Source | None = None, progress: VideoProgress | None = None
+) -> list[Path]:
+    """Write a video for each seed, whole or not at all, and return where. Raises ValueError or OSError.
+
+    source: what `read_source` gave for the same run or weights; progress: who is told how far it is.
+    """
     assert arguments.image is not None
-    progress = VideoProgress()
+    progress = progress or VideoProgress()
     seeds, outputs = _outputs(arguments)
-    config, load_model, source = _source(arguments)
+    source = source or read_source(arguments)
+    config = as_asked(arguments, source.config)
     still = read_still(arguments.image)
     height, width = _size(arguments, config, *still.picture.shape[:2])
     picture = fitted(still.picture, height, width, arguments.fit)
@@ -110,9 +77,48 @@ def make_videos(arguments: PictureArguments) -> list[Path]:
         progress.say(f"{printable(arguments.image)} {note}")
     poses, rate = _poses(arguments, config, picture, progress)
     progress.say(
-        f"{source}, encoder {config.data.encoder}: {len(poses) - 1} frames of {height}x{width} pixels (height x width)"
-        f" at {rate:g} a second, {len(seeds)} seed{'s' * (len(seeds) > 1)}"
+        f"{source.words}, encoder {config.data.encoder}: {len(poses) - 1} frames of {height}x{width} pixels (height x"
+        f" width) at {rate:g} a second, {len(seeds)} seed{'s' * (len(seeds) > 1)}"
     )
+    latents = _latents(arguments, config, source.load, picture, poses, seeds, progress)
+    decoder = load_encoder(config.data.encoder)
+    budget = budget_gib(arguments.memory_budget)
+    config = _decoding_within(config, decoder, (height, width), budget, progress)
+    for seed, output, of_seed in zip(seeds, outputs, latents, strict=True):
+        comment = f"picture: {arguments.image.name}; {source.words}; encoder: {decoder.name}; seed {seed}"
+        about: dict[str, Any] = {
+            "frames_per_second": rate,
+            "sound": arguments.video if arguments.sound else None,
+        }
+        frames = _decoded(of_seed, config, decoder, progress)
+        if arguments.beside:
+            frames = list(frames)  # bytes as of the poses, which are all here
+        write_video(output, frames, comment=comment, **about)
+        progress.say(f"written: {printable(output)}")
+        if arguments.beside:
+            columns = zip(torch.from_numpy(poses[1:]), frames, strict=True)
+            still_picture = torch.from_numpy(picture)
+            wide = (torch.cat([still_picture, pose.permute(1, 2, 0), frame], dim=1) for pose, frame in columns)
+            write_video(beside(output), wide, comment=f"picture | pose | generated; {comment}", **about)
+            progress.say(f"written: {printable(beside(output))}")
+    return outputs
+
+
+def beside(output: Path) -> Path:
+    """Where a video lies beside its picture and poses."""
+    return output.with_name(f"{output.stem}-beside{output.suffix}")
+
+
+def _latents(
+    arguments: PictureArguments,
+    config: Config,
+    load_model: Callable[[], MimicMotionModel],
+    picture: np.ndarray,
+    poses: np.ndarray,
+    seeds: tuple[int, ...],
+    progress: VideoProgress,
+) -> Tensor:
+    """Latents (B, F, 4, h, w) on the CPU of a video for each seed: the encoder alone on the device, then the model."""
     encoder = load_encoder(config.data.encoder)
     pixels = as_input(torch.from_numpy(picture).permute(2, 0, 1))
     conditions, noise = steer(
@@ -128,29 +134,33 @@ def make_videos(arguments: PictureArguments) -> list[Path]:
     budget = budget_gib(arguments.memory_budget)
     dtype = DTYPES[config.trainer.precision]
     rows = _rows_at_once(config, dtype, poses.shape, len(seeds), budget, progress)
-    model = load_model().to(own_device())
-    model = model if config.lora.rank else model.to(dtype)  # what a base is kept in stays
-    with progress:
-        latents = generate_latents(
-            model,
-            conditions,
-            noise,
-            config,
-            reference_noise=arguments.reference_noise,
-            rows_at_once=rows,
-            on_forward=Bar(progress),
-        )
-    del model
-    free_what_is_left()
-    decoder = load_encoder(config.data.encoder)
-    config = _decoding_within(config, decoder, (height, width), budget, progress)
-    for seed, output, of_seed in zip(seeds, outputs, latents, strict=True):
-        comment = f"picture: {arguments.image.name}; {source}; encoder: {decoder.name}; seed {seed}"
-        frames = (frame for part in frames_of(of_seed, config, decoder) for frame in as_pictures(part))
-        sound = arguments.video if arguments.sound else None
-        write_video(output, frames, frames_per_second=rate, comment=comment, sound=sound)
-        progress.say(f"written: {printable(output)}")
-    return outputs
+    model = load_model()
+    try:
+        model = model.to(own_device())
+        model = model if config.lora.rank else model.to(dtype)  # what a base is kept in stays
+        with progress:
+            return generate_latents(
+                model,
+                conditions,
+                noise,
+                config,
+                reference_noise=arguments.reference_noise,
+                rows_at_once=rows,
+                on_forward=Bar(progress),
+            )
+    finally:
+        model.to("cpu")  # whoever loaded it may keep it, and the device is the decoder's now
+        free_what_is_left()
+
+
+def _decoded(latents: Tensor, config: Config, decoder: Decoder, progress: VideoProgress) -> Iterator[Tensor]:
+    """Frames (H, W, 3) uint8 of one clip's latents, one by one."""
+    work = progress.start("decoding", len(latents) - 1)
+    for part in frames_of(latents, config, decoder):
+        for frame in as_pictures(part):
+            yield frame
+            work.advance()
+    work.finish()
 
 
 def _outputs(arguments: PictureArguments) -> tuple[tuple[int, ...], list[Path]]:
@@ -193,55 +203,6 @@ def _check_numbers(arguments: PictureArguments) -> None:
         raise ValueError(f"got --tile {arguments.tile}, wanted the reference and at least one frame")
     if wrong := [seed for seed in (arguments.seed, *arguments.seeds) if not -(2**63) <= seed < 2**64]:
         raise ValueError(f"got seed {wrong[0]}, wanted one of 64 bits")
-
-
-def _source(arguments: PictureArguments) -> tuple[Config, Callable[[], MimicMotionModel], str]:
-    """Settings as asked, what loads the model, on the CPU, and what it is of in words."""
-    if arguments.weights is None:
-        config, model, folder = load_averaged(arguments.run_dir, arguments.kernels, torch.device("cpu"))
-        return _as_asked(arguments, config), lambda: model, f"checkpoint {folder.as_posix()}"
-    path, config = arguments.weights, _as_asked(arguments, PRESETS[arguments.preset]())
-    start = dataclasses.replace(config.model, pretrained=path, pretrained_pose_net=arguments.pose_net)
-    found = pretrained.read(start)  # before anything else: the file that is most often wrong
-
-    def load() -> MimicMotionModel:
-        model = build_model(config.model, config.kernels)
-        for note in weights.load(model, found):
-            VideoProgress().say(note)
-        if not model.pose_net.final_proj.weight.any():
-            raise ValueError(f"{printable(path)} holds no PoseNet, without which poses do nothing; give --pose-net")
-        use_kernels(model, config.kernels)
-        return model.eval().requires_grad_(False)
-
-    return config, load, f"weights {printable(path)}"
-
-
-def _as_asked(arguments: PictureArguments, config: Config) -> Config:
-    """A run's settings with those that were given."""
-
-    def given(**values: object) -> dict[str, object]:
-        return {name: value for name, value in values.items() if value is not None}
-
-    tile = arguments.tile or config.data.num_frames
-    overlap = arguments.tile_overlap
-    if overlap is None:
-        overlap = min(config.sampling.tile_overlap, tile - 2)
-    sampling = given(
-        num_steps=arguments.num_steps,
-        guidance=arguments.guidance,
-        first_guidance=arguments.first_guidance,
-        noise=arguments.noise,
-        tile_overlap=overlap,
-    )
-    lengths = tuple(length for length in config.data.lengths if length < tile)
-    data = given(num_frames=tile, encoder=arguments.encoder, lengths=lengths)
-    return dataclasses.replace(
-        config,
-        **given(kernels=arguments.kernels),
-        sampling=dataclasses.replace(config.sampling, **sampling),
-        data=dataclasses.replace(config.data, **data),
-        trainer=dataclasses.replace(config.trainer, **given(precision=arguments.precision)),
-    )
 
 
 def _size(arguments: PictureArguments, config: Config, height: int, width: int) -> tuple[int, int]:

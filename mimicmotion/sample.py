@@ -36,7 +36,8 @@ from mimicmotion.generation import (
 from mimicmotion.metrics import psnr
 from mimicmotion.model.unet import MimicMotionModel
 from mimicmotion.person_metrics import person_region
-from mimicmotion.picture_to_video import PictureArguments, make_videos
+from mimicmotion.picture_arguments import PictureArguments
+from mimicmotion.picture_to_video import make_videos
 from mimicmotion.resumption import of_other_clips
 from mimicmotion.video import side_by_side, write_stills, write_video
 

@@ -41,7 +41,10 @@ class VideoProgress:
     def start(self, name: str, total: int | None) -> "Work":
         """Begin a piece of work of total steps (None or 0 where unknown)."""
         bar = None if self._bars is None else self._bars.add_task(self._sayable(name), total=total or None)
-        return Work(self, name, self._bars, bar)
+        return Work(self, name, total, self._bars, bar)
+
+    def reached(self, name: str, num_steps: int, total: int | None) -> None:
+        """A piece of work is num_steps far: for who shows that elsewhere, or ends the work by raising."""
 
     def say(self, line: str) -> None:
         """Print one line above the bars, with ? for what the terminal's encoding lacks."""
@@ -55,9 +58,12 @@ class VideoProgress:
 class Work:
     """One piece of work under way."""
 
-    def __init__(self, progress: VideoProgress, name: str, bars: Progress | None, bar: TaskID | None) -> None:
+    def __init__(
+        self, progress: VideoProgress, name: str, total: int | None, bars: Progress | None, bar: TaskID | None
+    ) -> None:
         self._progress = progress
         self._name = name
+        self._total = total
         self._bars = bars
         self._bar = bar
         self._started = time.perf_counter()
@@ -68,6 +74,7 @@ class Work:
         self.num_steps += 1
         if self._bars is not None and self._bar is not None:
             self._bars.advance(self._bar)
+        self._progress.reached(self._name, self.num_steps, self._total)
 
     def finish(self) -> None:
         """The work is done: its bar gives way to a line with its time in seconds."""
