@@ -254,15 +254,21 @@ def test_the_page_in_a_browser(server: Served, files: dict[str, Path], tmp_path:
         assert bad == []
 
 
-def test_it_ends_with_one_line_and_leaves_its_videos_alone(server: Served) -> None:
-    """Last of all: Ctrl-C."""
+def test_it_ends_with_one_line_and_leaves_its_videos_alone(server: Served, files: dict[str, Path]) -> None:
+    """Last of all: Ctrl-C in the middle of a job."""
+    assert server.make(server.upload(files["picture"]), server.upload(files["video"]), steps=1)["success"]
+    before, page = server.made(), uuid.uuid4().hex
+    assert server.ask(page, server.upload(files["picture"]), server.upload(files["video"]), steps=100).is_success
+    for said in server.told(page):
+        if said["msg"] == "progress" and said["progress_data"][0]["desc"] == "sampling":
+            break
     said = len((server.folder / "stderr").read_text())
     server.process.send_signal(signal.SIGINT)
     assert server.process.wait(60) == 0
     assert (server.folder / "stderr").read_text()[said:].strip() == "Ctrl-C: the page ends, and what it was making"
     found = {path.name for path in server.folder.iterdir()}
     assert found == {"jobs", "runs", "secret.txt", "stderr", "tmp"}
-    assert [path.name for path in (server.folder / "runs/page").iterdir()] == ["videos"] and server.made()
+    assert [path.name for path in (server.folder / "runs/page").iterdir()] == ["videos"] and server.made() == before
     assert [path for path in (server.folder / "tmp").rglob("*") if path.is_file()] == []
 
 
