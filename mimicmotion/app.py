@@ -155,10 +155,12 @@ class Jobs:
         if (stop := self._stops.get(page)) is not None:
             stop.set()
 
-    def cancel_all(self) -> None:
-        """End whatever runs."""
+    def end(self) -> None:
+        """End whatever runs, and wait until it has: a thread in the middle of torch's code would abort the process."""
         for stop in list(self._stops.values()):
             stop.set()
+        with self._one:
+            pass
 
     def _checked(self, given: Given) -> PictureArguments:
         """Settings of one video. Raises ValueError where a value is none that the page offers."""
@@ -318,8 +320,8 @@ def serve(arguments: Arguments) -> None:
             )
             threading.Event().wait()
         finally:
-            jobs.cancel_all()
             page.close(verbose=False)
+            jobs.end()
 
 
 def _check_free(host: str, port: int) -> None:

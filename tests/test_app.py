@@ -206,10 +206,11 @@ def test_cancel_ends_a_job_and_keeps_nothing(server: Served, files: dict[str, Pa
     assert len(server.made()) == len(before) + 2  # of the job after it, which waited for the end of this one
 
 
-def _until(opened: Browser, what: str, seconds: float = 60) -> Any:
-    """The value of an expression once it is true."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
+def _until(opened: Browser, what: str, *, click: str = "", polls: int = 600) -> Any:
+    """The value of an expression once it is true; a click is made again every 5 s, as one too early does nothing."""
+    for poll in range(polls):
+        if click and poll % 25 == 0:
+            opened.ask("Runtime.evaluate", expression=click)
         found = opened.ask("Runtime.evaluate", expression=what, returnByValue=True)["result"].get("value")
         if found:
             return found
@@ -231,18 +232,12 @@ def test_the_page_in_a_browser(server: Served, files: dict[str, Path], tmp_path:
     with browser(tmp_path / "home") as opened:
         opened.ask("Page.navigate", url=server.address)
         _until(opened, "document.querySelectorAll('input[type=file]').length == 2")
-        for _ in range(300):
-            if any("/heartbeat/" in str(event) for event in opened.events):
-                break  # from then on the page answers clicks
-            _until(opened, "true")
-            time.sleep(0.2)
-        opened.ask("Runtime.evaluate", expression=click)
-        _until(opened, "document.body.innerText.includes('give a picture of a person first')")
+        _until(opened, "document.body.innerText.includes('give a picture of a person first')", click=click)
         _give(opened, 0, files["picture"], 'img[src*="file="]')
         _give(opened, -1, files["video"], 'video[src*="file="]')
         opened.ask("Runtime.evaluate", expression=click)
         sizes = "[...document.querySelectorAll('video')].map(each => [each.videoWidth, each.videoHeight])"
-        both = _until(opened, f"({sizes}).length == 2 && ({sizes})[1][0] && ({sizes})", 120)
+        both = _until(opened, f"({sizes}).length == 2 && ({sizes})[1][0] && ({sizes})")
         assert both == [[64, 96], [3 * 128, 64]]
         text = _until(opened, "[...document.querySelectorAll('textarea')].map(each => each.value).join('')")
         assert "frames of 64x128 pixels" in text
@@ -254,15 +249,21 @@ def test_the_page_in_a_browser(server: Served, files: dict[str, Path], tmp_path:
         assert bad == []
 
 
-def test_it_ends_with_one_line_and_leaves_its_videos_alone(server: Served) -> None:
-    """Last of all: Ctrl-C."""
+def test_it_ends_with_one_line_and_leaves_its_videos_alone(server: Served, files: dict[str, Path]) -> None:
+    """Last of all: Ctrl-C in the middle of a job."""
+    assert server.make(server.upload(files["picture"]), server.upload(files["video"]), steps=1)["success"]
+    before, page = server.made(), uuid.uuid4().hex
+    assert server.ask(page, server.upload(files["picture"]), server.upload(files["video"]), steps=100).is_success
+    for said in server.told(page):
+        if said["msg"] == "progress" and said["progress_data"][0]["desc"] == "sampling":
+            break
     said = len((server.folder / "stderr").read_text())
     server.process.send_signal(signal.SIGINT)
     assert server.process.wait(60) == 0
     assert (server.folder / "stderr").read_text()[said:].strip() == "Ctrl-C: the page ends, and what it was making"
     found = {path.name for path in server.folder.iterdir()}
     assert found == {"jobs", "runs", "secret.txt", "stderr", "tmp"}
-    assert [path.name for path in (server.folder / "runs/page").iterdir()] == ["videos"] and server.made()
+    assert [path.name for path in (server.folder / "runs/page").iterdir()] == ["videos"] and server.made() == before
     assert [path for path in (server.folder / "tmp").rglob("*") if path.is_file()] == []
 
 
