@@ -320,6 +320,7 @@ def serve(arguments: Arguments) -> None:
             )
             threading.Event().wait()
         finally:
+            jobs.end()  # else closing waits for all steps of the job that runs
             page.close(verbose=False)
             jobs.end()
 

@@ -259,7 +259,7 @@ def test_it_ends_with_one_line_and_leaves_its_videos_alone(server: Served, files
             break
     said = len((server.folder / "stderr").read_text())
     server.process.send_signal(signal.SIGINT)
-    assert server.process.wait(60) == 0
+    assert server.process.wait(180) == 0
     assert (server.folder / "stderr").read_text()[said:].strip() == "Ctrl-C: the page ends, and what it was making"
     found = {path.name for path in server.folder.iterdir()}
     assert found == {"jobs", "runs", "secret.txt", "stderr", "tmp"}
