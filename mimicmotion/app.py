@@ -314,10 +314,7 @@ def serve(arguments: Arguments) -> None:
             css=_CSS,
         )
         try:
-            print(
-                f"{source.words}: the page is at {address}, videos go to {folder / 'videos'}; Ctrl-C ends it",
-                flush=True,
-            )
+            print(f"{source.words}: the page is at {address}, videos go to {folder}/videos; Ctrl-C ends it", flush=True)
             threading.Event().wait()
         finally:
             jobs.end()  # else closing waits for all steps of the job that runs
