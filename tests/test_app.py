@@ -1,6 +1,5 @@
 """The web page: a real server in a process of its own, asked over HTTP as its page does, and in a real browser."""
 
-import dataclasses
 import os
 import signal
 import sys
@@ -14,18 +13,14 @@ from typing import Any
 import av
 import numpy as np
 import pytest
-import torch
 import videos
 from browser import CHROMIUM, Browser, browser
 from people import Swaying
+from picture_run import write_run
 from PIL import Image
-from tiny import NoiseClips, tiny_config
-from tiny_svd import MODEL
 
 from mimicmotion import app, picture_to_video
-from mimicmotion.distributed import Ranks
 from mimicmotion.picture_arguments import PictureArguments
-from mimicmotion.trainer import Trainer
 
 pytest.importorskip("gradio", reason="the page needs gradio: pip install gradio")
 from served_page import API, Served, served_in
@@ -37,12 +32,7 @@ LONG = 12  # steps of a job that others wait for
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one step with the stand-in for the encoder."""
-    folder = tmp_path_factory.mktemp("runs") / "tiny"
-    config = tiny_config(folder, num_steps=1, batch_size=1)
-    data = dataclasses.replace(config.data, height=64, width=128, prepared=folder.parent / "prepared")
-    config = dataclasses.replace(config, kernels="fused", model=MODEL, data=data)
-    Trainer(config, NoiseClips(config=config), Ranks(rank=0, world_size=1, device=torch.device("cpu"))).run()
-    return folder
+    return write_run(tmp_path_factory.mktemp("runs") / "tiny", num_steps=1)
 
 
 @pytest.fixture(scope="module")

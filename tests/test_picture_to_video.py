@@ -1,6 +1,5 @@
 """A picture and a driving video in, a video out: with a run's folder, with weights, with what is wrong with files."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,34 +9,25 @@ import pytest
 import torch
 import videos
 from people import Swaying
+from picture_run import write_run
 from PIL import Image
-from tiny import NoiseClips, tiny_config
-from tiny_svd import MODEL
 
 from mimicmotion import picture_to_video, sample
 from mimicmotion.animation import generate_latents, steer
 from mimicmotion.commands import one_sentence
 from mimicmotion.config import PRESETS
 from mimicmotion.data.progress import VideoProgress
-from mimicmotion.distributed import Ranks
 from mimicmotion.generation import load_averaged
 from mimicmotion.model.encoders import PatchCodec
 from mimicmotion.picture_to_video import make_videos
-from mimicmotion.trainer import Trainer
 
-ONE = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
 NUM_FRAMES, RATE = 7, 30
 
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two steps with the stand-in for the encoder and fused kernels; tiles of 4 frames."""
-    folder = tmp_path_factory.mktemp("runs") / "tiny"
-    config = tiny_config(folder, num_steps=2, batch_size=1)
-    data = dataclasses.replace(config.data, height=64, width=128, prepared=folder.parent / "prepared")
-    config = dataclasses.replace(config, kernels="fused", model=MODEL, data=data)
-    Trainer(config, NoiseClips(config=config), ONE).run()
-    return folder
+    return write_run(tmp_path_factory.mktemp("runs") / "tiny", num_steps=2)
 
 
 @pytest.fixture(scope="module")
