@@ -2,45 +2,35 @@
 
 from __future__ import annotations
 
-import inspect
-import sys
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
 
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from mmkernels.blocks.cross_attention import dead_parameters
 from mmkernels.blocks.drop_in import CHECKPOINTING, PLAIN, CheckpointedBlock, DropIn, FusedBlock
 from mmkernels.blocks.output_head import FusedOutputHead, PassThrough, check_head
 from mmkernels.blocks.recognition.forms import class_path, relied_on
-from mmkernels.blocks.recognition.head import HEAD, why_not_in_a_row
-from mmkernels.blocks.recognition.probe import why_not_by_probe
-from mmkernels.blocks.recognition.structure import is_hooked, is_patched, is_within
+from mmkernels.blocks.recognition.head import HEAD
+from mmkernels.blocks.recognition.structure import is_within
 from mmkernels.blocks.recognition.transformer import norm_of
 from mmkernels.blocks.resnet import FusedResBlock
 from mmkernels.blocks.transformer import FusedTransformer
-from mmkernels.blocks.transformer_blocks import FusedSpatialBlock, FusedTemporalBlock
+from mmkernels.blocks.transformer_blocks import FusedTemporalBlock
 from mmkernels.blocks.up_block import FusedUpBlock
+from mmkernels.frames import FrameRanks
 from mmkernels.memory.offload import Offload
 from mmkernels.memory.transfer import CudaDevice, Device
 from mmkernels.memory.units import REST, WHOLE, Choice
 from mmkernels.planning.choices import Plan
 from mmkernels.reporting import Report, Row, backends_of
 from mmkernels.shares import shares
+from mmkernels.sites import Site, known_of, original_of, sites_of, why_not
 
 PLANS = ("fused", "checkpoint")
-_BLOCKS: tuple[tuple[set[str], type[FusedBlock]], ...] = (  # by the children that make a block what it is
-    ({"spatial_res_block", "temporal_res_block"}, FusedResBlock),
-    ({"transformer_blocks", "temporal_transformer_blocks"}, FusedTransformer),
-)
-_LISTS: dict[str, type[FusedBlock]] = {  # of a transformer that is not known as a whole
-    "transformer_blocks": FusedSpatialBlock,
-    "temporal_transformer_blocks": FusedTemporalBlock,
-}
 LEAST_BYTES = 1 << 20  # smaller storages do not move: a copy has its fixed cost
-_STAGES = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2, "conv_out": 3}
-_CHECKPOINTED = (FusedResBlock, FusedTransformer)  # what these stand for
+_OVER_FRAMES = (FusedResBlock, FusedTransformer)
 _CHECKPOINTED_AS = {
     True: "takes no part in diffusers' gradient checkpointing, which is on",
     False: "diffusers' gradient checkpointing is on and runs it again",
@@ -48,7 +38,10 @@ _CHECKPOINTED_AS = {
 _Swap = tuple[nn.Module, str, DropIn]  # a parent, a name in it, and what is put there
 
 
-def replace(unet: nn.Module, plan: str | Plan = "fused", device: Device | None = None) -> Callable[[], None]:
+def replace(
+    unet: nn.Module, plan: str | Plan = "fused", device: Device | None = None,
+    frames: DeviceMesh | FrameRanks | None = None,
+) -> Callable[[], None]:  # fmt: skip
     """Swap the blocks of `unet` in place by a plan and return undo(), which puts the very same objects back.
 
     "fused": every block that is exactly the known one, and the UNet's last norm and convolution, runs on fused
@@ -59,16 +52,20 @@ def replace(unet: nn.Module, plan: str | Plan = "fused", device: Device | None =
     device: what a plan moves through; by default a CudaDevice of plan.slab_bytes for the UNet's GPU, which undo()
         closes. On a CPU moving is of no use, and one has to be given.
 
+    frames: ranks that share out the frames of every clip, a mesh of one axis. Each calls the UNet with its own frames,
+        in their order (`mmkernels.frames.slice_of`), and gets those of the output; a parameter's gradient is this
+        rank's part of their sum over these ranks. Every block that takes frames together has to be fused.
+
     Parameters, buffers and state_dict are shared and unchanged both ways. A second undo() does nothing. A deep copy of
     a replaced UNet is replaced as well, and this undo() does not reach it.
 
     Raises ValueError for an unknown plan, a UNet without such blocks, one that is replaced already, where a Plan names
-    a block or unit that this UNet does not have or cannot run so, or moves units of a UNet on a CPU; MemoryError where
-    the host has no room for what it moves.
+    a block or unit that this UNet does not have or cannot run so, or moves units of a UNet on a CPU, or where ranks
+    share frames and a block over frames is not fused; MemoryError where the host has no room for what it moves.
     """
     if isinstance(plan, str) and plan not in PLANS:
         raise ValueError(f"plan is {plan!r}, wanted one of {', '.join(PLANS)}")
-    sites = _sites(unet)
+    sites = sites_of(unet)
     if not sites:
         raise ValueError(
             f"{type(unet).__name__} holds no SpatioTemporalResBlock or TransformerSpatioTemporalModel; give it a "
@@ -80,16 +77,21 @@ def replace(unet: nn.Module, plan: str | Plan = "fused", device: Device | None =
     fused = {}
     for site in sites:
         if plan == "checkpoint":
-            if site.kind in _CHECKPOINTED:
+            if site.kind in _OVER_FRAMES:
                 swaps.append((site.parent, site.child_name, CheckpointedBlock(site.block)))
-        elif _why_not(site) is None:
-            fused[site.name] = site.kind(_known(site))
+        elif why_not(site) is None:
+            fused[site.name] = site.kind(known_of(site))
             swaps.append((site.parent, site.child_name, fused[site.name]))
             if site.kind is FusedOutputHead:
                 swaps += [(site.parent, name, PassThrough(site.parent.get_submodule(name))) for name in HEAD[:-1]]
     chosen = Plan() if isinstance(plan, str) else plan
-    _follow(unet, fused, chosen, is_planned=not isinstance(plan, str))
+    ranks = FrameRanks(frames) if isinstance(frames, DeviceMesh) else frames
+    if ranks is not None:
+        _check_frames(unet, sites, fused)
+    _follow(unet, fused, chosen, ranks, is_planned=not isinstance(plan, str))
     stops = [_move(unet, chosen, device)] if chosen.moves else []
+    if ranks is not None:
+        stops.append(ranks.attach(unet))
     for parent, child_name, drop_in in swaps:
         parent._modules[child_name] = drop_in
         if isinstance(drop_in, FusedOutputHead):
@@ -100,10 +102,10 @@ def replace(unet: nn.Module, plan: str | Plan = "fused", device: Device | None =
 
 def _take_out_of_checkpointing(unet: nn.Module) -> None:
     """Tell drop-ins whose owner checkpoints them, as later diffusers will by the flag that they have."""
-    for site in _sites(unet):
+    for site in sites_of(unet):
         if _is_checkpointed(site.owner) and isinstance(site.block, DropIn):
             site.block.gradient_checkpointing = True
-    if any(_is_checkpointed(site.block) for site in _sites(unet)):
+    if any(_is_checkpointed(site.block) for site in sites_of(unet)):
         warnings.warn(CHECKPOINTING, stacklevel=3)
 
 
@@ -111,15 +113,29 @@ def _is_checkpointed(module: nn.Module) -> bool:
     return bool(getattr(module, "gradient_checkpointing", False))
 
 
-def _follow(unet: nn.Module, fused: Mapping[str, FusedBlock], plan: Plan, *, is_planned: bool) -> None:
+def _check_frames(unet: nn.Module, sites: list[Site], fused: Mapping[str, FusedBlock]) -> None:
+    """Raise ValueError where a block takes frames together that does not know of other ranks' frames."""
+    apart = [site.name for site in sites if site.kind in _OVER_FRAMES and site.name not in fused]
+    apart += [site.name for site in sites if site.kind is FusedTemporalBlock]
+    apart += [row.name for row in _unknown_rows(unet, [site.name for site in sites])]
+    if apart:
+        raise ValueError(
+            f"frames are on several ranks, and {', '.join(apart)} would take those of one alone: it is not fused as a "
+            'whole block (mmkernels.report says why, and plan="checkpoint" fuses none); leave frames out'
+        )
+
+
+def _follow(
+    unet: nn.Module, fused: Mapping[str, FusedBlock], plan: Plan, frames: FrameRanks | None, *, is_planned: bool
+) -> None:
     """Tell every fused block its name and its part of the plan; is_planned: what the plan does not name is decided."""
-    plain = {site.name: _why_not(site) or "" for site in _sites(unet) if site.name not in fused}
+    plain = {site.name: why_not(site) or "" for site in sites_of(unet) if site.name not in fused}
     plan.check(_units(fused), plain)
     for name, block in fused.items():
         is_recomputed = name in plan.recomputed_blocks
         unnamed: dict[str, Choice] = dict.fromkeys(block.units(), "recompute") if is_planned else {}
         choices = unnamed | plan.choices_of(name)
-        block.follow(name, choices, is_recomputed=is_recomputed, scratch_bytes=plan.scratch_bytes)
+        block.follow(name, choices, is_recomputed=is_recomputed, scratch_bytes=plan.scratch_bytes, frames=frames)
 
 
 def plan_units(unet: nn.Module) -> dict[str, dict[str, tuple[Choice, ...]]]:
@@ -128,22 +144,13 @@ def plan_units(unet: nn.Module) -> dict[str, dict[str, tuple[Choice, ...]]]:
     "input" is the unit of a block that is run whole again, and stands instead of its others. What is saved outside of
     fused blocks is "rest" of the block "unet"; its "recompute" means that it is kept.
     """
-    return _units({site.name: site.block for site in _sites(unet) if isinstance(site.block, FusedBlock)})
+    return _units({site.name: site.block for site in sites_of(unet) if isinstance(site.block, FusedBlock)})
 
 
 def _units(fused: Mapping[str, FusedBlock]) -> dict[str, dict[str, tuple[Choice, ...]]]:
     units = {name: block.units() for name, block in fused.items()}
     rest_block, rest_unit = REST.split("/")
     return {name: choices for name, choices in units.items() if choices} | {rest_block: {rest_unit: PLAIN}}
-
-
-def _place(name: str) -> tuple[int, int, int, int]:
-    """Where a block such as down_blocks.0.attentions.1 runs in a UNet: an up block itself, its upsampler, runs last."""
-    stage, *rest = name.split(".")
-    numbers = [int(part) for part in rest if part.isdigit()]
-    first = numbers.pop(0) if numbers and stage != "mid_block" else 0
-    index = numbers[0] if numbers else sys.maxsize
-    return _STAGES.get(stage, len(_STAGES)), first, index, int("attentions" in rest)
 
 
 def _move(unet: nn.Module, plan: Plan, device: Device | None) -> Callable[[], None]:
@@ -189,7 +196,7 @@ def report(unet: nn.Module) -> Report:
     Of a fused block also who computes each operation, and where plain torch does on a GPU, why: for parameters as they
     are, under autocast as it is on where this is called.
     """
-    rows, sites = [], _sites(unet)
+    rows, sites = [], sites_of(unet)
     dead = [name for name in sorted(dead_parameters(unet)) if unet.get_parameter(name).requires_grad]
     is_checkpointed = any(isinstance(site.block, CheckpointedBlock) for site in sites)
     remains = 'plan="checkpoint" is for residual blocks and transformers' if is_checkpointed else "not replaced"
@@ -206,12 +213,12 @@ def report(unet: nn.Module) -> Report:
         elif how == "checkpoint":
             why = 'replaced with plan="checkpoint"'
         else:
-            why = _why_not(site) or remains
+            why = why_not(site) or remains
         if _is_checkpointed(site.owner) or _is_checkpointed(block):
             why = f"{why}; " * bool(why) + _CHECKPOINTED_AS[isinstance(block, FusedBlock)]
         if site.kind is FusedUpBlock and how == "fused":  # its blocks have rows, and count, by themselves
             fused[-1] = f"{site.name}.upsamplers"
-        rows.append(Row(site.name, type(_original(block)).__name__, how, why, backends))
+        rows.append(Row(site.name, type(original_of(block)).__name__, how, why, backends))
     rows += _unknown_rows(unet, [row.name for row in rows])
     of_fused, of_apart = (tuple(f"{name}." for name in names) for names in (fused, apart))
     without_gradient = tuple(name for name in dead if name.startswith(of_fused) and not name.startswith(of_apart))
@@ -244,78 +251,6 @@ def _by_probe(block: FusedBlock) -> list[str]:
 def _plain_parts(block: FusedBlock) -> list[str]:
     """Which parts of a fused block are called as they are, and why."""
     return [f"{name} is called as it is: {why}" for name, why in type(block).plain_parts(block.known).items()]
-
-
-class _Site(NamedTuple):
-    """A block or its drop-in: its full name, what calls it, its parent and its name there, and what would fuse it."""
-
-    name: str
-    owner: nn.Module
-    parent: nn.Module
-    child_name: str
-    block: nn.Module
-    kind: type[FusedBlock]
-
-
-def _sites(unet: nn.Module) -> list[_Site]:
-    """Every block, whatever its class, and the head of a UNet as its conv_out; in the order they run."""
-    sites = []
-    for parent_name, parent in unet.named_modules():
-        is_list = isinstance(parent, nn.ModuleList)
-        owner_name, _, list_name = parent_name.rpartition(".") if is_list else ("", "", "")
-        owner = unet.get_submodule(owner_name) if is_list else parent
-        for child_name, child in parent.named_children():
-            if (kind := _fused_kind(owner, list_name, child_name, child)) is not None:
-                sites.append(_Site(f"{parent_name}.{child_name}".lstrip("."), owner, parent, child_name, child, kind))
-    return sorted(sites, key=lambda site: _place(site.name))
-
-
-def _fused_kind(owner: nn.Module, list_name: str, child_name: str, child: nn.Module) -> type[FusedBlock] | None:
-    """What would fuse a child of this owner, in a list of it where that has a name."""
-    if child_name == HEAD[-1] and owner._modules.keys() >= set(HEAD):
-        return FusedOutputHead
-    if list_name in _LISTS and owner._modules.keys() >= _LISTS.keys():
-        # Within a transformer that is known the blocks are its own.
-        is_known = isinstance(owner, DropIn) or _why_not_transformer(owner) is None
-        return None if is_known else _LISTS[list_name]
-    kind = next((fused for names, fused in _BLOCKS if child._modules.keys() >= names), None)
-    if kind is None and "res_hidden_states_tuple" in inspect.signature(_original(child).forward).parameters:
-        resnets = child._modules.get("resnets") or ()
-        is_temporal = any("temporal_res_block" in x._modules for x in resnets)  # pyright: ignore[reportGeneralTypeIssues]
-        return FusedUpBlock if is_temporal else None
-    return kind
-
-
-def _why_not_transformer(module: nn.Module) -> str | None:
-    reason = FusedTransformer.why_not(module)
-    return None if reason is None else why_not_by_probe(module, FusedTransformer, reason)
-
-
-def _why_not(site: _Site) -> str | None:
-    if is_patched(site.block):
-        return "has a replaced method"
-    if getattr(site.block, "_compiled_call_impl", None) is not None:
-        return "is compiled by itself; replace first, then compile"
-    if site.kind is FusedOutputHead:
-        if is_hooked(site.block) and not isinstance(site.block, DropIn):
-            return f"{HEAD[-1]} has hooks, which would see what is not yet normalised"
-        if (reason := why_not_in_a_row(site.owner)) is not None:
-            return reason
-    reason = site.kind.why_not(_known(site))
-    if reason is not None and site.kind.probe_inputs is not None:
-        return why_not_by_probe(site.block, site.kind, reason)
-    return reason
-
-
-def _known(site: _Site) -> nn.Module:
-    """What its kind is made of: the block, of a head all three modules."""
-    if site.kind is FusedOutputHead:
-        return nn.ModuleDict({name: _original(getattr(site.parent, name, None)) for name in HEAD})
-    return _original(site.block)
-
-
-def _original(block: Any) -> Any:
-    return block.original if isinstance(block, DropIn) else block
 
 
 def _how_planned(block: FusedBlock) -> str:

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mmkernels.blocks.recognition.unchanged import watch
 from mmkernels.blocks.segment import segment
+from mmkernels.frames import Clip, FrameRanks
 from mmkernels.kernels.call import Call
 from mmkernels.memory.units import WHOLE, Choice, unit
 from mmkernels.scratch import DEFAULT_BYTES, scratch_within
@@ -103,13 +104,14 @@ class FusedBlock(DropIn):
     name: dotted, within the UNet; its units are named below it. choices: for its units, none where nothing is planned.
     is_recomputed: its only unit is `WHOLE`; nothing but its inputs is saved and it runs whole again in backward.
     scratch_bytes: what a chunk inside its operations may take. plain: the parts that are called as they are.
+    frames: the ranks that share out each clip's frames, where they do; a block that takes frames together asks them.
     """
 
     how = "fused"
     why_not: ClassVar[Callable[[Any], str | None]]
     probe_inputs: ClassVar[Callable[..., dict[str, Any]] | None] = None  # (module, B, F, H, W, T), where one can decide
     plain_parts: ClassVar[Callable[[Any], Mapping[str, str]]] = staticmethod(lambda _: {})  # and why each is not fused
-    __slots__ = ("choices", "is_recomputed", "is_unchanged", "name", "plain", "scratch_bytes")
+    __slots__ = ("choices", "frames", "is_recomputed", "is_unchanged", "name", "plain", "scratch_bytes")
 
     def __init__(self, original: nn.Module) -> None:
         super().__init__(original)
@@ -117,6 +119,7 @@ class FusedBlock(DropIn):
         self.choices: Mapping[str, Choice] = {}
         self.is_recomputed = False
         self.scratch_bytes = DEFAULT_BYTES
+        self.frames: FrameRanks | None = None
         self.plain = frozenset(type(self).plain_parts(original))
         self.is_unchanged: Callable[[], bool] = _has_not_been_seen
 
@@ -129,11 +132,19 @@ class FusedBlock(DropIn):
         return {}
 
     def follow(
-        self, name: str, choices: Mapping[str, Choice], *, is_recomputed: bool, scratch_bytes: int = DEFAULT_BYTES
-    ) -> None:
+        self, name: str, choices: Mapping[str, Choice], *, is_recomputed: bool, scratch_bytes: int = DEFAULT_BYTES,
+        frames: FrameRanks | None = None,
+    ) -> None:  # fmt: skip
         """Take a name in the UNet and what a plan has for all units of this block, which has been checked."""
         self.name, self.choices, self.is_recomputed = name, dict(choices), is_recomputed
-        self.scratch_bytes = scratch_bytes
+        self.scratch_bytes, self.frames = scratch_bytes, frames
+
+    def clip(self, num_frames: int) -> Clip | None:
+        """The frames of this forward on every rank, of which this one has `num_frames`; None where it has all.
+
+        To be asked in the forward itself: what runs again in backward is of the same clips.
+        """
+        return None if self.frames is None else self.frames.clip(num_frames)
 
     def run(self, function: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
         """function(*inputs) inside the block's unit, and whole a second time in backward where the plan says so."""

@@ -7,6 +7,7 @@ channels-last strides is read as it lies; any other is brought into that order o
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 import torch
@@ -18,6 +19,7 @@ from mmkernels.blocks.drop_in import PLAIN, FusedBlock
 from mmkernels.blocks.operations import of_residual_block
 from mmkernels.blocks.recognition.inputs import resnet_inputs
 from mmkernels.blocks.recognition.resnet import why_not_resnet
+from mmkernels.frames import Clip
 from mmkernels.kernels.call import Call
 from mmkernels.memory.units import WHOLE, Choice, unit
 from mmkernels.ops.blend import blend
@@ -57,21 +59,32 @@ class FusedResBlock(FusedBlock):
         self.check_unchanged()
         if image_only_indicator is None:
             raise ValueError("image_only_indicator is None, wanted (B, F): its last axis is the number of frames")
-        return self.run(self._compute, hidden_states, skip, temb, image_only_indicator)
+        clip = self.clip(image_only_indicator.shape[-1])
+        compute = functools.partial(self._compute, clip=clip)
+        return self.run(compute, hidden_states, skip, temb, image_only_indicator)
 
     def _compute(
-        self, hidden_states: Tensor, skip: Tensor | None, temb: Tensor | None, image_only_indicator: Tensor
-    ) -> Tensor:
+        self, hidden_states: Tensor, skip: Tensor | None, temb: Tensor | None, image_only_indicator: Tensor, *,
+        clip: Clip | None,
+    ) -> Tensor:  # fmt: skip
         spatial = _spatial(self.spatial_res_block, hidden_states, skip, temb)  # (B*F, H, W, C)
-        BF, H, W, C = spatial.shape
-        F = image_only_indicator.shape[-1]
-        frames = spatial.view(BF // F, F, H * W, C)
-        temporal = _temporal(self.temporal_res_block, frames, temb)
+        tokens = spatial.flatten(1, 2)
+        if clip is None:
+            mixed = self._over_frames(tokens, temb, image_only_indicator, "")
+        else:
+            temb = None if temb is None else clip.gathered(temb)
+            indicator = clip.gathered(image_only_indicator, is_by_clip=True)
+            compute = lambda tokens, _: self._over_frames(tokens, temb, indicator, clip.group)  # noqa: E731
+            mixed = clip.over_pixels(tokens, compute, num_parts=1)  # whose norms need the statistics of all
+        return mixed.view(spatial.shape).permute(0, 3, 1, 2)
+
+    def _over_frames(self, tokens: Tensor, temb: Tensor | None, indicator: Tensor, ranks: str) -> Tensor:
+        """The block over frames on tokens (B*F, P, C), mixed with them; indicator (B, F). ranks: as of the op."""
+        temporal = _temporal(self.temporal_res_block, tokens.unflatten(0, (-1, indicator.shape[-1])), temb, ranks)
         with unit("blend"):
-            alpha = self.time_mixer.get_alpha(image_only_indicator, 3).flatten().expand(BF)
+            alpha = self.time_mixer.get_alpha(indicator, 3).flatten().expand(tokens.shape[0])
             alpha = 1 - alpha if self.time_mixer.switch_spatial_to_temporal_mix else alpha
-            mixed = blend(spatial.view(BF, H * W, C), temporal.view(BF, H * W, C), alpha)
-        return mixed.view(BF, H, W, C).permute(0, 3, 1, 2)
+            return blend(tokens, temporal.flatten(0, 1), alpha)
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -91,14 +104,14 @@ def _spatial(block: ResnetBlock2D, hidden_states: Tensor, skip: Tensor | None, t
         return norm_silu_conv(block.norm2, block.conv2, hidden, residual=_shortcut(block.conv_shortcut, x, x2))
 
 
-def _temporal(block: TemporalResnetBlock, x: Tensor, temb: Tensor | None) -> Tensor:
+def _temporal(block: TemporalResnetBlock, x: Tensor, temb: Tensor | None, ranks: str) -> Tensor:
     """The block over frames on x (B, F, P, C), temb (B*F, C_time): its 3x1x1 convolutions are 3x1 over (F, P)."""
     with unit("temporal_first"):
         shift = _shift(block, temb)
         shift = None if shift is None else shift.unflatten(0, x.shape[:2])
-        hidden = norm_silu_conv(block.norm1, block.conv1, x, shift=shift)
+        hidden = norm_silu_conv(block.norm1, block.conv1, x, shift=shift, ranks=ranks)
     with unit("temporal_second"):
-        return norm_silu_conv(block.norm2, block.conv2, hidden, residual=x)
+        return norm_silu_conv(block.norm2, block.conv2, hidden, residual=x, ranks=ranks)
 
 
 def norm_silu_conv(
@@ -109,6 +122,7 @@ def norm_silu_conv(
     x2: Tensor | None = None,
     shift: Tensor | None = None,
     residual: Tensor | None = None,
+    ranks: str = "",
 ) -> Tensor:
     """group_norm_silu_conv with the parameters of both modules, in autocast's dtype where it is on."""
     weight = conv.weight if conv.weight.ndim == 4 else conv.weight.squeeze(4)
@@ -118,7 +132,7 @@ def norm_silu_conv(
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     return group_norm_silu_conv(
         x, norm.weight, norm.bias, weight, bias,
-        num_groups=norm.num_groups, eps=norm.eps, x2=x2, shift=shift, residual=residual,
+        num_groups=norm.num_groups, eps=norm.eps, x2=x2, shift=shift, residual=residual, ranks=ranks,
     )  # fmt: skip
 
 

@@ -16,12 +16,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Collection, Iterable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from mmkernels.blocks.contexts import RULES, Context, num_rows, of_first_frame
+from mmkernels.blocks.contexts import RULES, Context, each, num_rows, of_first_frame
 from mmkernels.blocks.cross_attention import Block, attend_context, one_token_value
 from mmkernels.blocks.drop_in import PLAIN, FusedBlock
 from mmkernels.blocks.operations import of_transformer, product_dtype
@@ -36,6 +36,7 @@ from mmkernels.blocks.recognition.transformer import (
 )
 from mmkernels.blocks.segment import segment
 from mmkernels.blocks.weights import Linear, adapters_of, linear_of
+from mmkernels.frames import Clip
 from mmkernels.kernels.call import Call
 from mmkernels.memory.units import WHOLE, Choice, unit
 from mmkernels.ops.blend_projection import blend_projection
@@ -60,6 +61,22 @@ _PARTS = {"spatial_feed_forward": "ff", "feed_forward_in": "ff_in", "temporal_at
 _PARTS |= {"temporal_feed_forward": "ff"}
 _NONE: Mapping[str, Any] = MappingProxyType({})
 _WORTH_KEEPING = 1280  # FLOPs spared in backward for a byte kept: in 16 bits the channels of SVD's widest transformers
+
+
+class _Clips(NamedTuple):
+    """What the blocks over frames read beside tokens (B*F, P, C)."""
+
+    context: Context
+    frame_embedding: Tensor
+    alpha: Tensor
+    num_frames: int
+
+    def context_of(self, pixels: slice) -> Context:
+        """That of some pixels, where each has its own."""
+        B = self.alpha.shape[0] // self.num_frames
+        if pixels == slice(None) or num_rows(self.context) == B:
+            return self.context
+        return each(lambda x: x.unflatten(0, (B, -1))[:, pixels].flatten(0, 1), self.context)
 
 
 class FusedTransformer(FusedBlock):
@@ -113,15 +130,16 @@ class FusedTransformer(FusedBlock):
         if encoder_hidden_states is None or image_only_indicator is None:
             raise ValueError("encoder_hidden_states or image_only_indicator is None, wanted (B*F, T, C) and (B, F)")
         inputs = hidden_states, encoder_hidden_states, image_only_indicator
-        output = self.run(functools.partial(self._compute, kwargs=cross_attention_kwargs or {}), *inputs)
+        clip = self.clip(image_only_indicator.shape[-1])
+        compute = functools.partial(self._compute, kwargs=cross_attention_kwargs or {}, clip=clip)
+        output = self.run(compute, *inputs)
         return TransformerTemporalModelOutput(sample=output) if return_dict else (output,)
 
     def _compute(
-        self, hidden_states: Tensor, context: Context, image_only_indicator: Tensor, *, kwargs: Mapping[str, Any]
-    ) -> Tensor:
-        BF, _, H, W = hidden_states.shape
-        F = image_only_indicator.shape[-1]
-        context_of_frames = self.context_rule(context, self, BF // F, H * W)  # (B, T, C_context) or (B*P, T, C_context)
+        self, hidden_states: Tensor, context: Context, image_only_indicator: Tensor, *, kwargs: Mapping[str, Any],
+        clip: Clip | None,
+    ) -> Tensor:  # fmt: skip
+        _, _, H, W = hidden_states.shape
         x = hidden_states.permute(0, 2, 3, 1).flatten(1, 2)  # (B*F, P, C), a view
         with unit("norm_projection"):
             layer = _linear(self.proj_in, x)
@@ -129,29 +147,47 @@ class FusedTransformer(FusedBlock):
                 x, self.norm.weight, self.norm.bias, layer.weight, layer.bias, self.norm.num_groups,
                 eps=self.norm.eps, **adapters_of(layer),
             )  # fmt: skip
-            frame_embedding = self._embed_frames(BF // F, F, hidden_states)  # (B*F, 1, C)
-            alpha = self._alpha(image_only_indicator)  # (B*F)
-        streams = None
-        layers = zip(self.transformer_blocks, self.temporal_transformer_blocks, strict=True)
-        for index, (spatial, temporal) in enumerate(layers):
-            prefix = _prefix(index)
-            if streams is not None:
-                with unit(f"{prefix}spatial_attention"):
-                    tokens = segment(_blend, *streams, alpha)
+            clips = self._clips(context, image_only_indicator, H * W, x, clip)
+        for index, spatial in enumerate(self.transformer_blocks):
             tokens = spatial_transformer_block(
-                spatial, tokens, context, prefix=prefix, choices=self.choices,
+                spatial, tokens, context, prefix=_prefix(index), choices=self.choices,
                 plain=self._plain_in(f"transformer_blocks.{index}"), kwargs=kwargs,
             )  # fmt: skip
-            temporal_tokens = temporal_transformer_block(
-                temporal, tokens, frame_embedding, context_of_frames, F, prefix=prefix, choices=self.choices,
-                plain=self._plain_in(f"temporal_transformer_blocks.{index}"),
-            )  # fmt: skip
-            streams = tokens, temporal_tokens
-        assert streams is not None
-        with unit("blend_projection"):
-            layer = _linear(self.proj_out, x)
-            output = blend_projection(x, *streams, alpha, layer.weight, layer.bias, **adapters_of(layer))
+            over_frames = functools.partial(self._over_frames, index, clips)
+            tokens = over_frames(tokens, slice(None), x) if clip is None else clip.over_pixels(tokens, over_frames)
+        output = tokens if clip is None else x + tokens
         return output.unflatten(1, (H, W)).permute(0, 3, 1, 2)  # laid out as the input is
+
+    def _clips(self, context: Context, image_only_indicator: Tensor, P: int, like: Tensor, clip: Clip | None) -> _Clips:
+        """What is the same for all pixels of a frame, or the context of each, of all frames, on whatever ranks."""
+        B, F = like.shape[0] // image_only_indicator.shape[-1], image_only_indicator.shape[-1]
+        if clip is not None:
+            image_only_indicator, F = clip.gathered(image_only_indicator, is_by_clip=True), clip.num_frames
+            context = each(clip.gathered, context)
+        return _Clips(
+            context=self.context_rule(context, self, B, P),  # (B, T, C_context) or (B*P, T, C_context)
+            frame_embedding=self._embed_frames(B, F, like),  # (B*F, 1, C)
+            alpha=self._alpha(image_only_indicator),  # (B*F)
+            num_frames=F,
+        )
+
+    def _over_frames(
+        self, index: int, clips: _Clips, tokens: Tensor, pixels: slice, residual: Tensor | None = None
+    ) -> Tensor:
+        """The layer's block over frames on tokens (B*F, p, C) of these pixels, mixed with them, at last projected."""
+        temporal_tokens = temporal_transformer_block(
+            self.temporal_transformer_blocks[index], tokens, clips.frame_embedding, clips.context_of(pixels),
+            clips.num_frames, prefix=_prefix(index), choices=self.choices,
+            plain=self._plain_in(f"temporal_transformer_blocks.{index}"),
+        )  # fmt: skip
+        if index + 1 < len(self.transformer_blocks):
+            with unit(f"{_prefix(index + 1)}spatial_attention"):
+                return segment(_blend, tokens, temporal_tokens, clips.alpha)
+        with unit("blend_projection"):
+            layer = _linear(self.proj_out, tokens)
+            return blend_projection(
+                residual, tokens, temporal_tokens, clips.alpha, layer.weight, layer.bias, **adapters_of(layer)
+            )
 
     def _plain_in(self, block: str) -> set[str]:
         return {name.rpartition(".")[2] for name in self.plain if name.startswith(f"{block}.")}

@@ -3,9 +3,10 @@
     m = alpha * s + (1 - alpha) * t      y = x + m W^T + b      s, t (R, P, C), W (K, C), x and y (R, P, K), alpha (R)
 
 alpha is one number for each frame, as diffusers' AlphaBlender has it. x may lie channels first: y then does too, so
-that nothing is permuted into a new layout. Saved for backward are s and t, which only the gradients of alpha and of W
-read; m is computed again. Forward and backward walk over chunks of frames. m is taken at least in float32 and rounded
-to W's dtype for the product. Adapters stand on the rows of W (mmkernels.matrices).
+that nothing is permuted into a new layout; without an x, y is contiguous and of W's dtype. Saved for backward are s and
+t, which only the gradients of alpha and of W read; m is computed again. Forward and backward walk over chunks of
+frames. m is taken at least in float32 and rounded to W's dtype for the product. Adapters stand on the rows of W
+(mmkernels.matrices).
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ from mmkernels.rows import check_shapes, chunk_size, chunks, even_chunk, rows_of
 
 
 def reference(
-    residual: Tensor, spatial: Tensor, temporal: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor
+    residual: Tensor | None, spatial: Tensor, temporal: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor
 ) -> Tensor:
     """The equation of this file in plain torch; differentiable by autograd."""
-    mixed = mix(spatial, temporal, alpha).to(weight.dtype)
-    return residual + torch.nn.functional.linear(mixed, weight, bias)
+    projected = torch.nn.functional.linear(mix(spatial, temporal, alpha).to(weight.dtype), weight, bias)
+    return projected if residual is None else residual + projected
 
 
 # --- forward
@@ -41,14 +42,17 @@ def reference(
 
 @torch.library.custom_op("mmkernels::blend_projection", mutates_args=())
 def _forward(
-    residual: Tensor, spatial: Tensor, temporal: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor,
+    residual: Tensor | None, spatial: Tensor, temporal: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor,
     adapters: Sequence[Tensor], places: Sequence[int], chunk_frames: int,
 ) -> Tensor:  # fmt: skip
-    y, wide_bias = torch.empty_like(residual), bias.to(wide_dtype(bias.dtype)).contiguous()
+    y, wide_bias = _output(residual, spatial, weight), bias.to(wide_dtype(bias.dtype)).contiguous()
     (matrix,), _ = matrices((weight,), (False,), adapters, places)
     for chunk in chunks(spatial, chunk_frames):
         mixed = blend.mixed(spatial[chunk], temporal[chunk], alpha[chunk], weight.dtype)
-        if device_kind(residual) == "cuda":
+        if residual is None:
+            projected = matrix.times(rows_of(mixed), bias=bias)
+            y[chunk] = projected.view(y[chunk].shape)
+        elif device_kind(residual) == "cuda":
             projected = matrix.times(rows_of(mixed))
             add_residual_into(residual[chunk], None, projected, wide_bias, y[chunk])
         else:
@@ -60,16 +64,22 @@ def _forward(
 
 @_forward.register_fake
 def _forward_fake(
-    residual: Tensor, spatial: Tensor, temporal: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor,
+    residual: Tensor | None, spatial: Tensor, temporal: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor,
     adapters: Sequence[Tensor], places: Sequence[int], chunk_frames: int,
 ) -> Tensor:  # fmt: skip
-    return torch.empty_like(residual)
+    return _output(residual, spatial, weight)
+
+
+def _output(residual: Tensor | None, spatial: Tensor, weight: Tensor) -> Tensor:
+    if residual is not None:
+        return torch.empty_like(residual)
+    return torch.empty((*spatial.shape[:2], weight.shape[0]), dtype=weight.dtype, device=spatial.device)
 
 
 @register_flop_formula(torch.ops.mmkernels.blend_projection)
-def _forward_flops(x_shape: Sequence[int], *shapes: Any, **__: Any) -> int:
-    _, _, _, weight, _, adapters, places, *_ = shapes
-    return _flops(x_shape, weight, adapters, places, 1, 1)
+def _forward_flops(_: Any, spatial: Sequence[int], *shapes: Any, **__: Any) -> int:
+    _, _, weight, _, adapters, places, *_ = shapes
+    return _flops(spatial, weight, adapters, places, 1, 1)
 
 
 def _flops(x_shape: Sequence[int], weight: Sequence[int], adapters: Any, places: Any, products: int, times: int) -> int:
@@ -174,7 +184,7 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 
 
 def blend_projection(
-    residual: Tensor,
+    residual: Tensor | None,
     spatial: Tensor,
     temporal: Tensor,
     alpha: Tensor,
@@ -187,13 +197,16 @@ def blend_projection(
 ) -> Tensor:
     """y = residual + (alpha s + (1 - alpha) t) W^T + b; s and t (R, P, C), alpha (R), W (K, C), residual, y (R, P, K).
 
-    y has the strides and dtype of the residual. Saves s and t. Raises ValueError where shapes or dtypes do not fit.
+    y has the strides and dtype of the residual, where that is None W's dtype. Saves s and t. Raises ValueError where
+    shapes or dtypes do not fit.
     """
     if spatial.ndim != 3:
         raise ValueError(f"spatial has {spatial.ndim} dimensions, wanted 3: (R, P, C); flatten the pixels")
     R, P, C = spatial.shape
     K = weight.shape[0]
-    check_shapes(spatial, temporal=(temporal, (R, P, C)), residual=(residual, (R, P, K)), alpha=(alpha, (R,)))
+    check_shapes(spatial, temporal=(temporal, (R, P, C)), alpha=(alpha, (R,)))
+    if residual is not None:
+        check_shapes(spatial, residual=(residual, (R, P, K)))
     check_shapes(spatial, weight=(weight, (K, C)), bias=(bias, (K,)))
     for name, tensor, like in (("temporal", temporal, spatial), ("bias", bias, weight)):
         if tensor.dtype != like.dtype:

@@ -4,9 +4,10 @@
 
 x (M, H, W, C) with C contiguous and any other strides; x2 (M, H, W, C2), if given, stands beside it on the channel axis
 without being concatenated, and a group may straddle the two. mean and rstd (M, G) are taken over H, W and the group's
-channels. The weights are (K, C + C2, 3, 3) or (K, C + C2, 3, 1), the padding is zero AFTER the activation. A 3x3 over
-pixels runs with M = B*F frames; a 3x1x1 over frames as M = B, H = F, W = P. shift (M, H or 1, K) is broadcast over the
-rest (the time embedding), residual and y are (M, H, W, K).
+channels, where `ranks` names a process group over the pixels of all its ranks. The weights are (K, C + C2, 3, 3) or
+(K, C + C2, 3, 1), the padding is zero AFTER the activation. A 3x3 over pixels runs with M = B*F frames; a 3x1x1 over
+frames as M = B, H = F, W = P. shift (M, H or 1, K) is broadcast over the rest (the time embedding), residual and y are
+(M, H, W, K).
 
 Saved are x, x2, mean and rstd; backward computes the activation again where dweight is wanted. With da the gradient of
 a and u the normalised x, dz = da * silu'(z), and over the n elements of a group
@@ -31,7 +32,8 @@ from torch.utils.flop_counter import register_flop_formula
 from mmkernels.kernels import convolution, group_norm
 from mmkernels.kernels.column_sums import column_sums
 from mmkernels.kernels.convolution import Added, Inputs, Wants
-from mmkernels.kernels.group_norm.norm import Norm
+from mmkernels.kernels.group_norm import over_ranks
+from mmkernels.kernels.group_norm.norm import Norm, at
 from mmkernels.matrices import wanted
 from mmkernels.rows import chunk_size
 
@@ -56,11 +58,13 @@ def reference(
 @torch.library.custom_op("mmkernels::group_norm_silu_conv", mutates_args=())
 def _forward(
     x: Tensor, x2: Tensor | None, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor | None,
-    shift: Tensor | None, residual: Tensor | None, num_groups: int, eps: float, chunk_rows: int,
+    shift: Tensor | None, residual: Tensor | None, num_groups: int, eps: float, chunk_rows: int, ranks: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     y, mean, rstd = _outputs(x, weight, residual, num_groups)
     if x.shape[:3].numel():
         mean, rstd = group_norm.statistics(x, x2, num_groups, eps)
+        if ranks:
+            mean, rstd = over_ranks.merged(mean, rstd, x.shape[1:3].numel(), ranks)
         inputs = Inputs(x, x2, Norm.of_parameters(mean, rstd, norm_weight, norm_bias), weight)
         with torch.autocast(x.device.type, enabled=False):  # the dtypes of the products are chosen by hand
             convolution.forward(inputs, Added(bias, shift, residual), y, chunk_rows)
@@ -70,7 +74,7 @@ def _forward(
 @_forward.register_fake
 def _forward_fake(
     x: Tensor, x2: Tensor | None, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor | None,
-    shift: Tensor | None, residual: Tensor | None, num_groups: int, eps: float, chunk_rows: int,
+    shift: Tensor | None, residual: Tensor | None, num_groups: int, eps: float, chunk_rows: int, ranks: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return _outputs(x, weight, residual, num_groups)
 
@@ -97,7 +101,7 @@ def _forward_flops(x: Sequence[int], x2: Sequence[int] | None, a: Any, b: Any, w
 @torch.library.custom_op("mmkernels::group_norm_silu_conv_backward", mutates_args=())
 def _backward(
     dy: Tensor, x: Tensor, x2: Tensor | None, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, mean: Tensor,
-    rstd: Tensor, sum_rows: int, chunk_rows: int, needs: Sequence[bool],
+    rstd: Tensor, sum_rows: int, chunk_rows: int, ranks: str, needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """needs: which of the forward's tensors want their gradient; see `_gradients` for the rest."""
     dx, dx2, *parameters, sums = _gradients(dy, x, x2, norm_weight, norm_bias, weight, sum_rows, needs)
@@ -110,12 +114,28 @@ def _backward(
     if any(wants):
         inputs = Inputs(x, x2, Norm.of_parameters(mean, rstd, norm_weight, norm_bias), weight)
         with torch.autocast(x.device.type, enabled=False):
-            found = convolution.backward(inputs, dy, dx, None if x2 is None else dx2, chunk_rows, wants)
+            if ranks and wants.data:
+                found = _backward_over_ranks(inputs, dy, dx, chunk_rows, wants, ranks)
+            else:
+                found = convolution.backward(inputs, dy, dx, None if x2 is None else dx2, chunk_rows, wants)
         # Into outputs of their own: what the kernels return may view one tensor, or lie in another order.
         for target, value in zip(parameters, found, strict=True):
             if target.numel():
                 target.copy_(value)
     return dx, dx2, *parameters, sums  # pyright: ignore[reportReturnType]  three parameters
+
+
+def _backward_over_ranks(
+    inputs: Inputs, dy: Tensor, dx: Tensor, chunk_rows: int, wants: Wants, ranks: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One sample after the other, as the kernels add up dgamma and dbeta over samples, then what other ranks add."""
+    samples = []
+    for m in range(dy.shape[0]):
+        rows = (slice(m, m + 1), slice(None), slice(None))
+        samples.append(convolution.backward(inputs.of(rows), at(dy, rows), at(dx, rows), None, chunk_rows, wants))
+    dgamma, dbeta, dweight = (torch.stack(of_samples) for of_samples in zip(*samples, strict=True))
+    over_ranks.add_difference(dx, inputs.x, inputs.norm, dgamma, dbeta, ranks)
+    return dgamma.sum(0), dbeta.sum(0), dweight.sum(0)
 
 
 def _wants(needs: Sequence[bool]) -> Wants:
@@ -125,7 +145,7 @@ def _wants(needs: Sequence[bool]) -> Wants:
 @_backward.register_fake
 def _backward_fake(
     dy: Tensor, x: Tensor, x2: Tensor | None, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, mean: Tensor,
-    rstd: Tensor, sum_rows: int, chunk_rows: int, needs: Sequence[bool],
+    rstd: Tensor, sum_rows: int, chunk_rows: int, ranks: str, needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     return _gradients(dy, x, x2, norm_weight, norm_bias, weight, sum_rows, needs)
 
@@ -159,7 +179,7 @@ def _backward_flops(dy: Sequence[int], x: Sequence[int], x2: Any, a: Any, b: Any
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, x2, norm_weight, norm_bias, weight, bias, shift, residual, _, _, ctx.chunk_rows = inputs
+    x, x2, norm_weight, norm_bias, weight, bias, shift, residual, _, _, ctx.chunk_rows, ctx.ranks = inputs
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
     ctx.save_for_backward(x, x2, norm_weight, norm_bias, weight, mean, rstd)
@@ -170,10 +190,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 def _differentiate(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     saved, needs = ctx.saved_tensors, ctx.needs_input_grad[:8]  # unpacked once: torch.utils.checkpoint allows no more
-    *gradients, sums = _backward(dy, *saved, ctx.sum_rows, ctx.chunk_rows, needs)
+    *gradients, sums = _backward(dy, *saved, ctx.sum_rows, ctx.chunk_rows, ctx.ranks, needs)
     given = zip((sums.sum((0, 1)), sums, dy), ctx.dtypes, needs[5:], strict=True)
     added = [value.to(dtype) if is_needed else None for value, dtype, is_needed in given]
-    return *wanted(gradients, needs), *added, None, None, None
+    return *wanted(gradients, needs), *added, None, None, None, None
 
 
 torch.library.register_autograd("mmkernels::group_norm_silu_conv", _differentiate, setup_context=_save)
@@ -190,17 +210,21 @@ def why_unsupported(x: Tensor, x2: Tensor | None = None) -> str | None:
 def group_norm_silu_conv(
     x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor | None = None, *, num_groups: int,
     eps: float = 1e-5, x2: Tensor | None = None, shift: Tensor | None = None, residual: Tensor | None = None,
-    chunk_rows: int | None = None,
+    chunk_rows: int | None = None, ranks: str = "",
 ) -> Tensor:  # fmt: skip
     """conv(silu(group_norm(x | x2))) + bias + shift + residual, saving x, x2, mean and rstd; shapes as above.
 
     The result has the weights' dtype, or the residual's if that is wider. chunk_rows: pixels normalised and convolved
-    at a time. Raises ValueError for tensors that do not fit together.
+    at a time. ranks: name of a process group, whose ranks have other pixels (W) of the same samples: the statistics are
+    of all, y and dx of the rank's own, gradients of parameters its part of their sum. There is no x2 then.
+    Raises ValueError for tensors that do not fit together.
     """
     others = {"norm_weight": norm_weight, "norm_bias": norm_bias, "bias": bias, "shift": shift, "residual": residual}
     _check_fit(x, x2, weight, num_groups, others)
+    if ranks and (x2 is not None or weight.shape[3] != 1):
+        raise ValueError("ranks share the pixels of a 3x1 convolution of one input, got another; leave ranks out")
     chunk = chunk_size("chunk_rows", chunk_rows, convolution.default_chunk_rows(x, weight))
-    return _forward(x, x2, norm_weight, norm_bias, weight, bias, shift, residual, num_groups, eps, chunk)[0]
+    return _forward(x, x2, norm_weight, norm_bias, weight, bias, shift, residual, num_groups, eps, chunk, ranks)[0]
 
 
 def _check_fit(
