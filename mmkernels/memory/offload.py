@@ -297,7 +297,7 @@ class Offload:
 
         def pack(tensor: Tensor) -> Tensor | Moved:
             storage = tensor.untyped_storage() if tensor.layout == torch.strided else None
-            if storage is None or tensor.device != self._torch_device or storage._cdata in kept:
+            if storage is None or tensor.device != self._torch_device or storage._cdata in kept or _is_weight(tensor):
                 return tensor.detach()
             if storage.nbytes() < self._least_bytes or (ticket := self._ticket(tensor, storage)) is None:
                 return tensor.detach()  # the tensor itself would hold its own graph alive
@@ -332,3 +332,8 @@ class Offload:
             return saved
         block = self.mover.ask(saved.ticket)
         return block.view(saved.dtype).as_strided(saved.size, saved.stride, saved.offset)
+
+
+def _is_weight(tensor: Tensor) -> bool:
+    """Whether it is a parameter, or a view of one: FSDP2 makes them anew in forward, and frees them by itself."""
+    return isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter)
