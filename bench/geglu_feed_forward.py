@@ -26,7 +26,8 @@ from bench import harness, reached, report, sub_block
 from bench.environment import chosen_device, tune_allocator
 from bench.harness import Outputs, Provider, Results
 from bench.shapes import TemporalShape
-from mmkernels.ops.geglu_feed_forward import Keep, default_chunk_tokens, geglu_feed_forward
+from mmkernels.kernels.geglu_product import default_chunk_tokens
+from mmkernels.ops.geglu_feed_forward import Keep, geglu_feed_forward
 
 BENCH = "geglu_feed_forward"
 MODES: tuple[Literal["forward", "both"], ...] = ("forward", "both")

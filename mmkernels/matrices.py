@@ -13,8 +13,9 @@ of the operation's weights, one weight below the other.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,6 +46,23 @@ def gradients_of_attention(
     vectors = x.new_empty((3, x.shape[-1]), dtype=wide_dtype(x.dtype))
     dadapters = [wide_like(factor) for factor in adapters if needs[6]]
     return dx, wide_like(qkv_weight, needs[3]), wide_like(out_weight, needs[4]), vectors, dadapters
+
+
+def differentiate_attention(ctx: Any, dy: Tensor | None, num_saved: int, backward: Callable[..., Any]) -> tuple:
+    """What autograd wants of an operation on x, norm, both weights, the output's bias, adapters, places and settings.
+
+    ctx has its `places` and `settings`, and saved so many tensors before the adapters; `backward` takes dy, those, the
+    adapters, their places, the settings and what is needed, and returns as `gradients_of_attention`.
+    """
+    saved = ctx.saved_tensors
+    if dy is None:
+        return (*(None,) * 6, *of_lists([], ctx.places), *(None,) * 4)
+    needs = [*ctx.needs_input_grad[:6], any(ctx.needs_input_grad[6])]
+    found = backward(dy, *saved[:num_saved], saved[num_saved:], ctx.places, *ctx.settings, needs)
+    dx, dqkv, dout, vectors, dadapters = found
+    dnorm_weight, dnorm_bias, dout_bias = vectors.unbind()
+    gradients = wanted((dx, dnorm_weight, dnorm_bias, dqkv, dout, dout_bias), needs)
+    return (*gradients, *of_lists(dadapters, ctx.places), *(None,) * 4)
 
 
 class Matrix:

@@ -26,6 +26,19 @@ def check_shapes(x: Tensor, /, **wanted: tuple[Tensor, tuple[int, ...]]) -> None
             raise ValueError(f"{name} is on {tensor.device}, wanted x's {x.device}; move it there")
 
 
+def check_heads(channels: int, num_heads: int) -> None:
+    """Raise ValueError where heads do not share the channels evenly."""
+    if channels % num_heads:
+        raise ValueError(f"got {channels} channels and {num_heads} heads, wanted channels divisible by heads")
+
+
+def check_one_dtype(name: str, like: Tensor, **others: Tensor) -> None:
+    """Raise ValueError for the first tensor, by its name, that has not the dtype of the one that is called `name`."""
+    for other, tensor in others.items():
+        if tensor.dtype != like.dtype:
+            raise ValueError(f"{other} is {tensor.dtype}, wanted {name}'s {like.dtype}; give both one dtype")
+
+
 def chunk_size(name: str, given: int | None, default: int) -> int:
     """The chunk that the caller gave as argument `name`, or the default. Raises ValueError below 1."""
     if given is not None and given < 1:

@@ -279,7 +279,7 @@ def test_nan_and_infinity_are_not_hidden() -> None:
         ({"x": torch.zeros(3, 48)}, "x has 2 dimensions, wanted 3"),
         ({"up_weight": torch.zeros(96, 48)}, r"up_weight is \(96, 48\), wanted \(192, 48\) for x \(2, 24, 48\)"),
         ({"shift": torch.zeros(2, 24, 48)}, r"shift is \(2, 24, 48\), wanted \(2, 1, 48\)"),
-        ({"down_weight": torch.zeros(48, 96).half()}, "down_weight torch.float16, wanted one dtype"),
+        ({"down_weight": torch.zeros(48, 96).half()}, "down_weight is torch.float16, wanted up_weight's"),
         ({"x": torch.zeros(2, 24, 48).half()}, "up_weight is torch.float32, wider than x's torch.float16"),
         ({"shift": torch.zeros(2, 1, 48).double()}, "shift is torch.float64, wider"),
         ({"up_bias": torch.zeros(192, device="meta")}, "up_bias is on meta, wanted x's cpu"),

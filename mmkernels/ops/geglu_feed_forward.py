@@ -10,9 +10,8 @@ g = u[:H] * gelu(u[H:]), all of it recomputed, dg = dy Wd and
 
     du = (dg * gelu(u[H:]),  dg * u[:H] * gelu'(u[H:]))      gelu'(x) = cdf(x) + x * density(x)
 
-x may be wider than the weights (float32 tokens, bfloat16 weights, as under autocast): the norm is taken in x's dtype,
-the products in the weights', the residual in x's. Gradients of parameters are summed in float32, and taken only where
-they are wanted. Adapters stand on the rows of Wu, and on those of Wd after them (mmkernels.matrices).
+x may be wider than the weights (as under autocast): norm and residual are taken in x's dtype, products in the weights'.
+Gradients of parameters are summed in float32. Adapters stand on the rows of Wu, then on Wd's (mmkernels.matrices).
 """
 
 from __future__ import annotations
@@ -26,19 +25,15 @@ from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, linear
 from torch.utils.flop_counter import register_flop_formula
 
-from mmkernels.costs import device_kind
 from mmkernels.kernels import geglu_product as up_geglu
 from mmkernels.kernels.column_sums import column_sums
 from mmkernels.kernels.geglu import geglu_backward_into, geglu_into
 from mmkernels.kernels.layer_norm import add_residual_into, layer_norm_backward_into, layer_norm_of
 from mmkernels.matrices import adapter_flops, check_adapters, matrices, of_lists, wanted, wide_like
-from mmkernels.rows import check_shapes, chunk_size, chunks_of_tokens, num_sharing, wide_dtype, wide_vector
-from mmkernels.scratch import Buffers, scratch_rows
+from mmkernels.rows import check_one_dtype, check_shapes, chunk_size, chunks_of_tokens, wide_dtype, wide_vector
+from mmkernels.scratch import Buffers
 
 Keep = Literal["input", "up"]
-
-_CPU_CHUNK_BYTES = 4 << 20  # of the up-projection of a chunk: within the cache
-_MIN_CHUNK_TOKENS = 1024  # fewer rows slow the products down
 
 
 # --- reference
@@ -58,16 +53,6 @@ def reference(
 # --- forward
 
 
-def _place(result: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """Where what lies inside a chunk's norm and residual takes the place of its result, as (rows, C), if it can."""
-    return result.view(-1, result.shape[2]) if _has_place(result, dtype) else None
-
-
-def _has_place(x: Tensor, dtype: torch.dtype) -> bool:
-    """Whether it can: in x's dtype, on a GPU."""
-    return dtype == x.dtype and device_kind(x) != "cpu"
-
-
 @torch.library.custom_op("mmkernels::geglu_feed_forward", mutates_args=())
 def _forward(
     x: Tensor, shift: Tensor | None, norm_weight: Tensor, norm_bias: Tensor, up_weight: Tensor, up_bias: Tensor,
@@ -85,7 +70,7 @@ def _forward(
     for rows, tokens, flat in chunks:
         count, part = flat.stop - flat.start, x[rows, tokens]
         chunk_shift = None if shifts is None else shifts[rows]
-        place = _place(y[rows, tokens], up_weight.dtype)
+        place = up_geglu.place_in(y[rows, tokens], up_weight.dtype)
         normal, _, _ = layer_norm_of(part, chunk_shift, vectors[0], vectors[1], eps, buffers, place)
         g = buffers.take("g", count, H)
         if keep_up or up.adapters:
@@ -93,8 +78,7 @@ def _forward(
             geglu_into(up.times(normal, u), vectors[2], g)
         else:
             up_geglu.forward_into(normal, up_weight, vectors[2], g, partial(buffers.take, "u", count, 2 * H))
-        inner = down.times(g, normal)
-        add_residual_into(part, chunk_shift, inner, vectors[3], y[rows, tokens])
+        add_residual_into(part, chunk_shift, down.times(g, normal), vectors[3], y[rows, tokens])
     return y, saved
 
 
@@ -107,19 +91,15 @@ def _flat_shift(x: Tensor, shift: Tensor | None) -> Tensor | None:
 
 
 @_forward.register_fake
-def _forward_fake(
-    x: Tensor, shift: Tensor | None, norm_weight: Tensor, norm_bias: Tensor, up_weight: Tensor, up_bias: Tensor,
-    down_weight: Tensor, down_bias: Tensor, adapters: Sequence[Tensor], places: Sequence[int], eps: float,
-    chunk_tokens: int, keep_up: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _forward_fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    _, _, _, up_weight, *_, keep_up = rest
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     return y, torch.empty(_saved_shape(x, up_weight, keep_up), dtype=up_weight.dtype, device=x.device)
 
 
-def _product_flops(x_shape: Sequence[int], up_shape: Sequence[int], products: int) -> int:
+def _product_flops(x: Sequence[int], up: Sequence[int], products: int) -> int:
     """Of `products` products of all tokens by a (C, H) matrix."""
-    R, T, C = x_shape
-    return 2 * products * R * T * C * (up_shape[0] // 2)
+    return 2 * products * x[0] * x[1] * x[2] * (up[0] // 2)
 
 
 @register_flop_formula(torch.ops.mmkernels.geglu_feed_forward)
@@ -145,15 +125,14 @@ def _backward(
     C, H = down_weight.shape
     dx, dshift, _, _, _, vector_sums, _ = _gradients(x, shift, up_weight, up_bias, down_weight, adapters, needs)
     norm_weight, norm_bias, up_bias = (wide_vector(vector, x) for vector in (norm_weight, norm_bias, up_bias))
-    shifts = _flat_shift(x, shift)
     (up, down), sums = matrices((up_weight, down_weight), (needs[4], needs[6]), adapters, places, needs[8])
-    up_bias_sum, vector_sums = torch.zeros_like(up_bias), vector_sums.zero_()
+    up_bias_sum, _, shifts = torch.zeros_like(up_bias), vector_sums.zero_(), _flat_shift(x, shift)
     chunks, largest = chunks_of_tokens(x, chunk_tokens)
     buffers = Buffers(x, up_weight.dtype, largest)
     for rows, tokens, flat in chunks if any((*needs[:7], needs[8])) else ():
         count, part = flat.stop - flat.start, x[rows, tokens]
         chunk_shift = None if shifts is None else shifts[rows]
-        place = _place(dx[rows, tokens], up_weight.dtype) if _is_through(needs) else None
+        place = up_geglu.place_in(dx[rows, tokens], up_weight.dtype) if _is_through(needs) else None
         normal, mean, rstd = layer_norm_of(part, chunk_shift, norm_weight, norm_bias, eps, buffers, place)
         du = buffers.take("u", count, 2 * H)
         dinner = dy[rows, tokens].reshape(count, C).to(up_weight.dtype)
@@ -183,10 +162,9 @@ def _is_through(needs: Sequence[bool]) -> bool:
 
 @_backward.register_fake
 def _backward_fake(
-    dy: Tensor, x: Tensor, shift: Tensor | None, saved: Tensor, norm_weight: Tensor, norm_bias: Tensor,
-    up_weight: Tensor, up_bias: Tensor, down_weight: Tensor, adapters: Sequence[Tensor], places: Sequence[int],
-    eps: float, chunk_tokens: int, needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, List[Tensor]]:  # fmt: skip
+    dy: Tensor, x: Tensor, shift: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, List[Tensor]]:
+    _, _, _, up_weight, up_bias, down_weight, adapters, *_, needs = rest
     return _gradients(x, shift, up_weight, up_bias, down_weight, adapters, needs)
 
 
@@ -218,41 +196,28 @@ def _backward_flops(_: Any, x: Sequence[int], *shapes: Any, **__: Any) -> int:
 
 
 def _save(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor]) -> None:
-    x, shift, norm_weight, norm_bias, up_weight, up_bias, down_weight, _, adapters, ctx.places, *ctx.settings, _ = (
-        inputs
-    )
+    x, shift, *parameters, _, adapters, ctx.places, eps, chunk_tokens, _ = inputs
+    ctx.settings = (eps, chunk_tokens)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # otherwise backward begins by zeroing a gradient as large as the kept one
-    saved = (x, shift, output[1], norm_weight, norm_bias, up_weight, up_bias, down_weight)
-    ctx.save_for_backward(*saved, *adapters)
+    ctx.save_for_backward(x, shift, output[1], *parameters, *adapters)
 
 
 def _differentiate(ctx: Any, dy: Tensor | None, _: None) -> tuple[Any, ...]:
-    needs, saved = ctx.needs_input_grad, ctx.saved_tensors  # once: under an outer checkpoint a second is an error
+    needs = [*ctx.needs_input_grad[:8], any(ctx.needs_input_grad[8])]
+    saved = ctx.saved_tensors  # once: under an outer checkpoint a second is an error
     if dy is None:
         return (*(None,) * 8, *of_lists([], ctx.places), None, None, None)
-    needs = [*needs[:8], any(needs[8])]
-    dx, dshift, dup, dup_bias, ddown, vectors, dadapters = _backward(
-        dy, *saved[:8], saved[8:], ctx.places, *ctx.settings, needs
-    )
-    dweight, dbias, ddown_bias = vectors.unbind()
-    found = (dx, dshift, dweight, dbias, dup, dup_bias, ddown, ddown_bias)
-    return (*wanted(found, needs), *of_lists(dadapters, ctx.places), None, None, None)
+    found = _backward(dy, *saved[:8], saved[8:], ctx.places, *ctx.settings, needs)
+    dx, dshift, dup, dup_bias, ddown, (dweight, dbias, ddown_bias), dadapters = found
+    gradients = wanted((dx, dshift, dweight, dbias, dup, dup_bias, ddown, ddown_bias), needs)
+    return (*gradients, *of_lists(dadapters, ctx.places), None, None, None)
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
 
 
 # --- public
-
-
-def default_chunk_tokens(x: Tensor, up_weight: Tensor) -> int:
-    """Tokens in a chunk of x (R, T, C) where the caller names none."""
-    up_bytes = max(1, up_weight.shape[0] * up_weight.element_size())
-    if device_kind(x) == "cpu":
-        return max(_MIN_CHUNK_TOKENS * num_sharing("cpu"), _CPU_CHUNK_BYTES // up_bytes)
-    normal_bytes = 0 if _has_place(x, up_weight.dtype) else x.shape[2] * up_weight.element_size()
-    return max(_MIN_CHUNK_TOKENS, scratch_rows(3 * up_bytes // 2 + normal_bytes))
 
 
 def geglu_feed_forward(
@@ -273,14 +238,13 @@ def geglu_feed_forward(
         up_bias=(up_bias, (2 * H,)), down_weight=(down_weight, (C, H)), down_bias=(down_bias, (C,)),
         **({} if shift is None else {"shift": (shift, (R, 1, C))}),
     )  # fmt: skip
-    if up_weight.dtype != down_weight.dtype:
-        raise ValueError(f"up_weight is {up_weight.dtype} and down_weight {down_weight.dtype}, wanted one dtype")
+    check_one_dtype("up_weight", up_weight, down_weight=down_weight)
     for name, tensor in (("up_weight", up_weight), ("shift", shift)):
         if tensor is not None and torch.promote_types(x.dtype, tensor.dtype) != x.dtype:
             raise ValueError(f"{name} is {tensor.dtype}, wider than x's {x.dtype}; cast one of them")
     if keep not in ("input", "up"):
         raise ValueError(f"got keep={keep!r}, wanted 'input' or 'up'")
-    chunk = chunk_size("chunk_tokens", chunk_tokens, default_chunk_tokens(x, up_weight))
+    chunk = chunk_size("chunk_tokens", chunk_tokens, up_geglu.default_chunk_tokens(x, up_weight))
     check_adapters((up_weight, down_weight), adapters, places)
     parameters = (norm_weight, norm_bias, up_weight, up_bias, down_weight, down_bias, list(adapters), list(places))
     return _forward(x, shift, *parameters, eps, chunk, keep == "up" and torch.is_grad_enabled())[0]

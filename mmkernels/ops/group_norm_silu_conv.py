@@ -133,7 +133,7 @@ def _backward_over_ranks(
     for m in range(dy.shape[0]):
         rows = (slice(m, m + 1), slice(None), slice(None))
         samples.append(convolution.backward(inputs.of(rows), at(dy, rows), at(dx, rows), None, chunk_rows, wants))
-    dgamma, dbeta, dweight = (torch.stack(of_samples) for of_samples in zip(*samples, strict=True))
+    dgamma, dbeta, dweight = map(torch.stack, zip(*samples, strict=True))
     over_ranks.add_difference(dx, inputs.x, inputs.norm, dgamma, dbeta, ranks)
     return dgamma.sum(0), dbeta.sum(0), dweight.sum(0)
 
@@ -216,8 +216,7 @@ def group_norm_silu_conv(
 
     The result has the weights' dtype, or the residual's if that is wider. chunk_rows: pixels normalised and convolved
     at a time. ranks: name of a process group, whose ranks have other pixels (W) of the same samples: the statistics are
-    of all, y and dx of the rank's own, gradients of parameters its part of their sum. There is no x2 then.
-    Raises ValueError for tensors that do not fit together.
+    of all, gradients of parameters this rank's part of their sum. Raises ValueError for what does not fit together.
     """
     others = {"norm_weight": norm_weight, "norm_bias": norm_bias, "bias": bias, "shift": shift, "residual": residual}
     _check_fit(x, x2, weight, num_groups, others)

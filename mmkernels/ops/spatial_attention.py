@@ -29,18 +29,26 @@ from mmkernels.matrices import (
     Matrix,
     adapter_flops,
     check_adapters,
+    differentiate_attention,
     gradients_of_attention,
     matrices,
-    of_lists,
     summed,
     through_norm,
-    wanted,
 )  # fmt: skip
-from mmkernels.rows import check_shapes, chunk_size, chunks, default_chunk, rows_of, wide_dtype, wide_vector
+from mmkernels.rows import (
+    check_heads,
+    check_one_dtype,
+    check_shapes,
+    chunk_size,
+    chunks,
+    default_chunk,
+    rows_of,
+    wide_dtype,
+    wide_vector,
+)
 from mmkernels.scratch import Buffers
 
 Backend = Literal["torch", "xformers", "flash-attn"]
-BACKENDS = ("torch", *attention.LIBRARIES)
 # Of a chunk's shape, in backward: h, q, k, v and their gradients, that of o, and one in float32 inside the attention.
 _NUM_TENSORS = 10
 
@@ -91,9 +99,7 @@ def _forward(
 
 def _attention(x: Tensor, qkv_weight: Tensor, num_heads: int, backend: str) -> Any:
     """The backend: chosen by shape, so that forward and backward have the same."""
-    if backend != "torch":
-        return attention.library(backend)
-    return attention.choose(x, qkv_weight.dtype, x.shape[1], num_heads, qkv_weight.shape[0] // 3 // num_heads)
+    return attention.choose(x, qkv_weight.dtype, x.shape[1], num_heads, qkv_weight.shape[0] // 3 // num_heads, backend)
 
 
 def _outputs(x: Tensor, qkv_weight: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,23 +110,17 @@ def _outputs(x: Tensor, qkv_weight: Tensor, num_heads: int) -> tuple[Tensor, Ten
 
 
 @_forward.register_fake
-def _forward_fake(
-    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, qkv_weight: Tensor, out_weight: Tensor, out_bias: Tensor,
-    adapters: Sequence[Tensor], places: Sequence[int], num_heads: int, eps: float, chunk_frames: int, backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def _forward_fake(x: Tensor, _: Any, __: Any, qkv_weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, num_heads, _, _, _ = rest
     return _outputs(x, qkv_weight, num_heads)
 
 
 @register_flop_formula(torch.ops.mmkernels.spatial_attention)
 def _forward_flops(x_shape: Sequence[int], *rest: Any, **__: Any) -> int:
     _, _, qkv_shape, out_shape, _, adapters, places, num_heads, *_ = rest
-    heads, num_rows = _heads_shape(x_shape, qkv_shape, num_heads), (qkv_shape[0], out_shape[0])
-    flops = adapter_flops(x_shape[0] * x_shape[1], adapters, places, num_rows, (1, 1))
+    heads = (x_shape[0], num_heads, x_shape[1], qkv_shape[0] // 3 // num_heads)
+    flops = adapter_flops(x_shape[0] * x_shape[1], adapters, places, (qkv_shape[0], out_shape[0]), (1, 1))
     return flops + _product_flops(x_shape, qkv_shape, 4) + sdpa_flop_count(heads, heads, heads)
-
-
-def _heads_shape(x_shape: Sequence[int], qkv_shape: Sequence[int], num_heads: int) -> tuple[int, ...]:
-    return (x_shape[0], num_heads, x_shape[1], qkv_shape[0] // 3 // num_heads)
 
 
 def _product_flops(x_shape: Sequence[int], qkv_shape: Sequence[int], products: int) -> int:
@@ -150,8 +150,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, List[Tensor]]:  # fmt: skip
     """Gradients of x, qkv_weight, out_weight, the (3, C) of norm_weight, norm_bias and out_bias, and of the adapters.
 
-    needs: which of the forward's tensors want theirs, the adapters last and together; for the rest see
-    `gradients_of_attention`.
+    needs: which of the forward's tensors want theirs, the adapters last and together; see `gradients_of_attention`.
     Those of parameters are at least float32; autograd rounds them to the dtype of the parameter.
     """
     dx, _, _, vector_sums, _ = gradients_of_attention(x, qkv_weight, out_weight, adapters, needs)
@@ -182,18 +181,15 @@ def _is_inside(needs: Sequence[bool]) -> bool:
 
 
 @_backward.register_fake
-def _backward_fake(
-    dy: Tensor, x: Tensor, o: Tensor, logsumexp: Tensor, norm_weight: Tensor, norm_bias: Tensor, qkv_weight: Tensor,
-    out_weight: Tensor, adapters: Sequence[Tensor], places: Sequence[int], num_heads: int, eps: float,
-    chunk_frames: int, backend: str, needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, List[Tensor]]:  # fmt: skip
+def _backward_fake(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, List[Tensor]]:
+    _, _, _, _, qkv_weight, out_weight, adapters, *_, needs = rest
     return gradients_of_attention(x, qkv_weight, out_weight, adapters, needs)
 
 
 @register_flop_formula(torch.ops.mmkernels.spatial_attention_backward)
 def _backward_flops(_: Sequence[int], x_shape: Sequence[int], *rest: Any, **__: Any) -> int:
     _, _, _, _, qkv_shape, out_shape, adapters, places, num_heads, _, _, _, needs = rest
-    heads, wants = _heads_shape(x_shape, qkv_shape, num_heads), 2 * needs[6]
+    heads, wants = (x_shape[0], num_heads, x_shape[1], qkv_shape[0] // 3 // num_heads), 2 * needs[6]
     inside, through, num_rows = _is_inside(needs), through_norm(needs), (qkv_shape[0], out_shape[0])
     products = 3 * (inside + needs[3] + through) + inside + needs[4]  # the first three recomputed
     times = (inside + wants + through, inside + wants)
@@ -213,14 +209,7 @@ def _save(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor, Tensor]
 
 
 def _differentiate(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Any, ...]:
-    saved = ctx.saved_tensors
-    if dy is None:
-        return (*(None,) * 6, *of_lists([], ctx.places), *(None,) * 4)
-    needs = [*ctx.needs_input_grad[:6], any(ctx.needs_input_grad[6])]
-    dx, dqkv, dout, vectors, dadapters = _backward(dy, *saved[:7], saved[7:], ctx.places, *ctx.settings, needs)
-    dnorm_weight, dnorm_bias, dout_bias = vectors.unbind()
-    gradients = wanted((dx, dnorm_weight, dnorm_bias, dqkv, dout, dout_bias), needs)
-    return (*gradients, *of_lists(dadapters, ctx.places), *(None,) * 4)
+    return differentiate_attention(ctx, dy, 7, _backward)
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
@@ -239,38 +228,23 @@ def spatial_attention(
     Saves x, the output of attention and its logsumexp. Where none of torch's attentions takes it, plain torch computes
     it and saves what autograd wants. Raises ValueError where shapes do not fit or the backend is not installed.
     """
-    _check_fit(x, to_q, to_k, to_v, out_weight, out_bias, num_heads)
-    if backend not in BACKENDS:
-        raise ValueError(f"got backend={backend!r}, wanted one of {', '.join(BACKENDS)}")
+    if x.ndim != 3:
+        raise ValueError(f"x has {x.ndim} dimensions, wanted 3: (R, P, C); flatten clips and frames, and the pixels")
+    C, inner = x.shape[2], to_q.shape[0]
+    check_heads(inner, num_heads)
+    into = {"to_q": (to_q, (inner, C)), "to_k": (to_k, (inner, C)), "to_v": (to_v, (inner, C))}
+    check_shapes(x, **into, out_weight=(out_weight, (C, inner)), out_bias=(out_bias, (C,)))
+    check_one_dtype("to_q", to_q, to_k=to_k, to_v=to_v, out_weight=out_weight, out_bias=out_bias)
     if backend != "torch":
         attention.library(backend)  # raises where it is not installed
     chunk = chunk_size("chunk_frames", chunk_frames, default_chunk(x, _NUM_TENSORS))
     chunk = min(chunk, max(1, MOST_GRID_YZ // num_heads))  # batch and heads lie on one axis of a grid
     qkv_weight = torch.cat((to_q, to_k, to_v))  # (3 * N * D, C)
     check_adapters((qkv_weight, out_weight), adapters, places)
-    parameters = (norm_weight, norm_bias, qkv_weight, out_weight, out_bias)
-    call = attention.call_of(x, qkv_weight.dtype, x.shape[1], num_heads, to_q.shape[0] // num_heads)
+    call = attention.call_of(x, qkv_weight.dtype, x.shape[1], num_heads, inner // num_heads)
     if backend == "torch" and attention.why_unsupported(call) is not None:
         qkv_weight, out_weight = summed((qkv_weight, out_weight), adapters, places)
-        parameters = (norm_weight, norm_bias, qkv_weight, out_weight, out_bias)
-        return torch.cat([reference(part, *parameters, num_heads, eps) for part in x.split(chunk)])
-    y, _, _ = _forward(x, *parameters, list(adapters), list(places), num_heads, eps, chunk, backend)
-    return y
-
-
-def _check_fit(
-    x: Tensor, to_q: Tensor, to_k: Tensor, to_v: Tensor, out_weight: Tensor, out_bias: Tensor, num_heads: int
-) -> None:
-    if x.ndim != 3:
-        raise ValueError(f"x has {x.ndim} dimensions, wanted 3: (R, P, C); flatten clips and frames, and the pixels")
-    C, inner = x.shape[2], to_q.shape[0]
-    if inner % num_heads:
-        raise ValueError(f"got {inner} channels and {num_heads} heads, wanted channels divisible by heads")
-    wanted = {
-        "to_q": (to_q, (inner, C)), "to_k": (to_k, (inner, C)), "to_v": (to_v, (inner, C)),
-        "out_weight": (out_weight, (C, inner)), "out_bias": (out_bias, (C,)),
-    }  # fmt: skip
-    check_shapes(x, **wanted)
-    for name, (weight, _) in wanted.items():
-        if weight.dtype != to_q.dtype:
-            raise ValueError(f"{name} is {weight.dtype}, wanted to_q's {to_q.dtype}; give all of them one dtype")
+        weights = (norm_weight, norm_bias, qkv_weight, out_weight, out_bias)
+        return torch.cat([reference(part, *weights, num_heads, eps) for part in x.split(chunk)])
+    parameters = (norm_weight, norm_bias, qkv_weight, out_weight, out_bias, list(adapters), list(places))
+    return _forward(x, *parameters, num_heads, eps, chunk, backend)[0]

@@ -28,13 +28,12 @@ from mmkernels.kernels.temporal_attention import temporal_attention_backward_int
 from mmkernels.matrices import (
     adapter_flops,
     check_adapters,
+    differentiate_attention,
     gradients_of_attention,
     matrices,
-    of_lists,
     through_norm,
-    wanted,
 )  # fmt: skip
-from mmkernels.rows import check_shapes, chunk_size, num_sharing, wide_vector
+from mmkernels.rows import check_heads, check_shapes, chunk_size, num_sharing, wide_vector
 from mmkernels.scratch import Buffers, scratch_rows
 
 Keep = Literal["input", "qkv"]
@@ -112,10 +111,8 @@ def _saved_shape(x: Tensor, keep_qkv: bool) -> tuple[int, ...]:
 
 
 @_forward.register_fake
-def _forward_fake(
-    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, qkv_weight: Tensor, out_weight: Tensor, out_bias: Tensor,
-    adapters: Sequence[Tensor], places: Sequence[int], num_heads: int, eps: float, chunk_pixels: int, keep_qkv: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _forward_fake(x: Tensor, _: Any, __: Any, qkv_weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    *_, keep_qkv = rest
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     return y, torch.empty(_saved_shape(x, keep_qkv), dtype=qkv_weight.dtype, device=x.device)
 
@@ -128,8 +125,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, List[Tensor]]:  # fmt: skip
     """Gradients of x, qkv_weight, out_weight, the (3, C) of norm_weight, norm_bias and out_bias, and of the adapters.
 
-    needs: which of the forward's tensors want theirs, the adapters last and together; for the rest see
-    `gradients_of_attention`.
+    needs: which of the forward's tensors want theirs, the adapters last and together; see `gradients_of_attention`.
     Those of parameters are at least float32; autograd rounds them to the dtype of the parameter.
     """
     C = x.shape[3]
@@ -166,11 +162,8 @@ def _is_inside(needs: Sequence[bool]) -> bool:
 
 
 @_backward.register_fake
-def _backward_fake(
-    dy: Tensor, x: Tensor, saved: Tensor, norm_weight: Tensor, norm_bias: Tensor, qkv_weight: Tensor,
-    out_weight: Tensor, adapters: Sequence[Tensor], places: Sequence[int], num_heads: int, eps: float,
-    chunk_pixels: int, needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, List[Tensor]]:  # fmt: skip
+def _backward_fake(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, List[Tensor]]:
+    _, _, _, qkv_weight, out_weight, adapters, *_, needs = rest
     return gradients_of_attention(x, qkv_weight, out_weight, adapters, needs)
 
 
@@ -182,14 +175,7 @@ def _save(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor]) -> Non
 
 
 def _differentiate(ctx: Any, dy: Tensor | None, _: None) -> tuple[Any, ...]:
-    saved = ctx.saved_tensors
-    if dy is None:
-        return (*(None,) * 6, *of_lists([], ctx.places), *(None,) * 4)
-    needs = [*ctx.needs_input_grad[:6], any(ctx.needs_input_grad[6])]
-    dx, dqkv, dout, vectors, dadapters = _backward(dy, *saved[:6], saved[6:], ctx.places, *ctx.settings, needs)
-    dnorm_weight, dnorm_bias, dout_bias = vectors.unbind()
-    gradients = wanted((dx, dnorm_weight, dnorm_bias, dqkv, dout, dout_bias), needs)
-    return (*gradients, *of_lists(dadapters, ctx.places), *(None,) * 4)
+    return differentiate_attention(ctx, dy, 6, _backward)
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
@@ -251,8 +237,7 @@ def temporal_attention_block(
     if x.ndim != 4:
         raise ValueError(f"x has {x.ndim} dimensions, wanted 4: (B, F, P, C); unflatten the frames first")
     C = x.shape[3]
-    if C % num_heads:
-        raise ValueError(f"got {C} channels and {num_heads} heads, wanted channels divisible by heads")
+    check_heads(C, num_heads)
     matrices = {"to_q": to_q, "to_k": to_k, "to_v": to_v, "out_weight": out_weight}
     check_shapes(x, **{name: (weight, (C, C)) for name, weight in matrices.items()}, out_bias=(out_bias, (C,)))
     if keep not in ("input", "qkv"):

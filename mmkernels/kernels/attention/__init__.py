@@ -28,6 +28,7 @@ from mmkernels.kernels.launch import MOST_GRID_YZ
 
 OP = "attention"
 LIBRARIES: Mapping[str, str] = {"xformers": "xformers", "flash-attn": "flash_attn"}  # on request: what is imported
+TORCH = "torch"  # the name for whichever of torch's
 
 
 def call_of(x: Tensor, dtype: torch.dtype, pixels: int, num_heads: int, head_dim: int) -> Call:
@@ -41,14 +42,18 @@ def why_unsupported(call: Call) -> str | None:
 
 
 def library(name: str) -> Any:
-    """The backend of a library that was asked for. Raises ValueError where it is not installed."""
+    """The backend of a library that was asked for. Raises ValueError where there is none, or it is not installed."""
+    if name not in LIBRARIES:
+        raise ValueError(f"got backend={name!r}, wanted one of {', '.join((TORCH, *LIBRARIES))}")
     if importlib.util.find_spec(LIBRARIES[name]) is None:
         raise ValueError(f"backend {name!r} is not installed; install it or give backend='torch'")
     return importlib.import_module(f"mmkernels.kernels.attention.{LIBRARIES[name]}")
 
 
-def choose(x: Tensor, dtype: torch.dtype, pixels: int, num_heads: int, head_dim: int) -> Any:
-    """The one of torch's that computes it: the same for forward and backward, which are timed together."""
+def choose(x: Tensor, dtype: torch.dtype, pixels: int, num_heads: int, head_dim: int, backend: str = TORCH) -> Any:
+    """What computes it, of torch's the same for forward and backward, which are timed together."""
+    if backend != TORCH:
+        return library(backend)
 
     @cache
     def sample() -> tuple[Tensor, Tensor, Tensor]:

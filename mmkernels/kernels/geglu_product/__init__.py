@@ -19,8 +19,33 @@ import torch
 from torch import Tensor
 
 from mmkernels import tuning
+from mmkernels.costs import device_kind
 from mmkernels.kernels.call import Call, describe
 from mmkernels.kernels.dispatch import dispatch
+from mmkernels.rows import num_sharing
+from mmkernels.scratch import scratch_rows
+
+_CPU_CHUNK_BYTES = 4 << 20  # of the up-projection of a chunk: within the cache
+_MIN_CHUNK_TOKENS = 1024  # fewer rows slow the products down
+
+
+def default_chunk_tokens(x: Tensor, weight: Tensor) -> int:
+    """Tokens of x (R, T, C) that are normalised and projected at a time, where nobody names a number."""
+    up_bytes = max(1, weight.shape[0] * weight.element_size())
+    if device_kind(x) == "cpu":
+        return max(_MIN_CHUNK_TOKENS * num_sharing("cpu"), _CPU_CHUNK_BYTES // up_bytes)
+    normal_bytes = 0 if _has_place(x, weight.dtype) else x.shape[2] * weight.element_size()
+    return max(_MIN_CHUNK_TOKENS, scratch_rows(3 * up_bytes // 2 + normal_bytes))
+
+
+def place_in(result: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Where a chunk's norm takes the place of its result (r, t, C), as (rows, C), if it can."""
+    return result.view(-1, result.shape[2]) if _has_place(result, dtype) else None
+
+
+def _has_place(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether it can: in x's dtype, on a GPU."""
+    return dtype == x.dtype and device_kind(x) != "cpu"
 
 
 def forward_into(x: Tensor, weight: Tensor, bias: Tensor, g: Tensor, u: Callable[[], Tensor]) -> None:
