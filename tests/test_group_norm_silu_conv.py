@@ -210,7 +210,7 @@ def test_opcheck_and_compile(name: str) -> None:
     tensors, settings, dy = build(CASES[name], torch.float32)
     leaves = {key: value.requires_grad_() for key, value in tensors.items()}
     order = ("x", "x2", "norm_weight", "norm_bias", "weight", "bias", "shift", "residual")
-    arguments = (*(leaves.get(key) for key in order), CASES[name].G, 1e-5, 30, "")
+    arguments = (*(leaves.get(key) for key in order), CASES[name].G, 1e-5, "", 30)
     torch.library.opcheck(torch.ops.mmkernels.group_norm_silu_conv.default, arguments)
     compiled = torch.compile(group_norm_silu_conv, fullgraph=True, backend="aot_eager")
     eager = differentiate(group_norm_silu_conv, tensors, dy, **settings)

@@ -237,7 +237,8 @@ def test_the_rule_can_fail() -> None:
 
 @pytest.mark.parametrize("path", [*sources(), *sorted((ROOT / "tests").rglob("*.py"))], ids=module_name)
 def test_file_is_short(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= 350, "split it by concept"
+    most = 250 if path.parent == ROOT / "mmkernels" / "ops" else 350
+    assert len(path.read_text().splitlines()) <= most, "split it by concept"
 
 
 def test_ops_stand_in_no_script_folder_with_a_library_name() -> None:

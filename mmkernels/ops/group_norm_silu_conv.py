@@ -58,7 +58,7 @@ def reference(
 @torch.library.custom_op("mmkernels::group_norm_silu_conv", mutates_args=())
 def _forward(
     x: Tensor, x2: Tensor | None, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor | None,
-    shift: Tensor | None, residual: Tensor | None, num_groups: int, eps: float, chunk_rows: int, ranks: str,
+    shift: Tensor | None, residual: Tensor | None, num_groups: int, eps: float, ranks: str, chunk_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     y, mean, rstd = _outputs(x, weight, residual, num_groups)
     if x.shape[:3].numel():
@@ -74,7 +74,7 @@ def _forward(
 @_forward.register_fake
 def _forward_fake(
     x: Tensor, x2: Tensor | None, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor | None,
-    shift: Tensor | None, residual: Tensor | None, num_groups: int, eps: float, chunk_rows: int, ranks: str,
+    shift: Tensor | None, residual: Tensor | None, num_groups: int, eps: float, ranks: str, chunk_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return _outputs(x, weight, residual, num_groups)
 
@@ -179,7 +179,7 @@ def _backward_flops(dy: Sequence[int], x: Sequence[int], x2: Any, a: Any, b: Any
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, x2, norm_weight, norm_bias, weight, bias, shift, residual, _, _, ctx.chunk_rows, ctx.ranks = inputs
+    x, x2, norm_weight, norm_bias, weight, bias, shift, residual, _, _, ctx.ranks, ctx.chunk_rows = inputs
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
     ctx.save_for_backward(x, x2, norm_weight, norm_bias, weight, mean, rstd)
@@ -223,7 +223,7 @@ def group_norm_silu_conv(
     if ranks and (x2 is not None or weight.shape[3] != 1):
         raise ValueError("ranks share the pixels of a 3x1 convolution of one input, got another; leave ranks out")
     chunk = chunk_size("chunk_rows", chunk_rows, convolution.default_chunk_rows(x, weight))
-    return _forward(x, x2, norm_weight, norm_bias, weight, bias, shift, residual, num_groups, eps, chunk, ranks)[0]
+    return _forward(x, x2, norm_weight, norm_bias, weight, bias, shift, residual, num_groups, eps, ranks, chunk)[0]
 
 
 def _check_fit(
