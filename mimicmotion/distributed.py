@@ -1,4 +1,7 @@
-"""Ranks started by torchrun: gloo on CPU, NCCL on GPU, and nothing at all for one process."""
+"""Ranks started by torchrun: gloo on CPU, NCCL on GPU, and nothing at all for one process.
+
+Where there are GPUs, gloo carries what lies in host memory, such as counts and flags: nothing of that waits for a GPU.
+"""
 
 import contextlib
 import os
@@ -42,18 +45,18 @@ class Ranks:
         return Ranks(rank=0, world_size=1, device=self.device)
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum over ranks, the same bits on every rank."""
+        """Sum over ranks, the same bits on every rank, where the values lie."""
         if self.world_size == 1:
             return values
-        total = values.to(self.device, copy=True)
+        total = values.clone()
         torch.distributed.all_reduce(total)
-        return total.to(values.device)
+        return total
 
     def least(self, value: float) -> float:
         """The least value of any rank."""
         if self.world_size == 1:
             return value
-        values = torch.tensor(value, dtype=torch.float64, device=self.device)
+        values = torch.tensor(value, dtype=torch.float64)
         torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MIN)
         return float(values)
 
@@ -83,7 +86,7 @@ class Ranks:
                 sent[0] = make()
             except Exception as error:
                 failure, sent[1:] = error, [str(error), isinstance(error, ValueError)]
-        torch.distributed.broadcast_object_list(sent, src=0, device=self.device)
+        torch.distributed.broadcast_object_list(sent, src=0, device=torch.device("cpu"))
         made, words, is_value_error = sent
         if words is None:
             return made
@@ -121,7 +124,7 @@ def join_ranks() -> Iterator[Ranks]:
         yield ranks
         return
     # long, since the other ranks wait while the first one prepares the footage
-    torch.distributed.init_process_group("nccl" if has_gpu else "gloo", timeout=timedelta(hours=6))
+    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if has_gpu else "gloo", timeout=timedelta(hours=6))
     try:
         yield ranks
         # Gloo's threads may still hold the last tensors, and letting go of them while Python ends is an abort:
@@ -141,13 +144,23 @@ def no_sync(model: nn.Module, is_last: bool) -> contextlib.AbstractContextManage
 
 
 def rank_sample_ids(config: Config, ranks: Ranks) -> list[range]:
-    """Sample ids of this rank's micro-batches; ranks and micro-batches together cover 0 to batch_size - 1 once."""
-    batch, micro = config.trainer.batch_size, config.trainer.micro_batch_size
-    if batch % (micro * ranks.world_size) != 0:
+    """Sample ids of this rank's micro-batches; those of all together cover 0 to batch_size - 1 once.
+
+    Groups of `parallel.frames` ranks, which are next to each other, have the same ones.
+    """
+    batch, micro, frames = config.trainer.batch_size, config.trainer.micro_batch_size, config.parallel.frames
+    num_groups, left_over = divmod(ranks.world_size, frames)
+    if left_over:
         raise ValueError(
-            f"trainer.batch_size is {batch} for {ranks.world_size} ranks of micro-batches of {micro}; "
-            f"give a multiple of {micro * ranks.world_size}."
+            f"parallel.frames is {frames} and there are {ranks.world_size} rank(s); give torchrun --nproc-per-node "
+            "(times nodes) a multiple of it, or another number"
         )
-    share = batch // ranks.world_size
-    first = ranks.rank * share
+    if batch % (micro * num_groups) != 0:
+        groups = "ranks" if frames == 1 else f"groups of {frames} ranks"
+        raise ValueError(
+            f"trainer.batch_size is {batch} for {num_groups} {groups} of micro-batches of {micro}; "
+            f"give a multiple of {micro * num_groups}."
+        )
+    share = batch // num_groups
+    first = ranks.rank // frames * share
     return [range(start, start + micro) for start in range(first, first + share, micro)]

@@ -14,6 +14,7 @@ from mimicmotion.dry_run import DryRun, dry_run
 from mimicmotion.memory_plan import StepPlanner, choose_plan, placed
 from mimicmotion.shapes import Bucket, in_words
 from mmkernels.cards import Card, card
+from mmkernels.frames import counts_of
 from mmkernels.planning.choices import Plan
 
 Planned = tuple[Config, Plan | None]
@@ -34,6 +35,12 @@ def dry_stages(stages: list[Config], card_name: str | None) -> Iterator[str]:
             yield (
                 f"memory below is without --parallel.shard {config.parallel.shard}, under which a rank holds a part of "
                 "weights, gradients, moments and average alone, and gathers one block at a time"
+            )
+        if config.parallel.frames > 1:
+            counts = counts_of(config.data.num_frames, config.parallel.frames)
+            yield (
+                f"memory and time below are without --parallel.frames {config.parallel.frames}, under which a rank "
+                f"holds {counts[0]} of {config.data.num_frames} frames, and exchanges what they have to know of others"
             )
         if config.memory_budget is not None and chosen is None and not torch.cuda.is_available():
             yield (

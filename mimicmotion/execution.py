@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 import mmkernels
 from mimicmotion.config import Precision
@@ -28,13 +29,14 @@ def use_kernels(model: MimicMotionModel, kernels: str, plan: Plan | None = None,
 
 
 def put_kernels(
-    model: MimicMotionModel, kernels: str, plan: Plan | None = None, device: Device | None = None
-) -> Callable[[], None]:
-    """As `use_kernels`; returns what puts the UNet's own blocks back."""
+    model: MimicMotionModel, kernels: str, plan: Plan | None = None, device: Device | None = None,
+    frames: DeviceMesh | None = None,
+) -> Callable[[], None]:  # fmt: skip
+    """As `use_kernels`; returns what puts the UNet's own blocks back. frames: ranks that share a clip's frames."""
     model.pose_net.recomputes_activations = kernels == "fused"
     if kernels == "torch":
         return lambda: None
-    return mmkernels.replace(model.unet, plan=plan or kernels, device=device)
+    return mmkernels.replace(model.unet, plan=plan or kernels, device=device, frames=frames)
 
 
 def describe(

@@ -13,12 +13,14 @@ class Losses:
     """Of each clip of a batch, (B,)."""
 
     clips: Tensor  # what is trained on
-    hands: Tensor  # the mean in the hands' boxes without their weight, to be watched; NaN of a clip without such a box
+    hands: (
+        Tensor  # (B, 2), to be watched: the sum over the hands' boxes without their weight, and over how many numbers
+    )
 
 
 def denoising_loss(
     output: Tensor, noisy: Tensor, clean: Tensor, sigma: Tensor, region_weight: Tensor,
-    min_snr_gamma: float | None = None,
+    min_snr_gamma: float | None = None, share: float = 1.0,
 ) -> Losses:  # fmt: skip
     """Of each clip the mean over its elements of w(s) * r * (D(x; s) - x0)^2, in float32 or wider.
 
@@ -26,7 +28,8 @@ def denoising_loss(
     elsewhere. r multiplies before the mean (Tencent/MimicMotion #42), so hands gain weight and nothing is divided out.
     w(s) = (1+s^2)/s^2 is EDM's, or min(1/s^2, min_snr_gamma) where that is given (arXiv 2303.09556, with the signal to
     noise ratio 1/s^2 of unit latents): less of the loss for frames that show nearly everything. Plain means, so the
-    clips of a batch average to the loss of the whole.
+    clips of a batch average to the loss of the whole. share: of all frames of a clip, those given here; the losses are
+    the mean times it, so that those of all parts of a clip add up to its loss.
     """
     if region_weight.shape != (*clean.shape[:2], 1, *clean.shape[3:]):
         wanted = (*clean.shape[:2], 1, *clean.shape[3:])
@@ -34,12 +37,13 @@ def denoising_loss(
     levels = sigma.float().view(-1, 1, 1, 1, 1)
     weight = preconditioning(levels).weight if min_snr_gamma is None else (levels**-2).clamp(max=min_snr_gamma)
     error = weight * region_weight * (denoised(output, noisy, sigma) - widened(clean)) ** 2
-    return Losses(clips=error.flatten(1).mean(1), hands=_in_hands(error, region_weight))
+    return Losses(clips=error.flatten(1).mean(1) * share, hands=_in_hands(error, region_weight))
 
 
 @torch.no_grad()
 def _in_hands(error: Tensor, region_weight: Tensor) -> Tensor:
-    """Mean (B,) of error / r where r > 1: of what is there already, no forward more."""
+    """Sum of error / r where r > 1, and how many numbers it is over: (B, 2), of what is there already."""
     is_hand = region_weight > 1
     of_cells = error.sum(2, keepdim=True) / region_weight * is_hand
-    return of_cells.flatten(1).sum(1) / (is_hand.flatten(1).sum(1) * error.shape[2])
+    counts = is_hand.flatten(1).sum(1) * error.shape[2]
+    return torch.stack([of_cells.flatten(1).sum(1), counts.to(error.dtype)], dim=1)

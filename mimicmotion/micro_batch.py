@@ -72,10 +72,11 @@ def batch_loss(model: torch.nn.Module, batch: dict[str, Tensor], draws: list[dif
 
 
 def clip_losses(
-    model: torch.nn.Module, batch: dict[str, Tensor], draws: list[diffusion.Draw], config: Config
+    model: torch.nn.Module, batch: dict[str, Tensor], draws: list[diffusion.Draw], config: Config, share: float = 1.0
 ) -> Losses:
     """Losses of each clip of a micro-batch, stacked on the model's device; model may be wrapped by DDP.
 
+    share: as of `denoising_loss`, where the batch has a part of the frames.
     Float32 weights run under autocast; others as they are, and what the model reads is rounded to their dtype. Noise
     levels and time ids stay as they are.
     """
@@ -99,7 +100,7 @@ def clip_losses(
             noised.keep,
         )
     region, gamma = batch["loss_weight"], config.diffusion.min_snr_gamma
-    return denoising_loss(output, noised.noisy, latents, noised.sigma, region, gamma)
+    return denoising_loss(output, noised.noisy, latents, noised.sigma, region, gamma, share)
 
 
 def draw_samples(config: Config, step: int, sample_ids: range, latent_shape: tuple[int, ...]) -> list[diffusion.Draw]:

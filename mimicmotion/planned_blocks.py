@@ -4,6 +4,8 @@ import gc
 from collections.abc import Callable
 from typing import Any
 
+from torch.distributed.device_mesh import DeviceMesh
+
 from mimicmotion.config import Config
 from mimicmotion.execution import describe, put_kernels
 from mimicmotion.fitting import Change, Fitting
@@ -21,13 +23,15 @@ class PlannedBlocks:
 
     def __init__(
         self, model: MimicMotionModel, config: Config, plan: Plan | None = None, fitting: Fitting | None = None,
-        place: Callable[[bool], None] = lambda on_host: None,
+        place: Callable[[bool], None] = lambda on_host: None, frames: DeviceMesh | None = None,
     ) -> None:  # fmt: skip
         """plan, or fitting with its own, is for the largest of the shapes that the config allows.
 
         place: puts the optimizer's states on the host, or on the device, where another plan has them elsewhere.
+        frames: ranks that share a clip's frames.
         """
         self._model, self._config, self.fitting, self._place = model, config, fitting, place
+        self._frames = frames
         self.bucket = config.data.buckets[0]
         self._first, self._fittings = fitting, {self.bucket: fitting}
         self.plan = plan if fitting is None else fitting.plan
@@ -90,7 +94,7 @@ class PlannedBlocks:
 
     def _put(self) -> None:
         device, settings = None if self.fitting is None else self.fitting.device, self._config.trainer
-        self._undo = put_kernels(self._model, self._config.kernels, self.plan, device)
+        self._undo = put_kernels(self._model, self._config.kernels, self.plan, device, self._frames)
         self.report = describe(
             self._model, self._config.kernels, settings.precision, is_deterministic=settings.deterministic
         )

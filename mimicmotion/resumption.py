@@ -15,14 +15,32 @@ from mimicmotion.config import Config
 from mimicmotion.data.cache import Manifest
 from mimicmotion.data.footage_identity import FootageIdentity
 from mimicmotion.json_values import changes, to_json
+from mimicmotion.micro_batch import Samples
 from mimicmotion.model.adapters import check_base, load_own, own_state
 from mimicmotion.model.unet import MimicMotionModel
 from mimicmotion.optimization import Optimization
 from mimicmotion.sharding import in_parts
+from mimicmotion.skips import Skips
 
 _OF_THE_RATE = ("optimizer.learning_rate", "optimizer.schedule", "optimizer.warmup_steps")
 # What the weights began with does not shape the model.
 _START = ("model.pretrained", "model.pretrained_pose_net", "model.pretrained_weights")
+
+
+def resume(
+    config: Config, dataset: Samples, model: MimicMotionModel, optimization: Optimization, skips: Skips
+) -> tuple[int, list[str]]:
+    """Take up the newest checkpoint of a run, where there is one; returns its step and what to say of it."""
+    folder = checkpoint.newest_in(config.run_dir)
+    if folder is None:
+        return 0, [f"nothing to resume in {config.run_dir}: starting at step 0"]
+    saved = checkpoint.load(folder)
+    notes = differences(saved, config, dataset.identity)
+    go_on(saved, model, optimization)
+    if "place" in saved.documents:
+        dataset.go_on_from(saved.documents["place"], saved.step)
+    skips.load(saved.documents["state"])
+    return saved.step, [f"resumed {folder} at step {saved.step}", *notes]
 
 
 def differences(saved: Checkpoint, config: Config, footage: FootageIdentity) -> list[str]:

@@ -101,6 +101,11 @@ def check_given(arguments: Arguments, num_stages: int) -> None:
     check_there("--plan", config.plan, "make a plan with `python -m mmkernels.plan`")
     pretrained.check_given(config.model)
     check_embeddings(config.model.cross_attention_dim)
+    if arguments.memory_report and config.parallel.frames > 1:
+        raise ValueError(
+            "--memory-report models a step of whole clips on one rank, and parallel.frames gives each a part of the "
+            "frames; leave the one or the other out"
+        )
     if arguments.resume and not checkpoint.is_run(config.run_dir):
         found = near(config.run_dir, checkpoint.is_run)
         raise ValueError(
@@ -187,7 +192,7 @@ def train_stage(
     trainer = Trainer(config, dataset, ranks, resume=resume, start=start, plan=plan, fitting=fitting, stop=stop)
     if arguments.memory_report:
         trainer.around_step = MemoryReport(trainer)
-    if (ranks.is_first or config.parallel.is_sharded) and dataset.num_held_out:
+    if (ranks.is_first or config.parallel.runs_together) and dataset.num_held_out:
         validation = Validation(trainer, clips(is_held_out=True))
         trainer.after_step = validation.after_step
         if config.model.pretrained is not None or start is not None:

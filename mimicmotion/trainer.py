@@ -19,6 +19,7 @@ from mimicmotion.distributed import Ranks, no_sync, rank_sample_ids
 from mimicmotion.execution import peak_gib, same_bits
 from mimicmotion.figures import Figures
 from mimicmotion.fitting import Change, Fitting, NoSmallerPlanError
+from mimicmotion.frames_group import FramesGroup
 from mimicmotion.history import Reporter
 from mimicmotion.in_backward import check_one_backward
 from mimicmotion.json_values import to_json
@@ -52,6 +53,7 @@ class Trainer:
         """
         self.config, self.dataset, self.ranks = config, dataset, ranks
         self._sample_ids = rank_sample_ids(config, ranks)
+        self.frames = FramesGroup.join(ranks, config.parallel.frames)
         check_one_backward(config, ranks.world_size)
         torch.manual_seed(config.trainer.seed)
         with ranks.device:  # a GPU draws the weights in no time
@@ -63,12 +65,14 @@ class Trainer:
         self.notes += pretrained.begin(self.model, config)
         self.say, is_sharded = print, config.parallel.is_sharded
         if is_sharded:  # blocks are known by their classes, which FSDP2 changes, and moments are parts as weights are
-            self.blocks = PlannedBlocks(self.model, config)
+            self.blocks = PlannedBlocks(self.model, config, frames=self.frames.mesh)
             sharding.shard(self.model, ranks, config.parallel.shard)
         self.optimization = build_optimization(self.model, config, scales_loss=config.trainer.precision == "fp16")
         if not is_sharded:
             place = self.optimization.weight_update.place
-            self.blocks = PlannedBlocks(self.model, config, plan, fitting, lambda on_host: place(on_host=on_host))
+            self.blocks = PlannedBlocks(
+                self.model, config, plan, fitting, lambda on_host: place(on_host=on_host), self.frames.mesh
+            )
         self.notes += self.blocks.notes
         # Where memory may run out on one rank alone, gradients are averaged once all have theirs.
         self.wrapped = ranks.wrap(self.model) if fitting is None and not is_sharded else self.model
@@ -79,7 +83,7 @@ class Trainer:
         self._unusable = ""  # why the step cannot be trained on, agreed by all ranks
         self._stop = stop or Stop()
         self.is_stopping = self._has_run_out = False  # agreed by all ranks
-        self._figures = Figures(self.model)
+        self._figures = Figures(self.model, self.frames)
         if resume:
             self.notes += self._resume()
         elif start is not None:
@@ -185,17 +189,8 @@ class Trainer:
 
     def _resume(self) -> list[str]:
         """Take up the newest checkpoint of the run, where there is one; returns what to say of it."""
-        folder = checkpoint.newest_in(self.config.run_dir)
-        if folder is None:
-            return [f"nothing to resume in {self.config.run_dir}: starting at step 0"]
-        saved = checkpoint.load(folder)
-        notes = resumption.differences(saved, self.config, self.dataset.identity)
-        resumption.go_on(saved, self.model, self.optimization)
-        self.step = saved.step
-        if "place" in saved.documents:
-            self.dataset.go_on_from(saved.documents["place"], self.step)
-        self.skips.load(saved.documents["state"])
-        return [f"resumed {folder} at step {self.step}", *notes]
+        self.step, notes = resumption.resume(self.config, self.dataset, self.model, self.optimization, self.skips)
+        return notes
 
     def _load(self, step: int) -> Batches:
         """This rank's micro-batches of a step, stacked on the CPU, with their sample ids."""
@@ -226,6 +221,7 @@ class Trainer:
         mean_loss = self._backward(batches)
         if mean_loss is None:
             return None
+        self._figures.join()
         norm = math.nan if self._unusable else float(self.optimization.gradient_norm())
         is_bad = not (math.isfinite(norm) and math.isfinite(mean_loss))
         # one sum settles all of it for every rank alike
@@ -284,6 +280,8 @@ class Trainer:
                 if index == num_batches - 1:
                     self.optimization.take_room()  # while no weight has moved
             except torch.OutOfMemoryError as error:
+                if self.frames.size > 1:
+                    raise TrainingStoppedError(self.frames.out_of_memory(self.step + 1, self.blocks.bucket)) from error
                 if self.fitting is None and self.plan is None:
                     raise
                 if self.fitting is None:
@@ -292,17 +290,18 @@ class Trainer:
         if self.fitting is not None:
             live = self.optimization.live.values()
             self.ranks.average(parameter.grad for parameter in live if parameter.grad is not None)
-        return float(mean_loss)
+        return float(self.frames.sum(mean_loss))
 
     def _micro_batch(self, batch: dict[str, Tensor] | NotFiniteError, ids: range) -> Tensor:
         """Add a micro-batch's gradients; returns its part of the mean loss."""
         assert not isinstance(batch, NotFiniteError)
+        num_frames, *shape = batch["latents"].shape[1:]
+        batch, draws = self.frames.part(batch, draw_samples(self.config, self.step, ids, (num_frames, *shape)))
         on_device = {name: tensor.to(self.ranks.device, non_blocking=True) for name, tensor in batch.items()}
-        draws = draw_samples(self.config, self.step, ids, tuple(batch["latents"].shape[1:]))
-        losses = clip_losses(self.wrapped, on_device, draws, self.config)
+        losses = clip_losses(self.wrapped, on_device, draws, self.config, self.frames.share(num_frames))
         self._figures.add(draws, losses)
         loss = losses.clips.mean() / len(self._sample_ids)
-        self.optimization.backward(loss)
+        self.optimization.backward(loss * self.frames.size)  # gradients are averaged, and those of a clip's frames add
         return loss.detach()
 
     def _refuse_plan(self) -> TrainingStoppedError:

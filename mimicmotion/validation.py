@@ -13,6 +13,7 @@ import torch
 from mimicmotion import diffusion
 from mimicmotion.data.dataset import ClipDataset
 from mimicmotion.execution import free_what_is_left
+from mimicmotion.frames_group import for_whole_clips
 from mimicmotion.generation import generate, load_decoder, reference_and_truth
 from mimicmotion.history import History, read_history
 from mimicmotion.micro_batch import FIELDS, clip_losses, log_sigma_mean
@@ -28,14 +29,15 @@ RISE = 1.05  # a loss this many times the first one is said to have risen; not i
 class Validation:
     """Looks at held-out clips every `trainer.validate_every` steps on the first rank; the others wait in their step.
 
-    Where weights are sharded every rank looks, since each holds a part of them, and the first writes.
+    Where a rank holds a part of the weights or of a clip alone, every rank looks, and the first writes.
     """
 
     def __init__(self, trainer: Trainer, held_out: ClipDataset) -> None:
         self._trainer, self._config, self._dataset = trainer, trainer.config, held_out
         names = held_out.clip_ids[: trainer.config.trainer.validate_clips]
         self._clips = [held_out.clip(name, 0, 1) for name in names]
-        self._ranks = trainer.ranks if trainer.config.parallel.is_sharded else trainer.ranks.alone()
+        self._ranks = trainer.ranks if trainer.config.parallel.runs_together else trainer.ranks.alone()
+        self._model: Any = for_whole_clips(trainer.model, trainer.frames)
         self._first = self._ranks.from_first(self._open)
         self._taken_s, self._began_s = 0.0, time.monotonic()
         self._decoder: Any = None
@@ -117,7 +119,7 @@ class Validation:
             reference_noise=torch.zeros(clip["reference_latent"].shape),
         )
         batch = {name: clip[name].unsqueeze(0).to(device) for name in FIELDS}
-        return float(clip_losses(self._trainer.model, batch, [draw], self._config).clips)
+        return float(clip_losses(self._model, batch, [draw], self._config).clips)
 
     def _write_video(self) -> None:
         """reference | pose | generated | truth of the first held-out clip."""
@@ -125,7 +127,7 @@ class Validation:
             self._decoder = load_decoder(self._config.data.encoder)
         clip, decoder = self._clips[0], self._decoder
         reference, truth = reference_and_truth(clip, self._config, decoder)
-        generated = generate(self._trainer.model, self._config, clip, decoder, seed=self._config.trainer.seed)
+        generated = generate(self._model, self._config, clip, decoder, seed=self._config.trainer.seed)
         if not self._ranks.is_first:
             return
         rate = self._dataset.frames_per_second(clip["clip_id"])

@@ -25,7 +25,7 @@ def test_loss_is_the_error_of_the_networks_target():
     torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=0)
 
 
-def test_the_loss_in_hands_is_the_plain_mean_there_and_none_without_hands():
+def test_the_loss_in_hands_is_a_plain_sum_there_and_a_count_that_is_zero_without_hands():
     output, noisy, clean, sigma = _case()
     region = torch.zeros(3, 2, 1, 5, 6)
     region[0, 1, 0, 1:3, 2:5] = region[2, :, :, 4] = 1
@@ -35,8 +35,8 @@ def test_the_loss_in_hands_is_the_plain_mean_there_and_none_without_hands():
     error = (output - (clean - got.c_skip * noisy) / got.c_out).detach() ** 2
     for clip in (0, 2):
         wanted = error[clip][region[clip].expand(2, 4, 5, 6) == 1].mean()
-        torch.testing.assert_close(found[clip], wanted, rtol=1e-4, atol=0)
-    assert found[1].isnan() and not found.requires_grad
+        torch.testing.assert_close(found[clip, 0] / found[clip, 1], wanted, rtol=1e-4, atol=0)
+    assert found[:, 1].tolist() == [4 * 6, 0, 4 * 2 * 6] and found[1, 0] == 0 and not found.requires_grad
 
 
 def test_hand_region_weighs_ten_before_the_mean():
@@ -55,6 +55,20 @@ def test_parts_of_a_batch_average_to_the_whole():
     whole = denoising_loss(output, noisy, clean, sigma, weight)
     parts = [denoising_loss(*(t[i : i + 1] for t in (output, noisy, clean, sigma, weight))) for i in range(3)]
     torch.testing.assert_close(torch.stack(parts).mean(), whole)
+
+
+def test_parts_of_a_clip_add_up_to_its_loss():
+    """Of two frames of nine and the seven others, as ranks have them."""
+    torch.manual_seed(1)
+    clean, noisy, output = torch.randn(3, 3, 9, 4, 5, 6, dtype=torch.float64).unbind()
+    sigma, weight = torch.tensor([0.1, 1.0, 30.0]).double(), 1 + 9 * (torch.rand(3, 9, 1, 5, 6) < 0.2).double()
+    whole = losses.denoising_loss(output, noisy, clean, sigma, weight)
+    parts = [
+        losses.denoising_loss(*(x[:, own] for x in (output, noisy, clean)), sigma, weight[:, own], share=share)
+        for own, share in ((slice(0, 2), 2 / 9), (slice(2, 9), 7 / 9))
+    ]
+    torch.testing.assert_close(parts[0].clips + parts[1].clips, whole.clips, rtol=1e-12, atol=0)
+    torch.testing.assert_close(parts[0].hands + parts[1].hands, whole.hands, rtol=1e-12, atol=0)
 
 
 def test_min_snr_is_the_velocitys_loss_times_min_snr_over_snr_plus_one():
