@@ -84,7 +84,8 @@ class MimicMotionModel(nn.Module):
 @torch.no_grad()
 def _squares(tensors: tuple[Tensor, ...], keep: Tensor | None, num_frames: int) -> Tensor:
     """Squared 2-norm of each (B*F, C, h, w), over the clips of which keep (B,) is 1."""
-    of_frames = [torch.linalg.vector_norm(x, dim=(1, 2, 3), dtype=torch.float32) ** 2 for x in tensors]
+    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
+    of_frames = [torch.linalg.vector_norm(x, dim=(1, 2, 3), dtype=dtype) ** 2 for x in tensors]
     of_clips = torch.stack(of_frames).unflatten(1, (-1, num_frames)).sum(2)
     return (of_clips if keep is None else of_clips * keep).sum(1)
 
