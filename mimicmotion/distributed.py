@@ -130,8 +130,13 @@ def join_ranks() -> Iterator[Ranks]:
         # Gloo's threads may still hold the last tensors, and letting go of them while Python ends is an abort:
         # waiting for a barrier, which has none, lets them.
         torch.distributed.barrier()
-    finally:
-        torch.distributed.destroy_process_group()
+    except BaseException:
+        # Destroying a group of NCCL waits for its kernels, and so for ranks that wait for this one inside a step. Left
+        # as it is torch aborts it when the process ends, and torchrun ends the others.
+        if not has_gpu:
+            torch.distributed.destroy_process_group()
+        raise
+    torch.distributed.destroy_process_group()
 
 
 def no_sync(model: nn.Module, is_last: bool) -> contextlib.AbstractContextManager[None]:

@@ -43,6 +43,7 @@ class FramesGroup:
             return cls()
         # a group of its own also where it is all ranks: gradients are averaged while blocks exchange
         group, _ = torch.distributed.new_subgroups(size, timeout=_TIMEOUT)
+        assert isinstance(group, torch.distributed.ProcessGroup)  # this rank is in one of them
         mesh = DeviceMesh.from_group(group, ranks.device.type, mesh_dim_names=("frames",))
         return cls(size=size, rank=ranks.rank % size, mesh=mesh)
 

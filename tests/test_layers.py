@@ -18,7 +18,6 @@ LAYERS = [
     ("mmkernels.tuning", 1.5),
     ("mmkernels.allocator", 1.2),
     ("mmkernels.costs", 1.2),
-    ("mmkernels.frames", 1.2),
     ("mmkernels.scratch", 1.2),
     ("mmkernels.rows", 1.5),
     ("mmkernels.frames", 1.5),

@@ -64,7 +64,7 @@ def test_parts_of_a_clip_add_up_to_its_loss():
     sigma, weight = torch.tensor([0.1, 1.0, 30.0]).double(), 1 + 9 * (torch.rand(3, 9, 1, 5, 6) < 0.2).double()
     whole = losses.denoising_loss(output, noisy, clean, sigma, weight)
     parts = [
-        losses.denoising_loss(*(x[:, own] for x in (output, noisy, clean)), sigma, weight[:, own], share=share)
+        losses.denoising_loss(output[:, own], noisy[:, own], clean[:, own], sigma, weight[:, own], share=share)
         for own, share in ((slice(0, 2), 2 / 9), (slice(2, 9), 7 / 9))
     ]
     torch.testing.assert_close(parts[0].clips + parts[1].clips, whole.clips, rtol=1e-12, atol=0)
