@@ -85,6 +85,7 @@ def begun(config: Config, ranks: Ranks, **settings: Any) -> Trainer:
     """A run in which poses are heard: PoseNet begins with a projection of zeros."""
     trainer = Trainer(config, BadClips(config=config, **settings), ranks)
     torch.nn.init.constant_(trainer.model.pose_net.final_proj.weight, 0.02)
+    trainer.optimization.begin_average()
     return trainer
 
 
