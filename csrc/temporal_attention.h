@@ -20,6 +20,7 @@ struct TemporalAttention {
   int num_threads;  // of the CPU
 };
 
-constexpr int64_t kMaxFrames = 128, kMaxHeadDim = 128, kHeadDimStep = 16;
+// Frames are numbered in 32 bits, and their products with the head dim.
+constexpr int64_t kMaxFrames = 1 << 20, kMaxHeadDim = 128, kHeadDimStep = 16;
 
 }  // namespace mm

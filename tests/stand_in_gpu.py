@@ -143,49 +143,54 @@ def _note_call(called: list[str], operator: str, function: Callable[..., Any], *
     return function(*args, **kwargs)
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> tuple[Any, ...]:
+def _flash(q: Tensor, k: Tensor, v: Tensor, *_: Any, scale: float | None = None, **__: Any) -> tuple[Any, ...]:
     assert q.dtype in (torch.float16, torch.bfloat16), f"flash attention on CUDA does not take {q.dtype}"
-    o, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q.float(), k.float(), v.float())
+    forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    o, logsumexp = forward(q.float(), k.float(), v.float(), scale=scale)
     state = torch.empty(0, dtype=torch.int64)
     return o.to(q.dtype), logsumexp, None, None, q.shape[2], k.shape[2], state, state, state
 
 
 def _flash_backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, logsumexp: Tensor, *_: Any, **__: Any
-) -> tuple[Tensor, ...]:
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, logsumexp: Tensor, *_: Any, scale: float | None = None,
+    **__: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
     wide = (x.float() for x in (do, q, k, v, o))
     backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    return tuple(x.to(q.dtype) for x in backward(*wide, logsumexp, 0.0, False))
+    return tuple(x.to(q.dtype) for x in backward(*wide, logsumexp, 0.0, False, scale=scale))
 
 
-def _cudnn(q: Tensor, k: Tensor, v: Tensor, bias: None, has_logsumexp: bool, *_: Any, **__: Any) -> tuple[Any, ...]:
+def _cudnn(q: Tensor, k: Tensor, v: Tensor, bias: None, has_logsumexp: bool, *_: Any, **named: Any) -> tuple[Any, ...]:
     assert bias is None and has_logsumexp
-    o, logsumexp, *rest = _flash(q, k, v)
+    o, logsumexp, *rest = _flash(q, k, v, **named)
     state = torch.empty((), dtype=torch.int64)
     return o, logsumexp[..., None], None, None, q.shape[2], k.shape[2], state, state, None
 
 
 def _cudnn_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, logsumexp: Tensor, seed: Tensor, offset: Tensor, *_: Any,
-    **__: Any,
+    **named: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     assert logsumexp.shape == (*q.shape[:3], 1)
     assert not seed.shape and seed.dtype == offset.dtype == torch.int64
-    return _flash_backward(do, q, k, v, o, logsumexp[..., 0])
+    return _flash_backward(do, q, k, v, o, logsumexp[..., 0], **named)
 
 
-def _efficient(q: Tensor, k: Tensor, v: Tensor, bias: None, has_logsumexp: bool, *_: Any, **__: Any) -> tuple[Any, ...]:
+def _efficient(
+    q: Tensor, k: Tensor, v: Tensor, bias: None, has_logsumexp: bool, *_: Any, scale: float | None = None, **__: Any
+) -> tuple[Any, ...]:
     assert bias is None and has_logsumexp
-    o, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q.float(), k.float(), v.float())
+    forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    o, logsumexp = forward(q.float(), k.float(), v.float(), scale=scale)
     state = torch.empty((), dtype=torch.int64)
     return o.to(q.dtype), functional.pad(logsumexp, (0, -q.shape[2] % 32), value=torch.inf), state, state
 
 
 def _efficient_backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: None, o: Tensor, logsumexp: Tensor, *_: Any, **__: Any
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: None, o: Tensor, logsumexp: Tensor, *_: Any, **named: Any
 ) -> tuple[Tensor | None, ...]:
     assert logsumexp.shape[2] == -(-q.shape[2] // 32) * 32
-    return *_flash_backward(do, q, k, v, o, logsumexp[..., : q.shape[2]].contiguous()), None
+    return *_flash_backward(do, q, k, v, o, logsumexp[..., : q.shape[2]].contiguous(), **named), None
 
 
 ATTENTIONS: dict[str, Callable[..., Any]] = {

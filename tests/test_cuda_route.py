@@ -37,6 +37,7 @@ from stand_in_gpu import stand_in_gpu
 
 from mmkernels import extension
 from mmkernels.kernels import launch
+from mmkernels.kernels.registry import FAMILIES
 from mmkernels.kernels.temporal_attention import formula
 from mmkernels.ops import blend, temporal_attention
 from mmkernels.ops.blend_projection import blend_projection
@@ -82,12 +83,12 @@ def _temporal_attention(level: Level, dtype: torch.dtype) -> Run:
     return Run(fused=temporal_attention.temporal_attention, plain=plain, inputs=inputs, dy=torch.randn(shape).to(dtype))
 
 
-def _temporal_block(level: Level, dtype: torch.dtype) -> Run:
+def _temporal_block(level: Level, dtype: torch.dtype, frames: int = F, pixels: int = 0) -> Run:
     module = test_temporal_attention_block
-    case = module.Case(F=F, P=level.H * level.W, C=level.C, num_heads=level.num_heads)
+    case = module.Case(F=frames, P=pixels or level.H * level.W, C=level.C, num_heads=level.num_heads)
     inputs, dy = module.build(case)
     return Run(
-        fused=partial(temporal_attention_block, chunk_pixels=4), plain=module.diffusers_block,
+        fused=partial(temporal_attention_block, chunk_pixels=4 - 3 * (pixels > 0)), plain=module.diffusers_block,
         inputs={name: value.to(dtype) for name, value in inputs.items()}, dy=dy.to(dtype),
         settings={"num_heads": level.num_heads},
     )  # fmt: skip
@@ -162,6 +163,7 @@ def _blend_projection(level: Level, dtype: torch.dtype, is_strided: bool = False
 OPS: dict[str, Callable[[Level, torch.dtype], Run]] = {
     "temporal_attention": _temporal_attention,
     "temporal_attention_block": _temporal_block,
+    "temporal_attention_block, 144 frames": partial(_temporal_block, frames=144, pixels=2),
     "spatial_attention": _spatial_attention,
     "context_attention": _context_attention,
     "geglu_feed_forward": _feed_forward,
@@ -185,7 +187,8 @@ VARIANTS = {
     "group_norm_silu_conv, frames at once": ("chunked",),  # the others do not walk over chunks
     "group_norm_silu_conv, head": ("chunked", "triton"),  # CUDA C++ copies eight channels at a time
 }
-VARIANTS["spatial_attention"] = ("flash", "cudnn")
+BY_LIBRARY = ("spatial_attention", "temporal_attention_block, 144 frames")
+VARIANTS |= dict.fromkeys(BY_LIBRARY, ("flash", "cudnn"))
 VARIANTS["geglu_feed_forward"] = ("pass", "epilogue")
 WAYS = [(op, variant) for op in OPS for variant in VARIANTS.get(op, ("only",))]
 
@@ -198,7 +201,8 @@ SLOW = [(f"group_norm_silu_conv, {kind}", variant) for kind in ("two inputs", "r
 def force(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where an op has this variant, it takes it."""
     tuned = ("group_norm_silu_conv", "temporal_attention", "attention", "geglu")
-    monkeypatch.setenv("MMKERNELS_VARIANT", ",".join(f"{op}={variant}" for op in tuned))
+    forced = [f"{op}={variant}" for op in tuned if variant in FAMILIES[op]]
+    monkeypatch.setenv("MMKERNELS_VARIANT", ",".join(forced))
 
 
 class Watch(TorchDispatchMode):
@@ -242,8 +246,11 @@ def check(op: str, level: int, dtype: torch.dtype) -> list[tuple[Any, tuple[Any,
     return watch.calls
 
 
-@pytest.mark.parametrize("level", range(len(LEVELS)))
-@pytest.mark.parametrize(("op", "variant"), WAYS)
+# Many frames on the first level only: what follows the width is seen without them.
+PLACES = [(*way, level) for level in range(len(LEVELS)) for way in WAYS if level == 0 or way[0] != BY_LIBRARY[1]]
+
+
+@pytest.mark.parametrize(("op", "variant", "level"), PLACES)
 def test_every_level(op: str, variant: str, level: int, monkeypatch: pytest.MonkeyPatch) -> None:
     force(variant, monkeypatch)
     tests = ("test_schema", "test_faketensor") if level < 2 else ("test_faketensor",)
@@ -251,7 +258,7 @@ def test_every_level(op: str, variant: str, level: int, monkeypatch: pytest.Monk
     with stand_in_gpu(launch=launch_formula, call=call_formula) as attentions:
         calls = check(op, level, torch.float16)
         both = {f"{variant}_attention", f"{variant}_attention_backward"}
-        assert set(attentions) == (both if op == "spatial_attention" else set())
+        assert set(attentions) == (both if op in BY_LIBRARY else set())
         assert len(calls) == 2, "one operator forward and one backward"
         for operator, arguments in calls:
             torch.library.opcheck(operator, arguments, test_utils=tests)
@@ -298,7 +305,7 @@ def test_the_kernels_themselves(op: str, variant: str, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("op", "variant"),
     [
-        ("spatial_attention", "efficient"),
+        *((op, "efficient") for op in BY_LIBRARY),
         *(way for way in WAYS if way[1] not in ("cuda", "flash", "cudnn", "epilogue")),
     ],
 )

@@ -30,6 +30,7 @@ LAYERS = [
     ("mmkernels.kernels.registry", 1.84),
     ("mmkernels.kernels.dispatch", 1.85),
     ("mmkernels.kernels.convolution", 1.95),
+    ("mmkernels.kernels.temporal_attention", 1.95),
     ("mmkernels.kernels.adamw8bit.step", 1.86),
     ("mmkernels.kernels", 1.9),
     ("mmkernels.ops", 2),

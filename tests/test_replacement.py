@@ -205,8 +205,7 @@ def test_a_part_that_is_not_known_is_called_as_it_is_and_says_why() -> None:
     assert "mid_block.attentions.0.temporal_transformer_blocks.0.attn1.to_q.down.weight" in fused[0]
     dead = mmkernels.dead_parameters(unet)
     silent = set(mmkernels.report(unet).without_gradient)
-    alive = fused[0].keys()
-    assert silent == dead and not dead & alive
+    assert silent == dead and not dead & fused[0].keys()
     pooled = ([pool_scalars(without(draw, dead)) for draw in found] for found in (fused, plain, fp64))
     assert_within_budget(*(pool_draws(found) for found in pooled))
 
@@ -248,8 +247,9 @@ def backends_of_a_modelled_gpu(dtype: torch.dtype, num_heads: tuple[int, int] = 
 def test_reports_who_computes_each_operation_of_each_block() -> None:
     kinds = backends_of_a_modelled_gpu(torch.bfloat16)
     assert kinds[TRANSFORMER] == {
-        **dict.fromkeys(("norm", "layer norm", "GEGLU", "sums of biases", "blend"), "triton"), "attention": "cudnn",
-        "temporal attention": "triton" if extension.why_no_cuda() else "cuda", "up-projection": "pass",
+        **dict.fromkeys(("norm", "layer norm", "GEGLU", "sums of biases", "blend"), "triton"), "up-projection": "pass",
+        **dict.fromkeys(("attention", "temporal attention of more than 128 frames"), "cudnn"),
+        "temporal attention": "triton" if extension.why_no_cuda() else "cuda",
     }  # fmt: skip
     named = ("convolution over pixels", "convolution over frames")
     convolutions = {f"{prefix}{name}" for prefix in ("", "backward of ") for name in named}

@@ -37,7 +37,7 @@ CASES = {
     "two clips, odd pixels, chunks that do not divide": Case(B=2, P=13, chunk_pixels=5),
     "chunk larger than the picture": Case(chunk_pixels=100),
     "channels-first input": Case(P=12, is_strided=True),
-    "more frames than the kernel takes": Case(F=130, P=2),
+    "more frames than a block of a GPU owns": Case(F=130, P=2),
     "bfloat16": Case(F=16, dtype=torch.bfloat16),
     "float16": Case(F=16, dtype=torch.float16),
     "five heads of 64": Case(F=72, P=2, C=320, num_heads=5),

@@ -217,7 +217,7 @@ REASONS = [
     (ADA | {"shape": (1, 64, 3, 1, 16)}, "None", "None"),
     (ADA | {"shape": (1, 128, 1, 1, 64)}, "None", "bytes of shared memory"),
     (ADA | {"shape": (1, 128, 1, 1, 128)}, "a block here has 101376", "bytes of shared memory"),
-    ({"shape": (1, 129, 1, 1, 64)}, "129 frames", "129 frames"),
+    ({"shape": (1, 129, 1, 1, 64)}, "129 frames, a block of our GPU kernels owns", "129 frames, a block of our"),
     ({"shape": (1, 72, 1, 1, 24)}, "head dim 24", "head dim 24"),
     ({"shape": (1, 72, 1, 1, 144)}, "head dim 144", "head dim 144"),
     ({"dtype": torch.float32, "shape": (1, 16, 1, 1, 64)}, "None", "dtype torch.float32, the CUDA C++ kernels take"),

@@ -1,78 +1,40 @@
 // Forward and recompute-backward of softmax(q kT * scale) v over frames; one task is one pixel and head.
 //
-// A tile's frames are gathered once into scratch that stays in the cache; the probabilities live only there.
+// A tile's frames are gathered once into scratch that stays in the cache; the probabilities live only there, and of few
+// enough queries at once (kRowBlock, kScores) that scratch grows with the frames, not with their square.
 #include "temporal_attention.h"
 
 #include <new>
 
 #include "parallel.h"
 #include "simd.h"
+#include "tile_product.h"
 
 namespace mm::MM_ISA {
 namespace {
 
 constexpr float kLog2E = 1.44269504088896f, kLn2 = 0.69314718055994f;
 
-// A register tile is kTileRows x (at most kTileVectors) accumulators, the loaded vectors and one broadcast.
-constexpr int kTileRows = 4;
-constexpr int kTileVectors = kRegisters == 32 ? 5 : 3;
 // Rows whose scores stay in the first-level cache from the product to the softmax to the next product.
 constexpr int kRowBlock = 12;
+// Scores of one kind that backward keeps at most, where kRowBlock rows of them are not more: 256 KiB, so that those and
+// their gradients stay in the second-level cache. Up to 256 frames are one block of queries.
+constexpr int64_t kScores = 1 << 16;
 
 // No template of the standard library is used here: the linker could take its AVX-512 copy for every build.
 MM_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+MM_INLINE int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
 MM_INLINE int round_up(int64_t x, int step) { return static_cast<int>((x + step - 1) / step * step); }
-
-// out(row, vector, c) for c = a b, a (kTileRows, depth) of any strides, b (depth, NV * kLanes) row-major.
-template <int NV, class Out>
-MM_INLINE void multiply_tile(const float* a, int64_t a_row, int64_t a_depth, const float* b, int64_t ldb, int depth,
-                             Out out) {
-  Vec c[kTileRows][NV] = {};
-#pragma GCC unroll 2
-  for (int k = 0; k < depth; k++) {
-    Vec row[NV];
-#pragma GCC unroll 8
-    for (int j = 0; j < NV; j++) row[j] = load(b + k * ldb + j * kLanes);
-#pragma GCC unroll 8
-    for (int i = 0; i < kTileRows; i++) {
-      Vec factor = splat(a[i * a_row + k * a_depth]);
-#pragma GCC unroll 8
-      for (int j = 0; j < NV; j++) c[i][j] += factor * row[j];
-    }
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < kTileRows; i++)
-#pragma GCC unroll 8
-    for (int j = 0; j < NV; j++) out(i, j, c[i][j]);
-}
-
-// The same over `vectors` columns of vectors, split evenly so that no narrow rest is left.
-template <class Out>
-MM_INLINE void multiply(const float* a, int64_t a_row, int64_t a_depth, const float* b, int64_t ldb, int depth,
-                        int vectors, Out out) {
-  int blocks = (vectors + kTileVectors - 1) / kTileVectors;
-  for (int block = 0; block < blocks; block++) {
-    int begin = vectors * block / blocks, width = vectors * (block + 1) / blocks - begin;
-    const float* columns = b + begin * kLanes;
-    auto shifted = [&](int i, int j, Vec x) { out(i, begin + j, x); };
-    switch (width) {
-      case 1: multiply_tile<1>(a, a_row, a_depth, columns, ldb, depth, shifted); break;
-      case 2: multiply_tile<2>(a, a_row, a_depth, columns, ldb, depth, shifted); break;
-      case 3: multiply_tile<3>(a, a_row, a_depth, columns, ldb, depth, shifted); break;
-      case 4: multiply_tile<4>(a, a_row, a_depth, columns, ldb, depth, shifted); break;
-      case 5: multiply_tile<5>(a, a_row, a_depth, columns, ldb, depth, shifted); break;
-    }
-  }
-}
 
 // Scratch of one thread: F is rounded up to whole tiles of rows and to whole vectors of columns.
 struct Scratch {
   int F, D, columns;
   float *memory, *next;
 
-  Scratch(const TemporalAttention& op, int frame_tiles, int score_tiles)
+  // width: floats for each frame.
+  Scratch(const TemporalAttention& op, int width)
       : F(static_cast<int>(op.F)), D(static_cast<int>(op.D)), columns(round_up(op.F, kLanes)) {
-    int64_t count = int64_t(columns) * (frame_tiles * D + score_tiles * columns);
+    int64_t count = int64_t(columns) * width;
     memory = next = static_cast<float*>(::operator new(count * sizeof(float), std::align_val_t{64}));
     std::memset(memory, 0, count * sizeof(float));  // the padding stays zero
   }
@@ -89,15 +51,26 @@ struct Scratch {
   }
 };
 
-// A suffix says a tile's layout: fd frames by head dim, df its transpose, ff queries by keys.
+// As few blocks of queries as kScores allows, as even as whole row blocks make them.
+MM_INLINE int queries_in_block(int64_t F) {
+  int64_t columns = round_up(F, kLanes), most = larger(kScores / columns / kRowBlock * kRowBlock, kRowBlock);
+  int64_t blocks = (F + most - 1) / most;
+  return round_up((F + blocks - 1) / blocks, kRowBlock);
+}
+
+// A suffix says a tile's layout: fd frames by head dim, df its transpose, qf a block of queries by keys.
 struct ForwardScratch : Scratch {
-  float *q_fd = take(D), *k_df = take(D), *v_fd = take(D), *p_ff = take(columns);
-  explicit ForwardScratch(const TemporalAttention& op) : Scratch(op, 3, 1) {}
+  float *q_fd = take(D), *k_df = take(D), *v_fd = take(D), *p_qf = take(kRowBlock);
+  explicit ForwardScratch(const TemporalAttention& op) : Scratch(op, 3 * int(op.D) + kRowBlock) {}
 };
 struct BackwardScratch : Scratch {
+  const int queries = queries_in_block(F);  // of a block
   float *q_fd = take(D), *k_fd = take(D), *k_df = take(D), *v_fd = take(D), *v_df = take(D), *g_fd = take(D);
-  float *p_ff = take(columns), *ds_ff = take(columns);
-  explicit BackwardScratch(const TemporalAttention& op) : Scratch(op, 6, 2) {}
+  float *p_qf = take(queries), *ds_qf = take(queries);
+  float *dk_fd = queries < F ? take(D) : nullptr, *dv_fd = queries < F ? take(D) : nullptr;  // sums over the blocks
+  explicit BackwardScratch(const TemporalAttention& op) : Scratch(op, width(op.F, static_cast<int>(op.D))) {}
+
+  static int width(int64_t F, int D) { return 2 * queries_in_block(F) + (queries_in_block(F) < F ? 8 : 6) * D; }
 };
 
 template <class T>
@@ -213,14 +186,15 @@ void forward_tile(float scale, ForwardScratch& s, const Frames<T> (&in)[3], cons
     int end = smaller(begin + kRowBlock, F);
     for (int i = begin; i < end; i += kTileRows) {
       prefetch.advance();
+      float* p = s.p_qf + (i - begin) * ld;
       multiply(s.q_fd + i * D, D, 1, s.k_df, ld, D, ld / kLanes,
-               [&](int r, int j, Vec x) { store(s.p_ff + (i + r) * ld + j * kLanes, x); });
+               [&](int r, int j, Vec x) { store(p + r * ld + j * kLanes, x); });
     }
     float inverse[kRowBlock] = {};
-    for (int i = begin; i < end; i++) inverse[i - begin] = softmax_row(s.p_ff + i * ld, s);
+    for (int i = begin; i < end; i++) inverse[i - begin] = softmax_row(s.p_qf + (i - begin) * ld, s);
     for (int i = begin; i < end; i += kTileRows) {
       prefetch.advance();
-      multiply(s.p_ff + i * ld, ld, 1, s.v_fd, D, F, D / kLanes, [&](int r, int j, Vec x) {
+      multiply(s.p_qf + (i - begin) * ld, ld, 1, s.v_fd, D, F, D / kLanes, [&](int r, int j, Vec x) {
         if (i + r < F) o.write(i + r, j * kLanes, x * inverse[i + r - begin]);
       });
     }
@@ -239,6 +213,52 @@ MM_INLINE void softmax_backward_row(float* p, float* ds, const Scratch& s) {
   for (int j = 0; j < s.columns; j += kLanes) store(ds + j, load(p + j) * (load(ds + j) - delta));
 }
 
+// dq of the queries from `first` to `last`, and o of them where it is given; leaves their p and ds in scratch.
+template <class T>
+MM_INLINE void query_gradients(float scale, BackwardScratch& s, int first, int last, Prefetch<T>& prefetch,
+                               const Output<T>& dq, const Output<T>* o) {
+  const int F = s.F, D = s.D, ld = s.columns;
+  for (int begin = first; begin < last; begin += kRowBlock) {
+    int end = smaller(begin + kRowBlock, last);
+    for (int i = begin; i < end; i += kTileRows) {
+      float *p = s.p_qf + (i - first) * ld, *ds = s.ds_qf + (i - first) * ld;
+      prefetch.advance();
+      multiply(s.q_fd + i * D, D, 1, s.k_df, ld, D, ld / kLanes,
+               [&](int r, int j, Vec x) { store(p + r * ld + j * kLanes, x); });
+      prefetch.advance();
+      multiply(s.g_fd + i * D, D, 1, s.v_df, ld, D, ld / kLanes,
+               [&](int r, int j, Vec x) { store(ds + r * ld + j * kLanes, x); });
+    }
+    for (int i = begin - first; i < end - first; i++) softmax_backward_row(s.p_qf + i * ld, s.ds_qf + i * ld, s);
+    for (int i = begin; i < end; i += kTileRows) {
+      prefetch.advance();
+      multiply(s.ds_qf + (i - first) * ld, ld, 1, s.k_fd, D, F, D / kLanes, [&](int r, int j, Vec x) {
+        if (i + r < F) dq.write(i + r, j * kLanes, x * scale);
+      });
+    }
+    for (int i = begin; o && i < end; i += kTileRows)
+      multiply(s.p_qf + (i - first) * ld, ld, 1, s.v_fd, D, F, D / kLanes, [&](int r, int j, Vec x) {
+        if (i + r < F) o->write(i + r, j * kLanes, x);
+      });
+  }
+}
+
+// Of the queries from `first` to `last`, what they give to dk and dv of every frame.
+template <class T, class OutK, class OutV>
+MM_INLINE void key_gradients(const BackwardScratch& s, int first, int last, Prefetch<T>& prefetch, OutK dk, OutV dv) {
+  const int F = s.F, D = s.D, ld = s.columns;
+  for (int i = 0; i < F; i += kTileRows) {
+    prefetch.advance();
+    multiply(s.ds_qf + i, 1, ld, s.q_fd + first * D, D, last - first, D / kLanes, [&](int r, int j, Vec x) {
+      if (i + r < F) dk(i + r, j * kLanes, x);  // q_fd carries scale * log2(e)
+    });
+    prefetch.advance();
+    multiply(s.p_qf + i, 1, ld, s.g_fd + first * D, D, last - first, D / kLanes, [&](int r, int j, Vec x) {
+      if (i + r < F) dv(i + r, j * kLanes, x);
+    });
+  }
+}
+
 template <class T>
 void backward_tile(float scale, BackwardScratch& s, const Frames<T> (&in)[4], const Frames<T> (&ahead)[7],
                    const Output<T> (&out)[3], const Output<T>* o) {
@@ -247,38 +267,27 @@ void backward_tile(float scale, BackwardScratch& s, const Frames<T> (&in)[4], co
   gather_transposed(in[2], s, s.v_df, o ? s.v_fd : nullptr);
   gather(in[3], s, 1.0f, s.g_fd);
   Prefetch<T> prefetch(ahead, out[0].is_streamed ? 4 : 7, s, 5);
-  const int F = s.F, D = s.D, ld = s.columns;
-  for (int begin = 0; begin < F; begin += kRowBlock) {
-    int end = smaller(begin + kRowBlock, F);
-    for (int i = begin; i < end; i += kTileRows) {
-      prefetch.advance();
-      multiply(s.q_fd + i * D, D, 1, s.k_df, ld, D, ld / kLanes,
-               [&](int r, int j, Vec x) { store(s.p_ff + (i + r) * ld + j * kLanes, x); });
-      prefetch.advance();
-      multiply(s.g_fd + i * D, D, 1, s.v_df, ld, D, ld / kLanes,
-               [&](int r, int j, Vec x) { store(s.ds_ff + (i + r) * ld + j * kLanes, x); });
+  const int F = s.F, D = s.D;
+  for (int first = 0; first < F; first += s.queries) {
+    const int last = smaller(first + s.queries, F);
+    query_gradients(scale, s, first, last, prefetch, out[0], o);
+    if (s.queries >= F) {
+      key_gradients(
+          s, first, last, prefetch, [&](int f, int d, Vec x) { out[1].write(f, d, x * kLn2); },
+          [&](int f, int d, Vec x) { out[2].write(f, d, x); });
+      continue;
     }
-    for (int i = begin; i < end; i++) softmax_backward_row(s.p_ff + i * ld, s.ds_ff + i * ld, s);
-    for (int i = begin; i < end; i += kTileRows) {
-      prefetch.advance();
-      multiply(s.ds_ff + i * ld, ld, 1, s.k_fd, D, F, D / kLanes, [&](int r, int j, Vec x) {
-        if (i + r < F) out[0].write(i + r, j * kLanes, x * scale);
-      });
-    }
-    for (int i = begin; o && i < end; i += kTileRows)
-      multiply(s.p_ff + i * ld, ld, 1, s.v_fd, D, F, D / kLanes, [&](int r, int j, Vec x) {
-        if (i + r < F) o->write(i + r, j * kLanes, x);
-      });
-  }
-  for (int i = 0; i < F; i += kTileRows) {
-    prefetch.advance();
-    multiply(s.ds_ff + i, 1, ld, s.q_fd, D, F, D / kLanes, [&](int r, int j, Vec x) {
-      if (i + r < F) out[1].write(i + r, j * kLanes, x * kLn2);  // q_fd carries scale * log2(e)
-    });
-    prefetch.advance();
-    multiply(s.p_ff + i, 1, ld, s.g_fd, D, F, D / kLanes, [&](int r, int j, Vec x) {
-      if (i + r < F) out[2].write(i + r, j * kLanes, x);
-    });
+    // Of several blocks dk and dv are sums, in their order, that the last one writes.
+    auto add = [&](const Output<T>& to, float* sums, int f, int d, Vec x, float factor) {
+      if (first) x += load(sums + f * D + d);
+      if (last == F)
+        to.write(f, d, x * factor);
+      else
+        store(sums + f * D + d, x);
+    };
+    key_gradients(
+        s, first, last, prefetch, [&](int f, int d, Vec x) { add(out[1], s.dk_fd, f, d, x, kLn2); },
+        [&](int f, int d, Vec x) { add(out[2], s.dv_fd, f, d, x, 1.0f); });
   }
 }
 

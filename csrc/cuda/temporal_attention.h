@@ -5,6 +5,8 @@
 
 namespace mm::cuda {
 
+constexpr int64_t kMaxFramesInBlock = 128;  // a block owns a row of frames whole
+
 void temporal_attention_forward(const TemporalAttention& op, Strided q, Strided k, Strided v, Strided o, int device,
                                 uintptr_t stream);
 void temporal_attention_backward(const TemporalAttention& op, Strided q, Strided k, Strided v, Strided grad_o,

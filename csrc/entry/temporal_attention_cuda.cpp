@@ -10,6 +10,8 @@ TemporalAttention parse(const std::vector<uintptr_t>& tensors, size_t num_tensor
                         const std::vector<int64_t>& strides, const std::string& dtype, double scale) {
   MM_CHECK(tensors.size() == num_tensors, "got " << tensors.size() << " pointers, wanted " << num_tensors);
   const auto op = parse_temporal_attention(shape, strides, num_tensors, dtype, scale, /*num_threads=*/1);
+  MM_CHECK(op.F <= cuda::kMaxFramesInBlock,
+           "got F = " << op.F << ", wanted at most " << cuda::kMaxFramesInBlock << " frames");
   MM_CHECK(op.dtype != DataType::kFloat32, "got dtype float32, the CUDA kernels take bfloat16 and float16");
   for (const int64_t size : {op.B, op.P, op.N})
     MM_CHECK(size <= INT32_MAX, "got a size of " << size << ", wanted less than 2^31 in B, P and N");

@@ -62,6 +62,8 @@ def of_transformer_block(block: Any, plain: Collection[str] = ()) -> Calls:
         if is_over_frames:
             shape = (1, 1, PIXELS, heads, C // heads)
             calls["temporal attention"] = temporal_attention.call_of(tokens, dtype, shape)
+            longer = temporal_attention.longer_call_of(tokens, dtype, heads, C // heads)
+            calls[f"temporal attention of more than {temporal_attention.row.MAX_FRAMES_ON_CHIP} frames"] = longer
         else:
             calls["attention"] = attention.call_of(tokens, dtype, PIXELS, heads, C // heads)
     if "ff" not in plain:

@@ -59,6 +59,7 @@ FAMILIES: dict[str, Mapping[str, Backend]] = {
         "native": Backend("temporal_attention.native", "cpu", why_no_native),
         "triton": Backend("temporal_attention.triton", "cuda", why_no_triton),
         "cuda": Backend("temporal_attention.cuda", "cuda", why_no_cuda),
+        "library": Backend("temporal_attention.library", "cuda"),
         FORMULA: Backend("temporal_attention.formula"),
     },
     "layer_norm": {

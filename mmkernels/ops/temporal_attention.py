@@ -3,9 +3,11 @@
     o[b,:,p,n] = softmax(scale * q[b,:,p,n] k[b,:,p,n]^T) v[b,:,p,n]        q, k, v, o: (B, F, P, N, D)
 
 The layout is that of the tokens around it, so no permute and no copy: the frame axis is read by stride and only D
-must be contiguous. One row of frames (at most 128) is small enough to be owned whole by one worker, so nothing but
-q, k, v is saved for backward: no logsumexp, no output, no workspace, no atomics, and the same input gives the same
-bits. The kernels, and the equation of backward, are in mmkernels.kernels.temporal_attention.
+must be contiguous. Nothing but q, k, v is saved for backward. One row of up to 128 frames, on a CPU of any number, is
+owned whole by one worker: no logsumexp, no workspace that grows with the clip, no atomics, and the same input gives the
+same bits. More frames are computed on a GPU by one of torch's attentions, a few pixels at a time, which gives the same
+bits under `torch.use_deterministic_algorithms`. The kernels, and the equation of backward, are in
+mmkernels.kernels.temporal_attention.
 """
 
 from __future__ import annotations
@@ -92,7 +94,7 @@ torch.library.register_autograd("mmkernels::temporal_attention", _differentiate,
 def temporal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
     """softmax(scale q k^T) v over frames; q, k, v and the result (B, F, P, N, D), scale 1/sqrt(D) by default.
 
-    Where no kernel takes such frames, head dim, dtype or strides on any device, torch's scaled_dot_product_attention
+    Where no kernel takes such a head dim, dtype or strides on any device, torch's scaled_dot_product_attention
     computes it on permuted copies; where only this device's is missing, the plain formula does, still saving q, k, v
     only. Raises ValueError for tensors that do not fit together.
     """

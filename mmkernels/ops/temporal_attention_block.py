@@ -24,7 +24,11 @@ from torch.utils.flop_counter import register_flop_formula
 from mmkernels.costs import device_kind
 from mmkernels.kernels.column_sums import column_sums
 from mmkernels.kernels.layer_norm import add_residual_into, layer_norm_backward_into, layer_norm_of
-from mmkernels.kernels.temporal_attention import temporal_attention_backward_into, temporal_attention_into
+from mmkernels.kernels.temporal_attention import (
+    num_transients,
+    temporal_attention_backward_into,
+    temporal_attention_into,
+)
 from mmkernels.matrices import (
     adapter_flops,
     check_adapters,
@@ -47,8 +51,8 @@ def default_chunk_pixels(x: Tensor) -> int:
     """Pixels in a chunk of x (B, F, P, C) where the caller names none."""
     row_bytes = max(1, x.shape[3] * x.element_size())
     fewest = _MIN_CHUNK_TOKENS * num_sharing(device_kind(x))
-    is_cpu = device_kind(x) == "cpu"
-    tokens = max(fewest, _CPU_CHUNK_BYTES // row_bytes if is_cpu else scratch_rows(_NUM_TENSORS * row_bytes))
+    is_cpu, num_tensors = device_kind(x) == "cpu", _NUM_TENSORS + num_transients(x.shape[1])
+    tokens = max(fewest, _CPU_CHUNK_BYTES // row_bytes if is_cpu else scratch_rows(num_tensors * row_bytes))
     return max(1, tokens // max(1, x.shape[1]))
 
 

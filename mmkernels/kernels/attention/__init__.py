@@ -1,13 +1,14 @@
 """Attention over the tokens of a row, each head by itself, without its matrix of scores in memory.
 
-    o = softmax(q k^T / sqrt(D)) v      logsumexp = log sum exp(q k^T / sqrt(D))
+    o = softmax(scale q k^T) v      logsumexp = log sum exp(scale q k^T)      scale 1/sqrt(D) where none is given
 
 q, k, v, o and their gradients (R, P, N, D) of any strides with D contiguous, of one dtype; logsumexp (R, N, P), at
 least float32, the same for every backend. A backend has
 
-    forward(q, k, v) -> o, logsumexp        backward(do, q, k, v, o, logsumexp) -> dq, dk, dv
+    forward(q, k, v, scale) -> o, logsumexp        backward(do, q, k, v, o, logsumexp, scale) -> dq, dk, dv
 
-None of them is ours: a vendor's is faster, and each is called by the signature that it documents.
+but xformers' and flash-attn's, which take no scale. None of them is ours: a vendor's is faster, and each is called by
+the signature that it documents.
 """
 
 from __future__ import annotations

@@ -31,21 +31,21 @@ def why_unsupported(call: Call) -> str | None:
     return None if torch.backends.cuda.cudnn_sdp_enabled() else "torch.backends.cuda.enable_cudnn_sdp is off"
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
     """o and logsumexp."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    o, logsumexp, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)
+    o, logsumexp, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, scale=scale)
     return o.transpose(1, 2), logsumexp.squeeze(-1)  # (R, N, P, 1) there
 
 
 def backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, logsumexp: Tensor
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, logsumexp: Tensor, scale: float | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv."""
     do, q, k, v, o = (x.transpose(1, 2) for x in (do, q, k, v, o))
     P = q.shape[2]
     unread = torch.empty((), dtype=torch.int64, device=q.device)  # the random state, which no dropout reads
     dq, dk, dv = aten._scaled_dot_product_cudnn_attention_backward(
-        do, q, k, v, o, logsumexp.unsqueeze(-1), unread, unread, None, None, None, P, P, 0.0, False
+        do, q, k, v, o, logsumexp.unsqueeze(-1), unread, unread, None, None, None, P, P, 0.0, False, scale=scale
     )
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)

@@ -29,22 +29,22 @@ def why_unsupported(call: Call) -> str | None:
     return None
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
     """o and logsumexp."""
     P = q.shape[1]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    o, logsumexp, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, None, True)
+    o, logsumexp, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, scale=scale)
     return o.transpose(1, 2), logsumexp[..., :P]
 
 
 def backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, logsumexp: Tensor
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, logsumexp: Tensor, scale: float | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv."""
     padded = pad(logsumexp, (0, -logsumexp.shape[-1] % _ROWS), value=torch.inf)
     do, q, k, v, o = (x.transpose(1, 2) for x in (do, q, k, v, o))
     unread = torch.empty((), dtype=torch.int64, device=q.device)  # the random state, which no dropout reads
     dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward(
-        do, q, k, v, None, o, padded, unread, unread, 0.0, [True, True, True, False]
+        do, q, k, v, None, o, padded, unread, unread, 0.0, [True, True, True, False], scale=scale
     )
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)

@@ -32,21 +32,21 @@ def why_not_on_tensor_cores(call: Call, name: str, most_head_dim: int) -> str | 
     return f"{name} wants compute capability 8.0 or higher" if call.capability < (8, 0) else None
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
     """o and logsumexp."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    o, logsumexp, *_ = aten._scaled_dot_product_flash_attention(q, k, v)
+    o, logsumexp, *_ = aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)
     return o.transpose(1, 2), logsumexp
 
 
 def backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, logsumexp: Tensor
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, logsumexp: Tensor, scale: float | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv."""
     do, q, k, v, o = (x.transpose(1, 2) for x in (do, q, k, v, o))
     P = q.shape[2]
     unread = torch.empty(0, dtype=torch.int64, device=q.device)  # the random state, which no dropout reads
     dq, dk, dv = aten._scaled_dot_product_flash_attention_backward(
-        do, q, k, v, o, logsumexp, None, None, P, P, 0.0, False, unread, unread
+        do, q, k, v, o, logsumexp, None, None, P, P, 0.0, False, unread, unread, scale=scale
     )
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)

@@ -11,7 +11,10 @@ All tensors are of one dtype and any strides with D contiguous. A backend has
     forward(inputs, outputs, scale)      q, k, v into o
     backward(inputs, outputs, scale)     q, k, v, do into dq, dk, dv, and into o too where HAS_OUTPUT_IN_BACKWARD is set
 
-On a GPU each direction is chosen by itself, timed on some pixels and outputs of those.
+and IS_TRACED is set where a modelled run looks at torch's own operators, rather than at what a kernel says of itself.
+
+On a GPU each direction is chosen by itself, timed on some pixels and outputs of those; more frames than a block can own
+are one of torch's attentions' (`library`).
 """
 
 from __future__ import annotations
@@ -23,10 +26,10 @@ import torch
 from torch import Tensor
 
 from mmkernels import tuning
-from mmkernels.costs import is_modelled
+from mmkernels.costs import is_modelled, is_noting
 from mmkernels.kernels.call import Call, describe
-from mmkernels.kernels.dispatch import dispatch
-from mmkernels.kernels.temporal_attention import row
+from mmkernels.kernels.dispatch import dispatch, preferred
+from mmkernels.kernels.temporal_attention import library, row
 
 OP = "temporal_attention"
 
@@ -39,14 +42,27 @@ def call_of(x: Tensor, dtype: torch.dtype, shape: tuple[int, ...], **others: Any
 
 def call_on(*tensors: Tensor, direction: str = "") -> Call:
     """Attention that reads and writes these, the first of them q."""
-    q = tensors[0]
-    is_aligned = all(x.data_ptr() % 16 == 0 and not any(stride % 8 for stride in x.stride()[:4]) for x in tensors)
-    return call_of(q, q.dtype, tuple(q.shape), tensors=tensors, is_aligned=is_aligned, direction=direction)
+    q, others = tensors[0], {}
+    if not is_noting():  # what a modelled run is given lies nowhere
+        is_aligned = all(x.data_ptr() % 16 == 0 and not any(stride % 8 for stride in x.stride()[:4]) for x in tensors)
+        others["is_aligned"] = is_aligned
+    return call_of(q, q.dtype, tuple(q.shape), tensors=tensors, direction=direction, **others)
+
+
+def longer_call_of(x: Tensor, dtype: torch.dtype, num_heads: int, head_dim: int) -> Call:
+    """Who attends over more frames than a GPU's block can own: on CUDA that is one of torch's attentions."""
+    call = call_of(x, dtype, (1, row.MAX_FRAMES_ON_CHIP + 1, 1, num_heads, head_dim))
+    return library.inside(call) if preferred(call) == "library" else call
+
+
+def num_transients(frames: int) -> int:
+    """Tensors like q that backward takes on a GPU beside its inputs and outputs."""
+    return library.num_tensors(frames) if frames > row.MAX_FRAMES_ON_CHIP else 0
 
 
 def why_no_kernel(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """Why no kernel takes such rows, on whatever device, or None."""
-    return row.why_not(q.shape[1], q.shape[-1], q.dtype, all(x.stride(-1) == 1 for x in (q, k, v)))
+    return row.why_not(q.shape[-1], q.dtype, all(x.stride(-1) == 1 for x in (q, k, v)))
 
 
 def temporal_attention_into(q: Tensor, k: Tensor, v: Tensor, o: Tensor, scale: float | None = None) -> None:
@@ -55,7 +71,7 @@ def temporal_attention_into(q: Tensor, k: Tensor, v: Tensor, o: Tensor, scale: f
     Raises ValueError where the tensors do not fit together.
     """
     check_fit(q, k=k, v=v, o=o)
-    if q.numel() and not is_modelled(reads=(q, k, v), writes=(o,), flops=flops(q.shape, 2)):
+    if q.numel():
         _run("forward", (q, k, v), (o,), scale_of(q, scale))
 
 
@@ -71,14 +87,14 @@ def temporal_attention_backward_into(
     output = {} if o is None else {"o": o}
     check_fit(q, k=k, v=v, do=do, dq=dq, dk=dk, dv=dv, **output)
     writes = (dq, dk, dv, *output.values())
-    # Five products, one of them the recomputed scores; the attention itself is one more with the probabilities.
-    num_flops = flops(q.shape, 5 + len(output))
-    if q.numel() and not is_modelled(reads=(q, k, v, do), writes=writes, flops=num_flops):
+    if q.numel():
         _run("backward", (q, k, v, do), writes, scale_of(q, scale))
 
 
 def _run(direction: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor], scale: float) -> None:
     q = inputs[0]
+    # Of backward five, one of them the recomputed scores; the attention itself is one more with the probabilities.
+    num_flops = flops(q.shape, 2 if direction == "forward" else 2 + len(outputs))
     pixels = max(1, tuning.SAMPLE_BYTES // q[0, :, :1].nbytes)
 
     def trial(backend: Any) -> None:
@@ -87,6 +103,8 @@ def _run(direction: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor], sc
 
     with torch.no_grad():
         backend = dispatch(call_on(*inputs, *outputs, direction=direction), q, trial)
+        if not (is_noting() and backend.IS_TRACED) and is_modelled(reads=inputs, writes=outputs, flops=num_flops):
+            return
         if len(outputs) == 4 and not backend.HAS_OUTPUT_IN_BACKWARD:
             _run("forward", inputs[:3], outputs[3:], scale)
             outputs = outputs[:3]

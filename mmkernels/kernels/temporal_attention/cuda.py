@@ -20,13 +20,14 @@ from mmkernels.kernels.temporal_attention import row
 
 DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 HAS_OUTPUT_IN_BACKWARD = False
+IS_TRACED = False
 _MAX_ROWS = 2**31 - 1  # CUDA's limit on grid x
 
 
 def why_unsupported(call: Call) -> str | None:
     """What every kernel takes, in half precision, aligned, where this build has code for the GPU."""
     B, F, P, N, D = call.shape
-    if (reason := row.why_not(F, D, call.dtype, call.is_dense)) is not None:
+    if (reason := row.why_not_on_chip(F, D, call.dtype, call.is_dense)) is not None:
         return reason
     if call.dtype not in DTYPE_NAMES:
         return f"dtype {call.dtype}, the CUDA C++ kernels take {' and '.join(map(str, DTYPE_NAMES))}"

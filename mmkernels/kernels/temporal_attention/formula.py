@@ -1,16 +1,23 @@
-"""Temporal attention in plain torch, at least in float32 inside; and what torch offers for any shape."""
+"""Temporal attention in plain torch, at least in float32 inside; and what torch offers for any shape.
+
+What is no op's reference goes through some rows at a time, whose scores fit the bound on scratch (mmkernels.scratch).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import product
 
 import torch
 from torch import Tensor
 
 from mmkernels.kernels.launch import MOST_GRID_YZ
-from mmkernels.rows import wide_dtype
+from mmkernels.rows import even_slices, wide_dtype
+from mmkernels.scratch import scratch_rows
 
 HAS_OUTPUT_IN_BACKWARD = True
+IS_TRACED = False
+NUM_SCORES = 5  # (F, F) of a row in backward: probabilities, their gradients and those of scores, and two between
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -21,12 +28,17 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 def forward(inputs: Sequence[Tensor], outputs: Sequence[Tensor], scale: float) -> None:
     """Write o."""
-    q, k, v = inputs
-    outputs[0].copy_(attention(q, k, v, scale))
+    for (q, k, v), (o,) in _parts(inputs, outputs):
+        o.copy_(attention(q, k, v, scale))
 
 
 def backward(inputs: Sequence[Tensor], outputs: Sequence[Tensor], scale: float) -> None:
     """Write dq, dk, dv, and o where it is among the outputs."""
+    for part, targets in _parts(inputs, outputs):
+        _backward(part, targets, scale)
+
+
+def _backward(inputs: Sequence[Tensor], outputs: Sequence[Tensor], scale: float) -> None:
     q, k, v, do = inputs
     probability = _probability(q, k, scale)  # (B, P, N, F, F)
     wide = probability.dtype
@@ -39,6 +51,17 @@ def backward(inputs: Sequence[Tensor], outputs: Sequence[Tensor], scale: float) 
         target.copy_(value.to(q.dtype))
     if len(outputs) == 4:
         outputs[3].copy_(attention(q, k, v, scale))
+
+
+def _parts(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Some pixels and heads of one clip at a time, whose scores fit the bound on scratch, or one row."""
+    q = inputs[0]
+    B, F, P, N, _ = q.shape
+    most = scratch_rows(NUM_SCORES * F * F * wide_dtype(q.dtype).itemsize)
+    for b, heads in product(range(B), even_slices(N, most)):
+        for pixels in even_slices(P, most // (heads.stop - heads.start)):
+            parts = ([x[b : b + 1, :, pixels, heads] for x in tensors] for tensors in (inputs, outputs))
+            yield next(parts), next(parts)
 
 
 def permuted(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:

@@ -13,12 +13,12 @@ from mmkernels.kernels.call import DTYPE_NAMES, Call
 from mmkernels.kernels.temporal_attention import row
 
 HAS_OUTPUT_IN_BACKWARD = True
+IS_TRACED = False
 
 
 def why_unsupported(call: Call) -> str | None:
-    """It takes what every kernel does."""
-    _, frames, _, _, head_dim = call.shape
-    return row.why_not(frames, head_dim, call.dtype, call.is_dense)
+    """It takes what every kernel does, of any number of frames: its scratch grows with them, not with their square."""
+    return row.why_not(call.shape[-1], call.dtype, call.is_dense)
 
 
 def forward(inputs: Sequence[Tensor], outputs: Sequence[Tensor], scale: float) -> None:

@@ -25,6 +25,7 @@ from mmkernels.kernels.launch import launch
 from mmkernels.kernels.temporal_attention import row as rows
 
 HAS_OUTPUT_IN_BACKWARD = False
+IS_TRACED = False
 _LOG2_E = 1.4426950408889634
 
 
@@ -225,7 +226,7 @@ def shared_bytes(F: int, D: int, dtype: torch.dtype) -> int:
 def why_unsupported(call: Call) -> str | None:
     """What every kernel takes, where a block can hold a row of frames of backward on chip."""
     _, F, _, _, D = call.shape
-    if (reason := rows.why_not(F, D, call.dtype, call.is_dense)) is not None:
+    if (reason := rows.why_not_on_chip(F, D, call.dtype, call.is_dense)) is not None:
         return reason
     needed, limit = shared_bytes(F, D, call.dtype), call.shared_bytes
     if needed <= limit:
