@@ -9,10 +9,13 @@ class ParallelConfig:
     """Ranks beside each other; every rank has clips of its own."""
 
     shard: int = 1  # ranks that share one copy of weights, gradients and moments (FSDP2); 1: each has its own (DDP)
+    timeout_minutes: float = 30.0  # that a step waits for another rank; preparing, planning and saving may take longer
 
     def __post_init__(self) -> None:
         if self.shard < 1:
             raise ValueError(f"parallel.shard is {self.shard}; give a number of ranks, 1 for a copy on each.")
+        if not 0 < self.timeout_minutes < float("inf"):
+            raise ValueError(f"parallel.timeout_minutes is {self.timeout_minutes}; give a number of minutes over 0.")
 
     @property
     def is_sharded(self) -> bool:

@@ -24,13 +24,14 @@ from mimicmotion import checkpoint, pretrained, record
 from mimicmotion.commands import one_sentence
 from mimicmotion.config import PRESETS, Config
 from mimicmotion.data.dataset import ClipDataset
-from mimicmotion.data.ownership import sign
+from mimicmotion.data.ownership import is_restarted, sign
 from mimicmotion.data.preparation import prepare_if_missing
 from mimicmotion.data.reference_noise import ReferenceNoise
 from mimicmotion.distributed import Ranks, join_ranks
 from mimicmotion.dry_stages import dry_stages
 from mimicmotion.execution import free_what_is_left
 from mimicmotion.fitting import Fitting
+from mimicmotion.lost_ranks import RankLostError
 from mimicmotion.memory_plan import choose_plan, reserve_as_planned
 from mimicmotion.memory_report import MemoryReport
 from mimicmotion.model.encoders import check_embeddings
@@ -42,6 +43,8 @@ from mimicmotion.stopping import EndedBySignalError, Stop, say
 from mimicmotion.trainer import Trainer, TrainingStoppedError
 from mimicmotion.validation import Validation
 from mmkernels.planning.choices import Plan
+
+AGAIN = "--resume goes on from the newest checkpoint, and torchrun --max-restarts N does so by itself"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +116,8 @@ def check_given(arguments: Arguments, num_stages: int) -> None:
 
 def train(arguments: Arguments, stages: list[Config], ranks: Ranks, stop: Stop) -> bool:
     """Prepare what is to be prepared, then train on this rank, stage after stage; False where a signal ended it."""
+    if ranks.from_first(lambda: is_restarted(arguments.config.run_dir) and checkpoint.is_run(arguments.config.run_dir)):
+        arguments = dataclasses.replace(arguments, resume=True)
     check_given(arguments, len(stages))
     run_dir = arguments.config.run_dir
     with ExitStack() as ends:
@@ -225,7 +230,10 @@ def main() -> None:
         reserve_as_planned()
     with Stop() as stop:
         try:
-            with one_sentence("training stopped", TrainingStoppedError, debug=debug), join_ranks() as ranks:
+            with (
+                one_sentence("training stopped", TrainingStoppedError, debug=debug),
+                join_ranks(timeout_minutes=arguments.config.parallel.timeout_minutes, again=AGAIN) as ranks,
+            ):
                 is_asked = any(word.startswith("--preset") for word in words)
                 why = "as asked" if is_asked else "the default, no --preset given"
                 why = why if arguments.settings is None else f"by {arguments.settings}"
@@ -234,10 +242,12 @@ def main() -> None:
                     print(f"preset {arguments.config.preset} ({why}), footage in {footage}", flush=True)
                 is_finished = train(arguments, stages, ranks, stop)
         except (EndedBySignalError, RuntimeError) as error:  # what a rank waits for fails where another has ended
-            if not stop.is_asked or stop.has_begun:
-                raise
-            say(f"stopped by {stop} before the first step: nothing was trained")
-            raise SystemExit(stop.exit_code) from error
+            if stop.is_asked and not stop.has_begun:
+                say(f"stopped by {stop} before the first step: nothing was trained")
+                raise SystemExit(stop.exit_code) from error
+            if isinstance(error, RankLostError) and not debug:
+                raise SystemExit(f"training stopped: {error}" if str(error) else 1) from error
+            raise
         if not is_finished:
             raise SystemExit(stop.exit_code)
 
