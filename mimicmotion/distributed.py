@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -17,6 +17,7 @@ from mimicmotion.config import Config
 from mimicmotion.lost_ranks import Watch
 
 Made = TypeVar("Made")
+Part = TypeVar("Part")
 PATIENCE = timedelta(hours=24)  # of ranks that wait while the first one prepares footage, plans or saves
 
 
@@ -98,6 +99,26 @@ class Ranks:
             raise failure
         raise ValueError(words) if is_value_error else RuntimeError(f"the first rank failed: {words}")
 
+    def shared_out(
+        self, parts: Sequence[Part], make: Callable[[Part], Tensor], shape_of: Callable[[Part], tuple[int, ...]]
+    ) -> Iterator[Tensor]:
+        """make(part) of every part in their order, on every rank; each rank makes every world_size-th of them.
+
+        make gives float32 of shape_of(part). As many are made at a time as there are ranks, and sent to all as they
+        are: what is done with them in this order gives the bits of one rank.
+        """
+        if self.world_size == 1:
+            yield from map(make, parts)
+            return
+        for begin in range(0, len(parts), self.world_size):
+            turn = parts[begin : begin + self.world_size]
+            own = make(turn[self.rank]) if self.rank < len(turn) else None
+            for rank, part in enumerate(turn):
+                sent = torch.empty(shape_of(part), device=self.device) if rank != self.rank or own is None else own
+                sent = sent.to(self.device).contiguous()
+                torch.distributed.broadcast(sent, src=rank)
+                yield sent
+
     def wait(self) -> None:
         """Return when every rank is here, however long that takes."""
         if self.world_size > 1:
@@ -112,6 +133,10 @@ class Ranks:
             return model
         devices = [self.device.index] if self.device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+# For what one process does without others: nothing is sent, and the device is not asked for.
+ALONE = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
 
 
 @contextlib.contextmanager

@@ -61,26 +61,31 @@ class Watch:
             torch.distributed.recv(torch.zeros(1), before, self._group)
             return
         except RuntimeError:
-            why = f"rank {before} of {self._world_size} has ended without a word (killed, or out of the host's memory)"
-        _, by, why = self._name(before, why)
+            _, by, why = self._name(before, self._gone(before))
         time.sleep(GRACE_S)
         if by == self._rank and not self._is_over:
             os.write(2, f"\n{why}; {self._again}\n".encode())
         os._exit(1)
 
+    def _gone(self, rank: int) -> str:
+        return f"rank {rank} of {self._world_size} has ended without a word (killed, or out of the host's memory)"
+
     def _is_named(self) -> bool:
         """Whether a rank that was lost is known, or is soon."""
         until = time.monotonic() + WORD_S
-        while not (is_named := self._store.check([_LOST])) and time.monotonic() < until:
-            time.sleep(0.05)
+        try:
+            while not (is_named := self._store.check([_LOST])) and time.monotonic() < until:
+                time.sleep(0.05)
+        except torch.distributed.DistError:
+            return True
         return is_named
 
     def _name(self, lost: int, why: str) -> tuple[int, int, str]:
         """Which rank was lost first, this one where none was before; which one says so, and why."""
         try:
             kept = self._store.compare_set(_LOST, "", f"{lost} {self._rank} {why}").decode()
-        except torch.distributed.DistError:  # what keeps the store is gone itself
-            return lost, self._rank, why
+        except torch.distributed.DistError:  # what keeps the store is gone, and that runs beside the first rank
+            return 0, 1, self._gone(0)
         first, by, words = kept.split(" ", 2)
         return int(first), int(by), words
 

@@ -31,7 +31,6 @@ from mimicmotion.distributed import Ranks, join_ranks
 from mimicmotion.dry_stages import dry_stages
 from mimicmotion.execution import free_what_is_left
 from mimicmotion.fitting import Fitting
-from mimicmotion.lost_ranks import RankLostError
 from mimicmotion.memory_plan import choose_plan, reserve_as_planned
 from mimicmotion.memory_report import MemoryReport
 from mimicmotion.model.encoders import check_embeddings
@@ -228,12 +227,10 @@ def main() -> None:
         return
     if any(config.plan is not None or config.memory_budget is not None for config in stages):
         reserve_as_planned()
-    with Stop() as stop:
+    timeout_minutes = arguments.config.parallel.timeout_minutes
+    with Stop() as stop, one_sentence("training stopped", TrainingStoppedError, debug=debug):
         try:
-            with (
-                one_sentence("training stopped", TrainingStoppedError, debug=debug),
-                join_ranks(timeout_minutes=arguments.config.parallel.timeout_minutes, again=AGAIN) as ranks,
-            ):
+            with join_ranks(timeout_minutes=timeout_minutes, again=AGAIN) as ranks:
                 is_asked = any(word.startswith("--preset") for word in words)
                 why = "as asked" if is_asked else "the default, no --preset given"
                 why = why if arguments.settings is None else f"by {arguments.settings}"
@@ -242,12 +239,10 @@ def main() -> None:
                     print(f"preset {arguments.config.preset} ({why}), footage in {footage}", flush=True)
                 is_finished = train(arguments, stages, ranks, stop)
         except (EndedBySignalError, RuntimeError) as error:  # what a rank waits for fails where another has ended
-            if stop.is_asked and not stop.has_begun:
-                say(f"stopped by {stop} before the first step: nothing was trained")
-                raise SystemExit(stop.exit_code) from error
-            if isinstance(error, RankLostError) and not debug:
-                raise SystemExit(f"training stopped: {error}" if str(error) else 1) from error
-            raise
+            if not stop.is_asked or stop.has_begun:
+                raise
+            say(f"stopped by {stop} before the first step: nothing was trained")
+            raise SystemExit(stop.exit_code) from error
         if not is_finished:
             raise SystemExit(stop.exit_code)
 
