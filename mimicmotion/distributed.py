@@ -160,6 +160,7 @@ def join_ranks(*, timeout_minutes: float = 30, again: str = "start again") -> It
         "nccl" if has_gpu else "gloo", timeout=timeout, store=store, rank=rank, world_size=world_size
     )
     patient = torch.distributed.new_group(timeout=PATIENCE, backend="gloo")
+    assert isinstance(patient, ProcessGroup)  # which this rank is in
     watch = Watch(rank, world_size, patient, store, again=again)
     ranks = Ranks(rank=rank, world_size=world_size, device=device, patient=patient)
     try:
