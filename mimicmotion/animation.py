@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mimicmotion import sampler
 from mimicmotion.config import Config
+from mimicmotion.distributed import ALONE, Ranks
 from mimicmotion.execution import autocast, input_dtype
 from mimicmotion.generation import Decoder, drawn_frames, sampler_settings
 from mimicmotion.model.encoders import SPATIAL_FACTOR, Encoder
@@ -59,14 +60,15 @@ def generate_latents(
     *,
     reference_noise: float = 0.0,
     rows_at_once: int = 1,
+    ranks: Ranks = ALONE,
     scheduler: sampler.EulerDiscreteScheduler | None = None,
     device: torch.device | None = None,
     on_forward: Callable[[int, int], None] = lambda done, total: None,
 ) -> Tensor:
     """Latents (B, F, 4, h, w) on the CPU, scaled, made in the precision of the model's weights.
 
-    Weights in float32 run under autocast in the run's precision. Poses come over a tile at a time. device: where the
-    model is, or where its hooks bring it.
+    Weights in float32 run under autocast in the run's precision. Poses come over a tile at a time. ranks: as of
+    `sampler.sample`. device: where the model is, or where its hooks bring it.
     """
     dtype = input_dtype(model)
     device = device or next(model.parameters()).device
@@ -83,6 +85,7 @@ def generate_latents(
             **sampler_settings(config),
             reference_noise=reference_noise,
             rows_at_once=rows_at_once,
+            ranks=ranks,
             scheduler=scheduler,
             on_forward=on_forward,
         )
@@ -100,15 +103,16 @@ def check_reference_noise(deviation: float) -> None:
         raise ValueError(f"got noise of deviation {deviation} on the reference, wanted 0 or more")
 
 
-def frames_of(latents: Tensor, config: Config, decoder: Decoder) -> Iterator[Tensor]:
+def frames_of(latents: Tensor, config: Config, decoder: Decoder, *, ranks: Ranks = ALONE) -> Iterator[Tensor]:
     """Frames (F', 3, H, W) in [-1, 1] of one clip's latents (F, 4, h, w), a part at a time; frame 0 is decoded in its
-    part and left out, as released.
+    part and left out, as released. ranks: as of `sampler.decode_parts`.
     """
     parts = sampler.decode_parts(
         latents,
         decoder.decode,
         scaling_factor=decoder.scaling_factor,
         frames_at_once=config.sampling.decode_frames,
+        ranks=ranks,
     )
     yield next(parts)[1:]
     yield from parts

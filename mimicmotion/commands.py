@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 
 from mimicmotion.checkpoint import CheckpointError
 from mimicmotion.data.cache import EXHAUSTED, FULL
+from mimicmotion.lost_ranks import RankLostError
 from mimicmotion.paths import free_gib
 
 # What files, weights, disks, memory and missing packages can do, and what is refused.
@@ -20,10 +21,14 @@ _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 def one_sentence(stopped: str, *more: type[Exception], debug: bool) -> Iterator[None]:
     """End the process with 1 and "STOPPED: what and what to do" where an expected error, or one of `more`, is raised.
 
-    debug: let it through, with its traceback.
+    debug: let it through, with its traceback. Where another rank has a sentence to say, this one ends without.
     """
     try:
         yield
+    except RankLostError as error:
+        if debug:
+            raise
+        raise SystemExit(f"{stopped}: {error}" if str(error) else 1) from error
     except (*EXPECTED, *more) as error:
         if debug:
             raise

@@ -5,19 +5,23 @@ Where there are GPUs, gloo carries what lies in host memory, such as counts and 
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import PrefixStore, ProcessGroup, Store
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from mimicmotion.config import Config
+from mimicmotion.lost_ranks import Watch
 
 Made = TypeVar("Made")
+Part = TypeVar("Part")
+PATIENCE = timedelta(hours=24)  # of ranks that wait while the first one prepares footage, plans or saves
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +34,7 @@ class Ranks:
     rank: int
     world_size: int
     device: torch.device
+    patient: ProcessGroup | None = None  # gloo's, of all ranks, for waits that may be long
 
     def __post_init__(self) -> None:
         if self.device.type == "cuda" and self.device.index is None:
@@ -75,6 +80,8 @@ class Ranks:
     def from_first(self, make: Callable[[], Made]) -> Made:
         """What `make` returns on the first rank, the only one that calls it; a Python object, given to every rank.
 
+        The others wait for it as long as it takes, and not a step's timeout.
+
         What it raises there stops every rank: a ValueError as it is, another error as a RuntimeError on the others.
         """
         if self.world_size == 1:
@@ -86,7 +93,7 @@ class Ranks:
                 sent[0] = make()
             except Exception as error:
                 failure, sent[1:] = error, [str(error), isinstance(error, ValueError)]
-        torch.distributed.broadcast_object_list(sent, src=0, device=torch.device("cpu"))
+        torch.distributed.broadcast_object_list(sent, src=0, group=self.patient)
         made, words, is_value_error = sent
         if words is None:
             return made
@@ -95,10 +102,30 @@ class Ranks:
             raise failure
         raise ValueError(words) if is_value_error else RuntimeError(f"the first rank failed: {words}")
 
+    def shared_out(
+        self, parts: Sequence[Part], make: Callable[[Part], Tensor], shape_of: Callable[[Part], tuple[int, ...]]
+    ) -> Iterator[Tensor]:
+        """make(part) of every part in their order, on every rank; each rank makes every world_size-th of them.
+
+        make gives float32 of shape_of(part). As many are made at a time as there are ranks, and sent to all as they
+        are: what is done with them in this order gives the bits of one rank.
+        """
+        if self.world_size == 1:
+            yield from map(make, parts)
+            return
+        for begin in range(0, len(parts), self.world_size):
+            turn = parts[begin : begin + self.world_size]
+            own = make(turn[self.rank]) if self.rank < len(turn) else None
+            for rank, part in enumerate(turn):
+                sent = torch.empty(shape_of(part), device=self.device) if rank != self.rank or own is None else own
+                sent = sent.to(self.device).contiguous()
+                torch.distributed.broadcast(sent, src=rank)
+                yield sent
+
     def wait(self) -> None:
-        """Return when every rank is here."""
+        """Return when every rank is here, however long that takes."""
         if self.world_size > 1:
-            torch.distributed.barrier()
+            torch.distributed.barrier(self.patient)
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """Model whose backward averages gradients over ranks.
@@ -111,32 +138,66 @@ class Ranks:
         return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
+# For what one process does without others: nothing is sent, and the device is not asked for.
+ALONE = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
+
+
 @contextlib.contextmanager
-def join_ranks() -> Iterator[Ranks]:
-    """Ranks as torchrun set them in the environment; the group is left again at the end."""
+def join_ranks(*, timeout_minutes: float = 30, again: str = "start again") -> Iterator[Ranks]:
+    """Ranks as torchrun set them in the environment; the group is left again at the end.
+
+    timeout_minutes: of each collective. again: what to do where a rank was lost, as RankLostError then says; an error
+    that ends one rank ends the others by that too.
+    """
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     has_gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if has_gpu else torch.device("cpu")
     if has_gpu:
         torch.cuda.set_device(device)
-    ranks = Ranks(rank=rank, world_size=world_size, device=device)
     if world_size == 1:
-        yield ranks
+        yield Ranks(rank=rank, world_size=world_size, device=device)
         return
-    # long, since the other ranks wait while the first one prepares the footage
-    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if has_gpu else "gloo", timeout=timedelta(hours=6))
+    timeout = timedelta(minutes=timeout_minutes)
+    store = _store(timeout)
+    torch.distributed.init_process_group(
+        "cpu:gloo,cuda:nccl" if has_gpu else "gloo", timeout=timeout, store=store, rank=rank, world_size=world_size
+    )
+    patient = torch.distributed.new_group(timeout=PATIENCE, backend="gloo")
+    assert isinstance(patient, ProcessGroup)  # which this rank is in
+    watch = Watch(rank, world_size, patient, store, again=again)
+    ranks = Ranks(rank=rank, world_size=world_size, device=device, patient=patient)
     try:
         yield ranks
+        ranks.wait()
         # Gloo's threads may still hold the last tensors, and letting go of them while Python ends is an abort:
         # waiting for a barrier, which has none, lets them.
         torch.distributed.barrier()
-    except BaseException:
+        watch.leave()
+    except BaseException as error:
+        watch.explain(error)
         # Destroying a group of NCCL waits for its kernels, and so for ranks that wait for this one inside a step. Left
         # as it is torch aborts it when the process ends, and torchrun ends the others.
         if not has_gpu:
             torch.distributed.destroy_process_group()
         raise
     torch.distributed.destroy_process_group()
+
+
+def _store(timeout: timedelta) -> Store:
+    """Where ranks of this launch find each other, with nothing in it of ranks that torchrun has started before.
+
+    torchrun goes on with one store when it starts ranks again, and its count of that is one of each machine. Raises
+    ValueError where machines could count differently.
+    """
+    environment = os.environ
+    is_kept = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if is_kept and environment["TORCHELASTIC_MAX_RESTARTS"] != "0" and environment["GROUP_WORLD_SIZE"] != "1":
+        raise ValueError(
+            "torchrun --max-restarts on several machines keeps the addresses of ranks that have ended; set "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment, or leave --max-restarts out"
+        )
+    store, *_ = next(torch.distributed.rendezvous("env://", timeout=timeout))
+    return PrefixStore(f"start {environment.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def no_sync(model: nn.Module, is_last: bool) -> contextlib.AbstractContextManager[None]:

@@ -20,11 +20,10 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from mimicmotion.diffusion import Draw
 from mimicmotion.distributed import Ranks
+from mimicmotion.parallel import ParallelConfig
 from mimicmotion.shapes import Bucket
 from mmkernels.frames import slice_of
 
-# Every rank is asked whether to go on before each micro-batch, so none has to wait inside one for what takes long.
-_TIMEOUT = timedelta(minutes=30)
 _BY_FRAME = ("latents", "pose", "loss_weight")  # fields (B, F, ...) of a batch; the others are of the whole clip
 
 
@@ -37,12 +36,13 @@ class FramesGroup:
     mesh: DeviceMesh | None = None  # the group's, of one dimension
 
     @classmethod
-    def join(cls, ranks: Ranks, size: int) -> FramesGroup:
-        """`size` ranks each, next to each other; every rank calls it. `size` has to divide their number."""
+    def join(cls, ranks: Ranks, parallel: ParallelConfig) -> FramesGroup:
+        """`frames` ranks each, next to each other; every rank calls it. `frames` has to divide their number."""
+        size = parallel.frames
         if size == 1:
             return cls()
         # a group of its own also where it is all ranks: gradients are averaged while blocks exchange
-        group, _ = torch.distributed.new_subgroups(size, timeout=_TIMEOUT)
+        group, _ = torch.distributed.new_subgroups(size, timeout=timedelta(minutes=parallel.timeout_minutes))
         assert isinstance(group, torch.distributed.ProcessGroup)  # this rank is in one of them
         mesh = DeviceMesh.from_group(group, ranks.device.type, mesh_dim_names=("frames",))
         return cls(size=size, rank=ranks.rank % size, mesh=mesh)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mimicmotion import checkpoint, pretrained, sampler
 from mimicmotion.config import Config, Kernels
+from mimicmotion.distributed import ALONE, Ranks
 from mimicmotion.execution import autocast, use_kernels
 from mimicmotion.json_values import from_json
 from mimicmotion.model.adapters import check_base, load_own
@@ -75,12 +76,13 @@ def generate(
     *,
     seed: int,
     pose_order: Tensor | None = None,
+    ranks: Ranks = ALONE,
     on_forward: Callable[[int, int], None] = lambda done, total: None,
 ) -> Tensor:
     """Frames (F - 1, 3, H, W) in [-1, 1] of a prepared clip, from its reference and poses; frame 0 is dropped.
 
     pose_order: index (F,) of the pose that each frame gets; None for its own. The noise is `seed`'s either way.
-    on_forward: as of `sampler.sample`.
+    ranks, on_forward: as of `sampler.sample`.
     """
     device = next(model.parameters()).device
     pose = clip["pose"] if pose_order is None else clip["pose"][pose_order]
@@ -93,8 +95,10 @@ def generate(
     (noise,) = sampler.unit_normal(sampler.generator_of(seed), (drawn_frames(config, num_frames), *shape))
     noise = sampler.over_clip(noise, num_frames).unsqueeze(0).to(device)
     with autocast(device, config.trainer.precision):
-        latents = sampler.sample(model, conditions, noise, **sampler_settings(config), on_forward=on_forward)
-    return decode_clip(latents[0].cpu(), config, decoder)[1:]
+        latents = sampler.sample(
+            model, conditions, noise, **sampler_settings(config), ranks=ranks, on_forward=on_forward
+        )
+    return decode_clip(latents[0].cpu(), config, decoder, ranks)[1:]
 
 
 def sampler_settings(config: Config) -> dict[str, Any]:
@@ -116,16 +120,18 @@ def drawn_frames(config: Config, num_frames: int) -> int:
     return min(config.data.num_frames, num_frames) if config.sampling.noise == "tile" else num_frames
 
 
-def decode_clip(latents: Tensor, config: Config, decoder: Decoder) -> Tensor:
+def decode_clip(latents: Tensor, config: Config, decoder: Decoder, ranks: Ranks = ALONE) -> Tensor:
     """Frames (F, 3, H, W) in [-1, 1] of scaled latents (F, 4, h, w), of a whole clip: its parts begin at frame 0."""
-    frames_at_once = config.sampling.decode_frames
-    return sampler.decode(latents, decoder.decode, scaling_factor=decoder.scaling_factor, frames_at_once=frames_at_once)
+    scale, frames_at_once = decoder.scaling_factor, config.sampling.decode_frames
+    return sampler.decode(latents, decoder.decode, scaling_factor=scale, frames_at_once=frames_at_once, ranks=ranks)
 
 
-def reference_and_truth(clip: dict[str, Any], config: Config, decoder: Decoder) -> tuple[Tensor, Tensor]:
+def reference_and_truth(
+    clip: dict[str, Any], config: Config, decoder: Decoder, ranks: Ranks = ALONE
+) -> tuple[Tensor, Tensor]:
     """What a generated clip is held against: frames (1, 3, H, W) of its reference and (F - 1, 3, H, W) of its own."""
-    truth = decode_clip(clip["latents"], config, decoder)[1:]
-    reference = decode_clip(clip["reference_latent"].unsqueeze(0) * decoder.scaling_factor, config, decoder)
+    truth = decode_clip(clip["latents"], config, decoder, ranks)[1:]
+    reference = decode_clip(clip["reference_latent"].unsqueeze(0) * decoder.scaling_factor, config, decoder, ranks)
     return reference, truth
 
 

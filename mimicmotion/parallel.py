@@ -10,12 +10,15 @@ class ParallelConfig:
 
     shard: int = 1  # ranks that share one copy of weights, gradients and moments (FSDP2); 1: each has its own (DDP)
     frames: int = 1  # ranks that train the same clips, each with a part of their frames; 1: each has clips of its own
+    timeout_minutes: float = 30.0  # that a step waits for another rank; preparing, planning and saving may take longer
 
     def __post_init__(self) -> None:
         if self.shard < 1:
             raise ValueError(f"parallel.shard is {self.shard}; give a number of ranks, 1 for a copy on each.")
         if self.frames < 1:
             raise ValueError(f"parallel.frames is {self.frames}; give a number of ranks, 1 for whole clips on each.")
+        if not 0 < self.timeout_minutes < float("inf"):
+            raise ValueError(f"parallel.timeout_minutes is {self.timeout_minutes}; give a number of minutes over 0.")
 
     @property
     def is_sharded(self) -> bool:

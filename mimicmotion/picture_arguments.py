@@ -72,11 +72,15 @@ class Source:
         return dataclasses.replace(self, load=lambda: model)
 
 
-def read_source(arguments: PictureArguments) -> Source:
-    """The run or the weights that are asked for. Raises ValueError where they cannot be used."""
+def read_source(arguments: PictureArguments, progress: VideoProgress | None = None) -> Source:
+    """The run or the weights that are asked for. Raises ValueError where they cannot be used.
+
+    progress: who is told what there is to say of the weights, once they are loaded.
+    """
     if arguments.weights is None:
         config, model, folder = load_averaged(arguments.run_dir, arguments.kernels, torch.device("cpu"))
         return Source(config=config, load=lambda: model, words=f"checkpoint {folder.as_posix()}")
+    progress = progress or VideoProgress()
     path, config = arguments.weights, PRESETS[arguments.preset]()
     config = dataclasses.replace(config, kernels=arguments.kernels or config.kernels)
     start = dataclasses.replace(config.model, pretrained=path, pretrained_pose_net=arguments.pose_net)
@@ -85,7 +89,7 @@ def read_source(arguments: PictureArguments) -> Source:
     def load() -> MimicMotionModel:
         model = build_model(config.model, config.kernels)
         for note in weights.load(model, found):
-            VideoProgress().say(note)
+            progress.say(note)
         if not model.pose_net.final_proj.weight.any():
             raise ValueError(f"{printable(path)} holds no PoseNet, without which poses do nothing; give --pose-net")
         use_kernels(model, config.kernels)

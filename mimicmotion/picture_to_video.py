@@ -3,11 +3,13 @@
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from mimicmotion.animation import check_reference_noise, frames_of, generate_latents, steer
@@ -24,6 +26,7 @@ from mimicmotion.data.driving import (
 from mimicmotion.data.poses import PoseBackend, load_backend
 from mimicmotion.data.progress import VideoProgress
 from mimicmotion.data.still import fitted, read_still
+from mimicmotion.distributed import ALONE, Ranks
 from mimicmotion.execution import DTYPES, free_what_is_left
 from mimicmotion.generation import Decoder, own_device
 from mimicmotion.model.encoders import load_encoder
@@ -31,7 +34,7 @@ from mimicmotion.model.unet import MimicMotionModel
 from mimicmotion.paths import printable
 from mimicmotion.picture_arguments import PictureArguments, Source, as_asked, read_source
 from mimicmotion.pixels import as_input, as_pictures
-from mimicmotion.sampler import generator_of, tiles
+from mimicmotion.sampler import Conditions, generator_of, tiles
 from mimicmotion.sampling_memory import MOST_ROWS, budget_gib, clip_bytes, decoder_bytes, most_within, network_bytes
 from mimicmotion.shapes import size_of
 from mimicmotion.sound import check_has_sound
@@ -58,46 +61,60 @@ class Bar:
             self._work.finish()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Steering:
+    """What the videos are made of, all on the CPU."""
+
+    picture: np.ndarray  # (H, W, 3) uint8
+    rate: float  # frames a second
+    conditions: Conditions  # of a clip for each seed
+    noise: Tensor  # (B, F, 4, h, w)
+
+    @property
+    def poses(self) -> Tensor:
+        """Pictures (F, 3, H, W) uint8, the same for each clip."""
+        return self.conditions.pose[0]
+
+
 def make_videos(
-    arguments: PictureArguments, *, source: Source | None = None, progress: VideoProgress | None = None
-) -> list[Path]:
+    arguments: PictureArguments, *, source: Source | None = None, progress: VideoProgress | None = None,
+    ranks: Ranks = ALONE,
+) -> list[Path]:  # fmt: skip
     """Write a video for each seed, whole or not at all, and return where. Raises ValueError or OSError.
 
-    source: what `read_source` gave for the same run or weights; progress: who is told how far it is.
+    source: what `read_source` gave for the same run or weights; progress: who is told how far it is. ranks: of which
+    each goes through the network with its share of tiles and decodes its share of frames; the first reads and writes.
     """
-    assert arguments.image is not None
-    progress = progress or VideoProgress()
-    seeds, outputs = _outputs(arguments)
-    source = source or read_source(arguments)
+    if progress is None:
+        progress = VideoProgress(None if ranks.is_first else Console(quiet=True))
+    seeds, outputs = ranks.from_first(lambda: _outputs(arguments))
+    source = source or read_source(arguments, progress)
     config = as_asked(arguments, source.config)
-    still = read_still(arguments.image)
-    height, width = _size(arguments, config, *still.picture.shape[:2])
-    picture = fitted(still.picture, height, width, arguments.fit)
-    for note in still.notes:
-        progress.say(f"{printable(arguments.image)} {note}")
-    poses, rate = _poses(arguments, config, picture, progress)
-    progress.say(
-        f"{source.words}, encoder {config.data.encoder}: {len(poses) - 1} frames of {height}x{width} pixels (height x"
-        f" width) at {rate:g} a second, {len(seeds)} seed{'s' * (len(seeds) > 1)}"
-    )
-    latents = _latents(arguments, config, source.load, picture, poses, seeds, progress)
+    words = source.words
+    steering = ranks.from_first(lambda: _steering(arguments, config, words, seeds, progress))
+    latents = _latents(arguments, config, source.load, steering, progress, ranks)
     decoder = load_encoder(config.data.encoder)
-    budget = budget_gib(arguments.memory_budget)
-    config = _decoding_within(config, decoder, (height, width), budget, progress)
+    size = steering.picture.shape[0], steering.picture.shape[1]
+    config = _decoding_within(config, decoder, size, _budget(arguments, ranks), progress)
     for seed, output, of_seed in zip(seeds, outputs, latents, strict=True):
+        frames = _decoded(of_seed, config, decoder, progress, ranks)
+        if not ranks.is_first:
+            for _ in frames:  # its share of them goes to the first rank
+                pass
+            continue
+        assert arguments.image is not None
         comment = f"picture: {arguments.image.name}; {source.words}; encoder: {decoder.name}; seed {seed}"
         about: dict[str, Any] = {
-            "frames_per_second": rate,
+            "frames_per_second": steering.rate,
             "sound": arguments.video if arguments.sound else None,
         }
-        frames = _decoded(of_seed, config, decoder, progress)
         if arguments.beside:
             frames = list(frames)  # bytes as of the poses, which are all here
         write_video(output, frames, comment=comment, **about)
         progress.say(f"written: {printable(output)}")
         if arguments.beside:
-            columns = zip(torch.from_numpy(poses[1:]), frames, strict=True)
-            still_picture = torch.from_numpy(picture)
+            columns = zip(steering.poses[1:], frames, strict=True)
+            still_picture = torch.from_numpy(steering.picture)
             wide = (torch.cat([still_picture, pose.permute(1, 2, 0), frame], dim=1) for pose, frame in columns)
             write_video(beside(output), wide, comment=f"picture | pose | generated; {comment}", **about)
             progress.say(f"written: {printable(beside(output))}")
@@ -109,16 +126,21 @@ def beside(output: Path) -> Path:
     return output.with_name(f"{output.stem}-beside{output.suffix}")
 
 
-def _latents(
-    arguments: PictureArguments,
-    config: Config,
-    load_model: Callable[[], MimicMotionModel],
-    picture: np.ndarray,
-    poses: np.ndarray,
-    seeds: tuple[int, ...],
-    progress: VideoProgress,
-) -> Tensor:
-    """Latents (B, F, 4, h, w) on the CPU of a video for each seed: the encoder alone on the device, then the model."""
+def _steering(
+    arguments: PictureArguments, config: Config, words: str, seeds: tuple[int, ...], progress: VideoProgress
+) -> Steering:
+    """Read what is given and find poses, then the encoder alone on the device. words: what the source is of."""
+    assert arguments.image is not None
+    still = read_still(arguments.image)
+    height, width = _size(arguments, config, *still.picture.shape[:2])
+    picture = fitted(still.picture, height, width, arguments.fit)
+    for note in still.notes:
+        progress.say(f"{printable(arguments.image)} {note}")
+    poses, rate = _poses(arguments, config, picture, progress)
+    progress.say(
+        f"{words}, encoder {config.data.encoder}: {len(poses) - 1} frames of {height}x{width} pixels (height x"
+        f" width) at {rate:g} a second, {len(seeds)} seed{'s' * (len(seeds) > 1)}"
+    )
     encoder = load_encoder(config.data.encoder)
     pixels = as_input(torch.from_numpy(picture).permute(2, 0, 1))
     conditions, noise = steer(
@@ -131,9 +153,22 @@ def _latents(
     )
     del encoder
     free_what_is_left()
-    budget = budget_gib(arguments.memory_budget)
+    return Steering(picture=picture, rate=rate, conditions=conditions, noise=noise)
+
+
+def _latents(
+    arguments: PictureArguments,
+    config: Config,
+    load_model: Callable[[], MimicMotionModel],
+    steering: Steering,
+    progress: VideoProgress,
+    ranks: Ranks,
+) -> Tensor:
+    """Latents (B, F, 4, h, w) on the CPU of a video for each seed, the model alone on the device."""
+    budget = _budget(arguments, ranks)
     dtype = DTYPES[config.trainer.precision]
-    rows = _rows_at_once(config, dtype, poses.shape, len(seeds), budget, progress)
+    shape, num_seeds = tuple(steering.poses.shape), len(steering.noise)
+    rows = _rows_at_once(config, dtype, shape, num_seeds, budget, progress, ranks.world_size)
     model = load_model()
     try:
         model = model.to(own_device())
@@ -141,11 +176,12 @@ def _latents(
         with progress:
             return generate_latents(
                 model,
-                conditions,
-                noise,
+                steering.conditions,
+                steering.noise,
                 config,
                 reference_noise=arguments.reference_noise,
                 rows_at_once=rows,
+                ranks=ranks,
                 on_forward=Bar(progress),
             )
     finally:
@@ -153,10 +189,18 @@ def _latents(
         free_what_is_left()
 
 
-def _decoded(latents: Tensor, config: Config, decoder: Decoder, progress: VideoProgress) -> Iterator[Tensor]:
+def _budget(arguments: PictureArguments, ranks: Ranks) -> float | None:
+    """GiB that sampling may take on every rank, which all go by; None for no bound."""
+    budget = budget_gib(arguments.memory_budget)
+    return None if budget is None else ranks.least(budget)
+
+
+def _decoded(
+    latents: Tensor, config: Config, decoder: Decoder, progress: VideoProgress, ranks: Ranks
+) -> Iterator[Tensor]:
     """Frames (H, W, 3) uint8 of one clip's latents, one by one."""
     work = progress.start("decoding", len(latents) - 1)
-    for part in frames_of(latents, config, decoder):
+    for part in frames_of(latents, config, decoder, ranks=ranks):
         for frame in as_pictures(part):
             yield frame
             work.advance()
@@ -266,14 +310,22 @@ def _rows_at_once(
     num_seeds: int,
     budget: float | None,
     progress: VideoProgress,
+    num_ranks: int = 1,
 ) -> int:
-    """How many tiles the network gets together: one, or with a budget as many as fit; shape is that of the poses."""
-    if budget is None:
-        return 1
+    """How many tiles the network gets together: one, or with a budget as many as fit; shape is that of the poses.
+
+    So few at most that each rank gets some.
+    """
     num_frames, _, height, width = shape
     tile = min(config.data.num_frames, num_frames)
     guided = max(config.sampling.guidance, config.sampling.first_guidance or 0) > 1
-    most = min(MOST_ROWS, num_seeds * (1 + guided) * len(tiles(num_frames, tile, config.sampling.tile_overlap)))
+    total = num_seeds * (1 + guided) * len(tiles(num_frames, tile, config.sampling.tile_overlap))
+    if num_ranks > 1:
+        idle = f"; {num_ranks - total} only decode" if total < num_ranks else ""
+        progress.say(f"{num_ranks} ranks share {total} tile{'s' * (total > 1)} of each step{idle}")
+    if budget is None:
+        return 1
+    most = min(MOST_ROWS, -(-total // num_ranks))
     around = clip_bytes(num_seeds, num_frames, height, width, passes=1 + guided)
     rows = most_within(
         budget,

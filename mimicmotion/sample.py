@@ -3,6 +3,7 @@
 `python mimicmotion/sample.py --image me.png --video dance.mp4 --weights MimicMotion_1-1.pth --out out.mp4` writes one
 video for each seed. `python mimicmotion/sample.py --run-dir runs/demo [--check-pose-order]` writes sample.mp4
 (reference | pose | generated | truth side by side), stills of it as sample.png, and sample.json into the run's folder.
+By torchrun on several GPUs tiles, guidance's two passes and the decoding are shared out over them.
 """
 
 import dataclasses
@@ -24,6 +25,7 @@ from mimicmotion.commands import one_sentence
 from mimicmotion.config import Config
 from mimicmotion.data.cache import atomic_write
 from mimicmotion.data.dataset import ClipDataset
+from mimicmotion.distributed import ALONE, Ranks, join_ranks
 from mimicmotion.generation import (
     Decoder,
     generate,
@@ -55,11 +57,13 @@ class Arguments(PictureArguments):
 
 
 def sample_clip(
-    model: MimicMotionModel, config: Config, clip: dict[str, Any], decoder: Decoder, *, seed: int, checks_order: bool
-) -> tuple[Tensor, dict[str, Any]]:
+    model: MimicMotionModel, config: Config, clip: dict[str, Any], decoder: Decoder, *, seed: int, checks_order: bool,
+    ranks: Ranks = ALONE,
+) -> tuple[Tensor, dict[str, Any]]:  # fmt: skip
     """The wide picture (F - 1, H, 4 W, 3) and the figures of one clip."""
-    reference, truth = reference_and_truth(clip, config, decoder)
-    generated = generate(model, config, clip, decoder, seed=seed, on_forward=_say("right poses"))
+    reference, truth = reference_and_truth(clip, config, decoder, ranks)
+    on_forward = _say("right poses", ranks)
+    generated = generate(model, config, clip, decoder, seed=seed, ranks=ranks, on_forward=on_forward)
     region = person_region(clip["keypoints"][1:].numpy(), *truth.shape[-2:])
 
     def against_truth(frames: Tensor, what: str = "") -> dict[str, float]:
@@ -71,19 +75,21 @@ def sample_clip(
     figures |= against_truth(reference.expand_as(truth), "_of_repeating_the_reference")
     if checks_order:
         order = other_order(len(clip["pose"]), seed)
-        on_forward = _say("poses in another order")
-        permuted = generate(model, config, clip, decoder, seed=seed, pose_order=order, on_forward=on_forward)
+        on_forward = _say("poses in another order", ranks)
+        permuted = generate(
+            model, config, clip, decoder, seed=seed, pose_order=order, ranks=ranks, on_forward=on_forward
+        )
         figures |= against_truth(permuted, "_other_pose_order")
         figures["is_right_order_higher"] = figures["psnr_db"] > figures["psnr_other_pose_order_db"]
         figures["other_pose_order"] = order.tolist()
     return side_by_side([reference, clip["pose"][1:], generated, truth]), figures
 
 
-def _say(what: str) -> Callable[[int, int], None]:
-    """A callback that prints each fifth of the way."""
+def _say(what: str, ranks: Ranks) -> Callable[[int, int], None]:
+    """A callback that prints each fifth of the way, on the first rank."""
 
     def say(done: int, total: int) -> None:
-        if 5 * done // total > 5 * (done - 1) // total:
+        if ranks.is_first and 5 * done // total > 5 * (done - 1) // total:
             print(f"sampling with {what}: {done}/{total}", flush=True)
 
     return say
@@ -112,11 +118,11 @@ def _check_together(arguments: Arguments) -> None:
         raise ValueError(f"got {', '.join(given)} with --image; leave it out: they are for prepared clips")
 
 
-def run(arguments: Arguments) -> bool:
-    """Sample as asked; False where the order of poses was checked and the right one did not win."""
+def run(arguments: Arguments, ranks: Ranks = ALONE) -> bool:
+    """Sample as asked; False where the order of poses was checked and the right one did not win, on the first rank."""
     _check_together(arguments)
     if arguments.image is not None:
-        make_videos(arguments)
+        make_videos(arguments, ranks=ranks)
         return True
     config, model, folder = load_averaged(arguments.run_dir, arguments.kernels)
     asked = {"num_steps": arguments.num_steps, "guidance": arguments.guidance}
@@ -128,15 +134,17 @@ def run(arguments: Arguments) -> bool:
     dataset = ClipDataset(
         arguments.prepared or data.prepared, data.num_frames, config.trainer.seed, lengths=data.lengths
     )
-    for note in of_other_clips(folder, config, dataset.manifest):
-        print(note, flush=True)
+    notes = of_other_clips(folder, config, dataset.manifest)
     clip_id = dataset.clip_ids[0] if arguments.clip is None else arguments.clip
     clip = dataset.clip(clip_id, arguments.reference, arguments.start, arguments.num_frames)
     rate = dataset.frames_per_second(clip_id)
-    print(f"checkpoint {folder}, clip {clip_id}, encoder {decoder.name}", flush=True)
+    for note in [*notes, f"checkpoint {folder}, clip {clip_id}, encoder {decoder.name}"] if ranks.is_first else ():
+        print(note, flush=True)
     wide, figures = sample_clip(
-        model, config, clip, decoder, seed=arguments.seed, checks_order=arguments.check_pose_order
+        model, config, clip, decoder, seed=arguments.seed, checks_order=arguments.check_pose_order, ranks=ranks
     )
+    if not ranks.is_first:
+        return True
     figures = {
         "checkpoint": folder.as_posix(),
         "encoder": decoder.name,
@@ -169,8 +177,8 @@ def run(arguments: Arguments) -> bool:
 def main() -> None:
     """Run the command line; exits with 1 and the reason where it cannot sample or the pose check fails."""
     arguments = tyro.cli(Arguments)
-    with one_sentence("sampling stopped", debug=arguments.debug):
-        is_good = run(arguments)
+    with one_sentence("sampling stopped", debug=arguments.debug), join_ranks() as ranks:
+        is_good = run(arguments, ranks)
     if not is_good:
         raise SystemExit("pose check failed: the right order of poses is not closer to the truth than another order.")
 

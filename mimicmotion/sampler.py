@@ -13,7 +13,9 @@ import torch
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 from torch import Tensor
 
+from mimicmotion.config import LATENT_STRIDE
 from mimicmotion.diffusion import time_ids
+from mimicmotion.distributed import ALONE, Ranks
 from mimicmotion.model.unet import MimicMotionModel, image_latents, model_input
 from mimicmotion.pixels import as_input
 
@@ -118,6 +120,7 @@ def sample(
     motion_bucket: int,
     reference_noise: float = 0.0,
     rows_at_once: int = 1,
+    ranks: Ranks = ALONE,
     scheduler: EulerDiscreteScheduler | None = None,
     on_forward: Callable[[int, int], None] = lambda done, total: None,
 ) -> Tensor:
@@ -129,6 +132,8 @@ def sample(
     the reference's pixels, as a time id. rows_at_once: tiles, clips and passes that the network gets together. Frame 0
     is the reference's own and is for the caller to drop. The same noise and weights give the same bits.
 
+    ranks: over which rows are shared out, `rows_at_once` to each; all call this with the same, and get the same bits,
+    which are those of one rank with as many rows at once.
     on_forward: told after each forward of the network how many rows are done, and of how many.
     """
     num_frames = noise.shape[1]
@@ -147,12 +152,20 @@ def sample(
         for is_conditional in passes
         for clip in range(len(noise))
     ]
+    chunks = [rows[i : i + rows_at_once] for i in range(0, len(rows), rows_at_once)]
     done, total = 0, num_steps * len(rows)
     for timestep in scheduler.timesteps:
         scaled = scheduler.scale_model_input(latents, timestep)
         fused = Fusion(len(passes), noise)
-        for chunk in (rows[i : i + rows_at_once] for i in range(0, len(rows), rows_at_once)):
-            fused.add(chunk, network_output(model, conditions, scaled, timestep, ids, chunk))
+        outputs = ranks.shared_out(
+            chunks,
+            lambda chunk, scaled=scaled, timestep=timestep: network_output(
+                model, conditions, scaled, timestep, ids, chunk
+            ).float(),
+            lambda chunk: (len(chunk), len(chunk[0].frames), *noise.shape[2:]),
+        )
+        for chunk, output in zip(chunks, outputs, strict=True):
+            fused.add(chunk, output)
             done += len(chunk)
             on_forward(done, total)
         output, *free = fused.mean()
@@ -203,18 +216,36 @@ class Fusion:
 
 @torch.no_grad()
 def decode_parts(
-    latents: Tensor, decoder: Callable[[Tensor], Tensor], *, scaling_factor: float, frames_at_once: int
+    latents: Tensor,
+    decoder: Callable[[Tensor], Tensor],
+    *,
+    scaling_factor: float,
+    frames_at_once: int,
+    ranks: Ranks = ALONE,
 ) -> Iterator[Tensor]:
     """Frames (F', 3, H, W) in [-1, 1] of one clip's scaled latents (F, 4, h, w), `frames_at_once` at a time.
 
     A VAE that looks at neighbouring frames sees those of its part alone: which frames are in it shows in the pictures.
+    ranks: over which parts are shared out; all get all of them.
     """
-    for part in (latents.float() / scaling_factor).split(frames_at_once):
-        yield decoder(part).clamp(-1, 1)
+    parts = (latents.float() / scaling_factor).split(frames_at_once)
+    h, w = latents.shape[2:]
+    frames = ranks.shared_out(
+        parts,
+        lambda part: decoder(part).clamp(-1, 1),
+        lambda part: (len(part), 3, h * LATENT_STRIDE, w * LATENT_STRIDE),
+    )
+    yield from (part.to(latents.device) for part in frames)
 
 
 def decode(
-    latents: Tensor, decoder: Callable[[Tensor], Tensor], *, scaling_factor: float, frames_at_once: int
+    latents: Tensor,
+    decoder: Callable[[Tensor], Tensor],
+    *,
+    scaling_factor: float,
+    frames_at_once: int,
+    ranks: Ranks = ALONE,
 ) -> Tensor:
     """All of `decode_parts`: frames (F, 3, H, W) in [-1, 1]."""
-    return torch.cat([*decode_parts(latents, decoder, scaling_factor=scaling_factor, frames_at_once=frames_at_once)])
+    parts = decode_parts(latents, decoder, scaling_factor=scaling_factor, frames_at_once=frames_at_once, ranks=ranks)
+    return torch.cat([*parts])

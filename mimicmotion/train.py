@@ -24,7 +24,7 @@ from mimicmotion import checkpoint, pretrained, record
 from mimicmotion.commands import one_sentence
 from mimicmotion.config import PRESETS, Config
 from mimicmotion.data.dataset import ClipDataset
-from mimicmotion.data.ownership import sign
+from mimicmotion.data.ownership import is_restarted, sign
 from mimicmotion.data.preparation import prepare_if_missing
 from mimicmotion.data.reference_noise import ReferenceNoise
 from mimicmotion.distributed import Ranks, join_ranks
@@ -42,6 +42,8 @@ from mimicmotion.stopping import EndedBySignalError, Stop, say
 from mimicmotion.trainer import Trainer, TrainingStoppedError
 from mimicmotion.validation import Validation
 from mmkernels.planning.choices import Plan
+
+AGAIN = "--resume goes on from the newest checkpoint, and torchrun --max-restarts N does so by itself"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +120,8 @@ def check_given(arguments: Arguments, num_stages: int) -> None:
 
 def train(arguments: Arguments, stages: list[Config], ranks: Ranks, stop: Stop) -> bool:
     """Prepare what is to be prepared, then train on this rank, stage after stage; False where a signal ended it."""
+    if ranks.from_first(lambda: is_restarted(arguments.config.run_dir) and checkpoint.is_run(arguments.config.run_dir)):
+        arguments = dataclasses.replace(arguments, resume=True)
     check_given(arguments, len(stages))
     run_dir = arguments.config.run_dir
     with ExitStack() as ends:
@@ -228,9 +232,10 @@ def main() -> None:
         return
     if any(config.plan is not None or config.memory_budget is not None for config in stages):
         reserve_as_planned()
-    with Stop() as stop:
+    timeout_minutes = arguments.config.parallel.timeout_minutes
+    with Stop() as stop, one_sentence("training stopped", TrainingStoppedError, debug=debug):
         try:
-            with one_sentence("training stopped", TrainingStoppedError, debug=debug), join_ranks() as ranks:
+            with join_ranks(timeout_minutes=timeout_minutes, again=AGAIN) as ranks:
                 is_asked = any(word.startswith("--preset") for word in words)
                 why = "as asked" if is_asked else "the default, no --preset given"
                 why = why if arguments.settings is None else f"by {arguments.settings}"

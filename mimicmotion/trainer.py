@@ -53,7 +53,7 @@ class Trainer:
         """
         self.config, self.dataset, self.ranks = config, dataset, ranks
         self._sample_ids = rank_sample_ids(config, ranks)
-        self.frames = FramesGroup.join(ranks, config.parallel.frames)
+        self.frames = FramesGroup.join(ranks, config.parallel)
         check_one_backward(config, ranks.world_size)
         torch.manual_seed(config.trainer.seed)
         with ranks.device:  # a GPU draws the weights in no time

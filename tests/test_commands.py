@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import av
+import forked
 import numpy as np
 import pytest
 import torch
@@ -25,6 +26,7 @@ from mimicmotion.data.curate import Bounds
 from mimicmotion.data.dataset import ClipDataset
 from mimicmotion.data.preparation import Recipe, prepare
 from mimicmotion.diffusion import preconditioning
+from mimicmotion.distributed import join_ranks
 from mimicmotion.generation import load_averaged, other_order
 from mimicmotion.history import read_history
 from mimicmotion.model.encoders import PatchCodec
@@ -108,8 +110,27 @@ def test_sample_writes_the_video_and_names_the_stand_in(run_dir, tmp_path, capsy
     assert again == figures  # the same seed gives the same figures
 
 
+def test_two_ranks_sample_a_prepared_clip_as_one_does(run_dir, tmp_path):
+    """The figures to the last digit, of frames that both ranks have decoded; one of them writes and speaks."""
+    said = {}
+    for num_ranks in (1, 2):
+        arguments = sample.Arguments(run_dir=run_dir, output=tmp_path / str(num_ranks), check_pose_order=True)
+
+        def work(_, arguments=arguments):
+            with join_ranks() as ranks:
+                sample.run(arguments, ranks)
+
+        ends = forked.ranks(tmp_path, num_ranks, work)
+        assert [end.code for end in ends] == [0] * num_ranks and [end.said for end in ends[1:]] == [""] * (
+            num_ranks - 1
+        )
+        said[num_ranks] = ends[0].said.replace(str(arguments.output), "")
+    one, two = ((tmp_path / str(number) / "sample.json").read_text() for number in (1, 2))
+    assert one == two and said[1] == said[2] and "PSNR against the truth" in said[1]
+
+
 def test_failed_pose_check_exits_with_the_reason(run_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(sample, "run", lambda _arguments: False)
+    monkeypatch.setattr(sample, "run", lambda *_: False)
     monkeypatch.setattr(sys, "argv", ["sample.py"])
     with pytest.raises(SystemExit, match="pose check failed"):
         sample.main()

@@ -62,6 +62,7 @@ LAYERS = [
     ("mimicmotion.diffusion", 5.1),
     ("mimicmotion.model", 5.1),
     ("mimicmotion.loss", 5.2),
+    ("mimicmotion.lost_ranks", 5.25),
     ("mimicmotion.distributed", 5.3),
     ("mimicmotion.sharding", 5.4),
     ("mimicmotion.frames_group", 5.4),

@@ -60,6 +60,7 @@ HOW = {
 PICTURE = "python mimicmotion/sample.py --image me.png --video dance.mp4"
 HOW[f"{PICTURE} --weights MimicMotion_1-1.pth --out out.mp4"] = "--help"
 HOW[f"{PICTURE} --run-dir runs/mimicmotion-72 --seeds 0 1 2 --fps 15 --sound"] = "--help"
+HOW[f"torchrun --nproc-per-node 2 {PICTURE.removeprefix('python ')} --run-dir runs/mimicmotion-72"] = "--help"
 HOW['pip install -e ".[app]"'] = "--dry-run --no-deps --no-build-isolation"
 HOW["python mimicmotion/app.py --run-dir runs/demo"] = "--help"
 HOW['pip install -e ".[lora]"'] = "--dry-run --no-deps --no-build-isolation"

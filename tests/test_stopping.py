@@ -157,13 +157,19 @@ def test_a_second_ctrl_c_ends_preparing_at_once_and_what_is_whole_stays(tmp_path
     assert load_intact(tensors) is not None and not is_prepared(tmp_path / "prepared")
 
 
-def test_ctrl_c_under_torchrun_stops_every_rank_at_the_same_step(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.deep)])
+def test_a_signal_to_torchrun_stops_every_rank_at_the_same_step(tmp_path: Path, number: signal.Signals) -> None:
+    """Ctrl-C goes from a terminal to torchrun and its ranks, SIGTERM to torchrun alone, which passes it on."""
     process = start(tmp_path, "slow", *TORCHRUN)
     wait_for(tmp_path / "ready-1", process)
-    os.killpg(process.pid, signal.SIGINT)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
     out, _ = process.communicate(timeout=60)
     assert checkpoint.newest(tmp_path / "run") == tmp_path / "run" / f"step-{STOPPED_STEP:08d}", out
-    assert f"stopped by Ctrl-C, --resume goes on, at step {STOPPED_STEP}" in out
+    by = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}[number]
+    assert f"stopped by {by}, --resume goes on, at step {STOPPED_STEP}" in out
     begun = [(tmp_path / f"begun-{rank}").read_text().split("\n")[:-1] for rank in range(2)]
     assert begun == [["[0]"], ["[2]"]]  # the second micro-batch of neither
     assert "in main\n    train.main()" not in out  # torchrun's own traceback is all there is

@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from mimicmotion.data.cache import atomic_write
 
 OWNER = "owner.json"
+_LAUNCH, _RESTARTS = "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"  # torchrun tells its processes
 
 
 @contextmanager
@@ -36,13 +38,28 @@ def locked(folder: Path, lock: Path, *, refusal: Callable[[str], str]) -> Iterat
 def sign(folder: Path) -> None:
     """Say in an owned folder whose it is."""
     about = {"process": os.getpid(), "host": socket.gethostname(), "since": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}
+    about["launch"] = os.environ.get(_LAUNCH)
     with atomic_write(folder / OWNER) as temporary:
         temporary.write_text(json.dumps(about) + "\n")
 
 
+def is_restarted(folder: Path) -> bool:
+    """Whether torchrun has started this process again and an earlier one of the same launch has signed the folder."""
+    if os.environ.get(_RESTARTS, "0") == "0":
+        return False
+    try:
+        return _signature(folder).get("launch") == os.environ.get(_LAUNCH)
+    except (OSError, ValueError):
+        return False
+
+
+def _signature(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / OWNER).read_text())
+
+
 def _owner(folder: Path) -> str:
     try:
-        about = json.loads((folder / OWNER).read_text())
+        about = _signature(folder)
         return f"process {about['process']} on {about['host']} since {about['since']}"
     except (OSError, ValueError, KeyError):
         return "a process that has only begun"
