@@ -253,11 +253,13 @@ def test_the_flop_formula_is_of_the_equation() -> None:
 def test_the_block_leaves_the_library_room_within_the_bound(frames: int) -> None:
     with FakeTensorMode():
         x = torch.empty(1, frames, 9216, 320, dtype=torch.bfloat16, requires_grad=True)
-        weights = [torch.empty(320, 320, dtype=torch.bfloat16) for _ in range(4)]
+        weight = torch.empty(320, 320, dtype=torch.bfloat16)
         vector = torch.empty(320, dtype=torch.bfloat16)
 
         def step() -> None:
-            temporal_attention_block(x, vector, vector, *weights, vector, 5).backward(torch.empty_like(x))
+            temporal_attention_block(x, vector, vector, weight, weight, weight, weight, vector, 5).backward(
+                torch.empty_like(x)
+            )
 
         cost = trace(step, [x], device_kind="cuda")
     beside = cost.peak_bytes - cost.resident_bytes - 3 * x.nbytes  # y, its gradient and that of x

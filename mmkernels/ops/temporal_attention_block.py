@@ -22,13 +22,9 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from mmkernels.costs import device_kind
+from mmkernels.kernels import temporal_attention as attention
 from mmkernels.kernels.column_sums import column_sums
 from mmkernels.kernels.layer_norm import add_residual_into, layer_norm_backward_into, layer_norm_of
-from mmkernels.kernels.temporal_attention import (
-    num_transients,
-    temporal_attention_backward_into,
-    temporal_attention_into,
-)
 from mmkernels.matrices import (
     adapter_flops,
     check_adapters,
@@ -51,7 +47,7 @@ def default_chunk_pixels(x: Tensor) -> int:
     """Pixels in a chunk of x (B, F, P, C) where the caller names none."""
     row_bytes = max(1, x.shape[3] * x.element_size())
     fewest = _MIN_CHUNK_TOKENS * num_sharing(device_kind(x))
-    is_cpu, num_tensors = device_kind(x) == "cpu", _NUM_TENSORS + num_transients(x.shape[1])
+    is_cpu, num_tensors = device_kind(x) == "cpu", _NUM_TENSORS + attention.num_transients(x.shape[1])
     tokens = max(fewest, _CPU_CHUNK_BYTES // row_bytes if is_cpu else scratch_rows(num_tensors * row_bytes))
     return max(1, tokens // max(1, x.shape[1]))
 
@@ -104,7 +100,7 @@ def _forward(
         qkv = to_qkv.times(h, target)
         o = chunk.buffer("o", pixels, C)
         (q, k, v), (o_heads,) = chunk.heads(qkv, 3), chunk.heads(o, 1)
-        temporal_attention_into(q, k, v, o_heads)
+        attention.temporal_attention_into(q, k, v, o_heads)
         inner = out.times(o, h)
         add_residual_into(x[b, :, pixels], None, inner, out_bias, y[b, :, pixels])
     return y, saved
@@ -147,7 +143,7 @@ def _backward(
         o, dqkv = chunk.buffer("o", pixels, C), chunk.buffer("dqkv", pixels, 3 * C)
         (do_heads,), (o_heads,) = chunk.heads(do, 1), chunk.heads(o, 1)
         q, k, v, dq, dk, dv = *chunk.heads(qkv, 3), *chunk.heads(dqkv, 3)
-        temporal_attention_backward_into(q, k, v, do_heads, (dq, dk, dv), o=o_heads)
+        attention.temporal_attention_backward_into(q, k, v, do_heads, (dq, dk, dv), o=o_heads)
         out.collect(dinner, o)
         to_qkv.collect(dqkv, h)
         if through_norm(needs):

@@ -93,7 +93,8 @@ def _differentiate(backend: Any, inputs: Sequence[Tensor], outputs: Sequence[Ten
 
 def _choose(q: Tensor) -> Any:
     """The attention for the rows of q (B, F, P, N, D)."""
-    return attention.choose(q[0].transpose(0, 1), q.dtype, q.shape[1], *q.shape[3:])
+    _, F, _, N, D = q.shape
+    return attention.choose(q[0].transpose(0, 1), q.dtype, F, N, D)
 
 
 def _chunks(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
