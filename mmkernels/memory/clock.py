@@ -1,7 +1,7 @@
-"""A device on a clock: how long a step would take on a card, with its copies on two streams of their own. Modelled.
+"""A device on a clock: how long a step would take on a card, with its copies and its collectives on streams of their own.
 
 `mmkernels.memory.trace` advances the compute stream by each operator's modelled time, and `mmkernels.memory.offload`
-runs on it as it would on a GPU. Streams run in order and wait for events, so stalls come out as they would; blocks are
+runs on it as it would on a GPU; all of it is modelled. Streams run in order and wait for events, so stalls come out as they would; blocks are
 tensors of the trace, and host memory takes none of it.
 """
 
@@ -15,6 +15,8 @@ from torch import Tensor
 from mmkernels.cards import Card, Kind
 from mmkernels.memory.transfer import StreamName
 
+STREAMS: tuple[StreamName, ...] = ("compute", "copy-out", "copy-in", "network")
+
 
 @dataclass
 class Clock:
@@ -22,17 +24,32 @@ class Clock:
 
     card: Card
     compute_s: float = 0.0  # what the compute stream was busy for
-    stalled_s: float = 0.0  # what it waited for copies
+    stalled_s: float = 0.0  # what it waited for copies and collectives
     copied_s: float = 0.0  # what both copy streams were busy for
     moved_out_bytes: int = 0
     moved_in_bytes: int = 0
-    _now: dict[StreamName, float] = field(default_factory=lambda: {"compute": 0.0, "copy-out": 0.0, "copy-in": 0.0})
+    network_s: float = 0.0  # what collectives took
+    sent_bytes: int = 0  # what this card sent to others
+    _now: dict[StreamName, float] = field(default_factory=lambda: dict.fromkeys(STREAMS, 0.0))
 
     def compute(self, flops: float, num_bytes: float, kind: Kind = "pass") -> None:
         """Queue a kernel on the compute stream."""
         seconds = self.card.seconds(flops, num_bytes, kind)
         self._now["compute"] += seconds
         self.compute_s += seconds
+
+    def exchange(self, sent_bytes: int, ready_s: float) -> float:
+        """Queue a collective whose input is there at `ready_s`; returns when it is done.
+
+        Raises ValueError where it is not known what joins several such cards.
+        """
+        if self.card.peers is None:
+            raise ValueError(f"no link between several {self.card.name} is known; add one to mmkernels/cards.py")
+        seconds = self.card.peers.seconds(sent_bytes)
+        self._now["network"] = max(self._now["network"], ready_s) + seconds
+        self.network_s += seconds
+        self.sent_bytes += sent_bytes
+        return self._now["network"]
 
     def restart(self) -> None:
         """Begin again at 0, with nothing queued; events recorded before mean nothing afterwards."""

@@ -15,6 +15,7 @@ from torch.utils import flop_counter
 from torch.utils._pytree import tree_leaves
 
 from mmkernels.cards import Kind
+from mmkernels.memory.collectives import is_collective
 
 _WRITES_ONLY = ("copy_", "fill_", "zero_", "normal_", "uniform_", "random_")  # in place, without reading what was there
 _ALLOCATES_ONLY = ("empty", "new_empty", "resize_", "set_")  # and what begins so, as empty_like and new_empty_strided
@@ -43,6 +44,8 @@ class OperatorCosts:
 
     def kernels(self, func: Any, args: tuple, kwargs: dict, out: object, *, is_inside: bool) -> tuple[Kernel, ...]:
         """What an operator runs on a GPU, in this order. is_inside: of a fused operator, which calls one by name."""
+        if is_collective(func):
+            return ()  # the network's, not the compute stream's
         flops, num_bytes = self.flops(func, args, kwargs, out), moved_bytes(func, args, kwargs, out)
         if not flops and not num_bytes:
             return ()

@@ -1,0 +1,199 @@
+"""One training step of the released 1.5B UNet on one of several cards, on fake tensors and with a clock. Modelled.
+
+The other cards are torch's fake process group: FSDP2 and the exchanges of frames run as on real ranks, and the trace
+sees what they allocate and send (mmkernels/memory/collectives.py). DistributedDataParallel does its sums below what a
+trace sees; its buckets are here: of 25 MiB, the first of 1, in the order in which gradients come, all of them there
+from the start with the gradients as views, each sent when its last gradient has come. The update waits for the last.
+
+Everything on the card counts, as in bench/modelled_step.py, but NCCL's own buffers. This rank is the first, which has
+the most frames where they do not divide.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+import mmkernels
+from mimicmotion.sharding import part
+from mmkernels.cards import Card
+from mmkernels.memory.clock import Clock
+from mmkernels.memory.cuda_autocast import norms_in_float32
+from mmkernels.memory.trace import trace
+from mmkernels.planning.choices import OptimizerChoice, OptimizerKind, Plan
+from mmkernels.planning.svd import svd_workload
+from mmkernels.planning.workload import Workload, moments_bytes, update_bytes
+
+BLOCK = re.compile(r".*(resnets|attentions)\.\d+")  # as mimicmotion/sharding.py gathers them
+FIRST_BUCKET_BYTES, BUCKET_BYTES = 1 << 20, 25 << 20  # torch's, of DistributedDataParallel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sharing:
+    """How cards share the work.
+
+    frames: cards that hold the frames of one clip. shard: cards that share one copy of weights, gradients and moments;
+    1: each has its own.
+    """
+
+    cards: int
+    frames: int = 1
+    shard: int = 1
+
+    @property
+    def clips(self) -> int:
+        """Of one step, one for each group of frames."""
+        return self.cards // self.frames
+
+    def __str__(self) -> str:
+        parts = [f"{name} {count}" for name, count in (("frames", self.frames), ("shard", self.shard)) if count > 1]
+        return " x ".join([*parts, f"data {self.clips}"] if self.clips > 1 and self.shard == 1 else parts) or "one card"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedStep:
+    """What a step costs one card.
+
+    waited_s: of step_s, what the compute stream waits for the network. network_s: what the collectives take, sent_bytes
+    by this card.
+    """
+
+    sharing: Sharing
+    step_s: float
+    peak_bytes: int
+    waited_s: float
+    network_s: float
+    sent_bytes: int
+
+    @property
+    def clips_per_s(self) -> float:
+        """Of all cards together."""
+        return self.sharing.clips / self.step_s
+
+
+@contextmanager
+def fake_ranks(count: int) -> Iterator[None]:
+    """This process as the first of so many ranks, of which there are no others; needs no network."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+class Buckets:
+    """Gradients as DistributedDataParallel has them: memory of its own, summed over `ranks` ranks while backward runs."""
+
+    def __init__(self, trained: Sequence[nn.Parameter], ranks: int, clock: Clock) -> None:
+        self._clock, self._ranks = clock, ranks
+        self._room = {parameter: torch.empty_like(parameter, requires_grad=False) for parameter in trained}
+        self._filled_bytes, self._limit_bytes, self._done_s = 0, FIRST_BUCKET_BYTES, 0.0
+
+    @property
+    def memory(self) -> list[Tensor]:
+        """All of it."""
+        return list(self._room.values())
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Inside, gradients are taken as they come."""
+        handles = [parameter.register_post_accumulate_grad_hook(self._take) for parameter in self._room]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _take(self, parameter: Tensor) -> None:
+        room = self._room[parameter]  # pyright: ignore[reportArgumentType]  every one is a Parameter
+        assert parameter.grad is not None
+        room.copy_(parameter.grad)
+        parameter.grad = room
+        self._filled_bytes += room.nbytes
+        if self._filled_bytes >= self._limit_bytes:
+            self._send()
+
+    def _send(self) -> None:
+        if not self._filled_bytes:
+            return
+        sent_bytes = 2 * (self._ranks - 1) * self._filled_bytes // self._ranks
+        self._done_s = self._clock.exchange(sent_bytes, self._clock.record("compute"))
+        self._filled_bytes, self._limit_bytes = 0, BUCKET_BYTES
+
+    def finish(self) -> None:
+        """Send the rest and wait for all."""
+        self._send()
+        self._clock.wait("compute", self._done_s)
+
+
+def model_sharing(
+    sharing: Sharing, card: Card, kind: OptimizerKind, *, frames: int, height: int = 576, width: int = 1024,
+    way: str | Plan = "fused", make: Callable[..., Workload] = svd_workload,
+) -> SharedStep:  # fmt: skip
+    """The step of clips of so many frames with kernels fused, or under a plan."""
+    with fake_ranks(sharing.cards) if sharing.cards > 1 else nullcontext():
+        mesh = _mesh(sharing)
+        own = -(-frames // sharing.frames)
+        workload = make(kind, frames=own, height=height, width=width, has_guide=True)
+        with workload.mode, norms_in_float32():
+            return _trace(sharing, mesh, workload, card, OptimizerChoice(kind=kind), way)
+
+
+def _mesh(sharing: Sharing) -> DeviceMesh | None:
+    """Of the copies of weights and their parts."""
+    if sharing.shard == 1:
+        return None
+    if sharing.shard == sharing.cards:
+        return init_device_mesh("cpu", (sharing.shard,))
+    shape = sharing.cards // sharing.shard, sharing.shard
+    return init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))
+
+
+def _trace(
+    sharing: Sharing, mesh: DeviceMesh | None, workload: Workload, card: Card, optimizer: OptimizerChoice,
+    way: str | Plan,
+) -> SharedStep:  # fmt: skip
+    clock, unet = Clock(card), workload.unet
+    inside = {id(x) for x in unet.parameters()}
+    mmkernels.replace(unet, way, device=clock)
+    if mesh is not None:
+        blocks = [module for name, module in unet.named_modules() if BLOCK.fullmatch(name)]
+        for module in (*blocks, unet):
+            fully_shard(module, mesh=mesh)
+    beside = [x for x in workload.resident if not isinstance(x, nn.Parameter)]
+    apart = [x for x in workload.trained if id(x) not in inside]  # a guide's, which is small: each card has them whole
+    trained = [*(x for x in unet.parameters() if x.requires_grad), *apart]
+    held = [part(x) for x in trained]
+    with torch.no_grad():
+        states = torch.empty(moments_bytes(held, optimizer), dtype=torch.uint8)
+    own = [x for x in trained if not isinstance(x, DTensor)]
+    buckets = Buckets(own, sharing.cards, clock) if sharing.cards > 1 else None
+
+    def step() -> None:
+        with buckets.watching() if buckets is not None else nullcontext():
+            workload.step()
+        if buckets is not None:
+            buckets.finish()
+        clock.wait("compute", clock.record("network"))  # reduced gradients
+        clock.compute(0, update_bytes(held, optimizer))
+
+    if isinstance(way, Plan) and way.moves:
+        workload.step()
+        for parameter in trained:
+            parameter.grad = None
+        clock.restart()
+    there = [*unet.parameters(), *apart, *beside, states, *(buckets.memory if buckets is not None else ())]
+    found = trace(step, there, clock=clock)
+    return SharedStep(
+        sharing=sharing, step_s=clock.seconds, peak_bytes=found.peak_bytes, waited_s=clock.stalled_s,
+        network_s=clock.network_s, sent_bytes=clock.sent_bytes,
+    )  # fmt: skip
