@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 import mmkernels
 from mimicmotion.sharding import part
 from mmkernels.cards import Card
+from mmkernels.frames import FrameRanks, counts_of
 from mmkernels.memory.clock import Clock
 from mmkernels.memory.cuda_autocast import norms_in_float32
 from mmkernels.memory.trace import trace
@@ -141,14 +142,19 @@ def model_sharing(
 ) -> SharedStep:  # fmt: skip
     """The step of clips of so many frames with kernels fused, or under a plan."""
     with fake_ranks(sharing.cards) if sharing.cards > 1 else nullcontext():
-        mesh = _mesh(sharing)
-        own = -(-frames // sharing.frames)
-        workload = make(kind, frames=own, height=height, width=width, has_guide=True)
+        weights, counts = _mesh_of_weights(sharing), counts_of(frames, sharing.frames)
+        ranks = FrameRanks(_mesh_of_frames(sharing), counts) if sharing.frames > 1 else None
+        workload = make(kind, frames=counts[0], height=height, width=width, has_guide=True)
         with workload.mode, norms_in_float32():
-            return _trace(sharing, mesh, workload, card, OptimizerChoice(kind=kind), way)
+            return _trace(sharing, ranks, weights, workload, card, OptimizerChoice(kind=kind), way)
 
 
-def _mesh(sharing: Sharing) -> DeviceMesh | None:
+def _mesh_of_frames(sharing: Sharing) -> DeviceMesh:
+    mesh = init_device_mesh("cpu", (sharing.clips, sharing.frames), mesh_dim_names=("clips", "frames"))
+    return mesh["frames"]
+
+
+def _mesh_of_weights(sharing: Sharing) -> DeviceMesh | None:
     """Of the copies of weights and their parts."""
     if sharing.shard == 1:
         return None
@@ -159,16 +165,16 @@ def _mesh(sharing: Sharing) -> DeviceMesh | None:
 
 
 def _trace(
-    sharing: Sharing, mesh: DeviceMesh | None, workload: Workload, card: Card, optimizer: OptimizerChoice,
-    way: str | Plan,
+    sharing: Sharing, ranks: FrameRanks | None, weights: DeviceMesh | None, workload: Workload, card: Card,
+    optimizer: OptimizerChoice, way: str | Plan,
 ) -> SharedStep:  # fmt: skip
     clock, unet = Clock(card), workload.unet
     inside = {id(x) for x in unet.parameters()}
-    mmkernels.replace(unet, way, device=clock)
-    if mesh is not None:
+    mmkernels.replace(unet, way, device=clock, frames=ranks)
+    if weights is not None:
         blocks = [module for name, module in unet.named_modules() if BLOCK.fullmatch(name)]
         for module in (*blocks, unet):
-            fully_shard(module, mesh=mesh)
+            fully_shard(module, mesh=weights)
     beside = [x for x in workload.resident if not isinstance(x, nn.Parameter)]
     apart = [x for x in workload.trained if id(x) not in inside]  # a guide's, which is small: each card has them whole
     trained = [*(x for x in unet.parameters() if x.requires_grad), *apart]

@@ -228,7 +228,10 @@ class _StorageFollower(TorchDispatchMode):
         kernels = self._costs.kernels(func, args, kwargs, out, is_inside=False) if body is None else body.kernels
         if self._clock is not None:
             for flops, num_bytes, kind in kernels:
-                self._clock.compute(flops, num_bytes, kind)
+                if kind == "network":
+                    self._clock.wait("compute", self._clock.exchange(num_bytes, self._clock.record("compute")))
+                else:
+                    self._clock.compute(flops, num_bytes, kind)
         if self._network is not None:
             self._network.after(func, args, kwargs, out)
         if self._is_cuda and not self._blas_bytes and any(kernel.kind == "product" for kernel in kernels):
