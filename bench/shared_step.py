@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,11 +29,13 @@ from mmkernels.frames import FrameRanks, counts_of
 from mmkernels.memory.clock import Clock
 from mmkernels.memory.cuda_autocast import norms_in_float32
 from mmkernels.memory.trace import trace
-from mmkernels.planning.choices import OptimizerChoice, OptimizerKind, Plan
+from mmkernels.planning.choices import GIB, OptimizerChoice, OptimizerKind, Plan
+from mmkernels.planning.search import BudgetTooSmallError, Search
 from mmkernels.planning.svd import svd_workload
 from mmkernels.planning.workload import Workload, moments_bytes, update_bytes
 
 BLOCK = re.compile(r".*(resnets|attentions)\.\d+")  # as mimicmotion/sharding.py gathers them
+LEAST_GIB_OF_ADAMW = 40  # memory of a card from which float32 weights and moments are the usual choice
 FIRST_BUCKET_BYTES, BUCKET_BYTES = 1 << 20, 25 << 20  # torch's, of DistributedDataParallel
 
 
@@ -96,7 +99,7 @@ class Buckets:
 
     def __init__(self, trained: Sequence[nn.Parameter], ranks: int, clock: Clock) -> None:
         self._clock, self._ranks = clock, ranks
-        self._room = {parameter: torch.empty_like(parameter, requires_grad=False) for parameter in trained}
+        self._room = {x: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype) for x in trained}
         self._filled_bytes, self._limit_bytes, self._done_s = 0, FIRST_BUCKET_BYTES, 0.0
 
     @property
@@ -202,4 +205,65 @@ def _trace(
     return SharedStep(
         sharing=sharing, step_s=clock.seconds, peak_bytes=found.peak_bytes, waited_s=clock.stalled_s,
         network_s=clock.network_s, sent_bytes=clock.sent_bytes,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """A way in which cards share clips of so many frames, and its step; None where it has no room."""
+
+    card: str
+    frames: int
+    sharing: Sharing
+    optimizer: OptimizerKind
+    way: str
+    step: SharedStep | None
+
+    @property
+    def fits(self) -> bool:
+        """Whether there is room."""
+        return self.step is not None
+
+    @property
+    def clips_per_s(self) -> float:
+        """Of all cards together; 0 where there is no room."""
+        return 0.0 if self.step is None else self.step.clips_per_s
+
+    def is_of(self, other: "Found") -> bool:
+        """Whether both are of the same card and length."""
+        return (self.card, self.frames) == (other.card, other.frames)
+
+
+def fitted(sharing: Sharing, card: Card, *, frames: int, height: int, width: int) -> Found:
+    """The step with kernels fused; where that has no room, of one card or by data, under a plan made for the memory."""
+    is_wide = sharing.shard > 1 or card.memory_gib >= LEAST_GIB_OF_ADAMW
+    kind: OptimizerKind = "adamw" if is_wide else "adamw8bit"
+    model = partial(model_sharing, sharing, card, kind, frames=frames, height=height, width=width)
+    way, step = "fused", model()
+    if step.peak_bytes > card.usable_gib * GIB:
+        way, step = "planned", None
+        if sharing.frames == sharing.shard == 1:
+            step = _under_a_plan(sharing, card, kind, frames, height, width, model)
+    return Found(card=card.name, frames=frames, sharing=sharing, optimizer=kind, way=way if step else "", step=step)
+
+
+def _under_a_plan(
+    sharing: Sharing, card: Card, kind: OptimizerKind, frames: int, height: int, width: int,
+    model: Callable[..., SharedStep],
+) -> SharedStep | None:  # fmt: skip
+    is_alone = sharing.cards == 1
+    workload = svd_workload(kind, frames=frames, height=height, width=width, has_guide=True)
+    gradients = 0 if is_alone else sum(x.numel() * x.element_size() for x in workload.trained)  # in buckets for good
+    search = Search(workload, card, kind, can_update_in_backward=is_alone, can_update_on_host=is_alone)
+    try:
+        chosen = search.best(card.usable_gib - gradients / GIB)
+    except BudgetTooSmallError:
+        return None
+    if not is_alone:
+        step = model(way=chosen.plan)
+        return step if step.peak_bytes <= card.usable_gib * GIB else None
+    clock = chosen.traced.clock
+    return SharedStep(
+        sharing=sharing, step_s=clock.seconds, peak_bytes=chosen.traced.trace.peak_bytes, waited_s=clock.stalled_s,
+        network_s=0.0, sent_bytes=0,
     )  # fmt: skip

@@ -90,43 +90,51 @@ def _bytes(tree: object) -> int:
 class Network:
     """Collectives on a clock: each begins when its input is there and the link is free.
 
-    The compute stream waits for one where an operator first uses what it gives. An all-gather of FSDP2 sends weights,
-    which are there from the start: it runs one unit ahead, from when the unit before has been copied out of its
-    buffer, as long as the host queues work faster than the card does it.
+    The compute stream waits for a functional one in wait_tensor, for another, which FSDP2 calls, where an operator
+    first uses what it gives. FSDP2 gathers weights, which are there from the start: that runs one unit ahead, from when
+    the unit before has been copied out of its buffer, as long as the host queues work faster than the card does it.
     """
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._done: dict[int, float] = {}  # when what lies in a storage has come, by its key
-        self._gathered: set[int] = set()  # of them what FSDP2 has gathered
+        self._functional: dict[int, float] = {}  # when what lies in a storage has come, by its key
+        self._others: dict[int, float] = {}
+        self._gathered: set[int] = set()  # what FSDP2 has gathered
         self._copied_out_s = 0.0
 
     def before(self, func: Any, args: tuple, kwargs: dict) -> None:
         """Wait for what an operator uses."""
-        if not self._done or (is_collective(func) and func._overloadpacket.__name__ != "wait_tensor"):
+        if func._overloadpacket.__name__ == "wait_tensor":
+            self._wait(self._functional, args[0].untyped_storage()._cdata)
+        elif self._others and not is_collective(func):
+            for x in _tensors((args, kwargs)):
+                self._wait(self._others, x.untyped_storage()._cdata)
+
+    def _wait(self, coming: dict[int, float], key: int) -> None:
+        if (done_s := coming.pop(key, None)) is None:
             return
-        for x in _tensors((args, kwargs)):
-            key = x.untyped_storage()._cdata
-            if (done_s := self._done.pop(key, None)) is not None:
-                self._clock.wait("compute", done_s)
-                if key in self._gathered:
-                    self._gathered.remove(key)
-                    self._copied_out_s = self._clock.record("compute")
+        self._clock.wait("compute", done_s)
+        if key in self._gathered:
+            self._gathered.remove(key)
+            self._copied_out_s = self._clock.record("compute")
 
     def after(self, func: Any, args: tuple, kwargs: dict, out: object) -> None:
         """Queue a collective."""
         if (found := collective_of(func, args, kwargs, out)) is None:
             return
-        is_ahead = func.namespace == "c10d" and found.kind == "all_gather"
-        ready_s = self._copied_out_s if is_ahead else self._clock.record("compute")
-        done_s = self._clock.exchange(found.sent_bytes, ready_s)
-        for x in _tensors((args[:1], out) if func.namespace == "c10d" else out):
+        is_functional = func.namespace == "_c10d_functional"
+        is_ahead = found.kind == "all_gather" and not is_functional
+        done_s = self._clock.exchange(
+            found.sent_bytes, self._copied_out_s if is_ahead else self._clock.record("compute")
+        )
+        for x in _tensors(out if is_functional else args[:1]):
             key = x.untyped_storage()._cdata
-            self._done[key] = done_s
+            (self._functional if is_functional else self._others)[key] = done_s
             if is_ahead:
                 self._gathered.add(key)
 
     def forget(self, key: int) -> None:
         """A storage is gone."""
-        self._done.pop(key, None)
+        self._functional.pop(key, None)
+        self._others.pop(key, None)
         self._gathered.discard(key)
