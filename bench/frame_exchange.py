@@ -38,7 +38,11 @@ def exchanged(unet: Any, *, ranks: int, batch: int, frames: int, pixels: int, el
     """Of a UNetSpatioTemporalConditionModel. pixels: of a latent's frame, at the first level."""
     residual, transformers, halos = 0, 0, 0
     down, up = list(unet.down_blocks), list(unet.up_blocks)
-    levels = [*enumerate(down), (len(down) - 1, unet.mid_block), *((len(up) - 1 - i, each) for i, each in enumerate(up))]
+    levels = [
+        *enumerate(down),
+        (len(down) - 1, unet.mid_block),
+        *((len(up) - 1 - i, each) for i, each in enumerate(up)),
+    ]
     for level, block in levels:
         pixels_here = pixels // 4**level
         for resnet in block.resnets:

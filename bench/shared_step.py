@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -139,73 +139,88 @@ class Buckets:
         self._clock.wait("compute", self._done_s)
 
 
+class Meshes(NamedTuple):
+    """Which cards share a clip's frames, and which the copies of weights and their parts; None where they do not."""
+
+    frames: DeviceMesh | None
+    weights: DeviceMesh | None
+
+    @classmethod
+    def of(cls, sharing: Sharing) -> "Meshes":
+        """Of the ranks that there are; not to be called with fake tensors."""
+        make, frames, weights = partial(init_device_mesh, "cpu"), None, None
+        if sharing.frames > 1:
+            frames = make((sharing.clips, sharing.frames), mesh_dim_names=("clips", "frames"))["frames"]
+        if sharing.shard > 1:
+            copies = sharing.cards // sharing.shard
+            weights = (
+                make((copies, sharing.shard), mesh_dim_names=("replicate", "shard"))
+                if copies > 1 else make((sharing.shard,))
+            )  # fmt: skip
+        return cls(frames, weights)
+
+
 def model_sharing(
     sharing: Sharing, card: Card, kind: OptimizerKind, *, frames: int, height: int = 576, width: int = 1024,
-    way: str | Plan = "fused", make: Callable[..., Workload] = svd_workload,
+    way: str | Plan = "fused",
 ) -> SharedStep:  # fmt: skip
     """The step of clips of so many frames with kernels fused, or under a plan."""
+    clock, counts = Clock(card), counts_of(frames, sharing.frames)
     with fake_ranks(sharing.cards) if sharing.cards > 1 else nullcontext():
-        weights, counts = _mesh_of_weights(sharing), counts_of(frames, sharing.frames)
-        ranks = FrameRanks(_mesh_of_frames(sharing), counts) if sharing.frames > 1 else None
-        workload = make(kind, frames=counts[0], height=height, width=width, has_guide=True)
+        meshes = Meshes.of(sharing)
+        workload = svd_workload(kind, frames=counts[0], height=height, width=width, has_guide=True)
         with workload.mode, norms_in_float32():
-            return _trace(sharing, ranks, weights, workload, card, OptimizerChoice(kind=kind), way)
-
-
-def _mesh_of_frames(sharing: Sharing) -> DeviceMesh:
-    mesh = init_device_mesh("cpu", (sharing.clips, sharing.frames), mesh_dim_names=("clips", "frames"))
-    return mesh["frames"]
-
-
-def _mesh_of_weights(sharing: Sharing) -> DeviceMesh | None:
-    """Of the copies of weights and their parts."""
-    if sharing.shard == 1:
-        return None
-    if sharing.shard == sharing.cards:
-        return init_device_mesh("cpu", (sharing.shard,))
-    shape = sharing.cards // sharing.shard, sharing.shard
-    return init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))
-
-
-def _trace(
-    sharing: Sharing, ranks: FrameRanks | None, weights: DeviceMesh | None, workload: Workload, card: Card,
-    optimizer: OptimizerChoice, way: str | Plan,
-) -> SharedStep:  # fmt: skip
-    clock, unet = Clock(card), workload.unet
-    inside = {id(x) for x in unet.parameters()}
-    mmkernels.replace(unet, way, device=clock, frames=ranks)
-    if weights is not None:
-        blocks = [module for name, module in unet.named_modules() if BLOCK.fullmatch(name)]
-        for module in (*blocks, unet):
-            fully_shard(module, mesh=weights)
-    beside = [x for x in workload.resident if not isinstance(x, nn.Parameter)]
-    apart = [x for x in workload.trained if id(x) not in inside]  # a guide's, which is small: each card has them whole
-    trained = [*(x for x in unet.parameters() if x.requires_grad), *apart]
-    held = [part(x) for x in trained]
-    with torch.no_grad():
-        states = torch.empty(moments_bytes(held, optimizer), dtype=torch.uint8)
-    own = [x for x in trained if not isinstance(x, DTensor)]
-    buckets = Buckets(own, sharing.cards, clock) if sharing.cards > 1 else None
-
-    def step() -> None:
-        with buckets.watching() if buckets is not None else nullcontext():
-            workload.step()
-        if buckets is not None:
-            buckets.finish()
-        clock.wait("compute", clock.record("network"))  # reduced gradients
-        clock.compute(0, update_bytes(held, optimizer))
-
-    if isinstance(way, Plan) and way.moves:
-        workload.step()
-        for parameter in trained:
-            parameter.grad = None
-        clock.restart()
-    there = [*unet.parameters(), *apart, *beside, states, *(buckets.memory if buckets is not None else ())]
-    found = trace(step, there, clock=clock)
+            prepared = Prepared(sharing, meshes, counts, workload, clock, OptimizerChoice(kind=kind), way)
+            if isinstance(way, Plan) and way.moves:  # the offload learns the order of backward
+                workload.step()
+                prepared.drop_gradients()
+                clock.restart()
+            found = trace(prepared.step, prepared.resident, clock=clock)
     return SharedStep(
         sharing=sharing, step_s=clock.seconds, peak_bytes=found.peak_bytes, waited_s=clock.stalled_s,
         network_s=clock.network_s, sent_bytes=clock.sent_bytes,
     )  # fmt: skip
+
+
+class Prepared:
+    """A workload's UNet as one of several cards runs it, in place, and its step.
+
+    resident: what is on the card before the step.
+    """
+
+    def __init__(
+        self, sharing: Sharing, meshes: Meshes, counts: tuple[int, ...], workload: Workload, clock: Clock,
+        optimizer: OptimizerChoice, way: str | Plan = "fused",
+    ) -> None:  # fmt: skip
+        self._workload, self._clock, self._optimizer, unet = workload, clock, optimizer, workload.unet
+        ranks = None if meshes.frames is None else FrameRanks(meshes.frames, counts)
+        in_unet = {id(x) for x in unet.parameters()}
+        mmkernels.replace(unet, way, device=clock, frames=ranks)
+        if meshes.weights is not None:
+            blocks = [module for name, module in unet.named_modules() if BLOCK.fullmatch(name)]
+            for module in (*blocks, unet):
+                fully_shard(module, mesh=meshes.weights)
+        beside = [x for x in workload.resident if not isinstance(x, nn.Parameter)]
+        apart = [x for x in workload.trained if id(x) not in in_unet]  # a guide's: small, each card has them whole
+        self._trained = [*(x for x in unet.parameters() if x.requires_grad), *apart]
+        self._held = [part(x) for x in self._trained]
+        states = torch.empty(moments_bytes(self._held, optimizer), dtype=torch.uint8)
+        whole = [x for x in self._trained if not isinstance(x, DTensor)]
+        self._buckets = Buckets(whole if sharing.cards > 1 else (), sharing.cards, clock)
+        self.resident = [*unet.parameters(), *apart, *beside, states, *self._buckets.memory]
+
+    def step(self) -> None:
+        """Forward, backward and update of what this card has."""
+        with self._buckets.watching():
+            self._workload.step()
+        self._buckets.finish()
+        self._clock.wait("compute", self._clock.record("network"))  # of what FSDP2 reduces
+        self._clock.compute(0, update_bytes(self._held, self._optimizer))
+
+    def drop_gradients(self) -> None:
+        """Of all that is trained."""
+        for parameter in self._trained:
+            parameter.grad = None
 
 
 @dataclass(frozen=True, kw_only=True)
