@@ -9,7 +9,8 @@ F and P being those of the whole clip and C the channels between the exchanges. 
 activations are computed again. Two other ways would send, forward:
 
     attention   4 (K - 1) / K * B F P C, with q, k and v exchanged and the result back; 2 here
-    convolution 2 * 2 (K - 1) * B P C with halos, a frame to each neighbour before each of two; 2 (K - 1) / K * B F P C here
+    convolution 4 (K - 1) * B P C, with a frame as a halo to each neighbour before each of two convolutions;
+                2 (K - 1) / K * B F P C here
 """
 
 from dataclasses import dataclass

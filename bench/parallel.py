@@ -1,4 +1,4 @@
-"""Training on several cards of one host: what a step takes of each, by how they share the work, and what two processes do.
+"""Training on several cards of one host: what a step takes of each, by how they share the work.
 
     python bench/parallel.py [--cards H100 "RTX 4090"] [--frames 72 144] [--counts 1 8] [--workers 2]
     python bench/parallel.py --measure
@@ -18,7 +18,7 @@ by frames, over gloo, against one, in turns. Writes parallel-measured.json.
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -87,9 +87,9 @@ def model(settings: Settings, console: Console) -> int:
     one = partial(_fitted, width=width, height=height)
     if settings.workers > 1:
         with ProcessPoolExecutor(settings.workers, mp_context=get_context("spawn")) as pool:
-            found = list(pool.map(one, wanted))
+            found = list(_noting(pool.map(one, wanted), len(wanted), console))
     else:
-        found = [one(each) for each in wanted]
+        found = list(_noting(map(one, wanted), len(wanted), console))
     print_table(found, settings.size, console)
     sent = of_the_released_unet(max(settings.counts), shortest, height, width)
     print_exchanges(sent, max(settings.counts), shortest, console)
@@ -101,6 +101,16 @@ def model(settings: Settings, console: Console) -> int:
     parallel_picture.draw(found, settings.size, picture)
     console.print(f"rows: {rows}\npicture: {picture}", markup=False)
     return 0
+
+
+def _noting(coming: Iterable[Found], count: int, console: Console) -> Iterator[Found]:
+    """A line for each way as it is done: minutes pass for all of them."""
+    for index, each in enumerate(coming):
+        step = "no room" if each.step is None else f"{each.step.step_s:.2f} s"
+        console.print(
+            f"{index + 1} of {count}: {each.card}, {each.frames} frames, {each.sharing}: {step}", markup=False
+        )
+        yield each
 
 
 def _fitted(wanted: tuple[str, Sharing, int], *, width: int, height: int) -> Found:
@@ -147,11 +157,11 @@ def print_table(found: Sequence[Found], size: str, console: Console) -> None:
 def print_exchanges(sent: Exchanged, ranks: int, frames: int, console: Console) -> None:
     """What sharing frames exchanges, and what other ways would."""
     console.print(
-        f"{frames} frames on {ranks} cards exchange, over all cards and a step, {sent.residual_blocks / 1e9:.1f} GB in "
-        f"residual blocks and {sent.transformers / 1e9:.1f} GB in transformers: 2 (K - 1) / K of their tokens forward and "
-        f"as much backward (formula). With q, k and v exchanged attention would take {sent.other_attention / 1e9:.1f} GB "
-        f"forward, where {sent.transformers / 2e9:.1f} are here; halos of the convolutions {sent.halos / 1e9:.1f} GB, "
-        f"where {sent.residual_blocks / 2e9:.1f} are.",
+        f"{frames} frames on {ranks} cards exchange, over all cards and a step, {sent.residual_blocks / 1e9:.1f} GB "
+        f"in residual blocks and {sent.transformers / 1e9:.1f} GB in transformers: 2 (K - 1) / K of their tokens "
+        f"forward and as much backward (formula). With q, k and v exchanged attention would take "
+        f"{sent.other_attention / 1e9:.1f} GB forward, where {sent.transformers / 2e9:.1f} are here; halos of the "
+        f"convolutions {sent.halos / 1e9:.1f} GB, where {sent.residual_blocks / 2e9:.1f} are.",
         markup=False, soft_wrap=True,
     )  # fmt: skip
 

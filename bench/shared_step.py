@@ -95,7 +95,7 @@ def fake_ranks(count: int) -> Iterator[None]:
 
 
 class Buckets:
-    """Gradients as DistributedDataParallel has them: memory of its own, summed over `ranks` ranks while backward runs."""
+    """Gradients as DistributedDataParallel has them: in memory of its own, summed over `ranks` ranks in backward."""
 
     def __init__(self, trained: Sequence[nn.Parameter], ranks: int, clock: Clock) -> None:
         self._clock, self._ranks = clock, ranks

@@ -1,7 +1,7 @@
-"""A device on a clock: how long a step would take on a card, with its copies and its collectives on streams of their own.
+"""A device on a clock: how long a step would take on a card, copies and collectives on streams of their own. Modelled.
 
 `mmkernels.memory.trace` advances the compute stream by each operator's modelled time, and `mmkernels.memory.offload`
-runs on it as it would on a GPU; all of it is modelled. Streams run in order and wait for events, so stalls come out as they would; blocks are
+runs on it as it would on a GPU. Streams run in order and wait for events, so stalls come out as they would; blocks are
 tensors of the trace, and host memory takes none of it.
 """
 
