@@ -18,7 +18,7 @@ by frames, over gloo, against one, in turns. Writes parallel-measured.json.
 import json
 import math
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -42,6 +42,7 @@ from mmkernels.planning.choices import GIB
 from mmkernels.planning.svd import HEADS, LATENT_STRIDE, parse_size
 
 BENCH = "parallel"
+Wanted = tuple[str, Sharing, int]  # a card, and the frames of a clip
 # What several cards are asked to reach, on eight H100 with clips of 72 frames: times one card.
 CLIPS_GOAL, STEP_GOAL = 6.4, 5.5
 
@@ -62,58 +63,56 @@ class Settings:
     picture: Path | None = None  # the picture goes here instead of into OUT
 
 
-def sharings(count: int, *, is_longer: bool) -> list[Sharing]:
-    """The ways that so many cards share the work. is_longer: than 72 frames, where a clip on each card has no room."""
+def sharings(count: int) -> list[Sharing]:
+    """The ways that so many cards share the work."""
     if count == 1:
         return [Sharing(cards=1)]
-    frames = [Sharing(cards=count, frames=count), Sharing(cards=count, frames=count, shard=count)]
-    if is_longer:
-        return frames
     mixed = [Sharing(cards=count, frames=count // 2)] if count >= 8 else []
-    return [Sharing(cards=count), Sharing(cards=count, shard=count), *frames, *mixed]
+    return [Sharing(cards=count), Sharing(cards=count, shard=count), *one_clip(count), *mixed]
+
+
+def one_clip(count: int) -> list[Sharing]:
+    """The ways that so many cards share one clip, as longer ones are."""
+    return [Sharing(cards=count, frames=count), Sharing(cards=count, frames=count, shard=count)]
 
 
 def model(settings: Settings, console: Console) -> int:
     """Trace every way, print, write."""
     width, height = parse_size(settings.size)
-    shortest = min(settings.frames)
-    wanted = [
-        (name, sharing, frames)
-        for name in settings.cards
-        for frames in settings.frames
-        for count in settings.counts
-        for sharing in sharings(count, is_longer=frames > shortest)
-    ]
-    one = partial(_fitted, width=width, height=height)
-    if settings.workers > 1:
-        with ProcessPoolExecutor(settings.workers, mp_context=get_context("spawn")) as pool:
-            found = list(_noting(pool.map(one, wanted), len(wanted), console))
-    else:
-        found = list(_noting(map(one, wanted), len(wanted), console))
-    print_table(found, settings.size, console)
-    sent = of_the_released_unet(max(settings.counts), shortest, height, width)
-    print_exchanges(sent, max(settings.counts), shortest, console)
-    for line in goals(found):
-        console.print(line, markup=False)
+    shortest, most = min(settings.frames), max(settings.counts)
+    ways = {shortest: [each for count in settings.counts for each in sharings(count)]}
+    for frames in settings.frames:
+        ways.setdefault(frames, one_clip(most))
+    wanted = [(name, each, frames) for name in settings.cards for frames in settings.frames for each in ways[frames]]
+    sent = of_the_released_unet(most, shortest, height, width)
     rows = settings.json or settings.out / "parallel-modelled.json"
     picture = settings.picture or settings.out / "parallel-modelled.png"
-    write(found, settings, sent, rows)
+    found: list[Found] = []
+    for each in _model_all(wanted, settings.workers, width, height):
+        found.append(each)
+        write(found, settings, sent, rows)  # as far as it has come, since minutes pass for all of them
+        step = "no room" if each.step is None else f"{each.step.step_s:.2f} s"
+        words = f"{each.card}, {each.frames} frames, {each.sharing}: {step}"
+        console.print(f"{len(found)} of {len(wanted)}: {words}", markup=False)
+    print_table(found, settings.size, console)
+    print_exchanges(sent, most, shortest, console)
+    for line in goals(found):
+        console.print(line, markup=False)
     parallel_picture.draw(found, settings.size, picture)
     console.print(f"rows: {rows}\npicture: {picture}", markup=False)
     return 0
 
 
-def _noting(coming: Iterable[Found], count: int, console: Console) -> Iterator[Found]:
-    """A line for each way as it is done: minutes pass for all of them."""
-    for index, each in enumerate(coming):
-        step = "no room" if each.step is None else f"{each.step.step_s:.2f} s"
-        console.print(
-            f"{index + 1} of {count}: {each.card}, {each.frames} frames, {each.sharing}: {step}", markup=False
-        )
-        yield each
+def _model_all(wanted: Sequence[Wanted], workers: int, width: int, height: int) -> Iterator[Found]:
+    one = partial(_fitted, width=width, height=height)
+    if workers == 1:
+        yield from map(one, wanted)
+        return
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        yield from pool.map(one, wanted)
 
 
-def _fitted(wanted: tuple[str, Sharing, int], *, width: int, height: int) -> Found:
+def _fitted(wanted: Wanted, *, width: int, height: int) -> Found:
     name, sharing, frames = wanted
     return fitted(sharing, card(name), frames=frames, height=height, width=width)
 

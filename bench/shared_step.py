@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -30,7 +30,7 @@ from mmkernels.memory.clock import Clock
 from mmkernels.memory.cuda_autocast import norms_in_float32
 from mmkernels.memory.trace import trace
 from mmkernels.planning.choices import GIB, OptimizerChoice, OptimizerKind, Plan
-from mmkernels.planning.search import BudgetTooSmallError, Search
+from mmkernels.planning.search import BudgetTooSmallError, Chosen, Search
 from mmkernels.planning.svd import svd_workload
 from mmkernels.planning.workload import Workload, moments_bytes, update_bytes
 
@@ -267,12 +267,8 @@ def _under_a_plan(
     model: Callable[..., SharedStep],
 ) -> SharedStep | None:  # fmt: skip
     is_alone = sharing.cards == 1
-    workload = svd_workload(kind, frames=frames, height=height, width=width, has_guide=True)
-    gradients = 0 if is_alone else sum(x.numel() * x.element_size() for x in workload.trained)  # in buckets for good
-    search = Search(workload, card, kind, can_update_in_backward=is_alone, can_update_on_host=is_alone)
-    try:
-        chosen = search.best(card.usable_gib - gradients / GIB)
-    except BudgetTooSmallError:
+    chosen = _plan(card, kind, frames, height, width, is_alone)
+    if chosen is None:
         return None
     if not is_alone:
         step = model(way=chosen.plan)
@@ -282,3 +278,15 @@ def _under_a_plan(
         sharing=sharing, step_s=clock.seconds, peak_bytes=chosen.traced.trace.peak_bytes, waited_s=clock.stalled_s,
         network_s=0.0, sent_bytes=0,
     )  # fmt: skip
+
+
+@cache
+def _plan(card: Card, kind: OptimizerKind, frames: int, height: int, width: int, is_alone: bool) -> Chosen | None:
+    """For one card's step, with room for gradients that lie in buckets where there are others; None where none fits."""
+    workload = svd_workload(kind, frames=frames, height=height, width=width, has_guide=True)
+    gradients = 0 if is_alone else sum(x.numel() * x.element_size() for x in workload.trained)
+    search = Search(workload, card, kind, can_update_in_backward=is_alone, can_update_on_host=is_alone)
+    try:
+        return search.best(card.usable_gib - gradients / GIB)
+    except BudgetTooSmallError:
+        return None

@@ -29,10 +29,10 @@ SHARINGS = {
     "frames": Sharing(cards=2, frames=2),
     "frames x shard": Sharing(cards=2, frames=2, shard=2),
 }
-TINY: Any = dict(
-    block_out_channels=(32, 32, 64, 64), num_attention_heads=(2, 2, 4, 4), layers_per_block=1, cross_attention_dim=32,
-    addition_time_embed_dim=8, projection_class_embeddings_input_dim=24,
-)  # fmt: skip
+TINY: Any = {
+    "block_out_channels": (32, 32, 64, 64), "num_attention_heads": (2, 2, 4, 4), "layers_per_block": 1,
+    "cross_attention_dim": 32, "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 24,
+}  # fmt: skip
 ADAMW = OptimizerChoice(kind="adamw")
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from diffusers import UNetSpatioTemporalConditionModel
 from shared_ranks import ADAMW, FRAMES, SHARINGS, SIDE, TINY, modelled, tiny
 
