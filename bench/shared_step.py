@@ -285,7 +285,9 @@ def _plan(card: Card, kind: OptimizerKind, frames: int, height: int, width: int,
     """For one card's step, with room for gradients that lie in buckets where there are others; None where none fits."""
     workload = svd_workload(kind, frames=frames, height=height, width=width, has_guide=True)
     gradients = 0 if is_alone else sum(x.numel() * x.element_size() for x in workload.trained)
-    search = Search(workload, card, kind, can_update_in_backward=is_alone, can_update_on_host=is_alone)
+    search = Search(  # FLOPs are asked of no one here, so plain diffusers' need no trace
+        workload, card, kind, can_update_in_backward=is_alone, can_update_on_host=is_alone, plain_flops=1
+    )
     try:
         return search.best(card.usable_gib - gradients / GIB)
     except BudgetTooSmallError:

@@ -22,7 +22,7 @@ from mmkernels.memory.clock import Clock
 from mmkernels.memory.cuda_autocast import norms_in_float32
 from mmkernels.memory.trace import trace
 
-BLOCKS = 4 + 2 + 2 * 4  # residual ones: down, in the middle, up
+BLOCKS = 2 + 2 + 2 * 2  # residual ones: down, in the middle, up
 Ranks = list[dict[str, tuple[int, dict[str, int]]]]
 
 
