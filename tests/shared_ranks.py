@@ -100,7 +100,7 @@ def peak_of_ddp() -> int:
         for _ in range(2):  # the second has the buckets in their order
             wrapped.zero_grad(set_to_none=True)
             step()
-        buckets = [x.grad for x in workload.trained]
+        buckets = [x.grad for x in workload.trained if x.grad is not None]
         wrapped.zero_grad(set_to_none=True)
         return trace(step, [*workload.resident, states, *buckets]).peak_bytes
 

@@ -75,10 +75,10 @@ def test_the_compute_stream_waits_where_a_result_is_waited_for(group: str) -> No
         second = functional.all_to_all_single(x, [], [], group)  # to 6, behind the first
         first.new_empty(3)  # asks for nothing that it holds
         for _ in range(3):
-            x + 1  # 8 MiB each, more than 3 s in all, beside them
+            x.add(1)  # 8 MiB each, more than 3 s in all, beside them
         functional.wait_tensor(first)  # long there
         functional.wait_tensor(second)
-        x + 1
+        x.add(1)
 
     trace(step, clock=clock)
     one_s = clock.compute_s / 4

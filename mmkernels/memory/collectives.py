@@ -76,7 +76,9 @@ def _sent_to_others(given: dict[str, Any], group: ProcessGroup) -> int:
 
 def _group_of(given: dict[str, Any]) -> ProcessGroup:
     group = given["group_name"] if "group_name" in given else ProcessGroup.unbox(given["process_group"])
-    return torch.distributed.distributed_c10d._resolve_process_group(group) if isinstance(group, str) else group
+    if not isinstance(group, str):
+        return group
+    return torch.distributed.distributed_c10d._resolve_process_group(group)  # pyright: ignore[reportArgumentType]  a str
 
 
 def _tensors(tree: object) -> list[Tensor]:

@@ -309,7 +309,7 @@ class _StorageFollower(TorchDispatchMode):
             self._count(storage)
             return done
 
-        torch.UntypedStorage.resize_ = resize_and_count
+        torch.UntypedStorage.resize_ = resize_and_count  # pyright: ignore[reportAttributeAccessIssue]  names alone
         try:
             yield
         finally:
