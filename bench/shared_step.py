@@ -4,6 +4,8 @@ The other cards are torch's fake process group: FSDP2 and the exchanges of frame
 sees what they allocate and send (mmkernels/memory/collectives.py). DistributedDataParallel does its sums below what a
 trace sees; its buckets are here: of 25 MiB, the first of 1, in the order in which gradients come, all of them there
 from the start with the gradients as views, each sent when its last gradient has come. The update waits for the last.
+Frames are exchanged in a group of their own, as the trainer has it: neither waits for the other, they share the link.
+What FSDP2 gathers and reduces is in one queue with the frames, which is a little slower than groups of their own.
 
 Everything on the card counts, as in bench/modelled_step.py, but NCCL's own buffers. This rank is the first, which has
 the most frames where they do not divide.
@@ -100,7 +102,7 @@ class Buckets:
     def __init__(self, trained: Sequence[nn.Parameter], ranks: int, clock: Clock) -> None:
         self._clock, self._ranks = clock, ranks
         self._room = {x: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype) for x in trained}
-        self._filled_bytes, self._limit_bytes, self._done_s = 0, FIRST_BUCKET_BYTES, 0.0
+        self._filled_bytes, self._limit_bytes = 0, FIRST_BUCKET_BYTES
 
     @property
     def memory(self) -> list[Tensor]:
@@ -130,13 +132,13 @@ class Buckets:
         if not self._filled_bytes:
             return
         sent_bytes = 2 * (self._ranks - 1) * self._filled_bytes // self._ranks
-        self._done_s = self._clock.exchange(sent_bytes, self._clock.record("compute"))
+        self._clock.sum_gradients(sent_bytes, self._clock.record("compute"))
         self._filled_bytes, self._limit_bytes = 0, BUCKET_BYTES
 
     def finish(self) -> None:
         """Send the rest and wait for all."""
         self._send()
-        self._clock.wait("compute", self._done_s)
+        self._clock.wait("compute", self._clock.summed_s)
 
 
 class Meshes(NamedTuple):

@@ -87,6 +87,19 @@ def test_the_compute_stream_waits_where_a_result_is_waited_for(group: str) -> No
     assert (clock.record("network"), clock.network_s, clock.sent_bytes) == (6, 6, 6 * MIB)
 
 
+def test_gradients_and_exchanges_share_the_link() -> None:
+    clock = Clock(CARD)
+    clock.sum_gradients(2 * MIB, 0.0)
+    assert clock.exchange(MIB, 1.0) == 3  # a second of gradients is left, and one to exchange: both take two
+    assert clock.summed_s == 3
+    clock = Clock(CARD)
+    clock.sum_gradients(3 * MIB, 0.0)
+    assert clock.exchange(MIB, 0.0) == 2 and clock.summed_s == 4
+    clock.sum_gradients(MIB, 5.0)
+    assert clock.summed_s == 6 and clock.exchange(MIB, 7.0) == 8
+    assert (clock.network_s, clock.sent_bytes) == (6, 6 * MIB)
+
+
 def test_cards_without_a_known_link_exchange_nothing() -> None:
     assert card("H100").peers is not None
     with pytest.raises(ValueError, match="no link between several L40S is known"):
