@@ -93,6 +93,7 @@ modelled: $(VENV)/.installed
 	cp runs/plan/front.png docs/plan_front.png
 	$(BIN)/python bench/train_step.py --json bench/results/train_step-modelled.json --picture docs/train_step.png
 	$(BIN)/python bench/predicted_step.py --json bench/results/h200-predicted.json
+	$(BIN)/python bench/parallel.py --workers 2 --json bench/results/parallel-modelled.json --picture docs/parallel.png
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check

@@ -97,12 +97,48 @@ LARGEST_WORKSPACE_BYTES = 32 << 20  # of cuBLAS, on Hopper
 
 
 @dataclass(frozen=True, kw_only=True)
+class Link:
+    """What joins the cards of one host: bytes a second that each sends while it receives as many, as NCCL reaches them.
+
+    start_s: from the call of a collective to its first byte. source: where both are from, or "assumed".
+    """
+
+    name: str
+    bytes_per_s: float
+    start_s: float
+    source: str
+
+    def seconds(self, sent_bytes: float) -> float:
+        """Of one collective in which each card sends so much."""
+        return self.start_s + sent_bytes / self.bytes_per_s if sent_bytes else 0.0
+
+
+# By the data sheets 450 and 300 GB/s one way. All-reduces of eight H100 gain from sums in the switch (480 GB/s counted
+# as a ring's), which is left out. Start of a collective: assumed on NVLink.
+NVLINK_4 = Link(
+    name="NVLink 4, through switches", bytes_per_s=370e9, start_s=25e-6,
+    source="effective bandwidth by NCCL's maintainer, NVIDIA/nccl-tests #212; start assumed",
+)  # fmt: skip
+NVLINK_3 = Link(
+    name="NVLink 3, through switches", bytes_per_s=230e9, start_s=25e-6,
+    source="8 A100 SXM4 reach 230 to 250 GB/s in all-reduces (docs.alayanew.com, nccl-tests); start assumed",
+)  # fmt: skip
+# GeForce drivers allow no copies between cards: each goes through the host's memory. 25.8 GB/s both ways together
+# between any two of three RTX 4090 in 16 lanes of PCIe 4. Of eight the host's memory may give less.
+PCIE_4_HOST = Link(
+    name="PCIe 4 x16, through the host", bytes_per_s=12.9e9, start_s=42e-6,
+    source="tinygrad/open-gpu-kernel-modules #6, P2P disabled; start NVIDIA/nccl #1530; more than three cards assumed",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
 class Card:
     """A GPU: bytes a second, dense bfloat16 operations a second with float32 sums in tensor cores, of its data sheet.
 
     device: what the driver calls it; other cards of the family have other memory.
     memory_gib: by its name. usable_gib: of it, what a step may allocate; unbounded where nothing is known.
     link_bytes_per_s: to and from the host, each way; 0 where nothing can be moved.
+    peers: what joins several of them in one host; None where it is not known.
     rates: measured ones; those that are not in it are assumed from the data sheet.
     """
 
@@ -114,6 +150,7 @@ class Card:
     link_bytes_per_s: float
     capability: tuple[int, int] = (8, 0)
     usable_gib: float = math.inf
+    peers: Link | None = None
     rates: Mapping[Kind, Rate] = field(default_factory=dict, hash=False)
 
     def rate(self, kind: Kind) -> Rate:
@@ -150,13 +187,13 @@ def without_fragments(gib: float) -> float:
 def _card(
     name: str, device: str, memory_gib: float, reported_gib: float, terabytes_per_s: float, teraflops: float,
     link: float, capability: tuple[int, int] = (8, 9), *, has_display: bool = False,
-    rates: Mapping[Kind, Rate] | None = None,
+    rates: Mapping[Kind, Rate] | None = None, peers: Link | None = None,
 ) -> Card:  # fmt: skip
     """reported_gib: what CUDA says there is, as in the last line of a message that memory ran out."""
     display_gib = DISPLAY_GIB if has_display else 0.0
     return Card(
         name=name, device=device, memory_gib=memory_gib, bytes_per_s=terabytes_per_s * 1e12,
-        flops_per_s=teraflops * 1e12, link_bytes_per_s=link, capability=capability, rates=rates or {},
+        flops_per_s=teraflops * 1e12, link_bytes_per_s=link, capability=capability, rates=rates or {}, peers=peers,
         usable_gib=round(without_fragments(reported_gib - CONTEXT_GIB - display_gib), 1),
     )  # fmt: skip
 
@@ -167,15 +204,15 @@ def _card(
 # 16 GB 15.61 (DengKaiCQ/VGGT-Long #6); H200 and H100 (79.18) measured. RTX 5090, 3090: assumed, by cards of the same
 # size.
 CARDS = (
-    _card("A100", "NVIDIA A100-SXM4-80GB", 80, 79.2, 2.04, 312, PCIE_4, (8, 0)),
-    _card("A100 40GB", "NVIDIA A100-SXM4-40GB", 40, 39.5, 1.555, 312, PCIE_4, (8, 0)),
-    _card("H100", "NVIDIA H100 80GB HBM3", 80, 79.1, 3.35, 989, PCIE_5, HOPPER, rates=H100_RATES),
-    _card("H200", "NVIDIA H200", 141, 139.8, 4.8, 989, PCIE_5, HOPPER, rates=H200_RATES),
+    _card("A100", "NVIDIA A100-SXM4-80GB", 80, 79.2, 2.04, 312, PCIE_4, (8, 0), peers=NVLINK_3),
+    _card("A100 40GB", "NVIDIA A100-SXM4-40GB", 40, 39.5, 1.555, 312, PCIE_4, (8, 0), peers=NVLINK_3),
+    _card("H100", "NVIDIA H100 80GB HBM3", 80, 79.1, 3.35, 989, PCIE_5, HOPPER, rates=H100_RATES, peers=NVLINK_4),
+    _card("H200", "NVIDIA H200", 141, 139.8, 4.8, 989, PCIE_5, HOPPER, rates=H200_RATES, peers=NVLINK_4),
     _card("L40S", "NVIDIA L40S", 48, 44.4, 0.864, 362, PCIE_4),
     _card("RTX A6000", "NVIDIA RTX A6000", 48, 47.5, 0.768, 154.8, PCIE_4, (8, 6), has_display=True),
     _card("RTX 6000 Ada", "NVIDIA RTX 6000 Ada Generation", 48, 44.4, 0.96, 364, PCIE_4, has_display=True),
     _card("RTX 5090", "NVIDIA GeForce RTX 5090", 32, 31.3, 1.792, 209.5, PCIE_5, (12, 0), has_display=True),
-    _card("RTX 4090", "NVIDIA GeForce RTX 4090", 24, 23.5, 1.008, 165.2, PCIE_4, has_display=True),
+    _card("RTX 4090", "NVIDIA GeForce RTX 4090", 24, 23.5, 1.008, 165.2, PCIE_4, has_display=True, peers=PCIE_4_HOST),
     _card("RTX 3090", "NVIDIA GeForce RTX 3090", 24, 23.5, 0.936, 71, PCIE_4, (8, 6), has_display=True),
     _card("RTX 4080", "NVIDIA GeForce RTX 4080", 16, 15.6, 0.7168, 97.5, PCIE_4, has_display=True),
     _card("RTX 4060 Ti 16GB", "NVIDIA GeForce RTX 4060 Ti", 16, 15.6, 0.288, 44, PCIE_4 / 2, has_display=True),

@@ -50,6 +50,8 @@ HOW = {
     "python bench/train_step.py --measure": SHORT_STEP,
     "python bench/train_step.py --measure --ways checkpoint fused compiled-fine-grained-one-token": "--help",
     "python bench/predicted_step.py": "as typed",
+    "python bench/parallel.py": "--counts 1 --cards H100 --frames 2 --size 64x64 --out {tmp}",
+    "python bench/parallel.py --measure": "--rounds 1 --out {tmp}",
     "python mimicmotion/train.py --preset mimicmotion-72 --dry-run": "as typed",
     "python mimicmotion/prepare.py --preset mimicmotion-72 --videos my_videos": "--help",
     "python mimicmotion/prepare.py --preset mimicmotion-72 --videos my_videos --dry-run": "--help",

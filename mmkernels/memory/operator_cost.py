@@ -7,7 +7,7 @@ result back, in memory that cuDNN asks torch for (nchwToNhwcKernel and nhwcToNch
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch.utils import flop_counter
 from torch.utils._pytree import tree_leaves
 
 from mmkernels.cards import Kind
+from mmkernels.memory.collectives import collective_of, is_collective
 
 _WRITES_ONLY = ("copy_", "fill_", "zero_", "normal_", "uniform_", "random_")  # in place, without reading what was there
 _ALLOCATES_ONLY = ("empty", "new_empty", "resize_", "set_")  # and what begins so, as empty_like and new_empty_strided
@@ -23,11 +24,11 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 class Kernel(NamedTuple):
-    """One kernel of an operator."""
+    """One kernel of an operator, or a collective that it waits for and the bytes that it sends."""
 
     flops: int
     num_bytes: int
-    kind: Kind = "kernel"
+    kind: Kind | Literal["network"] = "kernel"
 
 
 class OperatorCosts:
@@ -43,6 +44,9 @@ class OperatorCosts:
 
     def kernels(self, func: Any, args: tuple, kwargs: dict, out: object, *, is_inside: bool) -> tuple[Kernel, ...]:
         """What an operator runs on a GPU, in this order. is_inside: of a fused operator, which calls one by name."""
+        if is_collective(func):  # only inside of an operator: Network has the others
+            sent = collective_of(func, args, kwargs, out) if is_inside else None
+            return () if sent is None else (Kernel(0, sent.sent_bytes, "network"),)
         flops, num_bytes = self.flops(func, args, kwargs, out), moved_bytes(func, args, kwargs, out)
         if not flops and not num_bytes:
             return ()

@@ -14,7 +14,7 @@ Modelled, not measured: held to a measured step in tests/test_measured_step.py.
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,7 @@ from mmkernels.costs import modelled_device
 from mmkernels.memory.attribution import History
 from mmkernels.memory.caching_allocator import CachingAllocator, allocated_bytes
 from mmkernels.memory.clock import Clock
+from mmkernels.memory.collectives import Network
 from mmkernels.memory.operator_body import Bodies
 from mmkernels.memory.operator_cost import OperatorCosts
 from mmkernels.memory.phases import Phase, Phases, is_in_backward
@@ -118,7 +119,7 @@ def trace(
         if by_unit:
             hooks.enter_context(torch.autograd.graph.saved_tensors_hooks(follower.note_saved, lambda saved: saved))
         capability = None if clock is None else clock.card.capability
-        with modelled_device(device_kind, capability), follower:
+        with modelled_device(device_kind, capability), follower.seeing_resizes(), follower:
             result = step()
     follower.phases.finish()
     end_bytes = follower.live_bytes
@@ -142,8 +143,9 @@ def plain_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
         yield tensor
         return
     names, _ = tensor.__tensor_flatten__()
-    for name in names:
-        yield from plain_parts(getattr(tensor, name))
+    for inner in (getattr(tensor, name) for name in names):
+        if isinstance(inner, torch.Tensor):  # a DTensor names its mesh too
+            yield from plain_parts(inner)
 
 
 class _StorageFollower(TorchDispatchMode):
@@ -163,11 +165,13 @@ class _StorageFollower(TorchDispatchMode):
         self.allocator = CachingAllocator()
         self.phases = Phases(self._read)
         self._clock, self._history = clock, history
+        self._network = None if clock is None else Network(clock)
         self._costs = OperatorCosts()
         self._bodies = Bodies(self._costs)
         self._has_begun_backward = False
         # Keyed by the address of the storage; the weak reference's callback removes the key before it is reused.
-        self._seen: dict[int, tuple[weakref.ref, int]] = {}  # and the bytes that it counts
+        self._seen: dict[int, weakref.ref] = {}
+        self._counted: dict[int, tuple[int, int]] = {}  # of them those that count: bytes, and the allocator's address
         self._saved: dict[int, tuple[str, int]] = {}  # unit and bytes of what autograd holds, by the same key
         for tensor in resident:
             for part in plain_parts(tensor):
@@ -195,7 +199,7 @@ class _StorageFollower(TorchDispatchMode):
         """What autograd saves, as a hook of it: the storage belongs to the unit that saved it first."""
         if not is_in_backward() and tensor.layout == torch.strided:
             key = tensor.untyped_storage()._cdata
-            _, num_bytes = self._seen.get(key, (None, 0))
+            num_bytes, _ = self._counted.get(key, (0, 0))
             if num_bytes and key not in self._resident:
                 self._saved.setdefault(key, (current_unit(), num_bytes))
         return tensor.detach()  # the tensor itself would hold its own graph alive
@@ -216,13 +220,20 @@ class _StorageFollower(TorchDispatchMode):
                 self._see(leaf, is_counted=False)
         if self._history is not None:
             self._history.operator(func)
+        if self._network is not None:
+            self._network.before(func, args, kwargs)
         out = func(*args, **kwargs)
         self.flops += self._costs.flops(func, args, kwargs, out)
         body = self._bodies.of(func, args, kwargs)
         kernels = self._costs.kernels(func, args, kwargs, out, is_inside=False) if body is None else body.kernels
         if self._clock is not None:
             for flops, num_bytes, kind in kernels:
-                self._clock.compute(flops, num_bytes, kind)
+                if kind == "network":
+                    self._clock.wait("compute", self._clock.exchange(num_bytes, self._clock.record("compute")))
+                else:
+                    self._clock.compute(flops, num_bytes, kind)
+        if self._network is not None:
+            self._network.after(func, args, kwargs, out)
         if self._is_cuda and not self._blas_bytes and any(kernel.kind == "product" for kernel in kernels):
             self._take_blas()
         bytes_before = self.live_bytes
@@ -257,27 +268,61 @@ class _StorageFollower(TorchDispatchMode):
         if tensor.layout != torch.strided:
             raise ValueError(f"trace follows strided tensors, got layout {tensor.layout}; make the tensor dense")
         storage = tensor.untyped_storage()
+        if storage._cdata not in self._seen:
+            self._follow(storage)
+            if is_counted:
+                self._count(storage)
+
+    def _follow(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
-        if key in self._seen:
+        self._seen[key] = weakref.ref(storage, lambda _: self._forget(key))
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, num_bytes = storage._cdata, allocated_bytes(storage.nbytes())
+        if not num_bytes:
             return
-        num_bytes = allocated_bytes(storage.nbytes()) if is_counted else 0
-        address = self.allocator.allocate(num_bytes) if num_bytes else None
-        self._seen[key] = weakref.ref(storage, lambda _: self._forget(key, num_bytes, address)), num_bytes
+        self._counted[key] = num_bytes, self.allocator.allocate(num_bytes)
         self.live_bytes += num_bytes
-        if self._history is not None and num_bytes:
+        if self._history is not None:
             self._history.allocated(key, num_bytes)
         self._see_peak(self.live_bytes)
+
+    def _free(self, key: int) -> None:
+        if (counted := self._counted.pop(key, None)) is None:
+            return
+        num_bytes, address = counted
+        self.allocator.free(address)
+        self.live_bytes -= num_bytes
+        if self._history is not None:
+            self._history.freed(key)
+
+    @contextmanager
+    def seeing_resizes(self) -> Iterator[None]:
+        """Inside, storages that are emptied and filled again count so: FSDP2 lets go of gathered weights this way."""
+        resize = torch.UntypedStorage.resize_
+
+        def resize_and_count(storage: torch.UntypedStorage, size: int) -> Any:
+            self._free(storage._cdata)
+            done = resize(storage, size)
+            if storage._cdata not in self._seen:
+                self._follow(storage)
+            self._count(storage)
+            return done
+
+        torch.UntypedStorage.resize_ = resize_and_count  # pyright: ignore[reportAttributeAccessIssue]  names alone
+        try:
+            yield
+        finally:
+            torch.UntypedStorage.resize_ = resize
 
     def _see_peak(self, live_bytes: int) -> None:
         self.peak_bytes = max(self.peak_bytes, live_bytes)
         self.phases.see_live_bytes(live_bytes)
 
-    def _forget(self, key: int, num_bytes: int, address: int | None) -> None:
+    def _forget(self, key: int) -> None:
         del self._seen[key]
+        self._free(key)
         self._resident.discard(key)
         self._saved.pop(key, None)
-        if address is not None:
-            self.allocator.free(address)
-        if self._history is not None:
-            self._history.freed(key)
-        self.live_bytes -= num_bytes
+        if self._network is not None:
+            self._network.forget(key)

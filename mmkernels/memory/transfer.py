@@ -14,7 +14,9 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-StreamName = Literal["compute", "copy-out", "copy-in"]
+StreamName = Literal[
+    "compute", "copy-out", "copy-in", "network"
+]  # network: what cards send each other, of a clock alone
 HOST_MARGIN_BYTES = 2 << 30  # left to everything else on the host
 
 

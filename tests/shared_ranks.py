@@ -1,0 +1,124 @@
+"""Run by torchrun from test_shared_step.py: `shared_ranks.py FILE`; each way's peak and bytes, counted on two ranks."""
+
+import json
+import sys
+import warnings
+from collections import Counter
+from functools import cache
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import mmkernels
+from bench.shared_step import Meshes, Prepared, Sharing, fake_ranks
+from mmkernels import frames
+from mmkernels.cards import card
+from mmkernels.frames import counts_of
+from mmkernels.memory.clock import Clock
+from mmkernels.memory.cuda_autocast import norms_in_float32
+from mmkernels.memory.trace import trace
+from mmkernels.planning.choices import OptimizerChoice
+from mmkernels.planning.svd import svd_workload
+from mmkernels.planning.workload import Workload
+
+FRAMES, SIDE = 8, 64
+SHARINGS = {
+    "frames": Sharing(cards=2, frames=2),
+    "frames x shard": Sharing(cards=2, frames=2, shard=2),
+}
+TINY: Any = {
+    "block_out_channels": (32, 64), "num_attention_heads": (2, 4), "layers_per_block": 1, "cross_attention_dim": 32,
+    "down_block_types": ("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+    "up_block_types": ("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
+    "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 24,
+}  # fmt: skip
+ADAMW = OptimizerChoice(kind="adamw")
+
+
+class Sent(TorchDispatchMode):
+    """Bytes by the collective's name: what leaves this rank in an all-to-all, the input of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func.namespace == "_c10d_functional" and args[0].numel():
+            name, x = func._overloadpacket.__name__, args[0]
+            splits = args[2] if name == "all_to_all_single" else ()
+            kept = splits[torch.distributed.get_rank()] if splits else 0
+            self.bytes[name] += (x.numel() - kept) * x.element_size()
+        return func(*args, **(kwargs or {}))
+
+
+def tiny(sharing: Sharing, device: torch.device | None) -> tuple[Workload, Meshes, tuple[int, ...]]:
+    """A UNet's step on one of several ranks."""
+    meshes, counts = Meshes.of(sharing), counts_of(FRAMES, sharing.frames)
+    return svd_workload("adamw", frames=counts[0], height=SIDE, width=SIDE, device=device, **TINY), meshes, counts
+
+
+def peak(sharing: Sharing, device: torch.device | None) -> tuple[int, Counter[str]]:
+    """Of a step, and what it sends; with tensors that are there on a device, else with fake ones."""
+    workload, meshes, counts = tiny(sharing, device)
+    sent = Sent()
+    with workload.mode, norms_in_float32(), mock.patch.object(frames, "_PART_TOKENS", 64):
+        clock = Clock(card("H100"))  # times nothing here
+        prepared = Prepared(sharing, meshes, counts, workload, clock, ADAMW)
+
+        def step() -> None:
+            with sent:
+                prepared.step()
+
+        return trace(step, prepared.resident).peak_bytes, sent.bytes
+
+
+@cache
+def modelled(sharing: Sharing) -> tuple[int, Counter[str]]:
+    """With the other ranks made up."""
+    with fake_ranks(sharing.cards):
+        return peak(sharing, None)
+
+
+def peak_of_ddp() -> int:
+    """A step's peak under torch's own DistributedDataParallel."""
+    workload, *_ = tiny(Sharing(cards=2), torch.device("cpu"))
+    mmkernels.replace(workload.unet)
+    wrapped = DistributedDataParallel(workload.unet, gradient_as_bucket_view=True)
+    states = torch.empty(8 * sum(x.numel() for x in workload.trained), dtype=torch.uint8)
+    sample, context, time_ids, times = workload.resident[-4:]
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            out = wrapped(sample, times, context, time_ids, return_dict=False)[0]
+        out.float().square().mean().backward()
+
+    with norms_in_float32():
+        for _ in range(2):  # the second has the buckets in their order
+            wrapped.zero_grad(set_to_none=True)
+            step()
+        buckets = [x.grad for x in workload.trained if x.grad is not None]
+        wrapped.zero_grad(set_to_none=True)
+        return trace(step, [*workload.resident, states, *buckets]).peak_bytes
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    torch.distributed.init_process_group("gloo")
+    found: dict[str, Any] = {"data": [peak_of_ddp(), {}]}
+    for name, sharing in SHARINGS.items():
+        found[name] = peak(sharing, torch.device("cpu"))
+    every: list[Any] = [None, None]
+    torch.distributed.all_gather_object(every, found)
+    if torch.distributed.get_rank() == 0:
+        Path(sys.argv[1]).write_text(json.dumps(every))
+    torch.distributed.barrier()  # gloo's threads let go of the last tensors
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
