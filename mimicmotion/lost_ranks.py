@@ -15,6 +15,8 @@ from torch.distributed import ProcessGroup, Store
 WORD_S = 2.0  # for a rank that was lost to be named, and for whoever has the sentence to say it before all are ended
 ROLL_CALL_S = 5.0  # in which every rank that is still there answers
 GRACE_S = 20.0  # until a rank whose own collective goes on waiting, as NCCL's does, is ended; torchrun kills after 30
+# What gloo and NCCL say where another rank did not answer: the first one to give up closes its connections to the rest.
+_OF_THE_NETWORK = ("timed out", "timeout", "connection closed", "connection reset", "broken pipe")
 _LOST = "lost"  # the store's key of what was first: "RANK BY WHY", which rank ended, which one says so, and the words
 
 
@@ -41,8 +43,8 @@ class Watch:
     def explain(self, error: BaseException) -> None:
         """Of an error that ends this rank: return where it is its own, and else raise RankLostError."""
         may_be_of_another = isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError)
-        has_waited = may_be_of_another and not self._is_named() and "timed out" in str(error).lower()
-        if has_waited and (silent := self._silent()):
+        has_waited = may_be_of_another and any(word in str(error).lower() for word in _OF_THE_NETWORK)
+        if has_waited and not self._is_named() and (silent := self._silent()):
             ranks = ", ".join(map(str, silent))
             self._name(silent[0], f"no word from rank {ranks} of {self._world_size} within parallel.timeout_minutes")
         own = str(error).strip() or type(error).__name__

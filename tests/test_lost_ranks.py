@@ -93,11 +93,11 @@ def test_a_fault_of_ours_keeps_its_traceback(tmp_path: Path) -> None:
 
 
 def test_a_silent_rank_is_named_after_the_timeout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lost_ranks, "ROLL_CALL_S", 1.0)
+    monkeypatch.setattr(lost_ranks, "ROLL_CALL_S", 2.5)
 
     def step(ranks: Ranks) -> None:
         if ranks.rank == 2:
-            time.sleep(8)
+            time.sleep(12)
 
     ends = together(tmp_path, step, minutes=2 / 60)
     assert [end.code for end in ends[:2]] == [1, 1] and max(end.seconds for end in ends[:2]) < 15
