@@ -68,13 +68,14 @@ def choose_plan(config: Config, ranks: Ranks, *, resume: bool = False) -> tuple[
 
 
 def placed(config: Config, plan: Plan) -> Config:
-    """The config with the optimizer where the plan has it."""
+    """The config with the optimizer where the plan has it; weights in parts keep their average beside them."""
     settings, chosen = config.optimizer, plan.optimizer
+    is_moved = settings.ema == "device" and not config.parallel.is_sharded
     optimizer = dataclasses.replace(
         settings,
         in_backward=chosen.is_in_backward,
         states_on_host=chosen.states_on_host,
-        ema="host" if settings.ema == "device" else settings.ema,
+        ema="host" if is_moved else settings.ema,
     )
     return dataclasses.replace(config, optimizer=optimizer)
 

@@ -40,8 +40,7 @@ class ParallelConfig:
     def _check_shard(self, config: Any) -> None:
         optimizer = config.optimizer
         needs_whole = {
-            "plan": config.plan is not None,  # knows one GPU's memory, with all weights on it
-            "memory_budget": config.memory_budget is not None,
+            "memory_budget": config.memory_budget is not None,  # makes plans anew, for blocks that are in parts by then
             "lora.rank": config.lora.rank > 0,  # few weights are trained, and each rank can have the frozen ones
             "optimizer.kind": optimizer.kind != "adamw",  # its 8-bit blocks would begin elsewhere on other ranks
             "optimizer.in_backward": optimizer.in_backward,

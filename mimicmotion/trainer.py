@@ -65,7 +65,7 @@ class Trainer:
         self.notes += pretrained.begin(self.model, config)
         self.say, is_sharded = print, config.parallel.is_sharded
         if is_sharded:  # blocks are known by their classes, which FSDP2 changes, and moments are parts as weights are
-            self.blocks = PlannedBlocks(self.model, config, frames=self.frames.mesh)
+            self.blocks = PlannedBlocks(self.model, config, plan, frames=self.frames.mesh)
             sharding.shard(self.model, ranks, config.parallel.shard)
         self.optimization = build_optimization(self.model, config, scales_loss=config.trainer.precision == "fp16")
         if not is_sharded:

@@ -17,6 +17,7 @@ from mimicmotion.model.adapters import own_state
 from mimicmotion.parallel import ParallelConfig
 from mimicmotion.sharding import full, part
 from mimicmotion.trainer import Trainer
+from mmkernels.planning.choices import Plan
 
 
 def config_of(folder: Path, shard: int, steps: int) -> Config:
@@ -25,9 +26,9 @@ def config_of(folder: Path, shard: int, steps: int) -> Config:
     return dataclasses.replace(config, kernels="fused", parallel=ParallelConfig(shard=shard))
 
 
-def train(config: Config, ranks: Ranks, *, resume: bool) -> Trainer:
+def train(config: Config, ranks: Ranks, *, resume: bool, plan: Plan | None = None) -> Trainer:
     """A run to its last step."""
-    trainer = Trainer(config, NoiseClips(config=config), ranks, resume=resume)
+    trainer = Trainer(config, NoiseClips(config=config), ranks, resume=resume, plan=plan)
     assert trainer.run()
     return trainer
 
@@ -36,7 +37,9 @@ def main() -> None:
     folder, shard, steps = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     torch.set_num_threads(1)
     with join_ranks() as ranks:
-        trainer = train(config_of(folder, shard, steps), ranks, resume="--resume" in sys.argv)
+        plan = Plan(recomputed_blocks=("mid_block.attentions.0", "up_blocks.1.resnets.0"))
+        trainer = train(config_of(folder, shard, steps), ranks, resume="--resume" in sys.argv, plan=plan)
+        assert "recomputed whole" in trainer.blocks.report
         held = own_state(trainer.model)
         states = trainer.optimization.tensors()["optimizer"]
         moments = [x for name, x in states.items() if not name.endswith("/step")]

@@ -14,7 +14,9 @@ from sharded_ranks import config_of, train
 
 from mimicmotion.config import Config, LoraConfig, OptimizerConfig
 from mimicmotion.distributed import Ranks
+from mimicmotion.memory_plan import placed
 from mimicmotion.parallel import ParallelConfig
+from mmkernels.planning.choices import OptimizerChoice, Plan
 
 ALONE = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
 GROUPS = ("model", "ema", "optimizer")
@@ -77,6 +79,14 @@ def test_one_rank_reads_to_the_bit_what_two_have_saved(runs: dict[str, Path]) ->
     held, wanted = {"model": again.model.state_dict(), **again.optimization.tensors()}, saved(runs["sharded"], 2)
     for group in GROUPS:
         assert [key for key, x in wanted[group].items() if not torch.equal(held[group][key], x)] == []
+
+
+def test_a_plan_leaves_the_average_with_weights_that_are_in_parts() -> None:
+    whole = Config(kernels="fused", plan=Path("plan.json"))
+    sharded = dataclasses.replace(whole, parallel=ParallelConfig(shard=2))
+    assert placed(whole, Plan()).optimizer.ema == "host" and placed(sharded, Plan()).optimizer.ema == "device"
+    with pytest.raises(ValueError, match=r"optimizer\.states_on_host as given takes whole weights"):
+        placed(sharded, Plan(optimizer=OptimizerChoice(states_on_host=True)))
 
 
 def test_a_number_of_ranks_that_cannot_share_is_refused(tmp_path: Path) -> None:
