@@ -21,7 +21,9 @@ from mimicmotion.lost_ranks import Watch
 
 Made = TypeVar("Made")
 Part = TypeVar("Part")
-PATIENCE = timedelta(hours=24)  # of ranks that wait while the first one prepares footage, plans or saves
+# Of ranks that wait while the first one prepares footage, plans or saves, and for each other's last word: no run is
+# longer, since gloo takes that wait for a lost rank where it ends.
+PATIENCE = timedelta(days=365)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -107,7 +107,7 @@ class Clip(NamedTuple):
         clips = x if is_by_clip else x.unflatten(0, (-1, self.counts[self.rank]))
         of_ranks: Any = _Gather.apply(clips.to(torch.uint8) if x.dtype == torch.bool else clips, self)
         gathered = (of_ranks if is_by_clip else of_ranks.flatten(0, 1)).to(x.dtype)
-        if not gathered.requires_grad:
+        if not gathered.requires_grad and not x.is_inference():  # whose versions are not counted
             self.seen.append((weakref.ref(x), x._version, gathered))
         return gathered
 

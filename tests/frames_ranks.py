@@ -10,6 +10,7 @@ from unittest import mock
 import torch
 from diffusers.models.unets.unet_spatio_temporal_condition import UNetSpatioTemporalConditionModel
 from torch import Tensor
+from torch._C._distributed_c10d import _get_work_registry_size
 from torch.distributed.device_mesh import DeviceMesh
 
 import mmkernels
@@ -123,6 +124,19 @@ def bits(mesh: DeviceMesh) -> list[bool]:
     return [all(torch.equal(other[name], x) for name, x in first.items()) for other in (second, *others)]
 
 
+def in_inference(mesh: DeviceMesh) -> float:
+    """How far the output is off in inference mode."""
+    given, mine = inputs_of(2), frames.slice_of(F, mesh.size(), mesh.get_local_rank())
+    unet, plain = unet_of(), unet_of()
+    mmkernels.replace(unet, frames=mesh)
+    with torch.inference_mode():
+        found, wanted = (
+            model(given["sample"][:, part], given["timestep"], given["context"], given["ids"], return_dict=False)[0]
+            for model, part in ((unet, mine), (plain, slice(None)))
+        )
+    return float((found - wanted[:, mine]).abs().max())
+
+
 def cases() -> Iterator[Case]:
     """Each is held against one rank with plain diffusers in float64."""
     wanted = {clips: step(unet_of(), inputs_of(clips)) for clips in (1, 2)}
@@ -137,6 +151,8 @@ def cases() -> Iterator[Case]:
         yield "in parts, two layers", 3, lambda mesh: errors(on_ranks(inputs_of(1), mesh, layers=2), two_layers)
         again = Plan(recomputed_blocks=("mid_block.attentions.0", "down_blocks.0.resnets.0"))
         yield "run again", 2, lambda mesh: errors(on_ranks(inputs_of(2), mesh, again), wanted[2])
+        yield "in flight", 2, lambda mesh: _get_work_registry_size()
+    yield "inference", 2, in_inference
     yield "bits", 3, bits
     yield "refused", 4, refusals
 

@@ -37,6 +37,15 @@ def test_ranks_compute_what_plain_diffusers_does_in_float64(found: dict[str, Any
     assert off["output"] < 1e-13 and off["gradients"] < 2e-11, off["of"]
 
 
+def test_every_exchange_was_waited_for(found: dict[str, Any]) -> None:
+    """Also of blocks that run again in backward; torch keeps the memory of one that was not until the process ends."""
+    assert found["in flight"] == 0
+
+
+def test_inference_mode(found: dict[str, Any]) -> None:
+    assert found["inference"] < 1e-13
+
+
 def test_the_same_bits_again_and_on_every_rank(found: dict[str, Any]) -> None:
     assert found["bits"] == [True] * 4
 

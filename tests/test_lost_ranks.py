@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import forked
@@ -17,7 +18,7 @@ from stopped_run import patched
 
 from mimicmotion import checkpoint, lost_ranks, train
 from mimicmotion.commands import one_sentence
-from mimicmotion.distributed import Ranks, join_ranks
+from mimicmotion.distributed import PATIENCE, Ranks, join_ranks
 
 AGAIN = "take them up again"
 
@@ -114,6 +115,11 @@ def test_waiting_for_the_first_rank_has_no_such_timeout(tmp_path: Path) -> None:
 
     ends = together(tmp_path, step, minutes=1 / 60, num_ranks=2)
     assert [(end.code, end.said) for end in ends] == [(0, ""), (0, "")]
+
+
+def test_a_run_may_last_for_months() -> None:
+    """Gloo takes a wait for another rank's last word that ends by its timeout for a lost rank."""
+    assert timedelta(days=90) < PATIENCE
 
 
 def test_restarts_on_several_machines_want_fresh_addresses(tmp_path: Path) -> None:
