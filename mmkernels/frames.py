@@ -7,10 +7,10 @@ pixels. With p the pixels of rank k,
     x (B, F_k, P, C)  ->  (B, F, p, C)  ->  compute  ->  (B, F, p, C')  ->  (B, F_k, P, C')
 
 each arrow an all-to-all of all tokens but the rank's own, (K - 1) / K of B * F * P * C elements over all ranks, and its
-gradient is the arrow turned around. The pixels go in parts: while one is computed the next is on its way, forward and
-backward. A token is what it is on one rank, but for the sums of GroupNorm (mmkernels.kernels.group_norm.over_ranks). A
-parameter's gradient is that of the rank's own tokens: the sum over ranks is the whole. Collectives are torch's
-functional ones.
+gradient is the arrow turned around. The pixels go in parts, which set out together: while one is computed the next is
+on its way, forward and backward. A token is what it is on one rank, but for the sums of GroupNorm
+(mmkernels.kernels.group_norm.over_ranks). A parameter's gradient is that of the rank's own tokens: the sum over ranks
+is the whole. Collectives are torch's functional ones.
 """
 
 from __future__ import annotations
