@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 
 import mmkernels
+from mmkernels.memory.units import Choice
 from mmkernels.planning.choices import Plan
 
 
@@ -40,8 +41,9 @@ def main() -> None:
     wanted, _ = step(small_unet(), inputs, None, is_sharded=False)
     units = every_unit_moves(small_unet())
     again = ("mid_block.attentions.0", "up_blocks.1.resnets.0")
-    kept = {name: choice for name, choice in units.items() if not name.startswith(again)}
-    kept |= {f"{name}/input": "move" for name in again}
+    kept: dict[str, Choice] = {name: choice for name, choice in units.items() if not name.startswith(again)}
+    for name in again:
+        kept[f"{name}/input"] = "move"
     plan = Plan(units=kept, recomputed_blocks=again, slab_bytes=SLAB_BYTES, window_bytes=0)
     _, left_alone = step(small_unet(), inputs, plan, is_sharded=False)
     found, left = step(small_unet(), inputs, plan, is_sharded=True)
