@@ -94,8 +94,8 @@ def _spike(steps: range) -> Iterator[None]:
     original, seen, calls = Trainer._micro_batch, [0.0], [0]
 
     def micro_batch(self: Trainer, *arguments: Any) -> Tensor:
-        def scaled(model: Any, batch: Any, draws: Any, config: Any) -> Any:
-            found = clip_losses(model, batch, draws, config)
+        def scaled(*of_batch: Any) -> Any:
+            found = clip_losses(*of_batch)
             factor = 10 * seen[0] / float(found.clips.max()) if calls[0] // BATCH in steps else 1.0
             seen[0] = seen[0] if factor != 1.0 else max(seen[0], float(found.clips.max()))
             calls[0] += 1
