@@ -318,6 +318,7 @@ def serve(arguments: Arguments) -> None:
             threading.Event().wait()
         finally:
             jobs.end()  # else closing waits for all steps of the job that runs
+            page.server.force_exit = True  # and for a browser that is still told of it, whose threads keep Python alive
             page.close(verbose=False)
             jobs.end()
 
