@@ -318,8 +318,8 @@ def serve(arguments: Arguments) -> None:
             threading.Event().wait()
         finally:
             jobs.end()  # else closing waits for all steps of the job that runs
-            page.server.force_exit = True  # and for a browser that is still told of it, whose threads keep Python alive
             page.close(verbose=False)
+            page.server.force_exit = True  # where a browser is still told of the job, whose threads keep Python alive
             jobs.end()
 
 
