@@ -7,7 +7,6 @@ channels-last strides is read as it lies; any other is brought into that order o
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 
 import torch
@@ -60,11 +59,11 @@ class FusedResBlock(FusedBlock):
         if image_only_indicator is None:
             raise ValueError("image_only_indicator is None, wanted (B, F): its last axis is the number of frames")
         clip = self.clip(image_only_indicator.shape[-1])
-        compute = functools.partial(self._compute, clip=clip)
-        return self.run(compute, hidden_states, skip, temb, image_only_indicator)
+        inputs = hidden_states, skip, temb, image_only_indicator
+        return self.run(lambda x, skip, temb, images: self._compute(x, skip, temb, images, clip), *inputs)
 
     def _compute(
-        self, hidden_states: Tensor, skip: Tensor | None, temb: Tensor | None, image_only_indicator: Tensor, *,
+        self, hidden_states: Tensor, skip: Tensor | None, temb: Tensor | None, image_only_indicator: Tensor,
         clip: Clip | None,
     ) -> Tensor:  # fmt: skip
         spatial = _spatial(self.spatial_res_block, hidden_states, skip, temb)  # (B*F, H, W, C)
