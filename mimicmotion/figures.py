@@ -38,7 +38,8 @@ class Figures:
 
     def join(self) -> None:
         """Put together what the ranks that share clips have of them; every rank calls it, after the same `add`s."""
-        self._sums = [self._group.sum(sums) for sums in self._sums]
+        if self._sums:
+            self._sums = [self._group.sum(torch.cat(self._sums))]
         if self._model.pose_squares is not None:
             self._model.pose_squares = [self._group.sum(squares) for squares in self._model.pose_squares]
 

@@ -13,9 +13,7 @@ class Losses:
     """Of each clip of a batch, (B,)."""
 
     clips: Tensor  # what is trained on
-    hands: (
-        Tensor  # (B, 2), to be watched: the sum over the hands' boxes without their weight, and over how many numbers
-    )
+    hands: Tensor  # (B, 2), to be watched: sum over the hands' boxes without their weight, and over how many numbers
 
 
 def denoising_loss(

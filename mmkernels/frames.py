@@ -170,12 +170,12 @@ class _Part(NamedTuple):
 
     def send_frames(self, frames: Tensor) -> Tensor:
         """Begin to send (B, F_k, P, C); what it returns is received when it was waited for."""
-        sent = frames.new_empty(frames[:, :, : sum(self.widths)].numel())
-        places = sent.split(self._sizes_of_frames(frames))
-        for place, values in zip(places, self._of_ranks(frames), strict=True):
+        sizes = self._sizes_of_frames(frames)
+        sent = frames.new_empty(sum(sizes))
+        for place, values in zip(sent.split(sizes), self._of_ranks(frames), strict=True):
             place.view(values.shape).copy_(values)
         each = frames.shape[0] * frames.shape[3] * self.num_own
-        return _begin_exchange(sent, self._sizes_of_frames(frames), [each * n for n in self.clip.counts], self.clip)
+        return _begin_exchange(sent, sizes, [each * count for count in self.clip.counts], self.clip)
 
     def take_pixels(self, buffer: Tensor, shape: tuple[int, ...]) -> Tensor:
         """What all ranks sent by `send_frames`, as (B, F, p, C)."""
@@ -299,11 +299,10 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, clip: Clip) -> Tensor:
         ctx.clip, B, rest = clip, x.shape[0], x.shape[2:]
-        size, each = len(clip.counts), x[:, :1].numel()
+        size, received = len(clip.counts), [x[:, :1].numel() * count for count in clip.counts]
         sent = x.reshape(1, -1).expand(size, -1).reshape(-1)
-        found = _wait(_begin_exchange(sent, [x.numel()] * size, [each * count for count in clip.counts], clip))
-        of_ranks = found.split([each * count for count in clip.counts])
-        return torch.cat([part.view(B, -1, *rest) for part in of_ranks], 1)
+        found = _wait(_begin_exchange(sent, [x.numel()] * size, received, clip))
+        return torch.cat([part.view(B, -1, *rest) for part in found.split(received)], 1)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
