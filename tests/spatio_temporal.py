@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import diffusers
 import pytest
 import torch
 from diffusers import UNetSpatioTemporalConditionModel
+from numerics import assert_within_budget
 from placed import placed
 from torch import Tensor, nn
 
@@ -103,3 +104,11 @@ def pool_draws(draws: list[Gradients]) -> Gradients:
 
 def without(gradients: Gradients, names: set[str]) -> Gradients:
     return {name: x for name, x in gradients.items() if name not in names}
+
+
+def assert_draws_within_budget(
+    actual: list[Gradients], plain: list[Gradients], fp64: list[Gradients], dead: Collection[str] = ()
+) -> None:
+    """`assert_within_budget` of several draws together, scalars as one vector, without the parameters `dead`."""
+    pooled = ([pool_scalars(without(draw, set(dead))) for draw in draws] for draws in (actual, plain, fp64))
+    assert_within_budget(*(pool_draws(draws) for draws in pooled))

@@ -8,9 +8,13 @@ from functools import partial
 import pytest
 import torch
 from diffusers.models.resnet import SpatioTemporalResBlock
-from numerics import assert_within_budget
 from placed import placed
-from spatio_temporal import pool_draws, pool_scalars, run, run_in_float64, several_tokens, without
+from spatio_temporal import (
+    assert_draws_within_budget,
+    run,
+    run_in_float64,
+    several_tokens,
+)
 from svd_blocks import B, C, F, H, W, indicator, resnet, resnet_inputs, transformer, transformer_inputs
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -39,8 +43,7 @@ def check(kind, original: nn.Module, inputs: dict[str, Tensor], marks: Tensor) -
         [run(original, x, partial(module, image_only_indicator=marks)) for x in draws] for module in (original, block)
     )
     assert not dead & set(fused[0]), "a dead parameter has a gradient"
-    pooled = ([pool_scalars(without(draw, dead)) for draw in found] for found in (fused, plain, fp64))
-    assert_within_budget(*(pool_draws(found) for found in pooled))
+    assert_draws_within_budget(fused, plain, fp64, dead)
 
 
 def redrawn(inputs: dict[str, Tensor]) -> list[dict[str, Tensor]]:
@@ -128,8 +131,7 @@ def check_resnet(original: nn.Module, draws: list[dict[str, Tensor]]) -> None:
     fp64 = [run_in_float64(original, x, lambda m, **x: m(**x, image_only_indicator=marks)) for x in draws]
     plain = [run(original, x, partial(original, image_only_indicator=marks)) for x in draws]
     fused = [run(original, x, partial(block, image_only_indicator=marks)) for x in draws]
-    pooled = ([pool_scalars(draw) for draw in found] for found in (fused, plain, fp64))
-    assert_within_budget(*(pool_draws(found) for found in pooled))
+    assert_draws_within_budget(fused, plain, fp64)
 
 
 def test_resnet_in_channels_last_keeps_its_strides_and_five_tensors() -> None:
@@ -159,7 +161,7 @@ def test_resnet_with_a_skip_beside_it_is_that_of_their_concatenation(out_channel
     fp64 = [run_in_float64(original, inputs, joined) for inputs in draws]
     plain = [run(original, inputs, partial(joined, original)) for inputs in draws]
     actual = [run(original, inputs, partial(fused, image_only_indicator=indicator())) for inputs in draws]
-    assert_within_budget(*(pool_draws([pool_scalars(draw) for draw in found]) for found in (actual, plain, fp64)))
+    assert_draws_within_budget(actual, plain, fp64)
 
 
 class Counter(TorchDispatchMode):
@@ -232,8 +234,7 @@ def test_autocast(make, device: torch.device) -> None:
     plain = [run(original, x, partial(under_autocast, original)) for x in draws]
     fused = [run(original, x, partial(under_autocast, block)) for x in draws]
     assert fused[0]["output"].dtype == plain[0]["output"].dtype
-    pooled = ([pool_scalars(without(draw, dead)) for draw in found] for found in (fused, plain, fp64))
-    assert_within_budget(*(pool_draws(found) for found in pooled))
+    assert_draws_within_budget(fused, plain, fp64, dead)
 
 
 def test_missing_inputs_are_named() -> None:

@@ -1,11 +1,8 @@
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from launched import launched
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import NoiseClips, tiny_config
@@ -21,16 +18,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two_ranks")
-    script = Path(__file__).with_name("two_ranks.py")
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, folder]
-    paths = os.pathsep.join([str(script.parents[1]), str(script.parent), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        words,
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
+    done = launched("two_ranks.py", 2, folder, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 

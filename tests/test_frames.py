@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from launched import launched
 
 from mmkernels.frames import counts_of, slice_of
 
@@ -20,11 +17,8 @@ HELD = ("1 ranks, 2 clips", "2 ranks, 1 clips", "3 ranks, 2 clips", "4 ranks, 1 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What four ranks found, in one launch for all tests."""
-    script, file = Path(__file__).with_name("frames_ranks.py"), tmp_path_factory.mktemp("frames") / "found.json"
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", script, file]
-    paths = os.pathsep.join([str(script.parents[1]), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(list(map(str, words)), env=environment, capture_output=True, text=True, timeout=500)
+    file = tmp_path_factory.mktemp("frames") / "found.json"
+    done = launched("frames_ranks.py", 4, file, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(file.read_text())
 

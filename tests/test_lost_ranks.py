@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -12,6 +10,7 @@ from pathlib import Path
 import forked
 import pytest
 import torch
+from launched import launched
 from restarted_run import KILLED_STEP, settings
 from safetensors.torch import load_file
 from stopped_run import patched
@@ -134,13 +133,7 @@ def test_restarts_on_several_machines_want_fresh_addresses(tmp_path: Path) -> No
 
 
 def test_torchrun_restarts_a_killed_rank_and_ends_with_the_same_bits(tmp_path: Path) -> None:
-    script = Path(__file__).with_name("restarted_run.py")
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    paths = os.pathsep.join([str(script.parents[1]), str(script.parent), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [*words, "--max-restarts", "1", str(script), str(tmp_path)], capture_output=True, text=True, timeout=280,
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    done = launched("restarted_run.py", 2, tmp_path, options=("--max-restarts", "1"), timeout=280)
     said = done.stdout + done.stderr
     assert done.returncode == 0 and (tmp_path / "killed").exists(), said
     assert f"resumed {tmp_path / 'run'}/step-{KILLED_STEP:08d} at step {KILLED_STEP}" in said

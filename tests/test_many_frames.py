@@ -10,14 +10,12 @@ import pytest
 import torch
 from numerics import assert_within_budget
 from spatio_temporal import (
+    assert_draws_within_budget,
     channels_last,
-    pool_draws,
-    pool_scalars,
     run,
     run_in_float64,
     small_unet,
     unet_inputs,
-    without,
 )
 from test_temporal_attention import NAMES, gradients, plain, tensors
 from torch import Tensor
@@ -139,8 +137,7 @@ def test_a_whole_unet_of_144_frames() -> None:
     fp64, by_torch = [run_in_float64(unet, x) for x in draws], [run(channels_last(unet), x) for x in draws]
     mmkernels.replace(unet)
     fused = [run(unet, x) for x in draws]
-    pooled = ([pool_scalars(without(draw, dead)) for draw in found] for found in (fused, by_torch, fp64))
-    assert_within_budget(*(pool_draws(found) for found in pooled))
+    assert_draws_within_budget(fused, by_torch, fp64, dead)
 
 
 # --- on the way of a CUDA tensor

@@ -10,17 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from numerics import assert_within_budget
 from spatio_temporal import (
     Gradients,
+    assert_draws_within_budget,
     channels_last,
-    pool_draws,
-    pool_scalars,
     run,
     run_in_float64,
     small_unet,
     unet_inputs,
-    without,
 )
 from test_offload import ImmediateDevice
 from torch import nn
@@ -128,8 +125,7 @@ def test_keeping_stays_within_the_budget_of_plain_torch() -> None:
     mmkernels.replace(unet, plan)
     dead = mmkernels.dead_parameters(unet)
     kept = [run(unet, inputs) for inputs in draws]
-    pooled = ([pool_scalars(without(draw, dead)) for draw in draws] for draws in (kept, plain, fp64))
-    assert_within_budget(*(pool_draws(draws) for draws in pooled))
+    assert_draws_within_budget(kept, plain, fp64, dead)
 
 
 def test_refuses_what_this_unet_cannot_follow() -> None:

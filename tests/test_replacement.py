@@ -10,17 +10,14 @@ from unittest import mock
 
 import pytest
 import torch
-from numerics import assert_within_budget
 from spatio_temporal import (
+    assert_draws_within_budget,
     channels_last,
-    pool_draws,
-    pool_scalars,
     run,
     run_in_float64,
     several_tokens,
     small_unet,
     unet_inputs,
-    without,
 )
 from torch import nn
 
@@ -59,8 +56,7 @@ def test_fused_gives_the_same_output_and_gradients(
     gradients = [run(unet, inputs) for inputs in draws]
     # Under fused the dead parameters take no part at all; plain torch gives them gradients of rounding size.
     assert set(plain[0]) - set(gradients[0]) == dead
-    pooled = ([pool_scalars(without(draw, dead)) for draw in draws] for draws in (gradients, plain, fp64))
-    assert_within_budget(*(pool_draws(draws) for draws in pooled))
+    assert_draws_within_budget(gradients, plain, fp64, dead)
 
 
 @pytest.mark.only("cpu", "cuDNN's weight gradients may be other bits each time")
@@ -206,8 +202,7 @@ def test_a_part_that_is_not_known_is_called_as_it_is_and_says_why() -> None:
     dead = mmkernels.dead_parameters(unet)
     silent = set(mmkernels.report(unet).without_gradient)
     assert silent == dead and not dead & fused[0].keys()
-    pooled = ([pool_scalars(without(draw, dead)) for draw in found] for found in (fused, plain, fp64))
-    assert_within_budget(*(pool_draws(found) for found in pooled))
+    assert_draws_within_budget(fused, plain, fp64, dead)
 
 
 @pytest.mark.parametrize("plan", PLANS)

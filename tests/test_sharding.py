@@ -1,13 +1,12 @@
 """Weights in parts on two and four ranks train as one rank does on the joined batch, and resume on any number."""
 
 import dataclasses
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from launched import launched
 from safetensors import safe_open
 from safetensors.torch import load_file
 from sharded_ranks import config_of, train
@@ -24,12 +23,7 @@ GROUPS = ("model", "ema", "optimizer")
 
 def launch(folder: Path, ranks: int, shard: int, steps: int, *more: str) -> subprocess.CompletedProcess[str]:
     """The script on so many ranks."""
-    script = Path(__file__).with_name("sharded_ranks.py")
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    paths = os.pathsep.join([str(script.parents[1]), str(script.parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    words += [str(word) for word in (script, folder, shard, steps, *more)]
-    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=400)
+    return launched("sharded_ranks.py", ranks, folder, shard, steps, *more, timeout=400)
 
 
 def saved(folder: Path, step: int) -> dict[str, dict[str, torch.Tensor]]:

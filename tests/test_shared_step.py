@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 from diffusers import UNetSpatioTemporalConditionModel
+from launched import launched
 from shared_ranks import ADAMW, FRAMES, SHARINGS, SIDE, TINY, modelled, tiny
 
 from bench.frame_exchange import exchanged
@@ -29,11 +26,8 @@ Ranks = list[dict[str, tuple[int, dict[str, int]]]]
 @pytest.fixture(scope="module")
 def counted(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     """By rank and way: peak bytes, and what was sent."""
-    path, script = tmp_path_factory.mktemp("ranks") / "found.json", Path(__file__).with_name("shared_ranks.py")
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, path]
-    paths = os.pathsep.join([str(script.parents[1]), str(script.parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=280)
+    path = tmp_path_factory.mktemp("ranks") / "found.json"
+    done = launched("shared_ranks.py", 2, path, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(path.read_text())
 

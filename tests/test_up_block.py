@@ -11,17 +11,14 @@ import pytest
 import torch
 from diffusers.models.unets.unet_3d_blocks import CrossAttnUpBlockSpatioTemporal, UpBlockSpatioTemporal
 from diffusers.models.upsampling import Upsample1D
-from numerics import assert_within_budget
 from placed import placed
 from spatio_temporal import (
+    assert_draws_within_budget,
     channels_last,
-    pool_draws,
-    pool_scalars,
     run,
     run_in_float64,
     small_unet,
     unet_inputs,
-    without,
 )
 from torch import Tensor, nn
 from torch.nn import functional
@@ -80,8 +77,7 @@ def test_against_diffusers(kind: type, is_resnet_known: bool) -> None:
     assert how["up_blocks.0.resnets.0"] == ("fused" if is_resnet_known else "torch")
     assert list(owner.state_dict()) == keys
     fused = [run(owner, x) for x in draws]
-    pooled = ([pool_scalars(without(draw, dead)) for draw in found] for found in (fused, plain, fp64))
-    assert_within_budget(*(pool_draws(found) for found in pooled))
+    assert_draws_within_budget(fused, plain, fp64, dead)
     undo()
     assert type(owner.up_blocks[0]) is kind
 

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from launched import launched
 from trainer_shapes import SHAPES
 from wrapped_ranks import WRAPS
 
@@ -24,11 +21,8 @@ BYPASSED = {
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Any]]]:
-    path, script = tmp_path_factory.mktemp("wrapped") / "found.json", Path(__file__).with_name("wrapped_ranks.py")
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, path]
-    paths = os.pathsep.join([str(script.parents[1]), str(script.parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=600)
+    path = tmp_path_factory.mktemp("wrapped") / "found.json"
+    done = launched("wrapped_ranks.py", 2, path)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(path.read_text())
 
