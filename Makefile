@@ -19,13 +19,14 @@ WORKERS ?= 2
 export OMP_WAIT_POLICY ?= passive
 
 BIN := $(VENV)/bin
-SOURCES := $(shell find csrc ptxrun tests/native -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+SOURCES := $(shell find csrc tools tests/native -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help setup demo test faults verify-deep gpu-at-hand verify-gpu modelled lint format clean
+.PHONY: help setup demo test budgets faults verify-deep gpu-at-hand verify-gpu modelled lint format clean
 
 help:
 	@echo "make demo   footage -> clips -> training in two stages with fused kernels -> videos, in $(DEMO)/"
 	@echo "make test   the test suite"
+	@echo "make budgets      what each kernel needs, compiled and executed without a GPU: tests/budgets/; ONLY=NAME for one"
 	@echo "make faults faults put into training and preparing on purpose, and what came of them"
 	@echo "make lint   ruff, clang-format and pyright"
 	@echo "make setup  only the virtual environment, in $(VENV)/"
@@ -42,7 +43,7 @@ $(VENV)/.installed: pyproject.toml setup.py CMakeLists.txt $(SOURCES)
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(BIN)/pip install --quiet "$(TRITON)" --editable ".[test]"
+	$(BIN)/pip install --quiet "$(TRITON)" --editable ".[test]" --editable tools/ptxrun
 	# It runs Triton IR on the CPU, on Python 3.11 as well, whatever its metadata says.
 	$(BIN)/pip install --quiet --no-deps --ignore-requires-python ttsem==0.1.0
 	@touch $@
@@ -72,12 +73,16 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
+budgets: $(VENV)/.installed-test
+	PYTHONPATH=tests $(BIN)/python tests/ptx/resources.py $(if $(ONLY),--only $(ONLY))
+	PYTHONPATH=tests $(BIN)/python tests/ptx/ptx_counts.py $(if $(ONLY),--only $(ONLY))
+
 faults: $(VENV)/.installed-test
 	$(BIN)/python -m bench.faults --json bench/results/faults.json
 
 verify-deep: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m deep --durations=0
-	$(BIN)/python tests/versions.py --folder build/versions $(VERSIONS)
+	$(BIN)/python tests/benches/versions.py --folder build/versions $(VERSIONS)
 
 # Exit status 2, and make's error with it, means that no GPU was found: nothing was installed or verified.
 gpu-at-hand:

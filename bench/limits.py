@@ -159,7 +159,7 @@ CONVOLUTION_PARTS: Mapping[str, tuple[int, int]] = {
 
 
 def work_of_kernel(counts: Mapping[str, Any]) -> Work | None:
-    """What the kernel of a row of bench/results/ptx.json does at level 0 in bfloat16; None where it is not known."""
+    """What the kernel of a row of tests/budgets/ptx.json does at level 0 in bfloat16; None where it is not known."""
     if counts["kernel"] == "temporal_attention":
         return temporal_attention(LEVEL_0, "bfloat16")[counts["direction"]]
     if counts["kernel"] == "group_norm_silu_conv" and counts.get("part") in CONVOLUTION_PARTS:

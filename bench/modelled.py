@@ -3,8 +3,8 @@
     python bench/modelled.py [--json FILE]
 
 Modelled, never measured. Occupancy follows from registers, shared memory and threads of a block, as compiled
-(bench/results/resources.json). The roofline takes what the kernel really asks for and multiplies, counted by executing
-its PTX (bench/results/ptx.json), at level 0 of 72 frames of 1024x576: the limit of bench/limits.py with its bytes times
+(tests/budgets/resources.json). The roofline takes what the kernel really asks for and multiplies, counted by executing
+its PTX (tests/budgets/ptx.json), at level 0 of 72 frames of 1024x576: the limit of bench/limits.py with its bytes times
 sectors / least_sectors and its products times mma / useful_mma. A kernel is slower than that, unless it asks for the
 same sectors more than once and the second-level cache has them.
 """
@@ -28,7 +28,7 @@ from bench import environment, limits, report
 from bench.limits import Work
 from mmkernels.cards import Card
 
-RESULTS = environment.ROOT / "bench/results"
+BUDGETS = environment.ROOT / "tests/budgets"
 CARDS_OF = {80: ("A100",), 90: ("H100", "H200")}
 WARP, REGISTER_FILE, REGISTERS_AT_A_TIME, PARTITIONS = 32, 65_536, 256, 4
 Counts = Mapping[str, Any]
@@ -59,8 +59,8 @@ class Settings:
     """Where the rows go and where the counts come from."""
 
     json: Path | None = None  # write one row per result here
-    resources: Path = RESULTS / "resources.json"
-    ptx: Path = RESULTS / "ptx.json"
+    resources: Path = BUDGETS / "resources.json"
+    ptx: Path = BUDGETS / "ptx.json"
 
 
 def blocks_at_once(architecture: int, *, registers: int, shared_bytes: int, threads: int) -> tuple[int, str]:

@@ -1,6 +1,6 @@
 """AdamW over named weights in two kinds, and where its states live.
 
-Bytes a weight, states included (tests/test_weight_update.py counts them on the real tensors):
+Bytes a weight, states included (tests/trainer/test_weight_update.py counts them on the real tensors):
 
     kind       weight  moments             on the device with states_on_host
     adamw      4       4 + 4               4

@@ -64,7 +64,7 @@ def run_tests(gpu: Gpu, record: Record, name: str, settings: Mapping[str, str], 
 
 def command_of(gpu: Gpu) -> list[str]:
     """pytest on the tests of every op, of a device that is not full size on those of one."""
-    chosen = ["-m", "op and not deep"] if gpu.is_full_size else ["-m", "op", "tests/test_blend.py"]
+    chosen = ["-m", "op and not deep"] if gpu.is_full_size else ["-m", "op", "tests/ops/test_blend.py"]
     spread = ["-n", "auto"] if gpu.is_full_size and importlib.util.find_spec("xdist") else []
     pytest = [sys.executable, "-u", "-m", "pytest", "-p", "bench.verification.each_test", "--tb=short"]
     return [*pytest, *chosen, "--device", gpu.device.type, *spread]

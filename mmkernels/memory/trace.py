@@ -9,7 +9,7 @@ and an add are two), with the formulas that custom operators register there.
 Inside a fused operator of this package the buffers of its chunks are counted too, and each kernel's time. Where the
 tensors stand for a GPU's, so is what torch's operators allocate inside (mmkernels.memory.workspace).
 
-Modelled, not measured: held to a measured step in tests/test_measured_step.py.
+Modelled, not measured: held to a measured step in tests/planning/test_measured_step.py.
 """
 
 import weakref

@@ -22,7 +22,7 @@ from mmkernels.scratch import DEFAULT_BYTES
 
 OptimizerKind = Literal["adamw", "adamw8bit"]
 PIECE_ELEMENTS = 1 << 21  # of a weight, that adamw8bit updates at once
-TEMPORARY_BYTES = 57  # an element of a piece, while it is updated; tests/test_in_backward.py counts them
+TEMPORARY_BYTES = 57  # an element of a piece, while it is updated; tests/trainer/test_in_backward.py counts them
 GIB = 1 << 30
 
 

@@ -1,7 +1,7 @@
 """The released Stable Video Diffusion UNet of 1.5B parameters, as the step that plans are made for.
 
 With a guide it is MimicMotion's step: pictures of poses lie on the device, and eight convolutions turn them into
-features that are added after the UNet's first. Held to the trainer's own step in tests/test_measured_step.py.
+features that are added after the UNet's first. Held to the trainer's own step in tests/planning/test_measured_step.py.
 """
 
 from __future__ import annotations

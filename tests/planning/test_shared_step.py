@@ -1,0 +1,84 @@
+"""A step on one of several cards: what is modelled with made-up ranks, against two ranks over gloo and formulas."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from diffusers import UNetSpatioTemporalConditionModel
+from launched import launched
+from shared_ranks import ADAMW, FRAMES, SHARINGS, SIDE, TINY, modelled, tiny
+
+from bench.frame_exchange import exchanged
+from bench.parallel import goals
+from bench.shared_step import Found, Prepared, SharedStep, Sharing, fake_ranks
+from mmkernels.cards import card
+from mmkernels.memory.clock import Clock
+from mmkernels.memory.cuda_autocast import norms_in_float32
+from mmkernels.memory.trace import trace
+
+BLOCKS = 2 + 2 + 2 * 2  # residual ones: down, in the middle, up
+Ranks = list[dict[str, tuple[int, dict[str, int]]]]
+
+
+@pytest.fixture(scope="module")
+def counted(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    """By rank and way: peak bytes, and what was sent."""
+    path = tmp_path_factory.mktemp("ranks") / "found.json"
+    done = launched("planning/shared_ranks.py", 2, path, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("name", ["data", *SHARINGS])
+def test_the_peak_of_a_rank_is_as_modelled(name: str, counted: Ranks) -> None:
+    found, _ = modelled(SHARINGS.get(name, Sharing(cards=2)))
+    assert found == pytest.approx(counted[0][name][0], rel=0.05)
+
+
+def tokens_exchanged() -> int:
+    unet: Any = UNetSpatioTemporalConditionModel(**TINY)
+    pixels = (SIDE // 8) ** 2
+    return exchanged(unet, ranks=2, batch=1, frames=FRAMES, pixels=pixels, element_bytes=2).total
+
+
+def small_ones_exchanged() -> int:
+    """Of both ranks: the time embedding of each residual block, there and back; context and indicator, there alone."""
+    embeddings = 2 * BLOCKS * 128 * 2
+    return FRAMES * (embeddings + 32 * 4 + 2)
+
+
+def test_ranks_send_what_the_formula_says(counted: Ranks) -> None:
+    for name in ("frames", "frames x shard"):
+        sent = sum(rank[name][1]["all_to_all_single"] for rank in counted)
+        assert sent == tokens_exchanged() + small_ones_exchanged()
+        _, of_model = modelled(SHARINGS[name])
+        assert of_model == counted[0][name][1]
+
+
+def test_the_clock_is_told_of_all_that_a_rank_sends() -> None:
+    """Norms' statistics and sums within operators and the gradients' buckets among it."""
+    sharing, clock = SHARINGS["frames"], Clock(card("H100"))
+    with fake_ranks(2):
+        workload, meshes, counts = tiny(sharing, None)
+        with workload.mode, norms_in_float32():
+            prepared = Prepared(sharing, meshes, counts, workload, clock, ADAMW)
+            trace(prepared.step, prepared.resident, clock=clock)
+    gradients = sum(x.numel() * x.element_size() for x in workload.trained)
+    norms = BLOCKS * 2 * 2 * 3 * 32 * 4
+    assert clock.sent_bytes == (tokens_exchanged() + small_ones_exchanged()) // 2 + gradients + norms
+    assert clock.record("compute") == clock.seconds and clock.network_s > 0  # the update has waited for all
+
+
+def test_goals_are_said_as_they_are() -> None:
+    def found(sharing: Sharing, step_s: float) -> Found:
+        step = SharedStep(sharing=sharing, step_s=step_s, peak_bytes=1, waited_s=0, network_s=0, sent_bytes=0)
+        return Found(card="H100", frames=72, sharing=sharing, optimizer="adamw", way="fused", step=step)
+
+    data, frames = Sharing(cards=8), Sharing(cards=8, frames=8)
+    said = goals([found(Sharing(cards=1), 2.0), found(data, 2.5), found(frames, 0.4)])
+    assert [line.split("; ")[1] for line in said] == ["6.40 (modelled): reached", "5.00 (modelled): not reached"]
+    (nothing,) = goals([found(Sharing(cards=1), 2.0), replace(found(data, 1.0), step=None)])
+    assert nothing.endswith("nan (modelled): not reached")
