@@ -21,7 +21,7 @@ from bench import modelled_step, report
 from bench.modelled_step import StepCost, model_step
 from bench.placements import MODELLED, Way
 from mmkernels.cards import card
-from mmkernels.planning.choices import GIB, OptimizerKind, Plan
+from mmkernels.choices import GIB, OptimizerKind, Plan
 from mmkernels.planning.search import make_plan
 from mmkernels.planning.svd import svd_workload
 

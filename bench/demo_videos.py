@@ -26,7 +26,7 @@ import torch
 from mimicmotion.data.cache import Crop
 from mimicmotion.data.crop import crop_frame
 from mimicmotion.data.footage import decode, embedded_footage, read_properties
-from mimicmotion.video import write_video
+from mimicmotion.sampling.video import write_video
 
 NUM_FRAMES = 90  # enough for a clip of 72
 NEW = "cam02.mp4"  # the camera that is put aside

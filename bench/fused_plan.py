@@ -10,10 +10,10 @@ import mmkernels
 from bench import placements
 from bench.placements import Undo, Way
 from mimicmotion.config import Config
-from mimicmotion.memory_plan import plan_step, usable_gib
+from mimicmotion.planning.memory_plan import plan_step, usable_gib
 from mmkernels.cards import Card
+from mmkernels.choices import Plan
 from mmkernels.memory.transfer import Device
-from mmkernels.planning.choices import Plan
 from mmkernels.planning.device import measured_card
 
 StepWay = Literal[Way, "fused-plan"]

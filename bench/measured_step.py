@@ -26,7 +26,7 @@ from bench.resident_peak import resident_peak_bytes
 from bench.training_step import TrainingStep, why_refused
 from mimicmotion import config as presets
 from mmkernels import tuning
-from mmkernels.planning.choices import Plan
+from mmkernels.choices import Plan
 from mmkernels.planning.search import BudgetTooSmallError
 
 BENCH = "train_step"

@@ -19,7 +19,7 @@ from bench.fused_plan import INCLUDES, StepWay
 from bench.harness import is_ours
 from bench.placements import Way, use
 from mmkernels.cards import Card
-from mmkernels.planning.choices import GIB, OptimizerChoice, OptimizerKind, Plan
+from mmkernels.choices import GIB, OptimizerChoice, OptimizerKind, Plan
 from mmkernels.planning.search import Search
 from mmkernels.planning.workload import Traced, Workload, trace_way
 

@@ -38,7 +38,7 @@ from bench import environment, parallel_measured, parallel_picture, report
 from bench.frame_exchange import Exchanged, exchanged
 from bench.shared_step import Found, Sharing, fitted
 from mmkernels.cards import card
-from mmkernels.planning.choices import GIB
+from mmkernels.choices import GIB
 from mmkernels.planning.svd import HEADS, LATENT_STRIDE, parse_size
 
 BENCH = "parallel"

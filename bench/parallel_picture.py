@@ -6,7 +6,7 @@ from typing import Any
 
 from bench.shared_step import Found, Sharing
 from mmkernels.cards import card
-from mmkernels.planning.choices import GIB
+from mmkernels.choices import GIB
 
 COLORS = {"data": "#7f8c9b", "shard": "#c07a2b", "frames": "#1b7f5c", "frames x shard": "#2b5ca8"}
 

@@ -32,10 +32,10 @@ from bench.fused_plan import INCLUDES
 from bench.modelled_step import DTYPES
 from bench.placements import use
 from mmkernels.cards import Card, Kind, card
+from mmkernels.choices import OptimizerChoice
 from mmkernels.memory.attribution import operation_name
 from mmkernels.memory.clock import Clock
 from mmkernels.memory.phases import Direction, is_in_backward
-from mmkernels.planning.choices import OptimizerChoice
 from mmkernels.planning.svd import svd_workload
 from mmkernels.planning.workload import Workload, trace_way
 

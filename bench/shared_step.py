@@ -25,18 +25,18 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import mmkernels
-from mimicmotion.sharding import part
+from mimicmotion.ranks.sharding import part
 from mmkernels.cards import Card
+from mmkernels.choices import GIB, OptimizerChoice, OptimizerKind, Plan
 from mmkernels.frames import FrameRanks, counts_of
 from mmkernels.memory.clock import Clock
 from mmkernels.memory.cuda_autocast import norms_in_float32
 from mmkernels.memory.trace import trace
-from mmkernels.planning.choices import GIB, OptimizerChoice, OptimizerKind, Plan
 from mmkernels.planning.search import BudgetTooSmallError, Chosen, Search
 from mmkernels.planning.svd import svd_workload
 from mmkernels.planning.workload import Workload, moments_bytes, update_bytes
 
-BLOCK = re.compile(r".*(resnets|attentions)\.\d+")  # as mimicmotion/sharding.py gathers them
+BLOCK = re.compile(r".*(resnets|attentions)\.\d+")  # as mimicmotion/ranks/sharding.py gathers them
 LEAST_GIB_OF_ADAMW = 40  # memory of a card from which float32 weights and moments are the usual choice
 FIRST_BUCKET_BYTES, BUCKET_BYTES = 1 << 20, 25 << 20  # torch's, of DistributedDataParallel
 

@@ -42,9 +42,9 @@ from bench.compiled import COMPILED
 from bench.environment import chosen_device, tune_allocator
 from bench.fused_plan import Plans, StepWay
 from mimicmotion import config as presets
-from mimicmotion.memory_plan import reserve_as_planned
+from mimicmotion.planning.memory_plan import reserve_as_planned
 from mmkernels.cards import card
-from mmkernels.planning.choices import OptimizerKind
+from mmkernels.choices import OptimizerKind
 from mmkernels.planning.svd import parse_size, svd_workload
 from mmkernels.planning.workload import Workload
 

@@ -13,9 +13,9 @@ from bench.fused_plan import Plans, StepWay
 from bench.harness import Outputs
 from bench.placements import use
 from mimicmotion import config as presets
-from mimicmotion.micro_batch import batch_loss, draw_samples
 from mimicmotion.model.unet import MimicMotionModel, build_model, image_latents, model_input
-from mimicmotion.optimization import build_optimization
+from mimicmotion.optimization.optimizer import build_optimization
+from mimicmotion.step import batch_loss, draw_samples
 
 MOST_ERROR = 1e-3  # of the scale of any one gradient; a wrong formula is off by far more
 

@@ -29,9 +29,9 @@ from mimicmotion.data.progress import VideoProgress
 from mimicmotion.data.still import FITS
 from mimicmotion.gate import Gate
 from mimicmotion.optional import optional
-from mimicmotion.picture_arguments import PictureArguments, Source, read_source
-from mimicmotion.picture_to_video import beside, make_videos
-from mimicmotion.stopping import EndedBySignalError, Stop
+from mimicmotion.run.stopping import EndedBySignalError, Stop
+from mimicmotion.sampling.picture_arguments import PictureArguments, Source, read_source
+from mimicmotion.sampling.picture_to_video import beside, make_videos
 
 MOST_STEPS, MOST_GUIDANCE, MOST_SEED = 100, 20.0, 2**32 - 1
 _HOME = ("127.0.0.1", "localhost")

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 import torch
 from safetensors import SafetensorError
 
-from mimicmotion.checkpoint import CheckpointError
 from mimicmotion.data.cache import EXHAUSTED, FULL
-from mimicmotion.lost_ranks import RankLostError
 from mimicmotion.paths import free_gib
+from mimicmotion.ranks.lost_ranks import RankLostError
+from mimicmotion.run.checkpoint import CheckpointError
 
 # What files, weights, disks, memory and missing packages can do, and what is refused.
 EXPECTED = (ValueError, OSError, MemoryError, torch.OutOfMemoryError, ImportError, SafetensorError, CheckpointError)

@@ -18,15 +18,15 @@ if __name__ == "__main__":  # python puts this folder first, where our modules w
 import tyro
 
 from mimicmotion.commands import one_sentence
-from mimicmotion.compared import Compared, FolderClips, RunClips
 from mimicmotion.data.cache import atomic_write
-from mimicmotion.evaluation import compared_with, result_of
-from mimicmotion.evaluation_page import moved, write_clip, write_page
-from mimicmotion.evaluation_tools import Backbones, Tools, load_tools
-from mimicmotion.evaluation_words import clip_line, show
-from mimicmotion.generation import run_folder_of
+from mimicmotion.evaluation.compared import Compared, FolderClips, RunClips
+from mimicmotion.evaluation.figures import compared_with, result_of
+from mimicmotion.evaluation.page import moved, write_clip, write_page
+from mimicmotion.evaluation.person_metrics import PCK_THRESHOLD
+from mimicmotion.evaluation.tools import Backbones, Tools, load_tools
+from mimicmotion.evaluation.words import clip_line, show
 from mimicmotion.model.encoders import load_encoder
-from mimicmotion.person_metrics import PCK_THRESHOLD
+from mimicmotion.sampling.generation import run_folder_of
 
 Source = RunClips | FolderClips
 

@@ -13,8 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh
 import mmkernels
 from mimicmotion.config import Precision
 from mimicmotion.model.unet import MimicMotionModel
+from mmkernels.choices import Plan
 from mmkernels.memory.transfer import Device
-from mmkernels.planning.choices import Plan
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

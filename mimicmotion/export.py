@@ -18,18 +18,18 @@ import tyro
 from safetensors import SafetensorError
 from torch import Tensor
 
-from mimicmotion import checkpoint, pretrained
 from mimicmotion.commands import one_sentence
 from mimicmotion.config import Config, WeightsKind
-from mimicmotion.generation import run_folder_of
 from mimicmotion.json_values import from_json
 from mimicmotion.model.adapters import weight_of
 from mimicmotion.model.unet import MimicMotionModel, build_model
 from mimicmotion.model.weights import Weights, compare
 from mimicmotion.model.weights.adapter_files import write_adapters
 from mimicmotion.model.weights.writing import Layout, cast, write_layout
-from mimicmotion.model_card import Export, has_released_sizes, model_card
 from mimicmotion.paths import free_gib, near
+from mimicmotion.run import checkpoint, pretrained
+from mimicmotion.run.model_card import Export, has_released_sizes, model_card
+from mimicmotion.sampling.generation import run_folder_of
 
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 

@@ -6,11 +6,11 @@ from typing import TypeVar
 import torch
 
 from mimicmotion.config import Config
-from mimicmotion.dry_run import dry_run
+from mimicmotion.planning.dry_run import dry_run
 from mimicmotion.trainer import Trainer
+from mmkernels.choices import Plan
 from mmkernels.memory.attribution import History, Origin, at_peak
 from mmkernels.memory.measured import Allocator, CudaAllocator, measure
-from mmkernels.planning.choices import Plan
 from mmkernels.planning.peak_report import peak_report, print_report, wide_console, write_report
 
 Row = TypeVar("Row")

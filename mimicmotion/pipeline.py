@@ -3,7 +3,7 @@
     pipe = MimicMotionPipeline.from_pretrained("folder").to("cuda")
     frames = pipe(Image.open("me.png"), video="dance.mp4").frames[0]
 
-It computes what `sample.py` does: both go through `mimicmotion.animation`.
+It computes what `sample.py` does: both go through `mimicmotion.sampling.animation`.
 """
 
 import dataclasses
@@ -25,8 +25,6 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
-from mimicmotion import pretrained
-from mimicmotion.animation import frames_of, generate_latents, steer
 from mimicmotion.config import Config, ModelConfig, mimicmotion_72
 from mimicmotion.data.driving import reference_pose, steering_pictures, watch_driving
 from mimicmotion.data.poses import load_backend
@@ -37,7 +35,9 @@ from mimicmotion.model.encoders import CLIP_MEAN, CLIP_STD, SVDEncoder
 from mimicmotion.model.pose_net import PoseNet, lay_out_channels_last
 from mimicmotion.model.unet import MimicMotionModel, build_model
 from mimicmotion.pixels import as_input, as_pictures
-from mimicmotion.sampler import euler_scheduler
+from mimicmotion.run import pretrained
+from mimicmotion.sampling.animation import frames_of, generate_latents, steer
+from mimicmotion.sampling.sampler import euler_scheduler
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 

@@ -32,7 +32,7 @@ from mimicmotion.data.report_page import write_report
 from mimicmotion.data.verification import damages
 from mimicmotion.model.encoders import load_encoder
 from mimicmotion.paths import printable
-from mimicmotion.stopping import Stop, say
+from mimicmotion.run.stopping import Stop, say
 
 _STOPPING = "videos under way are left at their next frame; again ends at once"
 _GOES_ON = "what is whole stays, and the same command goes on from it"

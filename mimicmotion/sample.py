@@ -20,13 +20,17 @@ if __name__ == "__main__":  # python puts this folder first, where our modules w
 import tyro
 from torch import Tensor
 
-from mimicmotion import record
 from mimicmotion.commands import one_sentence
 from mimicmotion.config import Config
 from mimicmotion.data.cache import atomic_write
 from mimicmotion.data.dataset import ClipDataset
-from mimicmotion.distributed import ALONE, Ranks, join_ranks
-from mimicmotion.generation import (
+from mimicmotion.evaluation.metrics import psnr
+from mimicmotion.evaluation.person_metrics import person_region
+from mimicmotion.model.unet import MimicMotionModel
+from mimicmotion.ranks.distributed import ALONE, Ranks, join_ranks
+from mimicmotion.run import record
+from mimicmotion.run.resumption import of_other_clips
+from mimicmotion.sampling.generation import (
     Decoder,
     generate,
     load_averaged,
@@ -35,13 +39,9 @@ from mimicmotion.generation import (
     reference_and_truth,
     run_folder_of,
 )
-from mimicmotion.metrics import psnr
-from mimicmotion.model.unet import MimicMotionModel
-from mimicmotion.person_metrics import person_region
-from mimicmotion.picture_arguments import PictureArguments
-from mimicmotion.picture_to_video import make_videos
-from mimicmotion.resumption import of_other_clips
-from mimicmotion.video import side_by_side, write_stills, write_video
+from mimicmotion.sampling.picture_arguments import PictureArguments
+from mimicmotion.sampling.picture_to_video import make_videos
+from mimicmotion.sampling.video import side_by_side, write_stills, write_video
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,28 +20,28 @@ if __name__ == "__main__":
 
 import tyro
 
-from mimicmotion import checkpoint, pretrained, record
 from mimicmotion.commands import one_sentence
 from mimicmotion.config import PRESETS, Config
 from mimicmotion.data.dataset import ClipDataset
 from mimicmotion.data.ownership import is_restarted, sign
 from mimicmotion.data.preparation import prepare_if_missing
 from mimicmotion.data.reference_noise import ReferenceNoise
-from mimicmotion.distributed import Ranks, join_ranks
-from mimicmotion.dry_stages import dry_stages
 from mimicmotion.execution import free_what_is_left
-from mimicmotion.fitting import Fitting
-from mimicmotion.memory_plan import choose_plan, reserve_as_planned
 from mimicmotion.memory_report import MemoryReport
 from mimicmotion.model.encoders import check_embeddings
 from mimicmotion.paths import check_there, near
-from mimicmotion.run_folder import check_stages, owned, start_afresh
-from mimicmotion.settings_file import read, write
+from mimicmotion.planning.dry_stages import dry_stages
+from mimicmotion.planning.fitting import Fitting
+from mimicmotion.planning.memory_plan import choose_plan, reserve_as_planned
+from mimicmotion.ranks.distributed import Ranks, join_ranks
+from mimicmotion.run import checkpoint, pretrained, record
+from mimicmotion.run.run_folder import check_stages, owned, start_afresh
+from mimicmotion.run.settings_file import read, write
+from mimicmotion.run.stopping import EndedBySignalError, Stop, say
 from mimicmotion.shapes import in_words
-from mimicmotion.stopping import EndedBySignalError, Stop, say
 from mimicmotion.trainer import Trainer, TrainingStoppedError
 from mimicmotion.validation import Validation
-from mmkernels.planning.choices import Plan
+from mmkernels.choices import Plan
 
 AGAIN = "--resume goes on from the newest checkpoint, and torchrun --max-restarts N does so by itself"
 

@@ -11,27 +11,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mimicmotion import checkpoint, pretrained, resumption, sharding
-from mimicmotion.checkpoint import Checkpoint
 from mimicmotion.config import Config
 from mimicmotion.data.cache import NotFiniteError
-from mimicmotion.distributed import Ranks, no_sync, rank_sample_ids
 from mimicmotion.execution import peak_gib, same_bits
-from mimicmotion.figures import Figures
-from mimicmotion.fitting import Change, Fitting, NoSmallerPlanError
-from mimicmotion.frames_group import FramesGroup
-from mimicmotion.history import Reporter
-from mimicmotion.in_backward import check_one_backward
 from mimicmotion.json_values import to_json
-from mimicmotion.micro_batch import Batches, Samples, clip_losses, draw_samples, loaded
 from mimicmotion.model.adapters import own_state
 from mimicmotion.model.unet import build_model
-from mimicmotion.optimization import build_optimization
-from mimicmotion.planned_blocks import PlannedBlocks
-from mimicmotion.record import Record
-from mimicmotion.skips import NOT_FINITE, Skips
-from mimicmotion.stopping import Stop
-from mmkernels.planning.choices import Plan
+from mimicmotion.optimization.in_backward import check_one_backward
+from mimicmotion.optimization.optimizer import build_optimization
+from mimicmotion.planning.fitting import Change, Fitting, NoSmallerPlanError
+from mimicmotion.planning.planned_blocks import PlannedBlocks
+from mimicmotion.ranks import sharding
+from mimicmotion.ranks.distributed import Ranks, no_sync, rank_sample_ids
+from mimicmotion.ranks.frames_group import FramesGroup
+from mimicmotion.run import checkpoint, pretrained, resumption
+from mimicmotion.run.checkpoint import Checkpoint
+from mimicmotion.run.history import Reporter
+from mimicmotion.run.record import Record
+from mimicmotion.run.skips import NOT_FINITE, Skips
+from mimicmotion.run.step_figures import Figures
+from mimicmotion.run.stopping import Stop
+from mimicmotion.step import Batches, Samples, clip_losses, draw_samples, loaded
+from mmkernels.choices import Plan
 
 WAIT_S = 0.1  # between two looks at whether to stop, while data are awaited
 

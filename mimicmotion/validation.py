@@ -13,13 +13,13 @@ import torch
 from mimicmotion import diffusion
 from mimicmotion.data.dataset import ClipDataset
 from mimicmotion.execution import free_what_is_left
-from mimicmotion.frames_group import for_whole_clips
-from mimicmotion.generation import generate, load_decoder, reference_and_truth
-from mimicmotion.history import History, read_history
-from mimicmotion.micro_batch import FIELDS, clip_losses, log_sigma_mean
-from mimicmotion.run_page import VALIDATION_ROWS, VALIDATION_VIDEO
+from mimicmotion.ranks.frames_group import for_whole_clips
+from mimicmotion.run.history import History, read_history
+from mimicmotion.run.run_page import VALIDATION_ROWS, VALIDATION_VIDEO
+from mimicmotion.sampling.generation import generate, load_decoder, reference_and_truth
+from mimicmotion.sampling.video import side_by_side, write_video
+from mimicmotion.step import FIELDS, clip_losses, log_sigma_mean
 from mimicmotion.trainer import Trainer
-from mimicmotion.video import side_by_side, write_video
 
 QUANTILES = (-1.28, -0.52, 0.0, 0.52, 1.28)  # of a normal ln sigma: 10, 30, 50, 70 and 90% of the levels trained at
 

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mmkernels.cards import CONTEXT_GIB, DISPLAY_GIB, FRAGMENTS, Card, card
-from mmkernels.planning.choices import GIB, OptimizerChoice, OptimizerKind, write_plan
+from mmkernels.choices import GIB, OptimizerChoice, OptimizerKind, write_plan
 from mmkernels.planning.device import measured_card
 from mmkernels.planning.pictures import Point, draw_front, draw_memory, parts_over_time
 from mmkernels.planning.search import HOST_GIB, Chosen, Search, make_plan

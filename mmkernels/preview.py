@@ -31,10 +31,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from mmkernels.cards import card
+from mmkernels.choices import GIB
 from mmkernels.costs import modelled_device
 from mmkernels.memory.cuda_autocast import norms_in_float32
 from mmkernels.memory.trace import Trace, trace
-from mmkernels.planning.choices import GIB
 from mmkernels.planning.svd import LATENT_STRIDE, parse_size
 from mmkernels.replacement import replace, report
 

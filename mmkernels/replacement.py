@@ -19,11 +19,11 @@ from mmkernels.blocks.resnet import FusedResBlock
 from mmkernels.blocks.transformer import FusedTransformer
 from mmkernels.blocks.transformer_blocks import FusedTemporalBlock
 from mmkernels.blocks.up_block import FusedUpBlock
+from mmkernels.choices import Plan
 from mmkernels.frames import FrameRanks
 from mmkernels.memory.offload import Offload
 from mmkernels.memory.transfer import CudaDevice, Device
 from mmkernels.memory.units import REST, WHOLE, Choice
-from mmkernels.planning.choices import Plan
 from mmkernels.reporting import Report, Row, backends_of
 from mmkernels.shares import shares
 from mmkernels.sites import Site, known_of, original_of, sites_of, why_not

@@ -6,7 +6,7 @@ from random import Random
 
 from bench.faults.judge import Judge
 from bench.faults.outcome import Outcome, first_of
-from mimicmotion import checkpoint
+from mimicmotion.run import checkpoint
 
 COUNT = 60
 FAULT = "a bit flipped, a file cut short, a file deleted in a checkpoint"

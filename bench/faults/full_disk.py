@@ -11,7 +11,7 @@ from random import Random
 from bench.faults.judge import Judge
 from bench.faults.killed import content, intact_files
 from bench.faults.outcome import Outcome, first_of
-from mimicmotion import checkpoint
+from mimicmotion.run import checkpoint
 
 COUNT = 20
 FAULT = "disk full (a real small tmpfs), read-only folder"

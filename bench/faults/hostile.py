@@ -18,9 +18,9 @@ from torch import Tensor
 from bench.faults.child import Child, End
 from bench.faults.judge import Judge
 from bench.faults.outcome import Outcome, first_of
-from mimicmotion import checkpoint
 from mimicmotion.data import wheels
 from mimicmotion.data.cache import file_sha256
+from mimicmotion.run import checkpoint
 
 COUNT = 40
 FAULT = (

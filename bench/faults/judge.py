@@ -15,14 +15,15 @@ import yaml
 
 from bench.faults.child import Child, Moment
 from bench.faults.film import PREPARE, SwayingFigure, write_film
-from mimicmotion import checkpoint, train
 from mimicmotion import prepare as prepare_command
+from mimicmotion import train
 from mimicmotion.data.cache import file_sha256
 from mimicmotion.data.dataset import ClipDataset
-from mimicmotion.history import read_history
-from mimicmotion.record import HISTORY, Record
+from mimicmotion.optimization.weight_update import WeightUpdate
+from mimicmotion.run import checkpoint
+from mimicmotion.run.history import read_history
+from mimicmotion.run.record import HISTORY, Record
 from mimicmotion.trainer import Trainer
-from mimicmotion.weight_update import WeightUpdate
 
 SAVE_EVERY = 2
 STEPS = (3, 3)  # of each stage

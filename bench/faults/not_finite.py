@@ -17,13 +17,14 @@ from torch import Tensor
 
 from bench.faults.judge import Judge
 from bench.faults.outcome import Outcome, first_of
-from mimicmotion import checkpoint, trainer
+from mimicmotion import trainer
 from mimicmotion.data.dataset import ClipDataset
-from mimicmotion.history import read_history
-from mimicmotion.micro_batch import clip_losses
-from mimicmotion.optimization import Optimization
-from mimicmotion.record import HISTORY
-from mimicmotion.skips import LEAST
+from mimicmotion.optimization.optimizer import Optimization
+from mimicmotion.run import checkpoint
+from mimicmotion.run.history import read_history
+from mimicmotion.run.record import HISTORY
+from mimicmotion.run.skips import LEAST
+from mimicmotion.step import clip_losses
 from mimicmotion.trainer import Trainer
 
 COUNT = 30

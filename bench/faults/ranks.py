@@ -16,7 +16,7 @@ from bench.environment import ROOT
 from bench.faults.child import Child, End
 from bench.faults.judge import STEPS, Judge, losses, steps_done, steps_saved
 from bench.faults.outcome import Outcome, first_of
-from mimicmotion import checkpoint
+from mimicmotion.run import checkpoint
 
 COUNT = 20
 FAULT = "a rank killed under torchrun; 2 ranks -> 1 -> 4 on resume"

@@ -20,8 +20,8 @@ from bench.verification.clips import trainer_of
 from bench.verification.device import Gpu
 from bench.verification.record import Record
 from bench.verification.step import SMALL
-from mimicmotion import checkpoint
 from mimicmotion import config as presets
+from mimicmotion.run import checkpoint
 
 Tensors = Mapping[str, torch.Tensor]
 MOST_LAYERS = 12  # that are named

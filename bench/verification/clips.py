@@ -12,10 +12,10 @@ import torch
 from bench.verification.device import Gpu
 from mimicmotion.config import LATENT_STRIDE, Config
 from mimicmotion.data.footage_identity import FootageIdentity
-from mimicmotion.fitting import Fitting
+from mimicmotion.planning.fitting import Fitting
 from mimicmotion.shapes import Bucket
 from mimicmotion.trainer import Trainer
-from mmkernels.planning.choices import Plan
+from mmkernels.choices import Plan
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,14 +19,14 @@ from typing import Any
 import torch
 
 from mimicmotion.config import Config
-from mimicmotion.distributed import Ranks
-from mimicmotion.fitting import Fitting
-from mimicmotion.memory_plan import choose_plan, usable_gib
-from mimicmotion.planned import made_for
+from mimicmotion.planning.fitting import Fitting
+from mimicmotion.planning.memory_plan import choose_plan, usable_gib
+from mimicmotion.planning.planned import made_for
+from mimicmotion.ranks.distributed import Ranks
 from mmkernels import tuning
 from mmkernels.allocator import CudaAllocator
 from mmkernels.cards import Card, card, card_of
-from mmkernels.planning.choices import GIB, Modelled, Plan
+from mmkernels.choices import GIB, Modelled, Plan
 from mmkernels.planning.device import measured_card
 
 Planner = Callable[[Config, Card, float], Plan]  # of a run's step, for a card and a budget in GiB

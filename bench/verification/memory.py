@@ -23,11 +23,11 @@ from bench.verification.device import Gpu
 from bench.verification.record import Record
 from bench.verification.step import processes, shape_of, step_config
 from mimicmotion import config as presets
-from mimicmotion.fitting import Fitting
-from mimicmotion.memory_plan import plan_step
+from mimicmotion.planning.fitting import Fitting
+from mimicmotion.planning.memory_plan import plan_step
 from mmkernels import cards
 from mmkernels.cards import Card
-from mmkernels.planning.choices import Plan, write_plan
+from mmkernels.choices import Plan, write_plan
 
 SMALLER = "RTX 4090"  # whose memory is tried where this card has more
 STEPS = 4  # of each run: the offload learns in the first

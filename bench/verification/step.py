@@ -26,7 +26,7 @@ from bench.verification.device import Gpu
 from bench.verification.record import Record
 from mimicmotion import config as presets
 from mmkernels.cards import Card, Kind
-from mmkernels.planning.choices import GIB, OptimizerChoice, Plan
+from mmkernels.choices import GIB, OptimizerChoice, Plan
 from mmkernels.planning.device import SAMPLES
 from mmkernels.planning.svd import svd_workload
 

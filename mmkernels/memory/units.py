@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Literal
 
-Choice = Literal["keep", "recompute", "move"]  # what is done with a unit: mmkernels.planning.choices
+Choice = Literal["keep", "recompute", "move"]  # what is done with a unit: mmkernels.choices
 REST = "unet/rest"
 WHOLE = "input"  # the only unit of a block that is run whole again
 

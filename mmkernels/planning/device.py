@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from mmkernels.cards import H200_RATES, Card, Kind, Rate, card_of, without_fragments
-from mmkernels.planning.choices import GIB
+from mmkernels.choices import GIB
 
 PRODUCT_SIDE = 8192
 COPY_BYTES = 1 << 28

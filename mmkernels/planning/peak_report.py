@@ -11,8 +11,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from mmkernels.choices import GIB
 from mmkernels.memory.attribution import Origin
-from mmkernels.planning.choices import GIB
 from mmkernels.planning.pictures import draw_peak
 
 SHOWN_SHARE = 0.004  # of the peak: smaller rows are one row, "others"

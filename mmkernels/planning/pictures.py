@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmkernels.planning.choices import GIB, Plan
+from mmkernels.choices import GIB, Plan
 from mmkernels.planning.profile import BlockCost, Profile
 from mmkernels.planning.workload import Traced
 

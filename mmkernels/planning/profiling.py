@@ -9,9 +9,9 @@ from functools import partial
 from torch import nn
 
 from mmkernels.cards import Card
+from mmkernels.choices import OptimizerChoice, Plan
 from mmkernels.memory.phases import Phase
 from mmkernels.memory.units import WHOLE, Choice
-from mmkernels.planning.choices import OptimizerChoice, Plan
 from mmkernels.planning.profile import BlockCost, OptimizerCost, PhaseCost, Profile, UnitCost
 from mmkernels.planning.watching import WatchingClock
 from mmkernels.planning.workload import (

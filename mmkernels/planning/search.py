@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 
 from mmkernels.cards import Card
-from mmkernels.planning.choices import GIB, Modelled, OptimizerChoice, OptimizerKind, Plan
+from mmkernels.choices import GIB, Modelled, OptimizerChoice, OptimizerKind, Plan
 from mmkernels.planning.profile import Profile
 from mmkernels.planning.profiling import take_profile
 from mmkernels.planning.solver import Limits, Solution, solve

@@ -22,7 +22,7 @@ from typing import Literal
 
 import numpy as np
 
-from mmkernels.planning.choices import Choice
+from mmkernels.choices import Choice
 from mmkernels.planning.profile import PhaseCost, Profile
 from mmkernels.planning.program import Program, Terms
 

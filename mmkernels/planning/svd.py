@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmkernels.blocks.segment import segment
-from mmkernels.planning.choices import OptimizerKind
+from mmkernels.choices import OptimizerKind
 from mmkernels.planning.workload import Workload
 from mmkernels.replacement import dead_parameters
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from mmkernels.cards import CARDS, Card
+from mmkernels.choices import PIECE_ELEMENTS, TEMPORARY_BYTES, OptimizerChoice, Plan
 from mmkernels.memory.attribution import History, Origin, marking_gradients
 from mmkernels.memory.clock import Clock
 from mmkernels.memory.cuda_autocast import norms_in_float32
 from mmkernels.memory.measured import Allocator, measure
 from mmkernels.memory.trace import Trace, trace
-from mmkernels.planning.choices import PIECE_ELEMENTS, TEMPORARY_BYTES, OptimizerChoice, Plan
 from mmkernels.replacement import dead_parameters, replace, report
 
 PeakBytes = dict[Origin, int]

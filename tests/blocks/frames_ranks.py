@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 import mmkernels
 from mmkernels import frames
-from mmkernels.planning.choices import Plan
+from mmkernels.choices import Plan
 
 F, SIDE, CONTEXT = 7, 16, 16
 Inputs = dict[str, Tensor]

@@ -8,9 +8,9 @@ from typing import Any
 from torch import nn
 
 import mmkernels
+from mmkernels.choices import Plan
 from mmkernels.memory.cuda_autocast import norms_in_float32
 from mmkernels.memory.trace import Trace, trace
-from mmkernels.planning.choices import Plan
 from mmkernels.planning.svd import svd_workload
 
 REAL: dict[str, Any] = {"frames": 72, "height": 576, "width": 1024}

@@ -24,7 +24,7 @@ from test_lora import inject_fake
 from torch import Tensor
 
 import mmkernels
-from mmkernels.planning.choices import Plan
+from mmkernels.choices import Plan
 
 # Of attention itself where no products are counted, forward and backward; and what is differentiated without it.
 ATTENTION = {

@@ -159,7 +159,7 @@ def main() -> None:
     torch.distributed.all_gather_object(gathered, found)
     if torch.distributed.get_rank() == 0:
         Path(sys.argv[1]).write_text(json.dumps(gathered))
-    torch.distributed.barrier()  # as in mimicmotion.distributed: gloo's threads let go of the last tensors
+    torch.distributed.barrier()  # as in mimicmotion.ranks.distributed: gloo's threads let go of the last tensors
     torch.distributed.destroy_process_group()
 
 

@@ -8,7 +8,14 @@ import pytest
 import videos
 
 from mimicmotion.data import wheels
-from mimicmotion.data.footage import EMBEDDED, VideoError, decode, embedded_footage, find_videos, read_properties
+from mimicmotion.data.footage import (
+    EMBEDDED,
+    VideoError,
+    decode,
+    embedded_footage,
+    find_videos,
+    read_properties,
+)
 
 
 @pytest.fixture(scope="module")

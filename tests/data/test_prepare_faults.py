@@ -31,7 +31,7 @@ from mimicmotion.data.preparation import prepare
 from mimicmotion.data.progress import VideoProgress
 from mimicmotion.model.encoders import PatchCodec
 from mimicmotion.paths import printable
-from mimicmotion.stopping import SIGNALS
+from mimicmotion.run.stopping import SIGNALS
 
 
 class Failing(Swaying):

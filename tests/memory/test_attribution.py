@@ -13,12 +13,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mmkernels
 from mmkernels.cards import card
+from mmkernels.choices import OptimizerChoice
 from mmkernels.memory import attribution, measured
 from mmkernels.memory import trace as trace_module
 from mmkernels.memory.attribution import GRADIENT, Event, History, Origin, Origins, at_peak, marking_gradients
 from mmkernels.memory.measured import OTHER, ROUNDED, events_of, measure
 from mmkernels.memory.trace import Trace, trace
-from mmkernels.planning.choices import OptimizerChoice
 from mmkernels.planning.svd import svd_workload
 from mmkernels.planning.workload import measure_way, trace_way
 

@@ -20,10 +20,11 @@ from bench import report
 from bench.verification import memory
 from bench.verification.device import Gpu, made_up_plan
 from bench.verification.record import Record, failures_of
-from mimicmotion import memory_plan, trainer
-from mimicmotion.distributed import Ranks
+from mimicmotion import trainer
 from mimicmotion.memory_report import MemoryReport
 from mimicmotion.model.unet import MimicMotionModel, build_model
+from mimicmotion.planning import memory_plan
+from mimicmotion.ranks.distributed import Ranks
 from mmkernels.allocator import CudaAllocator
 from mmkernels.cards import card
 from mmkernels.memory import measured

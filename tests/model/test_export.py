@@ -15,13 +15,14 @@ from safetensors import safe_open
 from tiny import MODEL, tiny_config
 from torch import Tensor
 
-from mimicmotion import checkpoint, export, pretrained
-from mimicmotion.checkpoint import Checkpoint, CheckpointError
+from mimicmotion import export
 from mimicmotion.config import ModelConfig
 from mimicmotion.json_values import to_json
 from mimicmotion.model.unet import build_model
 from mimicmotion.model.weights import read
-from mmkernels.planning.choices import Plan, document
+from mimicmotion.run import checkpoint, pretrained
+from mimicmotion.run.checkpoint import Checkpoint, CheckpointError
+from mmkernels.choices import Plan, document
 
 STEP = 7
 

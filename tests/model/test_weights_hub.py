@@ -9,10 +9,10 @@ import pytest
 import torch
 from weight_files import write_pth, write_safetensors
 
-from mimicmotion import pretrained
 from mimicmotion.config import ModelConfig
 from mimicmotion.model.weights import WeightsError
 from mimicmotion.model.weights.hub import fetch, is_hub_id
+from mimicmotion.run import pretrained
 
 STEM = "diffusion_pytorch_model"
 CONV = {"conv_in.weight": torch.ones(2)}

@@ -22,12 +22,12 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mimicmotion.checkpoint import Checkpoint, load, save
 from mimicmotion.config import Kernels, OptimizerConfig, mimicmotion_72
-from mimicmotion.dry_run import fake_step
 from mimicmotion.execution import use_kernels
 from mimicmotion.model.pose_net import PoseNet
-from mimicmotion.optimization import Optimization
+from mimicmotion.optimization.optimizer import Optimization
+from mimicmotion.planning.dry_run import fake_step
+from mimicmotion.run.checkpoint import Checkpoint, load, save
 from mmkernels.costs import modelled_device, noting
 from mmkernels.memory.cuda_autocast import norms_in_float32
 

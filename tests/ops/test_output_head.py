@@ -20,9 +20,9 @@ from torch import Tensor, nn
 import mmkernels
 from mmkernels.blocks.output_head import FusedOutputHead
 from mmkernels.blocks.recognition.resnet import why_not_output_head
+from mmkernels.choices import Plan, read_plan, write_plan
 from mmkernels.memory.trace import trace
 from mmkernels.memory.units import REST
-from mmkernels.planning.choices import Plan, read_plan, write_plan
 from mmkernels.planning.workload import blocks_of
 
 pytestmark = pytest.mark.op

@@ -13,6 +13,7 @@ from test_plan import CARD, small_workload
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from mmkernels.choices import OptimizerChoice, Plan
 from mmkernels.costs import modelled_device
 from mmkernels.memory.operator_body import Bodies
 from mmkernels.memory.operator_cost import OperatorCosts
@@ -20,7 +21,6 @@ from mmkernels.memory.workspace import PARTIAL_SUM_BYTES
 from mmkernels.ops.geglu_feed_forward import geglu_feed_forward
 from mmkernels.ops.group_norm_silu_conv import group_norm_silu_conv
 from mmkernels.ops.temporal_attention_block import temporal_attention_block
-from mmkernels.planning.choices import OptimizerChoice, Plan
 from mmkernels.planning.search import scratch_of
 from mmkernels.planning.workload import trace_way
 from mmkernels.replacement import plan_units, replace

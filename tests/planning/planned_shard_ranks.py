@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 
 import mmkernels
+from mmkernels.choices import Plan
 from mmkernels.memory.units import Choice
-from mmkernels.planning.choices import Plan
 
 
 def step(unet: Any, inputs: dict[str, Any], plan: Plan | None, *, is_sharded: bool) -> tuple[dict[str, Tensor], int]:

@@ -17,11 +17,11 @@ import mmkernels
 from bench.shared_step import Meshes, Prepared, Sharing, fake_ranks
 from mmkernels import frames
 from mmkernels.cards import card
+from mmkernels.choices import OptimizerChoice
 from mmkernels.frames import counts_of
 from mmkernels.memory.clock import Clock
 from mmkernels.memory.cuda_autocast import norms_in_float32
 from mmkernels.memory.trace import trace
-from mmkernels.planning.choices import OptimizerChoice
 from mmkernels.planning.svd import svd_workload
 from mmkernels.planning.workload import Workload
 

@@ -6,7 +6,7 @@ import pytest
 
 from bench.budgets import BUDGETS, Comparison, compare
 from bench.modelled_step import StepCost
-from mmkernels.planning.choices import GIB, Plan
+from mmkernels.choices import GIB, Plan
 
 
 def made_up(peak_gib: float, step_s: float) -> StepCost:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mmkernels.planning.choices import Modelled, OptimizerChoice, Plan, read_plan, write_plan
+from mmkernels.choices import Modelled, OptimizerChoice, Plan, read_plan, write_plan
 from mmkernels.scratch import DEFAULT_BYTES
 
 PLAN = Plan(

@@ -24,8 +24,8 @@ from bench.train_step import MEASURED_ON_A_GPU, Settings
 from bench.training_step import TrainingStep
 from mimicmotion.config import Config
 from mmkernels.cards import card
+from mmkernels.choices import Plan
 from mmkernels.memory.units import WHOLE
-from mmkernels.planning.choices import Plan
 from mmkernels.planning.search import BudgetTooSmallError
 from mmkernels.replacement import plan_units
 

@@ -21,14 +21,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from bench.placements import Placement, use
 from bench.verification import step as verification_step
 from mimicmotion.config import mimicmotion_72
-from mimicmotion.dry_run import FakeStep, fake_step
 from mimicmotion.model.pose_net import PoseNet
+from mimicmotion.planning.dry_run import FakeStep, fake_step
 from mmkernels.blocks.segment import segment
 from mmkernels.cards import card
+from mmkernels.choices import GIB, read_plan
 from mmkernels.memory.clock import Clock
 from mmkernels.memory.cuda_autocast import norms_in_float32
 from mmkernels.memory.trace import Trace, trace
-from mmkernels.planning.choices import GIB, read_plan
 from mmkernels.planning.svd import Guide, svd_workload
 from mmkernels.planning.workload import blocks_of, moments_bytes
 from mmkernels.replacement import replace

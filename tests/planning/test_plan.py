@@ -10,9 +10,9 @@ import torch
 from mmkernels import plan as command
 from mmkernels.blocks.drop_in import DropIn
 from mmkernels.cards import card
+from mmkernels.choices import OptimizerChoice, OptimizerKind, Plan, read_plan
 from mmkernels.planning import search
 from mmkernels.planning import workload as modelled
-from mmkernels.planning.choices import OptimizerChoice, OptimizerKind, Plan, read_plan
 from mmkernels.planning.search import GIB, HOST_GIB, Search, make_plan
 from mmkernels.planning.svd import svd_workload
 from mmkernels.planning.workload import Workload, moments_bytes, trace_way, update_bytes

@@ -23,9 +23,9 @@ from test_offload import ImmediateDevice
 from torch import nn
 
 import mmkernels
+from mmkernels.choices import Plan
 from mmkernels.memory.trace import trace
 from mmkernels.memory.units import REST, WHOLE, Choice
-from mmkernels.planning.choices import Plan
 from mmkernels.replacement import plan_units
 
 SLAB_BYTES = 1 << 26

@@ -11,7 +11,7 @@ from bench import predicted_step
 from bench.environment import ROOT
 from bench.modelled_step import model_step
 from mmkernels.cards import card
-from mmkernels.planning.choices import OptimizerChoice
+from mmkernels.choices import OptimizerChoice
 from mmkernels.planning.svd import svd_workload
 
 SMALL: Any = {

@@ -12,9 +12,10 @@ from unittest import mock
 import numpy as np
 from people import Swaying
 
-from mimicmotion import app, picture_to_video
+from mimicmotion import app
 from mimicmotion.data.poses import PoseTrack
-from mimicmotion.picture_to_video import make_videos
+from mimicmotion.sampling import picture_to_video
+from mimicmotion.sampling.picture_to_video import make_videos
 
 
 class Watching(Swaying):

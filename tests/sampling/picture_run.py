@@ -7,7 +7,7 @@ import torch
 from tiny import NoiseClips, tiny_config
 from tiny_svd import MODEL
 
-from mimicmotion.distributed import Ranks
+from mimicmotion.ranks.distributed import Ranks
 from mimicmotion.trainer import Trainer
 
 ONE = Ranks(rank=0, world_size=1, device=torch.device("cpu"))

@@ -19,8 +19,9 @@ from people import Swaying
 from picture_run import write_run
 from PIL import Image
 
-from mimicmotion import app, picture_to_video
-from mimicmotion.picture_arguments import PictureArguments
+from mimicmotion import app
+from mimicmotion.sampling import picture_to_video
+from mimicmotion.sampling.picture_arguments import PictureArguments
 
 pytest.importorskip("gradio", reason="the page needs gradio: pip install gradio")
 from served_page import API, Served, served_in

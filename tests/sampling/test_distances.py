@@ -8,9 +8,9 @@ from torch import nn
 from torchmetrics.functional.image import lpips as theirs
 
 from mimicmotion.data.cache import file_sha256
-from mimicmotion.frechet import FRAMES_A_WINDOW, Backbone, VideoDistance, frechet_distance
-from mimicmotion.lpips import Lpips
-from mimicmotion.paired_test import FEWEST_CLIPS, compare, sign_flip_p
+from mimicmotion.evaluation.frechet import FRAMES_A_WINDOW, Backbone, VideoDistance, frechet_distance
+from mimicmotion.evaluation.lpips import Lpips
+from mimicmotion.evaluation.paired_test import FEWEST_CLIPS, compare, sign_flip_p
 
 
 # A direction of no variance costs half the digits: the root of rounding.

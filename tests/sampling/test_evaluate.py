@@ -10,12 +10,13 @@ import torch
 import videos
 from people import Swaying
 
-from mimicmotion import evaluate, evaluation_tools
-from mimicmotion.compared import Compared, FolderClips
+from mimicmotion import evaluate
 from mimicmotion.data.footage import decode
 from mimicmotion.evaluate import Arguments, run
-from mimicmotion.evaluation import measure
-from mimicmotion.evaluation_tools import Tools
+from mimicmotion.evaluation import tools as evaluation_tools
+from mimicmotion.evaluation.compared import Compared, FolderClips
+from mimicmotion.evaluation.figures import measure
+from mimicmotion.evaluation.tools import Tools
 
 NAMES = [f"dance{number}" for number in range(6)]
 FRAMES, HEIGHT, WIDTH = 6, 64, 48

@@ -13,7 +13,7 @@ from tiny import tiny_config
 
 from mimicmotion.data.report_page import write_report
 from mimicmotion.evaluate import Arguments, run
-from mimicmotion.record import Record
+from mimicmotion.run.record import Record
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (apt install chromium)")
 

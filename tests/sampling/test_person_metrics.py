@@ -6,8 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from mimicmotion.metrics import psnr, ssim
-from mimicmotion.person_metrics import accuracy, body_size, find_poses, motion_figures, person_region, pose_figures
+from mimicmotion.evaluation.metrics import psnr, ssim
+from mimicmotion.evaluation.person_metrics import (
+    accuracy,
+    body_size,
+    find_poses,
+    motion_figures,
+    person_region,
+    pose_figures,
+)
 
 HEIGHT, WIDTH = 80, 100
 ALL = np.arange(128)

@@ -12,14 +12,15 @@ from people import Swaying
 from picture_run import write_run
 from PIL import Image
 
-from mimicmotion import picture_to_video, sample
-from mimicmotion.animation import generate_latents, steer
+from mimicmotion import sample
 from mimicmotion.commands import one_sentence
 from mimicmotion.config import PRESETS
 from mimicmotion.data.progress import VideoProgress
-from mimicmotion.generation import load_averaged
 from mimicmotion.model.encoders import PatchCodec
-from mimicmotion.picture_to_video import make_videos
+from mimicmotion.sampling import picture_to_video
+from mimicmotion.sampling.animation import generate_latents, steer
+from mimicmotion.sampling.generation import load_averaged
+from mimicmotion.sampling.picture_to_video import make_videos
 
 NUM_FRAMES, RATE = 7, 30
 

@@ -19,7 +19,7 @@ from mimicmotion import pipeline as pipeline_module
 from mimicmotion.data.still import fitted
 from mimicmotion.model.encoders import SVDEncoder
 from mimicmotion.pipeline import MimicMotionPipeline, PoseNetModel
-from mimicmotion.sampler import euler_scheduler
+from mimicmotion.sampling.sampler import euler_scheduler
 
 SETTINGS: dict[str, Any] = {"num_inference_steps": 2, "tile_size": 4, "tile_overlap": 2, "decode_chunk_size": 3}
 

@@ -8,9 +8,9 @@ from released_pipeline import released
 from tiny import tiny_config
 from tiny_svd import MODEL, tiny_clip, tiny_model, tiny_vae
 
-from mimicmotion.animation import frames_of, generate_latents, steer
 from mimicmotion.model.encoders import SVDEncoder
-from mimicmotion.sampler import generator_of
+from mimicmotion.sampling.animation import frames_of, generate_latents, steer
+from mimicmotion.sampling.sampler import generator_of
 
 SIDE = 64
 # Of float32 through these networks: a picture 1e-7 of itself away gives latents 6e-5 and frames 9e-5 away.

@@ -7,7 +7,7 @@ import torch
 from tiny import MODEL
 
 from mimicmotion.model.unet import build_model
-from mimicmotion.sampler import (
+from mimicmotion.sampling.sampler import (
     Conditions,
     decode,
     euler_scheduler,

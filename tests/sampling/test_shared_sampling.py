@@ -15,14 +15,15 @@ from people import Swaying
 from picture_run import write_run
 from PIL import Image
 
-from mimicmotion import picture_arguments, picture_to_video, sample
+from mimicmotion import sample
 from mimicmotion.commands import one_sentence
 from mimicmotion.config import Config
-from mimicmotion.distributed import join_ranks
-from mimicmotion.generation import load_averaged
 from mimicmotion.model.encoders import PatchCodec
-from mimicmotion.picture_arguments import PictureArguments
-from mimicmotion.sampler import tiles
+from mimicmotion.ranks.distributed import join_ranks
+from mimicmotion.sampling import picture_arguments, picture_to_video
+from mimicmotion.sampling.generation import load_averaged
+from mimicmotion.sampling.picture_arguments import PictureArguments
+from mimicmotion.sampling.sampler import tiles
 
 NUM_FRAMES = 7  # of the driving video
 

@@ -17,7 +17,7 @@ import torch
 from bench.faults import killed
 from bench.faults.judge import SAVE_EVERY, Judge
 from bench.faults.outcome import figures
-from mimicmotion.optimization import Optimization
+from mimicmotion.optimization.optimizer import Optimization
 
 
 def main() -> None:

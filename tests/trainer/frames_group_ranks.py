@@ -19,13 +19,14 @@ import torch
 from tiny import NoiseClips, tiny_config
 from torch import Tensor, distributed, multiprocessing
 
-from mimicmotion import planned_blocks, record
 from mimicmotion.config import Config
 from mimicmotion.data.cache import NotFiniteError
-from mimicmotion.distributed import Ranks
 from mimicmotion.model.adapters import own_state
 from mimicmotion.parallel import ParallelConfig
-from mimicmotion.sharding import full, part
+from mimicmotion.planning import planned_blocks
+from mimicmotion.ranks.distributed import Ranks
+from mimicmotion.ranks.sharding import full, part
+from mimicmotion.run import record
 from mimicmotion.trainer import Trainer
 from mimicmotion.validation import Validation
 

@@ -4,7 +4,7 @@ import sys
 
 import torch
 
-from mimicmotion.distributed import join_ranks
+from mimicmotion.ranks.distributed import join_ranks
 
 if __name__ == "__main__":
     with join_ranks() as ranks:

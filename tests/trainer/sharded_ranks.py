@@ -12,12 +12,12 @@ import torch
 from tiny import NoiseClips, tiny_config
 
 from mimicmotion.config import Config
-from mimicmotion.distributed import Ranks, join_ranks
 from mimicmotion.model.adapters import own_state
 from mimicmotion.parallel import ParallelConfig
-from mimicmotion.sharding import full, part
+from mimicmotion.ranks.distributed import Ranks, join_ranks
+from mimicmotion.ranks.sharding import full, part
 from mimicmotion.trainer import Trainer
-from mmkernels.planning.choices import Plan
+from mmkernels.choices import Plan
 
 
 def config_of(folder: Path, shard: int, steps: int) -> Config:

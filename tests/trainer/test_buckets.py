@@ -11,22 +11,22 @@ import videos
 from people import Swaying
 from tiny import MODEL, NoiseClips, tiny_config
 
-from mimicmotion import checkpoint
 from mimicmotion.data.cache import Manifest
 from mimicmotion.data.clip_maker import Recipe
 from mimicmotion.data.curate import Bounds
 from mimicmotion.data.dataset import ClipDataset
 from mimicmotion.data.preparation import prepare, why_stale
-from mimicmotion.distributed import Ranks
-from mimicmotion.dry_stages import dry_stages
-from mimicmotion.fitting import Fitting
-from mimicmotion.history import read_history
 from mimicmotion.json_values import from_json, to_json
-from mimicmotion.memory_plan import choose_plan
 from mimicmotion.model.encoders import PatchCodec
+from mimicmotion.planning.dry_stages import dry_stages
+from mimicmotion.planning.fitting import Fitting
+from mimicmotion.planning.memory_plan import choose_plan
+from mimicmotion.ranks.distributed import Ranks
+from mimicmotion.run import checkpoint
+from mimicmotion.run.history import read_history
 from mimicmotion.shapes import Bucket
 from mimicmotion.trainer import Trainer
-from mmkernels.planning.choices import Choice, Modelled, Plan, read_plan
+from mmkernels.choices import Choice, Modelled, Plan, read_plan
 
 ONE = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
 SIZES = ("64x128", "128x128")  # beside 128 x 64

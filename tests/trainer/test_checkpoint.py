@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from mimicmotion.checkpoint import (
+from mimicmotion.run.checkpoint import (
     Checkpoint,
     CheckpointError,
     folders,
@@ -121,7 +121,7 @@ def test_killed_while_saving_leaves_an_intact_newest_checkpoint(tmp_path):
     code = """
         import sys, torch
         from pathlib import Path
-        from mimicmotion.checkpoint import Checkpoint, save
+        from mimicmotion.run.checkpoint import Checkpoint, save
         step = 0
         while True:
             step += 1

@@ -17,21 +17,22 @@ from people import Swaying
 from places import ROOT
 from torch import nn
 
-from mimicmotion import evaluate, generation, sample, train
+from mimicmotion import evaluate, sample, train
 from mimicmotion import prepare as prepare_command
-from mimicmotion.checkpoint import folders
-from mimicmotion.compared import RunClips
 from mimicmotion.config import demo
 from mimicmotion.data.curate import Bounds
 from mimicmotion.data.dataset import ClipDataset
 from mimicmotion.data.preparation import Recipe, prepare
 from mimicmotion.diffusion import preconditioning
-from mimicmotion.distributed import join_ranks
-from mimicmotion.generation import load_averaged, other_order
-from mimicmotion.history import read_history
+from mimicmotion.evaluation.compared import RunClips
+from mimicmotion.evaluation.person_metrics import person_region
 from mimicmotion.model.encoders import PatchCodec
-from mimicmotion.person_metrics import person_region
-from mimicmotion.run_folder import start_afresh
+from mimicmotion.ranks.distributed import join_ranks
+from mimicmotion.run.checkpoint import folders
+from mimicmotion.run.history import read_history
+from mimicmotion.run.run_folder import start_afresh
+from mimicmotion.sampling import generation
+from mimicmotion.sampling.generation import load_averaged, other_order
 
 NUM_FRAMES = 5
 WORDS = [
@@ -215,7 +216,7 @@ def test_a_run_that_holds_videos_out_is_evaluated_on_them(run_dir, monkeypatch):
     """Two clips of two videos of which half is held out; a folder that is given counts whole."""
     config, *rest = load_averaged(run_dir)
     config = replace(config, data=replace(config.data, held_out=0.5))
-    monkeypatch.setattr("mimicmotion.compared.load_averaged", lambda _: (config, *rest))
+    monkeypatch.setattr("mimicmotion.evaluation.compared.load_averaged", lambda _: (config, *rest))
     held_out = RunClips(run_dir)
     trained = ClipDataset(config.data.prepared, NUM_FRAMES, config.trainer.seed, held_out=0.5).clip_ids
     assert len(trained) == len(held_out.dataset.clip_ids) == 1 and held_out.dataset.clip_ids != trained

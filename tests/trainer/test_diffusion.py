@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mimicmotion.diffusion import denoised, draw, log_sigma_mean, noise_batch, preconditioning, time_ids
-from mimicmotion.sampler import euler_scheduler
+from mimicmotion.sampling.sampler import euler_scheduler
 
 SETTINGS = {"mean": 0.7, "std": 1.6, "reference_mean": -3.0, "reference_std": 0.5, "dropout": 0.1}
 SHAPE = (2, 4, 3, 3)

@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 from tiny import NoiseClips, tiny_config
 
 from mimicmotion.config import TrainerConfig
-from mimicmotion.distributed import Ranks, join_ranks, rank_sample_ids
-from mimicmotion.history import read_history
+from mimicmotion.ranks.distributed import Ranks, join_ranks, rank_sample_ids
+from mimicmotion.run.history import read_history
 from mimicmotion.trainer import Trainer
 
 CPU = torch.device("cpu")

@@ -2,10 +2,11 @@ import re
 
 import pytest
 
-from mimicmotion import dry_stages, train
+from mimicmotion import train
 from mimicmotion.config import mimicmotion_72
-from mimicmotion.dry_run import dry_run
 from mimicmotion.model.unet import build_model, num_parameters
+from mimicmotion.planning import dry_stages
+from mimicmotion.planning.dry_run import dry_run
 
 KERNELS = ("torch", "checkpoint", "fused")
 

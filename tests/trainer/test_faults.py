@@ -15,7 +15,7 @@ from bench.faults import full_disk
 from bench.faults.__main__ import ROWS, table
 from bench.faults.judge import Judge
 from bench.faults.outcome import Outcome, figures
-from mimicmotion import checkpoint
+from mimicmotion.run import checkpoint
 
 
 def test_a_share_of_every_row_is_survived(tmp_path: Path) -> None:

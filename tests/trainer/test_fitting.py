@@ -21,23 +21,23 @@ from test_offload import ImmediateDevice
 from tiny import NoiseClips, tiny_config
 from torch import Tensor
 
-from mimicmotion import dry_run, trainer
+from mimicmotion import trainer
 from mimicmotion.config import Config, ModelConfig
-from mimicmotion.distributed import Ranks
-from mimicmotion.fitting import MOST_REPLANS, Fitting, NoSmallerPlanError
-from mimicmotion.history import read_history
-from mimicmotion.memory_plan import search_step
 from mimicmotion.model.pose_net import PoseNet
 from mimicmotion.model.unet import MimicMotionModel
+from mimicmotion.planning import dry_run
+from mimicmotion.planning.fitting import MOST_REPLANS, Fitting, NoSmallerPlanError
+from mimicmotion.planning.memory_plan import search_step
+from mimicmotion.ranks.distributed import ALONE
+from mimicmotion.run.history import read_history
 from mimicmotion.trainer import Trainer
 from mmkernels import replacement
 from mmkernels.allocator import CudaAllocator, uncounted
 from mmkernels.cards import card
-from mmkernels.planning.choices import GIB, Modelled, OptimizerChoice, Plan
+from mmkernels.choices import GIB, Modelled, OptimizerChoice, Plan
 from mmkernels.planning.search import BudgetTooSmallError, Search
 from mmkernels.planning.solver import Solution, solve
 
-ONE = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
 SLAB_BYTES = 1 << 28
 Weights = dict[str, Tensor]
 Hidden = Callable[[int, int], float]  # bytes by the steps done and the bytes that live
@@ -122,8 +122,8 @@ def fitted(
 ) -> tuple[Trainer, StandIn]:
     """A trainer that was run on a stand-in device, and the device."""
     device = StandIn(limit_gib * GIB)
-    fitting = Fitting(planner(budget_gib), budget_gib, planner, device, ONE, ImmediateDevice(SLAB_BYTES))
-    run = Trainer(config, NoiseClips(config=config), ONE, fitting=fitting)
+    fitting = Fitting(planner(budget_gib), budget_gib, planner, device, ALONE, ImmediateDevice(SLAB_BYTES))
+    run = Trainer(config, NoiseClips(config=config), ALONE, fitting=fitting)
     hidden = hides(run)
     device.hidden = lambda live_bytes: hidden(run.step, live_bytes)
     device.count([*run.model.parameters(), *run.optimization.resident()])
@@ -133,7 +133,7 @@ def fitted(
 
 
 def plain(config: Config) -> Weights:
-    run = Trainer(config, NoiseClips(config=config), ONE)
+    run = Trainer(config, NoiseClips(config=config), ALONE)
     run.run()
     return run.model.state_dict()
 
@@ -250,7 +250,7 @@ class Ladder:
 
     def __init__(self, more_gib: float) -> None:
         self.more_gib, self.rooms = more_gib, list[float]()
-        self.fitting = Fitting(modelled(20, 4.0), 20.0, self, self, ONE)
+        self.fitting = Fitting(modelled(20, 4.0), 20.0, self, self, ALONE)
 
     def __call__(self, room_gib: float) -> Plan:
         self.rooms.append(room_gib)
@@ -309,13 +309,13 @@ def test_what_did_not_fit_a_smaller_budget_is_forgotten_under_a_larger_one() -> 
     known = dataclasses.replace(modelled(18, 6.0), made_for={"budget_gib": 22.0, "failed_gib": 21.5})
     for budget_gib, room_gib in ((22.0, 21.5 - 0.05 * 22), (75.0, 75.0)):
         ladder = Ladder(0.0)
-        ladder.fitting = Fitting(known, budget_gib, ladder, ladder, ONE)
+        ladder.fitting = Fitting(known, budget_gib, ladder, ladder, ALONE)
         ladder.fitting.settle(6.0)
         assert ladder.rooms == pytest.approx([room_gib])
 
 
 def test_moments_change_places_with_the_same_bits(tmp_path: Path) -> None:
-    run = Trainer(run_config(tmp_path), NoiseClips(config=run_config(tmp_path)), ONE)
+    run = Trainer(run_config(tmp_path), NoiseClips(config=run_config(tmp_path)), ALONE)
     expected = plain(run_config(tmp_path / "plain"))
     update = run.optimization.weight_update
     for _ in range(3):

@@ -19,10 +19,10 @@ from tiny import tiny_config
 
 from mimicmotion.config import Config, OptimizerConfig
 from mimicmotion.diffusion import Draw
-from mimicmotion.distributed import Ranks, rank_sample_ids
-from mimicmotion.frames_group import FramesGroup
-from mimicmotion.history import read_history
 from mimicmotion.parallel import ParallelConfig
+from mimicmotion.ranks.distributed import Ranks, rank_sample_ids
+from mimicmotion.ranks.frames_group import FramesGroup
+from mimicmotion.run.history import read_history
 
 OFF = 1e-8  # over the largest of a gradient in float64
 Found = tuple[dict[str, torch.Tensor], dict[str, Any]]

@@ -4,8 +4,8 @@ import logging
 import pytest
 from rich.console import Console
 
-from mimicmotion import history
-from mimicmotion.history import History, Reporter, draw_loss, read_history
+from mimicmotion.run import history
+from mimicmotion.run.history import History, Reporter, draw_loss, read_history
 
 
 def _row(step, loss=0.5, is_skipped=False):

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from mimicmotion.config import OptimizerConfig
-from mimicmotion.in_backward import InBackward
-from mimicmotion.optimization import Optimization
+from mimicmotion.optimization.in_backward import InBackward
+from mimicmotion.optimization.optimizer import Optimization
+from mmkernels.choices import TEMPORARY_BYTES
 from mmkernels.memory.trace import trace
-from mmkernels.planning.choices import TEMPORARY_BYTES
 
 LIMIT = 2.0
 

@@ -15,14 +15,16 @@ from tiny import MODEL, NoiseClips, tiny_config
 from torch import Tensor
 
 import mmkernels
-from mimicmotion import checkpoint, export, generation, sampler
+from mimicmotion import export
 from mimicmotion.config import Config, LoraConfig, mimicmotion_16
-from mimicmotion.distributed import Ranks
-from mimicmotion.dry_run import dry_run
-from mimicmotion.history import read_history
 from mimicmotion.model import weights
 from mimicmotion.model.adapters import adapt, is_adapters, merged, own_state, pairs, weight_of
 from mimicmotion.model.unet import MimicMotionModel, build_model
+from mimicmotion.planning.dry_run import dry_run
+from mimicmotion.ranks.distributed import Ranks
+from mimicmotion.run import checkpoint
+from mimicmotion.run.history import read_history
+from mimicmotion.sampling import generation, sampler
 from mimicmotion.trainer import Trainer
 
 ONE = Ranks(rank=0, world_size=1, device=torch.device("cpu"))

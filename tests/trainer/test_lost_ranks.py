@@ -15,9 +15,11 @@ from restarted_run import KILLED_STEP, settings
 from safetensors.torch import load_file
 from stopped_run import patched
 
-from mimicmotion import checkpoint, lost_ranks, train
+from mimicmotion import train
 from mimicmotion.commands import one_sentence
-from mimicmotion.distributed import PATIENCE, Ranks, join_ranks
+from mimicmotion.ranks import lost_ranks
+from mimicmotion.ranks.distributed import PATIENCE, Ranks, join_ranks
+from mimicmotion.run import checkpoint
 
 AGAIN = "take them up again"
 

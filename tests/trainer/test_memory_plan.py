@@ -13,15 +13,17 @@ import pytest
 import torch
 from tiny import NoiseClips, tiny_config
 
-from mimicmotion import checkpoint, memory_plan, train
+from mimicmotion import train
 from mimicmotion.config import Config
-from mimicmotion.distributed import Ranks
-from mimicmotion.dry_run import dry_run
 from mimicmotion.json_values import from_json, to_json
-from mimicmotion.memory_plan import choose_plan
+from mimicmotion.planning import memory_plan
+from mimicmotion.planning.dry_run import dry_run
+from mimicmotion.planning.memory_plan import choose_plan
+from mimicmotion.ranks.distributed import Ranks
+from mimicmotion.run import checkpoint
 from mimicmotion.trainer import Trainer
 from mmkernels.cards import CONTEXT_GIB, FRAGMENTS, card
-from mmkernels.planning.choices import Modelled, OptimizerChoice, Plan, read_plan, write_plan
+from mmkernels.choices import Modelled, OptimizerChoice, Plan, read_plan, write_plan
 
 ONE = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
 ON_GPU = dataclasses.replace(ONE, device=torch.device("cuda", 0))

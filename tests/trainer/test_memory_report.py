@@ -9,13 +9,13 @@ from rich.console import Console
 from stand_in_allocator import StandInAllocator
 from tiny import NoiseClips, tiny_config
 
-from mimicmotion.distributed import Ranks
-from mimicmotion.dry_run import dry_run
 from mimicmotion.memory_report import MemoryReport
+from mimicmotion.planning.dry_run import dry_run
+from mimicmotion.ranks.distributed import Ranks
 from mimicmotion.trainer import Trainer
+from mmkernels.choices import GIB
 from mmkernels.memory.attribution import GRADIENT, Origin
 from mmkernels.memory.caching_allocator import allocated_bytes
-from mmkernels.planning.choices import GIB
 from mmkernels.planning.peak_report import PeakReport, peak_report, print_report, shown_rows, write_report
 
 CPU = torch.device("cpu")

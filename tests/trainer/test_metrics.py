@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from mimicmotion import metrics
-from mimicmotion.metrics import psnr, ssim
+from mimicmotion.evaluation import metrics
+from mimicmotion.evaluation.metrics import psnr, ssim
 
 
 def _frames():

@@ -13,14 +13,15 @@ import videos
 from people import Swaying
 from places import ROOT
 
-from mimicmotion import checkpoint, evaluate, export, sample
+from mimicmotion import evaluate, export, sample
 from mimicmotion.config import Config
 from mimicmotion.data.cache import Manifest
 from mimicmotion.data.curate import Bounds
 from mimicmotion.data.preparation import Recipe, prepare
 from mimicmotion.json_values import from_json
 from mimicmotion.model.encoders import PatchCodec
-from mimicmotion.resumption import of_other_clips
+from mimicmotion.run import checkpoint
+from mimicmotion.run.resumption import of_other_clips
 
 WORDS = [
     "--kernels", "torch", "--data.height", "64", "--data.width", "64", "--data.num-frames", "4",

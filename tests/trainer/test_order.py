@@ -14,7 +14,7 @@ from tiny import tiny_config
 from mimicmotion.data.cache import Clip, Crop, Manifest
 from mimicmotion.data.dataset import ClipDataset
 from mimicmotion.data.order import Order, Pick, Place
-from mimicmotion.distributed import Ranks, rank_sample_ids
+from mimicmotion.ranks.distributed import Ranks, rank_sample_ids
 from mimicmotion.shapes import Bucket
 
 CPU = torch.device("cpu")

@@ -6,9 +6,9 @@ import pytest
 import torch
 from tiny import NoiseClips, tiny_config
 
-from mimicmotion import checkpoint
-from mimicmotion.distributed import Ranks
-from mimicmotion.history import read_history
+from mimicmotion.ranks.distributed import Ranks
+from mimicmotion.run import checkpoint
+from mimicmotion.run.history import read_history
 from mimicmotion.trainer import Trainer
 
 ONE = Ranks(rank=0, world_size=1, device=torch.device("cpu"))

@@ -7,8 +7,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import tiny_config
 
-from mimicmotion.record import Record
-from mimicmotion.trackers import Trackers, by_sigma, scalars
+from mimicmotion.run.record import Record
+from mimicmotion.run.trackers import Trackers, by_sigma, scalars
 
 
 def _row(step, *, is_skipped=False):

@@ -25,9 +25,9 @@ from mimicmotion.data.dataset import ClipDataset
 from mimicmotion.data.preparation import prepare, prepare_if_missing, why_stale
 from mimicmotion.data.recipe import Recipe
 from mimicmotion.data.reference_noise import ReferenceNoise
-from mimicmotion.dry_stages import dry_stages
-from mimicmotion.micro_batch import clip_losses, draw_samples, stacked
 from mimicmotion.model.encoders import PatchCodec
+from mimicmotion.planning.dry_stages import dry_stages
+from mimicmotion.step import clip_losses, draw_samples, stacked
 
 SVD = ReferenceNoise()  # ln s ~ N(-3, 0.5^2)
 RECIPE = Recipe(height=64, width=64, num_frames=8, bounds=Bounds(min_frames=1), with_mirrored=True, num_jittered=1)

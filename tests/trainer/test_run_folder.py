@@ -5,7 +5,7 @@ import textwrap
 import pytest
 
 from mimicmotion.data.ownership import sign
-from mimicmotion.run_folder import owned
+from mimicmotion.run.run_folder import owned
 
 
 def _owner(run_dir):
@@ -14,7 +14,7 @@ def _owner(run_dir):
         import sys
         from pathlib import Path
         from mimicmotion.data.ownership import sign
-        from mimicmotion.run_folder import owned
+        from mimicmotion.run.run_folder import owned
         with owned(Path({str(run_dir)!r})):
             sign(Path({str(run_dir)!r}))
             print("mine", flush=True)
@@ -42,6 +42,6 @@ def test_two_processes_never_own_one_folder_and_an_end_gives_it_back(is_killed, 
         sign(run_dir)
         run_dir.rename(tmp_path / "runs" / "dance.1")  # as a fresh start does with an earlier run
         run_dir.mkdir()
-        script = "import sys, pathlib, mimicmotion.run_folder as r\nwith r.owned(pathlib.Path(sys.argv[1])): pass"
+        script = "import sys, pathlib, mimicmotion.run.run_folder as r\nwith r.owned(pathlib.Path(sys.argv[1])): pass"
         late = subprocess.run([sys.executable, "-c", script, str(run_dir)], capture_output=True, text=True)
         assert late.returncode == 1 and "belongs to another run" in late.stderr

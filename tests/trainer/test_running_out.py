@@ -25,14 +25,15 @@ from test_fitting import (  # noqa: F401
 from test_offload import ImmediateDevice
 from tiny import NoiseClips
 
-from mimicmotion import checkpoint, memory_plan
 from mimicmotion.config import Config
-from mimicmotion.distributed import Ranks
-from mimicmotion.fitting import Fitting
-from mimicmotion.history import read_history
-from mimicmotion.memory_plan import choose_plan
+from mimicmotion.planning import memory_plan
+from mimicmotion.planning.fitting import Fitting
+from mimicmotion.planning.memory_plan import choose_plan
+from mimicmotion.ranks.distributed import Ranks
+from mimicmotion.run import checkpoint
+from mimicmotion.run.history import read_history
 from mimicmotion.trainer import Trainer, TrainingStoppedError
-from mmkernels.planning.choices import GIB, OptimizerChoice, Plan, read_plan, write_plan
+from mmkernels.choices import GIB, OptimizerChoice, Plan, read_plan, write_plan
 from mmkernels.planning.workload import temporary_bytes
 
 ONE = Ranks(rank=0, world_size=1, device=torch.device("cpu"))

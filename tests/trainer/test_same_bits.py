@@ -12,8 +12,8 @@ import torch
 from tiny import NoiseClips, tiny_config
 
 from bench.verification import bits
-from mimicmotion.distributed import Ranks
 from mimicmotion.execution import same_bits
+from mimicmotion.ranks.distributed import Ranks
 from mimicmotion.trainer import Trainer
 
 RANKS = Ranks(rank=0, world_size=1, device=torch.device("cpu"))

@@ -44,7 +44,7 @@ FULL = """
 import resource, signal, sys
 from pathlib import Path
 import torch
-from mimicmotion.checkpoint import Checkpoint, CheckpointError, load, newest, save
+from mimicmotion.run.checkpoint import Checkpoint, CheckpointError, load, newest, save
 run_dir = Path(sys.argv[1])
 large = lambda step: Checkpoint(step=step, tensors={"model": {"a": torch.zeros(1 << 18)}}, documents={"config": {}})
 save(run_dir, large(1), keep=2)

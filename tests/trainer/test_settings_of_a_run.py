@@ -7,11 +7,11 @@ import pytest
 import torch
 from tiny import NoiseClips, tiny_config
 
-from mimicmotion.checkpoint import load
-from mimicmotion.distributed import Ranks
-from mimicmotion.dry_run import dry_run
-from mimicmotion.history import read_history
-from mimicmotion.optimization import build_optimization
+from mimicmotion.optimization.optimizer import build_optimization
+from mimicmotion.planning.dry_run import dry_run
+from mimicmotion.ranks.distributed import Ranks
+from mimicmotion.run.checkpoint import load
+from mimicmotion.run.history import read_history
 from mimicmotion.trainer import Trainer
 
 ONE = Ranks(rank=0, world_size=1, device=torch.device("cpu"))

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from sharded_ranks import config_of, train
 
 from mimicmotion.config import Config, LoraConfig, OptimizerConfig
-from mimicmotion.distributed import Ranks
-from mimicmotion.memory_plan import placed
 from mimicmotion.parallel import ParallelConfig
-from mmkernels.planning.choices import OptimizerChoice, Plan
+from mimicmotion.planning.memory_plan import placed
+from mimicmotion.ranks.distributed import Ranks
+from mmkernels.choices import OptimizerChoice, Plan
 
 ALONE = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
 GROUPS = ("model", "ema", "optimizer")

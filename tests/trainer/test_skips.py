@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mimicmotion.config import TrainerConfig
-from mimicmotion.skips import LEAST, WINDOW, Skips
+from mimicmotion.run.skips import LEAST, WINDOW, Skips
 
 
 def used(losses, **settings):

@@ -11,13 +11,14 @@ import yaml
 from people import Swaying
 from places import ROOT
 
-from mimicmotion import checkpoint, record, settings_file, train
+from mimicmotion import train
 from mimicmotion.data.curate import Bounds
 from mimicmotion.data.preparation import Recipe, prepare
-from mimicmotion.distributed import Ranks
 from mimicmotion.json_values import to_json
 from mimicmotion.model.encoders import PatchCodec
-from mimicmotion.stopping import Stop
+from mimicmotion.ranks.distributed import Ranks
+from mimicmotion.run import checkpoint, record, settings_file
+from mimicmotion.run.stopping import Stop
 
 ONE = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
 BASE = {

@@ -17,9 +17,10 @@ from places import TESTS, python_path
 from stopped_prepare import LONGEST
 from stopped_run import STOPPED_STEP, patched, small_run
 
-from mimicmotion import checkpoint, train
+from mimicmotion import train
 from mimicmotion.data.cache import is_prepared, load_intact
-from mimicmotion.stopping import REPEAT_S
+from mimicmotion.run import checkpoint
+from mimicmotion.run.stopping import REPEAT_S
 
 SCRIPT = Path(__file__).with_name("stopped_run.py")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")

@@ -10,16 +10,16 @@ from numerics import assert_within_budget
 from safetensors.torch import load_file
 from tiny import NoiseClips, tiny_config
 
-from mimicmotion.checkpoint import CheckpointError, load, newest
 from mimicmotion.data.cache import NotFiniteError
-from mimicmotion.distributed import Ranks
 from mimicmotion.execution import use_kernels
-from mimicmotion.generation import load_averaged
-from mimicmotion.history import read_history
-from mimicmotion.micro_batch import FIELDS, batch_loss, draw_samples
 from mimicmotion.model.unet import build_model
-from mimicmotion.optimization import build_optimization
-from mimicmotion.stopping import SIGNALS, Stop
+from mimicmotion.optimization.optimizer import build_optimization
+from mimicmotion.ranks.distributed import Ranks
+from mimicmotion.run.checkpoint import CheckpointError, load, newest
+from mimicmotion.run.history import read_history
+from mimicmotion.run.stopping import SIGNALS, Stop
+from mimicmotion.sampling.generation import load_averaged
+from mimicmotion.step import FIELDS, batch_loss, draw_samples
 from mimicmotion.trainer import Trainer, TrainingStoppedError
 
 ONE = Ranks(rank=0, world_size=1, device=torch.device("cpu"))

@@ -9,16 +9,16 @@ import videos
 from people import Swaying
 from tiny import tiny_config
 
-from mimicmotion import checkpoint
 from mimicmotion.data.curate import Bounds
 from mimicmotion.data.dataset import ClipDataset
 from mimicmotion.data.held_out import split
 from mimicmotion.data.preparation import Recipe, prepare
-from mimicmotion.distributed import Ranks
-from mimicmotion.history import read_history
 from mimicmotion.model.encoders import PatchCodec
 from mimicmotion.model.unet import build_model
-from mimicmotion.optimization import build_optimization
+from mimicmotion.optimization.optimizer import build_optimization
+from mimicmotion.ranks.distributed import Ranks
+from mimicmotion.run import checkpoint
+from mimicmotion.run.history import read_history
 from mimicmotion.trainer import Trainer
 from mimicmotion.validation import QUANTILES, Validation
 

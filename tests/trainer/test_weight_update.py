@@ -3,11 +3,11 @@ import sys
 import pytest
 import torch
 
-from mimicmotion import weight_update
 from mimicmotion.config import OptimizerConfig
-from mimicmotion.moving_average import MovingAverage
-from mimicmotion.optimization import Optimization
-from mimicmotion.weight_update import WeightUpdate
+from mimicmotion.optimization import weight_update
+from mimicmotion.optimization.moving_average import MovingAverage
+from mimicmotion.optimization.optimizer import Optimization
+from mimicmotion.optimization.weight_update import WeightUpdate
 from mmkernels.costs import modelled_device
 from mmkernels.kernels.launch import carried_out_by
 

@@ -13,13 +13,13 @@ import torch
 from tiny import NoiseClips, tiny_config
 from torch import Tensor
 
-from mimicmotion import memory_plan
 from mimicmotion.config import Config
-from mimicmotion.distributed import Ranks, join_ranks
-from mimicmotion.fitting import Fitting
+from mimicmotion.planning import memory_plan
+from mimicmotion.planning.fitting import Fitting
+from mimicmotion.ranks.distributed import Ranks, join_ranks
 from mimicmotion.trainer import Trainer, TrainingStoppedError
 from mmkernels.cards import card
-from mmkernels.planning.choices import Modelled, Plan, document, write_plan
+from mmkernels.choices import Modelled, Plan, document, write_plan
 
 FREE_GIB = (20.0, 10.0)  # of each rank
 

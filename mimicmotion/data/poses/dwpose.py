@@ -14,7 +14,15 @@ import numpy as np
 
 from mimicmotion.data.cache import file_sha256
 from mimicmotion.data.poses.backend import PoseTrack, stacked_boxes
-from mimicmotion.data.poses.keypoints import BODY, FACE, LEFT_HAND, NECK, NUM_KEYPOINTS, RIGHT_HAND, VISIBLE_CONFIDENCE
+from mimicmotion.data.poses.keypoints import (
+    BODY,
+    FACE,
+    LEFT_HAND,
+    NECK,
+    NUM_KEYPOINTS,
+    RIGHT_HAND,
+    VISIBLE_CONFIDENCE,
+)
 
 HUB_REPOSITORY = "yzd-v/DWPose"
 # The files' SHA-256 on the hub (LFS object ids), as dozens of public repositories pin them too.

@@ -1,0 +1,1 @@
+"""Figures of generated videos, and pages of them."""

@@ -1,0 +1,1 @@
+"""AdamW in its kinds, where its states live, and the average of the weights."""

@@ -1,0 +1,1 @@
+"""A run in its folder: what it begins with and goes on from, what it keeps and what it shows."""

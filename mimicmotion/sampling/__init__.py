@@ -1,0 +1,1 @@
+"""Videos out: sampling, and what surrounds it."""
