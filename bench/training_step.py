@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -13,6 +13,7 @@ from bench.fused_plan import Plans, StepWay
 from bench.harness import Outputs
 from bench.placements import use
 from mimicmotion import config as presets
+from mimicmotion.data.batch import Batch
 from mimicmotion.model.unet import MimicMotionModel, build_model, image_latents, model_input
 from mimicmotion.optimization.optimizer import build_optimization
 from mimicmotion.step import batch_loss, draw_samples
@@ -38,18 +39,18 @@ class TrainingStep:
         config = self.config
         size, self.frames = config.trainer.micro_batch_size, frames
         height, width = config.data.height // presets.LATENT_STRIDE, config.data.width // presets.LATENT_STRIDE
-        batch = {
-            "latents": torch.randn(size, frames, 4, height, width),
-            "reference_latent": torch.randn(size, 4, height, width),
-            "reference_sigma": torch.full((size,), 0.05),
-            "image_embedding": torch.randn(size, 1, config.model.cross_attention_dim),
-            "pose": torch.rand(size, frames, 3, config.data.height, config.data.width) * 2 - 1,
-            "loss_weight": torch.ones(size, frames, 1, height, width),
-        }
-        self.batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
+        batch = Batch(
+            latents=torch.randn(size, frames, 4, height, width),
+            reference_latent=torch.randn(size, 4, height, width),
+            reference_sigma=torch.full((size,), 0.05),
+            image_embedding=torch.randn(size, 1, config.model.cross_attention_dim),
+            pose=torch.rand(size, frames, 3, config.data.height, config.data.width) * 2 - 1,
+            loss_weight=torch.ones(size, frames, 1, height, width),
+        )
+        self.batch = batch.to(self.device)
         undropped = dataclasses.replace(config.diffusion, condition_dropout=0.0)
         drawing = dataclasses.replace(config, diffusion=undropped)
-        self.draws = draw_samples(drawing, 0, range(size), tuple(batch["latents"].shape[1:]))
+        self.draws = draw_samples(drawing, 0, range(size), batch.frame_shape)
 
     @contextmanager
     def running(self, way: StepWay) -> Iterator[None]:
@@ -91,11 +92,11 @@ class TrainingStep:
         self.optimization.gradient_norm()
         self.optimization.step(is_finite=True)
 
-    def _loss(self, model: MimicMotionModel, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def _loss(self, model: MimicMotionModel, batch: Batch) -> torch.Tensor:
         if self.part == "step":
-            return batch_loss(model, dict(batch), self.draws, self.config)
-        latents, embedding = batch["latents"], batch["image_embedding"]
-        sample = model_input(latents, image_latents(batch["reference_latent"], latents.shape[1]))
+            return batch_loss(model, batch, self.draws, self.config)
+        latents, embedding = batch.latents, batch.image_embedding
+        sample = model_input(latents, image_latents(batch.reference_latent, latents.shape[1]))
         ones = torch.ones(latents.shape[0], 3, dtype=latents.dtype, device=latents.device)
         return model.unet(sample, ones[:, 0], embedding, ones, return_dict=False)[0].square().mean()
 
@@ -107,10 +108,9 @@ class TrainingStep:
     def exact(self) -> Outputs:
         """Loss and gradients of plain diffusers in float64."""
         model = copy.deepcopy(self.model).double()
-        batch = {name: tensor.double() for name, tensor in self.batch.items()}
-        return self._gradients(model, batch)
+        return self._gradients(model, self.batch.map(torch.Tensor.double))
 
-    def _gradients(self, model: MimicMotionModel, batch: Mapping[str, torch.Tensor]) -> Outputs:
+    def _gradients(self, model: MimicMotionModel, batch: Batch) -> Outputs:
         loss = self._loss(model, batch)
         trained: torch.nn.Module = model if self.part == "step" else model.unet
         live = {name: value for name, value in trained.named_parameters() if value.requires_grad}
@@ -120,10 +120,10 @@ class TrainingStep:
     def resident_bytes(self) -> int:
         """Bytes there before a step: weights, optimizer states, moving average, batch; read after a first step."""
         if self.part == "unet":
-            inputs = (self.batch[name] for name in ("latents", "reference_latent", "image_embedding"))
+            inputs = (self.batch.latents, self.batch.reference_latent, self.batch.image_embedding)
             return sum(tensor.nbytes for tensor in [*self.model.unet.parameters(), *inputs])
         states = self.optimization.resident()
-        return sum(tensor.nbytes for tensor in [*self.model.parameters(), *states, *self.batch.values()])
+        return sum(tensor.nbytes for tensor in [*self.model.parameters(), *states, *self.batch.tensors()])
 
 
 def why_refused(training: TrainingStep, way: StepWay, plain: Outputs, exact: Outputs) -> str | None:

@@ -1,52 +1,19 @@
 """A micro-batch, its loss and its random numbers, each a function of (seed, step, sample id) alone."""
 
 import math
-from collections.abc import Mapping
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from mimicmotion import diffusion
 from mimicmotion.config import LATENT_STRIDE, Config
+from mimicmotion.data.batch import Batch, Samples
 from mimicmotion.data.cache import NotFiniteError
-from mimicmotion.data.footage_identity import FootageIdentity
 from mimicmotion.execution import autocast, input_dtype
 from mimicmotion.loss import Losses, denoising_loss
 from mimicmotion.model.unet import image_latents, model_input
-from mimicmotion.shapes import Bucket
 
-Batches = list[tuple[dict[str, Tensor] | NotFiniteError, range]]  # micro-batches of a step with their sample ids
-
-FIELDS = ("latents", "reference_latent", "reference_sigma", "image_embedding", "pose", "loss_weight")
-
-
-class Samples(Protocol):
-    """Where samples come from: a function of the place and of (step, sample id), from 0 to the batch size."""
-
-    identity: FootageIdentity
-
-    def clip_of(self, step: int, sample_id: int) -> str:
-        """The name of the clip of a sample."""
-        ...
-
-    def sample(self, step: int, sample_id: int) -> dict[str, Any]:
-        """One clip: latents (F,4,h,w), reference_latent (4,h,w), reference_sigma (), image_embedding (1,C),
-        pose (F,3,H,W), loss_weight.
-        """
-        ...
-
-    def bucket_of(self, step: int) -> Bucket:
-        """The shape of a step's clips, on all ranks."""
-        ...
-
-    def place(self) -> dict[str, Any]:
-        """What of the order of samples a checkpoint keeps, as JSON values."""
-        ...
-
-    def go_on_from(self, place: Mapping[str, Any], step: int) -> None:
-        """Go on at a step of the run that had this place."""
-        ...
+Batches = list[tuple[Batch | NotFiniteError, range]]  # micro-batches of a step with their sample ids
 
 
 def loaded(samples: Samples, step: int, sample_ids: list[range]) -> Batches:
@@ -60,19 +27,18 @@ def loaded(samples: Samples, step: int, sample_ids: list[range]) -> Batches:
     return batches
 
 
-def stacked(samples: Samples, step: int, sample_ids: range) -> dict[str, Tensor]:
-    """What the model reads of some samples of a step, each field (B, ...) on the CPU."""
-    clips = [samples.sample(step, sample_id) for sample_id in sample_ids]
-    return {name: torch.stack([clip[name] for clip in clips]) for name in FIELDS}
+def stacked(samples: Samples, step: int, sample_ids: range) -> Batch:
+    """What the model reads of some samples of a step, on the CPU."""
+    return Batch.stacked([samples.sample(step, sample_id) for sample_id in sample_ids])
 
 
-def batch_loss(model: torch.nn.Module, batch: dict[str, Tensor], draws: list[diffusion.Draw], config: Config) -> Tensor:
+def batch_loss(model: torch.nn.Module, batch: Batch, draws: list[diffusion.Draw], config: Config) -> Tensor:
     """Mean loss of a micro-batch; as `clip_losses`."""
     return clip_losses(model, batch, draws, config).clips.mean()
 
 
 def clip_losses(
-    model: torch.nn.Module, batch: dict[str, Tensor], draws: list[diffusion.Draw], config: Config, share: float = 1.0
+    model: torch.nn.Module, batch: Batch, draws: list[diffusion.Draw], config: Config, share: float = 1.0
 ) -> Losses:
     """Losses of each clip of a micro-batch, stacked on the model's device; model may be wrapped by DDP.
 
@@ -80,12 +46,12 @@ def clip_losses(
     Float32 weights run under autocast; others as they are, and what the model reads is rounded to their dtype. Noise
     levels and time ids stay as they are.
     """
-    latents, dtype = batch["latents"], input_dtype(model)  # (B, F, 4, h, w)
+    latents, dtype = batch.latents, input_dtype(model)  # (B, F, 4, h, w)
     noised = diffusion.noise_batch(
         latents,
-        batch["reference_latent"],
-        batch["reference_sigma"],
-        batch["image_embedding"],
+        batch.reference_latent,
+        batch.reference_sigma,
+        batch.image_embedding,
         draws,
         fps=config.diffusion.fps,
         motion_bucket=config.diffusion.motion_bucket,
@@ -96,10 +62,10 @@ def clip_losses(
             noised.c_noise,
             noised.image_embedding.to(dtype),
             noised.time_ids,
-            batch["pose"].to(dtype),
+            batch.pose.to(dtype),
             noised.keep,
         )
-    region, gamma = batch["loss_weight"], config.diffusion.min_snr_gamma
+    region, gamma = batch.loss_weight, config.diffusion.min_snr_gamma
     return denoising_loss(output, noised.noisy, latents, noised.sigma, region, gamma, share)
 
 

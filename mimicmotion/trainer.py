@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mimicmotion.config import Config
+from mimicmotion.data.batch import Batch, Samples
 from mimicmotion.data.cache import NotFiniteError
 from mimicmotion.execution import peak_gib, same_bits
 from mimicmotion.json_values import to_json
@@ -31,7 +32,7 @@ from mimicmotion.run.record import Record
 from mimicmotion.run.skips import NOT_FINITE, Skips
 from mimicmotion.run.step_figures import Figures
 from mimicmotion.run.stopping import Stop
-from mimicmotion.step import Batches, Samples, clip_losses, draw_samples, loaded
+from mimicmotion.step import Batches, clip_losses, draw_samples, loaded
 from mmkernels.choices import Plan
 
 WAIT_S = 0.1  # between two looks at whether to stop, while data are awaited
@@ -293,13 +294,12 @@ class Trainer:
             self.ranks.average(parameter.grad for parameter in live if parameter.grad is not None)
         return float(self.frames.sum(mean_loss))
 
-    def _micro_batch(self, batch: dict[str, Tensor] | NotFiniteError, ids: range) -> Tensor:
+    def _micro_batch(self, batch: Batch | NotFiniteError, ids: range) -> Tensor:
         """Add a micro-batch's gradients; returns its part of the mean loss."""
         assert not isinstance(batch, NotFiniteError)
-        num_frames, *shape = batch["latents"].shape[1:]
-        batch, draws = self.frames.part(batch, draw_samples(self.config, self.step, ids, (num_frames, *shape)))
-        on_device = {name: tensor.to(self.ranks.device, non_blocking=True) for name, tensor in batch.items()}
-        losses = clip_losses(self.wrapped, on_device, draws, self.config, self.frames.share(num_frames))
+        part, draws = self.frames.part(batch, draw_samples(self.config, self.step, ids, batch.frame_shape))
+        share = self.frames.share(batch.frame_shape[0])
+        losses = clip_losses(self.wrapped, part.to(self.ranks.device), draws, self.config, share)
         self._figures.add(draws, losses)
         loss = losses.clips.mean() / len(self._sample_ids)
         self.optimization.backward(loss * self.frames.size)  # gradients are averaged, and those of a clip's frames add

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from mimicmotion import diffusion
+from mimicmotion.data.batch import Batch
 from mimicmotion.data.dataset import ClipDataset
 from mimicmotion.execution import free_what_is_left
 from mimicmotion.ranks.frames_group import for_whole_clips
@@ -18,7 +19,7 @@ from mimicmotion.run.history import History, read_history
 from mimicmotion.run.run_page import VALIDATION_ROWS, VALIDATION_VIDEO
 from mimicmotion.sampling.generation import generate, load_decoder, reference_and_truth
 from mimicmotion.sampling.video import side_by_side, write_video
-from mimicmotion.step import FIELDS, clip_losses, log_sigma_mean
+from mimicmotion.step import clip_losses, log_sigma_mean
 from mimicmotion.trainer import Trainer
 
 QUANTILES = (-1.28, -0.52, 0.0, 0.52, 1.28)  # of a normal ln sigma: 10, 30, 50, 70 and 90% of the levels trained at
@@ -118,7 +119,7 @@ class Validation:
             noise=torch.randn(clip["latents"].shape, generator=generator),
             reference_noise=torch.zeros(clip["reference_latent"].shape),
         )
-        batch = {name: clip[name].unsqueeze(0).to(device) for name in FIELDS}
+        batch = Batch.stacked([clip]).to(device)
         return float(clip_losses(self._model, batch, [draw], self._config).clips)
 
     def _write_video(self) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mimicmotion.config import LATENT_STRIDE, Config, OptimizerConfig
+from mimicmotion.data.batch import Batch
 from mimicmotion.execution import use_kernels
 from mimicmotion.model.adapters import adapt
 from mimicmotion.model.unet import MimicMotionModel, build_model, num_parameters
@@ -65,12 +66,11 @@ class FakeStep:
     config: Config
     model: MimicMotionModel
     optimization: Optimization
-    batch: dict[str, torch.Tensor]
+    batch: Batch
 
     def loss(self) -> torch.Tensor:
         """Forward of the micro-batch."""
-        latents = self.batch["latents"]
-        draws = draw_samples(self.config, 0, range(len(latents)), tuple(latents.shape[1:]))
+        draws = draw_samples(self.config, 0, range(len(self.batch.latents)), self.batch.frame_shape)
         return batch_loss(self.model, self.batch, draws, self.config)
 
 
@@ -81,14 +81,14 @@ def fake_step(config: Config) -> FakeStep:
     model = build_model(config.model, config.kernels)
     adapt(model, config.lora, config.trainer.precision)
     optimization = build_optimization(model, config, scales_loss=False)  # a scale takes no memory
-    batch = {
-        "latents": torch.empty(size, data.num_frames, 4, height, width),
-        "reference_latent": torch.empty(size, 4, height, width),
-        "reference_sigma": torch.empty(size),
-        "image_embedding": torch.empty(size, 1, config.model.cross_attention_dim),
-        "pose": torch.empty(size, data.num_frames, 3, data.height, data.width),
-        "loss_weight": torch.empty(size, data.num_frames, 1, height, width),
-    }
+    batch = Batch(
+        latents=torch.empty(size, data.num_frames, 4, height, width),
+        reference_latent=torch.empty(size, 4, height, width),
+        reference_sigma=torch.empty(size),
+        image_embedding=torch.empty(size, 1, config.model.cross_attention_dim),
+        pose=torch.empty(size, data.num_frames, 3, data.height, data.width),
+        loss_weight=torch.empty(size, data.num_frames, 1, height, width),
+    )
     return FakeStep(config=config, model=model, optimization=optimization, batch=batch)
 
 
@@ -111,10 +111,10 @@ def dry_run(
             optimization.gradient_norm()
             optimization.step(is_finite=True)
 
-        resident = [*model.parameters(), *fake.batch.values(), *optimization.resident()]
+        resident = [*model.parameters(), *fake.batch.tensors(), *optimization.resident()]
         there = {"weights": model.parameters(), "moments and moving average": optimization.resident()}
         history = history or History()
-        history.begin(model, **there, batch=fake.batch.values())
+        history.begin(model, **there, batch=fake.batch.tensors())
         with norms_in_float32(), marking_gradients(model.parameters(), history.gradient):
             cost = trace(step, resident, clock=clock, device_kind="cuda", history=history)
     return DryRun(

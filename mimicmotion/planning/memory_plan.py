@@ -168,7 +168,7 @@ def search_step(config: Config, card: Card, *, can_update_in_backward: bool, can
         unet=step.model.unet,
         step=lambda: step.loss().backward(),
         trained=list(step.optimization.live.values()),
-        resident=[*step.model.parameters(), *step.batch.values()],
+        resident=[*step.model.parameters(), *step.batch.tensors()],
         mode=mode,
         made_for=made_for(config),
     )

@@ -18,13 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from mimicmotion.data.batch import Batch
 from mimicmotion.diffusion import Draw
 from mimicmotion.parallel import ParallelConfig
 from mimicmotion.ranks.distributed import Ranks
 from mimicmotion.shapes import Bucket
 from mmkernels.frames import slice_of
-
-_BY_FRAME = ("latents", "pose", "loss_weight")  # fields (B, F, ...) of a batch; the others are of the whole clip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,15 +55,12 @@ class FramesGroup:
         own = self.own(num_frames)
         return (own.stop - own.start) / num_frames
 
-    def part(self, batch: dict[str, Tensor], draws: list[Draw]) -> tuple[dict[str, Tensor], list[Draw]]:
+    def part(self, batch: Batch, draws: list[Draw]) -> tuple[Batch, list[Draw]]:
         """A micro-batch and its random numbers with the frames of this rank alone."""
         if self.mesh is None:
             return batch, draws
-        own = self.own(batch["latents"].shape[1])
-        return (
-            {name: x[:, own] if name in _BY_FRAME else x for name, x in batch.items()},
-            [dataclasses.replace(draw, noise=draw.noise[own]) for draw in draws],
-        )
+        own = self.own(batch.frame_shape[0])
+        return batch.of_frames(own), [dataclasses.replace(draw, noise=draw.noise[own]) for draw in draws]
 
     def out_of_memory(self, step: int, bucket: Bucket) -> str:
         """Why a run ends in a step where memory runs out on this rank: the others of its group wait for its frames."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mimicmotion.config import Config
+from mimicmotion.data.batch import Samples
 from mimicmotion.data.cache import Manifest
 from mimicmotion.data.footage_identity import FootageIdentity
 from mimicmotion.json_values import changes, to_json
@@ -20,7 +21,6 @@ from mimicmotion.ranks.sharding import in_parts
 from mimicmotion.run import checkpoint, pretrained
 from mimicmotion.run.checkpoint import Checkpoint
 from mimicmotion.run.skips import Skips
-from mimicmotion.step import Samples
 
 _OF_THE_RATE = ("optimizer.learning_rate", "optimizer.schedule", "optimizer.warmup_steps")
 # What the weights began with does not shape the model.

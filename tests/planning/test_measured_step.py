@@ -100,7 +100,7 @@ def traced(measured: Step) -> tuple[Trace, Clock]:
             fake.optimization.gradient_norm()
             fake.optimization.step(is_finite=True)
 
-        resident = [*fake.model.parameters(), *fake.batch.values(), *fake.optimization.resident()]
+        resident = [*fake.model.parameters(), *fake.batch.tensors(), *fake.optimization.resident()]
         return trace(step, resident, clock=clock, blocks=blocks_of(fake.model.unet)), clock
 
 

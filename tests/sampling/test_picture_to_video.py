@@ -140,7 +140,7 @@ def test_a_budget_chooses_and_refuses(run_dir, files, tmp_path, capsys):
 def test_a_budget_counts_the_latents_of_a_long_clip(run_dir, monkeypatch):
     """20,000 frames: five tensors of 20000 x 4 x 128 x 72 floats are 13.7 GiB beside the network."""
     config, *_ = load_averaged(run_dir)
-    monkeypatch.setattr(picture_to_video, "network_bytes", lambda *given: given[-1] << 27)
+    monkeypatch.setattr(picture_to_video.sampling_memory, "network_bytes", lambda *given: given[-1] << 27)
     shape = (20000, 3, 1024, 576)
     assert picture_to_video._rows_at_once(config, torch.float32, shape, 1, 14.0, VideoProgress()) == 2
     with pytest.raises(ValueError, match=r"a tile of 4 frames .*, of 20000, takes 13\.9 GiB"):

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from tiny import tiny_config
 
 from mimicmotion.config import Config, OptimizerConfig
+from mimicmotion.data.batch import Batch
 from mimicmotion.diffusion import Draw
 from mimicmotion.parallel import ParallelConfig
 from mimicmotion.ranks.distributed import Ranks, rank_sample_ids
@@ -112,21 +113,23 @@ def test_each_rank_has_its_part_of_a_batch_and_of_its_noise() -> None:
     groups = [FramesGroup(size=5, rank=rank, mesh=mesh) for rank in range(5)]
     assert [group.share(72) * 72 for group in groups] == pytest.approx([15, 15, 14, 14, 14])
     of_frames = torch.arange(72.0)
-    batch = {
-        "latents": of_frames.expand(2, 72),
-        "pose": of_frames.expand(2, 72),
-        "loss_weight": of_frames.expand(2, 72),
-    }
-    batch["reference_latent"] = of_frames
     one = torch.ones(())
+    batch = Batch(
+        latents=of_frames.expand(2, 72),
+        pose=of_frames.expand(2, 72),
+        loss_weight=of_frames.expand(2, 72),
+        reference_latent=of_frames,
+        reference_sigma=one,
+        image_embedding=one,
+    )
     draw = Draw(sigma=one, reference_sigma=one, is_dropped=one, noise=of_frames, reference_noise=of_frames)
     parts = [group.part(batch, [draw]) for group in groups]
     for name in ("latents", "pose", "loss_weight"):
-        assert torch.equal(torch.cat([part[name] for part, _ in parts], dim=1), batch[name])
+        assert torch.equal(torch.cat([getattr(part, name) for part, _ in parts], dim=1), getattr(batch, name))
     assert torch.equal(torch.cat([draws[0].noise for _, draws in parts]), of_frames)
-    assert all(part["reference_latent"] is of_frames and draws[0].reference_noise is of_frames for part, draws in parts)
+    assert all(part.reference_latent is of_frames and draws[0].reference_noise is of_frames for part, draws in parts)
     alone = FramesGroup()
-    assert alone.part(batch, [draw]) == (batch, [draw]) and alone.share(72) == 1.0
+    assert alone.part(batch, [draw])[0] is batch and alone.share(72) == 1.0
 
 
 def test_ranks_of_a_group_have_the_same_samples(tmp_path: Path) -> None:

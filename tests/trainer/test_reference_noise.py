@@ -154,7 +154,7 @@ def read_by_model(dataset: ClipDataset, config: Config, steps: range) -> tuple[l
     for step in steps:
         models.append(Reading())
         batch = stacked(dataset, step, range(2))
-        clip_losses(models[-1], batch, draw_samples(config, step, range(2), tuple(batch["latents"].shape[1:])), config)
+        clip_losses(models[-1], batch, draw_samples(config, step, range(2), batch.frame_shape), config)
         samples += [dataset.sample(step, sample_id) for sample_id in range(2)]
     return models, samples
 

@@ -19,7 +19,7 @@ from mimicmotion.run.checkpoint import CheckpointError, load, newest
 from mimicmotion.run.history import read_history
 from mimicmotion.run.stopping import SIGNALS, Stop
 from mimicmotion.sampling.generation import load_averaged
-from mimicmotion.step import FIELDS, batch_loss, draw_samples
+from mimicmotion.step import batch_loss, draw_samples, stacked
 from mimicmotion.trainer import Trainer, TrainingStoppedError
 
 ONE = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
@@ -44,9 +44,8 @@ def _gradients(config, kernels, dtype, sample_ids):
     for parameter in model.unet.parameters():
         if parameter.ndim == 4:  # the layout of the fused blocks, in which oneDNN's error is twice the other's
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
-    clips = [NoiseClips(config=config).sample(0, i) for i in sample_ids]
-    batch = {name: torch.stack([clip[name] for clip in clips]).to(dtype) for name in FIELDS}
-    draws = draw_samples(config, 0, sample_ids, tuple(batch["latents"].shape[1:]))
+    batch = stacked(NoiseClips(config=config), 0, sample_ids).map(lambda tensor: tensor.to(dtype))
+    draws = draw_samples(config, 0, sample_ids, batch.frame_shape)
     loss = batch_loss(model, batch, draws, config)
     loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
