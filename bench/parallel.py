@@ -39,7 +39,8 @@ from bench.frame_exchange import Exchanged, exchanged
 from bench.shared_step import Found, Sharing, fitted
 from mmkernels.cards import card
 from mmkernels.choices import GIB
-from mmkernels.planning.svd import HEADS, LATENT_STRIDE, parse_size
+from mmkernels.planning.sizes import LATENT_STRIDE, parse_size
+from mmkernels.planning.svd import HEADS
 
 BENCH = "parallel"
 Wanted = tuple[str, Sharing, int]  # a card, and the frames of a clip

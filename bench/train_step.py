@@ -45,7 +45,8 @@ from mimicmotion import config as presets
 from mimicmotion.planning.memory_plan import reserve_as_planned
 from mmkernels.cards import card
 from mmkernels.choices import OptimizerKind
-from mmkernels.planning.svd import parse_size, svd_workload
+from mmkernels.planning.sizes import parse_size
+from mmkernels.planning.svd import svd_workload
 from mmkernels.planning.workload import Workload
 
 BENCH = "train_step"

@@ -12,16 +12,16 @@ from typing import Literal
 
 from mimicmotion.parallel import ParallelConfig
 from mimicmotion.shapes import Bucket, size_of
+from mmkernels.choices import OptimizerKind
+from mmkernels.planning.sizes import LATENT_STRIDE
 
 Kernels = Literal["fused", "checkpoint", "torch"]
 PresetName = Literal["demo", "mimicmotion-72", "mimicmotion-16"]
 Precision = Literal["fp32", "bf16", "fp16"]
-OptimizerKind = Literal["adamw", "adamw8bit"]
 FrozenWeights = Literal["precision", "fp32", "bf16", "int8", "nf4"]
-Placement = Literal["device", "host", "off"]
+Location = Literal["device", "host", "off"]
 Tracker = Literal["none", "wandb", "trackio"]
 WeightsKind = Literal["ema", "raw"]
-LATENT_STRIDE = 8  # pixels a side of one latent pixel, of the VAE and of PoseNet
 
 
 def _require(is_good: bool, name: str, got: object, wanted: str) -> None:
@@ -169,7 +169,7 @@ class OptimizerConfig:
     kind: OptimizerKind = "adamw"  # adamw: fp32 weights; adamw8bit: bf16 weights, 8-bit moments, by torchao
     in_backward: bool = False  # update each weight when its gradient is there and free it; clips by the norm so far
     states_on_host: bool = False  # the moments live in host memory and come over for each update
-    ema: Placement = "device"  # where the moving average of the weights lives; off: none is taken
+    ema: Location = "device"  # where the moving average of the weights lives; off: none is taken
     train: str | None = None  # only parameters in whose name this pattern (re.search) is found; all where none is given
     learning_rate: float = 1e-5  # peak, the paper's
     learning_rates: dict[str, float] = field(default_factory=dict)  # of parameters that a pattern finds, first match
@@ -182,7 +182,7 @@ class OptimizerConfig:
     ema_decay: float = 0.9999  # largest decay of the moving average of the weights; not in the source
 
     def __post_init__(self) -> None:
-        for name, kinds in (("kind", typing.get_args(OptimizerKind)), ("ema", typing.get_args(Placement))):
+        for name, kinds in (("kind", typing.get_args(OptimizerKind)), ("ema", typing.get_args(Location))):
             _require(getattr(self, name) in kinds, f"optimizer.{name}", getattr(self, name), f"one of {kinds}")
         _require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "a positive number")
         rates = self.learning_rates

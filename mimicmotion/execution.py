@@ -82,7 +82,7 @@ def input_dtype(model: nn.Module) -> torch.dtype:
 def autocast(device: torch.device, precision: Precision, weights: torch.dtype = torch.float32) -> torch.autocast:
     """Context in which float32 weights are used in `precision`; for fp32, and weights of any other dtype, nothing."""
     dtype = DTYPES[precision]
-    return torch.autocast(device.type, dtype=dtype, enabled=torch.float32 == weights != dtype)
+    return torch.autocast(device.type, dtype=dtype, enabled=weights == torch.float32 and dtype != torch.float32)
 
 
 def free_what_is_left() -> None:

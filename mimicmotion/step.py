@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from mimicmotion import diffusion
-from mimicmotion.config import LATENT_STRIDE, Config
+from mimicmotion.config import Config
 from mimicmotion.data.batch import Batch, Samples
 from mimicmotion.data.cache import NotFiniteError
 from mimicmotion.execution import autocast, input_dtype
 from mimicmotion.loss import Losses, denoising_loss
 from mimicmotion.model.unet import image_latents, model_input
+from mmkernels.planning.sizes import LATENT_STRIDE
 
 Batches = list[tuple[Batch | NotFiniteError, range]]  # micro-batches of a step with their sample ids
 

@@ -17,12 +17,11 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from mmkernels.files import atomic_write
 from mmkernels.memory.units import WHOLE, Choice
 from mmkernels.scratch import DEFAULT_BYTES
 
 OptimizerKind = Literal["adamw", "adamw8bit"]
-PIECE_ELEMENTS = 1 << 21  # of a weight, that adamw8bit updates at once
-TEMPORARY_BYTES = 57  # an element of a piece, while it is updated; tests/trainer/test_in_backward.py counts them
 GIB = 1 << 30
 
 
@@ -149,9 +148,9 @@ def document(plan: Plan) -> dict[str, Any]:
 
 
 def write_plan(plan: Plan, path: Path) -> None:
-    """Write its `document` as JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document(plan), indent=2) + "\n")
+    """Write its `document` as JSON, whole or not at all."""
+    with atomic_write(path) as unfinished:
+        unfinished.write_text(json.dumps(document(plan), indent=2) + "\n")
 
 
 def read_plan(path: Path) -> Plan:

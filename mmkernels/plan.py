@@ -24,7 +24,8 @@ from mmkernels.choices import GIB, OptimizerChoice, OptimizerKind, write_plan
 from mmkernels.planning.device import measured_card
 from mmkernels.planning.pictures import Point, draw_front, draw_memory, parts_over_time
 from mmkernels.planning.search import HOST_GIB, Chosen, Search, make_plan
-from mmkernels.planning.svd import parse_size, svd_workload
+from mmkernels.planning.sizes import parse_size
+from mmkernels.planning.svd import svd_workload
 from mmkernels.planning.workload import Traced, Workload, trace_way
 
 __all__ = ["Workload", "main", "make_plan"]

@@ -35,7 +35,7 @@ from mmkernels.choices import GIB
 from mmkernels.costs import modelled_device
 from mmkernels.memory.cuda_autocast import norms_in_float32
 from mmkernels.memory.trace import Trace, trace
-from mmkernels.planning.svd import LATENT_STRIDE, parse_size
+from mmkernels.planning.sizes import LATENT_STRIDE, parse_size
 from mmkernels.replacement import replace, report
 
 WANTED = "its forward and give --inputs MODULE:FUNCTION"

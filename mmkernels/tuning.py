@@ -31,6 +31,7 @@ from pathlib import Path
 import torch
 
 from mmkernels.allocator import uncounted
+from mmkernels.files import atomic_write
 from mmkernels.known_choices import worth_timing
 
 Variant = Callable[[], None]
@@ -154,17 +155,10 @@ class Tuner:
         others = _read(self.path, self.machine)
         choices = [dataclasses.asdict(choice) for choice in (others | self.choices).values()]
         text = json.dumps({"machine": self.machine, "choices": choices}, indent=1) + "\n"
-        unfinished = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with unfinished.open("w") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            unfinished.replace(self.path)
+            with atomic_write(self.path) as unfinished:
+                unfinished.write_text(text)
         except OSError as error:
-            if unfinished.exists():
-                unfinished.unlink()
             warnings.warn(f"mmkernels: kernel choices are not remembered past this process: {error}", stacklevel=4)
 
 

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 from bench.verification.device import Gpu
-from mimicmotion.config import LATENT_STRIDE, Config
+from mimicmotion.config import Config
 from mimicmotion.data.footage_identity import FootageIdentity
 from mimicmotion.planning.fitting import Fitting
 from mimicmotion.shapes import Bucket
 from mimicmotion.trainer import Trainer
 from mmkernels.choices import Plan
+from mmkernels.planning.sizes import LATENT_STRIDE
 
 
 @dataclass(frozen=True, kw_only=True)

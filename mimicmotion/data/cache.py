@@ -9,12 +9,10 @@ import errno
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
-from threading import Lock
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
@@ -23,6 +21,7 @@ from safetensors.torch import save
 
 from mimicmotion.data.reference_noise import ReferenceNoise
 from mimicmotion.paths import free_gib, near, printable
+from mmkernels import files
 
 MANIFEST_VERSION = 4
 _Kind = TypeVar("_Kind")
@@ -44,25 +43,10 @@ class NotWritableError(OSError):
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` to write to; on a clean exit it is synced and renamed to path.
-
-    Readers see the old file or the whole new one, also after a power cut; on an exception path is left as it was.
-    Raises NotWritableError where the disk is full or closed to us.
-    """
+    """As of mmkernels.files. Raises NotWritableError where the disk is full or closed to us."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        os.close(handle)
-        temporary = Path(name)
-        try:
+        with files.atomic_write(path) as temporary:
             yield temporary
-            with temporary.open("rb+") as written:
-                os.fsync(written.fileno())
-            temporary.chmod(0o666 & ~_umask())  # mkstemp makes files for their owner only; any new file's rights
-            temporary.replace(path)
-            _sync_folder(path.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
     except OSError as error:
         if isinstance(error, NotWritableError) or error.errno not in (*FULL, *CLOSED):
             raise
@@ -87,26 +71,6 @@ def _why_not(path: Path, error: OSError) -> str:
         f"{why}{free_gib(path)}; free some, or give a folder on another disk. What is whole stays, and the same command"
         " goes on from it"
     )
-
-
-_UMASK_LOCK = Lock()  # it can only be read by setting it, which two threads at once would leave at zero
-
-
-def _umask() -> int:
-    with _UMASK_LOCK:
-        umask = os.umask(0)
-        os.umask(umask)
-    return umask
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def file_sha256(path: Path) -> str:

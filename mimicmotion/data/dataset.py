@@ -19,7 +19,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mimicmotion.config import LATENT_STRIDE
 from mimicmotion.data.cache import Clip, Manifest, NotFiniteError, check_finite
 from mimicmotion.data.crop import crop_frame
 from mimicmotion.data.footage import decode
@@ -32,6 +31,7 @@ from mimicmotion.data.poses.keypoints import NUM_KEYPOINTS
 from mimicmotion.data.reference_noise import ReferenceNoise
 from mimicmotion.pixels import as_input
 from mimicmotion.shapes import Bucket
+from mmkernels.planning.sizes import LATENT_STRIDE
 
 # The released model was always told 7 frames a second and motion 127, whatever the video: so is it in training.
 CONDITIONED_FRAMES_PER_SECOND = 7

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mimicmotion.config import LATENT_STRIDE, Config, OptimizerConfig
+from mimicmotion.config import Config, OptimizerConfig
 from mimicmotion.data.batch import Batch
 from mimicmotion.execution import use_kernels
 from mimicmotion.model.adapters import adapt
@@ -18,6 +18,7 @@ from mmkernels.memory.attribution import History, marking_gradients
 from mmkernels.memory.clock import Clock
 from mmkernels.memory.cuda_autocast import norms_in_float32
 from mmkernels.memory.trace import Trace, trace
+from mmkernels.planning.sizes import LATENT_STRIDE
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from mimicmotion.config import LATENT_STRIDE, Config
+from mimicmotion.config import Config
 from mimicmotion.data import driving
 from mimicmotion.data.cache import Manifest, check_writable, is_prepared
 from mimicmotion.data.poses import PoseBackend, load_backend
@@ -32,6 +32,7 @@ from mimicmotion.sampling.sampler import Conditions, generator_of, tiles
 from mimicmotion.sampling.sound import check_has_sound
 from mimicmotion.sampling.video import write_video
 from mimicmotion.shapes import size_of
+from mmkernels.planning.sizes import LATENT_STRIDE
 
 LEAST_RATE, MOST_RATE = 0.1, 240.0  # frames a second that a video is written at
 

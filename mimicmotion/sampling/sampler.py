@@ -13,11 +13,11 @@ import torch
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 from torch import Tensor
 
-from mimicmotion.config import LATENT_STRIDE
 from mimicmotion.diffusion import time_ids
 from mimicmotion.model.unet import MimicMotionModel, image_latents, model_input
 from mimicmotion.pixels import as_input
 from mimicmotion.ranks.distributed import ALONE, Ranks
+from mmkernels.planning.sizes import LATENT_STRIDE
 
 
 def euler_scheduler() -> EulerDiscreteScheduler:

@@ -7,13 +7,14 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mimicmotion.config import LATENT_STRIDE, Config
+from mimicmotion.config import Config
 from mimicmotion.execution import autocast, use_kernels
 from mimicmotion.model.unet import build_model
 from mimicmotion.sampling.generation import Decoder
 from mimicmotion.sampling.sampler import Conditions, Row, network_output
 from mmkernels.choices import GIB
 from mmkernels.memory.trace import trace
+from mmkernels.planning.sizes import LATENT_STRIDE
 
 # Left of a GPU's free memory: what the driver and the libraries take beside tensors.
 LEFT_GIB = 1.5

@@ -23,7 +23,8 @@ from mmkernels.choices import OptimizerChoice, OptimizerKind, Plan, read_plan
 from mmkernels.memory.attribution import History, at_peak
 from mmkernels.memory.measured import CudaAllocator
 from mmkernels.planning.peak_report import peak_report, print_report, wide_console, write_report
-from mmkernels.planning.svd import parse_size, svd_workload
+from mmkernels.planning.sizes import parse_size
+from mmkernels.planning.svd import svd_workload
 from mmkernels.planning.workload import PeakBytes, measure_way, trace_way
 
 

@@ -78,7 +78,7 @@ class Clock:
 
     def restart(self) -> None:
         """Begin again at 0, with nothing queued; events recorded before mean nothing afterwards."""
-        self.__init__(self.card)
+        vars(self).update(vars(Clock(self.card)))
 
     def allocate(self, num_bytes: int) -> Tensor:
         """A uint8 tensor."""

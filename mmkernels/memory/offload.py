@@ -50,6 +50,8 @@ class Ticket:
         self.is_waited_for = True  # whether the compute stream has waited for `arrived`
 
     def __del__(self) -> None:
+        # Autograd lets go of what it saved at a moment that only it knows. A finaliser may do this: `drop` allocates
+        # nothing and waits for nothing itself; it has the compute stream wait, on which the memory is used next.
         self.mover.drop(self)
 
 

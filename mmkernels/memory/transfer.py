@@ -1,6 +1,6 @@
 """What activation offload asks of a device: streams, events, memory in the compute stream's order, and copies.
 
-`CudaDevice` is torch.cuda. `mmkernels.memory.simulated` is the other implementation, which tests and plans run on.
+`CudaDevice` is torch.cuda. `mmkernels.memory.clock` is the other implementation, on which plans are timed.
 A memory block is whatever `allocate` returns; dropping the last reference frees it, and the next allocation may hand
 the same memory out again at once, to be used by what is queued on the compute stream from then on.
 """

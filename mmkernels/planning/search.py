@@ -76,7 +76,7 @@ class Search:
                 chosen, corrections = self._least(budget_gib, corrections)
             else:
                 chosen = self.judge(solution, budget_gib)
-                if solution == (best and best.solution):
+                if best is not None and solution == best.solution:
                     break
                 corrections = self._correct(chosen, corrections, budget_bytes)
             peak_bytes = chosen.traced.trace.peak_bytes

@@ -16,12 +16,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmkernels.blocks.segment import segment
 from mmkernels.choices import OptimizerKind
+from mmkernels.planning.sizes import LATENT_STRIDE, SIDE_PIXELS
 from mmkernels.planning.workload import Workload
 from mmkernels.replacement import dead_parameters
 
 HEADS = (5, 10, 20, 20)  # head dim 64 everywhere, as released; the class's default has (5, 10, 10, 20)
-LATENT_STRIDE = 8  # pixels of a side to one of the latent
-SIDE_PIXELS = LATENT_STRIDE * 8  # a side is a multiple of: the UNet halves latents three times
 
 GUIDE_CHANNELS = (3, 3, 16, 16, 32, 32, 64, 64, 128)
 GUIDE_HALVES = (1, 3, 5)  # convolutions of stride 2
@@ -53,14 +52,6 @@ class Guide(nn.Module):
         for stage in self.stages:
             features = segment(stage, features) if self.recomputes else stage(features)
         return (features * self.scale).to(features.dtype)
-
-
-def parse_size(size: str) -> tuple[int, int]:
-    """Width and height, in pixels, of "1024x576". Raises ValueError for anything else."""
-    width, _, height = size.partition("x")
-    if not (width.isdigit() and height.isdigit()) or int(width) % SIDE_PIXELS or int(height) % SIDE_PIXELS:
-        raise ValueError(f"got size {size!r}, wanted width x height, sides by {SIDE_PIXELS} pixels, such as 1024x576")
-    return int(width), int(height)
 
 
 def svd_workload(

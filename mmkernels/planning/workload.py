@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from mmkernels.cards import CARDS, Card
-from mmkernels.choices import PIECE_ELEMENTS, TEMPORARY_BYTES, OptimizerChoice, Plan
+from mmkernels.choices import OptimizerChoice, Plan
+from mmkernels.kernels.adamw8bit.step import BLOCK, PIECE_ELEMENTS, TEMPORARY_BYTES
 from mmkernels.memory.attribution import History, Origin, marking_gradients
 from mmkernels.memory.clock import Clock
 from mmkernels.memory.cuda_autocast import norms_in_float32
@@ -22,7 +23,6 @@ from mmkernels.replacement import dead_parameters, replace, report
 PeakBytes = dict[Origin, int]
 Way = str | Plan | Callable[[nn.Module, Clock], Callable[[], None]]
 BASELINES = ("torch", "diffusers-checkpoint", "checkpoint")  # what plain torch has
-SCALED_ELEMENTS = 256  # of an 8-bit moment that share one float32 scale, as in bitsandbytes and torchao
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ class Traced:
 def moments_bytes(trained: Sequence[Tensor], optimizer: OptimizerChoice) -> int:
     """Of both moments of Adam: float32, or 8 bits each and their scales."""
     count = sum(parameter.numel() for parameter in trained)
-    return 8 * count if optimizer.kind == "adamw" else 2 * (count + 4 * -(-count // SCALED_ELEMENTS))
+    return 8 * count if optimizer.kind == "adamw" else 2 * (count + 4 * -(-count // BLOCK))
 
 
 def update_bytes(trained: Sequence[Tensor], optimizer: OptimizerChoice) -> int:

@@ -16,8 +16,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "L1": tuple(
         f"mmkernels.{name}"
         for name in (
-            "allocator", "cards", "costs", "extension", "frames", "known_choices", "matrices", "rows", "scratch",
-            "tuning", "version",
+            "allocator", "cards", "costs", "extension", "files", "frames", "known_choices", "matrices", "rows",
+            "scratch", "tuning", "version",
         )
     ),
     "L2": ("mmkernels.kernels",),

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from simulated import UNIT_BYTES, SimulatedDevice
 from torch import Tensor, nn
 
 from mmkernels.memory import offload as offload_module
 from mmkernels.memory.offload import Mover, Offload, Ticket
-from mmkernels.memory.simulated import UNIT_BYTES, SimulatedDevice
 from mmkernels.memory.slab import Slab
 from mmkernels.memory.transfer import HOST_MARGIN_BYTES, check_host_memory
 from mmkernels.memory.units import unit

@@ -6,7 +6,7 @@ import torch
 from mimicmotion.config import OptimizerConfig
 from mimicmotion.optimization.in_backward import InBackward
 from mimicmotion.optimization.optimizer import Optimization
-from mmkernels.choices import TEMPORARY_BYTES
+from mmkernels.kernels.adamw8bit.step import TEMPORARY_BYTES
 from mmkernels.memory.trace import trace
 
 LIMIT = 2.0

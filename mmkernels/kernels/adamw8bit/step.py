@@ -6,7 +6,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-BLOCK = 256  # elements that share a scale
+BLOCK = 256  # elements of a moment that share a scale, as in bitsandbytes and torchao
+# Where no kernel of ours updates a weight, it goes in pieces:
+PIECE_ELEMENTS = 1 << 21  # of a weight, updated at once
+TEMPORARY_BYTES = 57  # an element of a piece, while it is updated; tests/trainer/test_in_backward.py counts them
 
 
 @dataclass(frozen=True, kw_only=True)
