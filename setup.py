@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -52,6 +53,9 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
         ]  # fmt: skip
+        # What macOS's tools for wheels ask for.
+        if architectures := re.findall(r"-arch (\S+)", os.environ.get("ARCHFLAGS", "")):
+            configure.append(f"-DCMAKE_OSX_ARCHITECTURES={';'.join(architectures)}")
         for name in ("MMKERNELS_CUDA_ARCHITECTURES", "MMKERNELS_NVCC"):
             if value := os.environ.get(name):
                 configure.append(f"-D{name}={value}")

@@ -19,6 +19,9 @@ from typing import Any, Literal
 
 if __name__ == "__main__":  # python puts this folder first, where our modules would hide others of the same name
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from mmkernels.optional import explain_missing
+
+    explain_missing("mimicmotion/app.py", "`pip install -e .` in the checkout installs all of the trainer")
 
 import tyro
 
@@ -28,10 +31,10 @@ from mimicmotion.data.cache import check_writable
 from mimicmotion.data.progress import VideoProgress
 from mimicmotion.data.still import FITS
 from mimicmotion.gate import Gate
-from mimicmotion.optional import optional
 from mimicmotion.run.stopping import EndedBySignalError, Stop
 from mimicmotion.sampling.picture_arguments import PictureArguments, Source, read_source
 from mimicmotion.sampling.picture_to_video import beside, make_videos
+from mmkernels.optional import optional
 
 MOST_STEPS, MOST_GUIDANCE, MOST_SEED = 100, 20.0, 2**32 - 1
 _HOME = ("127.0.0.1", "localhost")
@@ -282,14 +285,12 @@ def serve(arguments: Arguments) -> None:
     if min(arguments.max_upload_mib, arguments.max_frames, arguments.max_waiting) < 1:
         raise ValueError("got --max-upload-mib, --max-frames or --max-waiting below 1; give at least 1 of each")
     _check_free(arguments.host, arguments.port)
-    folder = arguments.folder.resolve()
-    check_writable(folder)
+    check_writable(folder := arguments.folder.resolve())
     folder.mkdir(parents=True, exist_ok=True)
     arguments = dataclasses.replace(arguments, folder=folder)
     with tempfile.TemporaryDirectory(dir=folder, prefix="served-", ignore_cleanup_errors=True) as served:
         os.environ |= {"GRADIO_TEMP_DIR": served, "GRADIO_ANALYTICS_ENABLED": "False"}
-        gradio = optional("gradio", "the page")
-        middleware = optional("starlette.middleware", "the page")
+        gradio, middleware = (optional(name, "the page") for name in ("gradio", "starlette.middleware"))
         source = read_source(of_model(arguments)).kept()
         jobs = Jobs(arguments, source, Path(served))
         page = build_page(gradio, arguments, source, jobs)

@@ -14,6 +14,9 @@ if __name__ == "__main__":
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends without a traceback
     # python puts this folder first, where our modules would hide others of the same name
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from mmkernels.optional import explain_missing
+
+    explain_missing("mimicmotion/prepare.py", "`pip install -e .` in the checkout installs all of the trainer")
 
 import tyro
 

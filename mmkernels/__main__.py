@@ -34,7 +34,7 @@ def _native_row() -> str:
         return f"no: {reason}"
     native = extension.native()
     others = [name for name in native.supported_instruction_sets() if name != native.instruction_set()]
-    threads = "OpenMP" if native.openmp else "one thread (the compiler had no OpenMP)"
+    threads = "OpenMP" if native.openmp else "one thread (built without OpenMP)"
     return f"yes: {native.instruction_set()} (this CPU also runs {', '.join(others)}), {threads}, {native.compiler}"
 
 

@@ -64,7 +64,13 @@ class Modelled:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Choices by unit and block, and what they were made for; units that are not named are "recompute"."""
+    """Choices by unit and block, and what they were made for; units that are not named are "recompute".
+
+    >>> undo = mmkernels.replace(unet, plan=mmkernels.Plan(recomputed_blocks=("mid_block.attentions.0",)))
+    >>> [row.why for row in mmkernels.report(unet).rows if row.name == "mid_block.attentions.0"]
+    ['recomputed whole']
+    >>> undo()
+    """
 
     units: Mapping[str, Choice] = field(default_factory=dict)
     recomputed_blocks: tuple[str, ...] = ()
@@ -148,13 +154,21 @@ def document(plan: Plan) -> dict[str, Any]:
 
 
 def write_plan(plan: Plan, path: Path) -> None:
-    """Write its `document` as JSON, whole or not at all."""
+    """Write its `document` as JSON, whole or not at all.
+
+    >>> mmkernels.write_plan(mmkernels.Plan(scratch_bytes=1 << 28), folder / "plan.json")
+    """
     with atomic_write(path) as unfinished:
         unfinished.write_text(json.dumps(document(plan), indent=2) + "\n")
 
 
 def read_plan(path: Path) -> Plan:
-    """What `write_plan` wrote. Raises ValueError where the file is not a plan."""
+    """What `write_plan` wrote, or `python -m mmkernels.plan`. Raises ValueError where the file is not a plan.
+
+    >>> mmkernels.write_plan(mmkernels.Plan(scratch_bytes=1 << 28), folder / "plan.json")
+    >>> mmkernels.read_plan(folder / "plan.json") == mmkernels.Plan(scratch_bytes=1 << 28)
+    True
+    """
     try:
         values = json.loads(path.read_text())
         blocks = values["blocks"]

@@ -15,6 +15,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from mmkernels.optional import explain_missing
+
+if __name__ == "__main__":
+    explain_missing("python -m mmkernels.plan")
+
 import tyro
 from rich.console import Console
 from rich.table import Table

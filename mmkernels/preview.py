@@ -22,6 +22,11 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Literal
 
+from mmkernels.optional import explain_missing
+
+if __name__ == "__main__":
+    explain_missing("python -m mmkernels.preview")
+
 import torch
 import tyro
 from rich.console import Console

@@ -62,6 +62,13 @@ def replace(
     Raises ValueError for an unknown plan, a UNet without such blocks, one that is replaced already, where a Plan names
     a block or unit that this UNet does not have or cannot run so, or moves units of a UNet on a CPU, or where ranks
     share frames and a block over frames is not fused; MemoryError where the host has no room for what it moves.
+
+    >>> undo = mmkernels.replace(unet)  # any diffusers UNetSpatioTemporalConditionModel
+    >>> {row.how for row in mmkernels.report(unet).rows}
+    {'fused'}
+    >>> undo()  # the very same blocks are back
+    >>> {row.how for row in mmkernels.report(unet).rows}
+    {'torch'}
     """
     if isinstance(plan, str) and plan not in PLANS:
         raise ValueError(f"plan is {plan!r}, wanted one of {', '.join(PLANS)}")
@@ -195,6 +202,9 @@ def report(unet: nn.Module) -> Report:
 
     Of a fused block also who computes each operation, and where plain torch does on a GPU, why: for parameters as they
     are, under autocast as it is on where this is called.
+
+    >>> mmkernels.report(unet).rows[0].why
+    'not replaced'
     """
     rows, sites = [], sites_of(unet)
     dead = [name for name in sorted(dead_parameters(unet)) if unet.get_parameter(name).requires_grad]

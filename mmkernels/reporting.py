@@ -35,6 +35,10 @@ class Report:
         fused block does not run what cannot change the result; over several tokens each has one. See `dead_parameters`.
     fused_parameters, fused_flops: the shares of the whole model's that fused blocks compute, without the parts of them
         that are called as they are; FLOPs as mmkernels.shares models them.
+
+    >>> report = mmkernels.report(unet)  # print(report) is the table
+    >>> isinstance(report, mmkernels.Report), report.fused_flops
+    (True, 0.0)
     """
 
     rows: tuple[Row, ...]

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import is_fake, unset_fake_temporarily
 import mmkernels
 from mimicmotion.config import FrozenWeights, LoraConfig, Precision
 from mimicmotion.model.unet import MimicMotionModel, num_parameters
-from mimicmotion.optional import optional
+from mmkernels.optional import optional
 
 NAME = "default"  # peft's own for a model's only adapter
 _TARGETS = {

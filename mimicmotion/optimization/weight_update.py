@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from mimicmotion.config import OptimizerConfig
-from mimicmotion.optional import optional
 from mmkernels.choices import OptimizerChoice
 from mmkernels.kernels import adamw8bit
 from mmkernels.kernels.adamw8bit.step import PIECE_ELEMENTS, TEMPORARY_BYTES
+from mmkernels.optional import optional
 from mmkernels.planning.workload import temporary_bytes
 
 SMALL_BYTES = 16 << 20  # of a GPU: norms, steps, and what its allocator rounds up

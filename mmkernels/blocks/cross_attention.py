@@ -68,6 +68,11 @@ def dead_parameters(unet: nn.Module, context_tokens: int = 1) -> set[str]:
     updates; a fused block gives them none, and DistributedDataParallel makes zeros of that, which weight decay acts on.
 
     Raises ValueError for fewer tokens than one.
+
+    >>> for name in mmkernels.dead_parameters(unet):
+    ...     _ = unet.get_parameter(name).requires_grad_(False)
+    >>> mmkernels.dead_parameters(unet, context_tokens=4)
+    set()
     """
     if context_tokens < 1:
         raise ValueError(f"context_tokens is {context_tokens}, wanted the T of encoder_hidden_states (B, T, C)")

@@ -15,6 +15,11 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from mmkernels.optional import explain_missing
+
+if __name__ == "__main__":
+    explain_missing("python -m mmkernels.memory")
+
 import torch
 import tyro
 

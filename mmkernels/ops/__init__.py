@@ -1,1 +1,1 @@
-"""One fused operation a module, each with its reference, kernels, autograd and `why_unsupported`."""
+"""One fused operation a module, each with its reference, kernels and autograd."""

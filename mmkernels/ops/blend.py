@@ -79,6 +79,9 @@ def blend(spatial: Tensor, temporal: Tensor, alpha: Tensor) -> Tensor:
     """alpha s + (1 - alpha) t; s, t and the result (R, P, C) of one dtype, alpha (R).
 
     Saves s and t where alpha wants a gradient. Raises ValueError where shapes or dtypes do not fit.
+
+    >>> mmkernels.blend(torch.ones(2, 1, 3), torch.zeros(2, 1, 3), torch.tensor([0.25, 0.5])).tolist()
+    [[[0.25, 0.25, 0.25]], [[0.5, 0.5, 0.5]]]
     """
     if spatial.ndim != 3 or temporal.shape != spatial.shape or temporal.dtype != spatial.dtype:
         got = f"{tuple(spatial.shape)} {spatial.dtype} and {tuple(temporal.shape)} {temporal.dtype}"

@@ -199,6 +199,10 @@ def blend_projection(
 
     y has the strides and dtype of the residual, where that is None W's dtype. Saves s and t. Raises ValueError where
     shapes or dtypes do not fit.
+
+    >>> space, time, alpha, weight = torch.ones(2, 9, 8), torch.zeros(2, 9, 8), torch.full((2,), 0.5), torch.ones(4, 8)
+    >>> mmkernels.blend_projection(None, space, time, alpha, weight, torch.zeros(4))[0, 0].tolist()
+    [4.0, 4.0, 4.0, 4.0]
     """
     if spatial.ndim != 3:
         raise ValueError(f"spatial has {spatial.ndim} dimensions, wanted 3: (R, P, C); flatten the pixels")

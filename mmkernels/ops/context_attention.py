@@ -84,8 +84,7 @@ def _forward(
             h, _, _ = layer_norm_of(part, None, norm_weight, norm_bias, eps, buffers)
             q = heads_of(to_q.times(h).view(*part.shape[:2], -1).to(wide), num_heads)
             chunk = Scores(q, k[rows], v[rows], sizes, None if shares is None else shares[rows, tokens])
-            inner = out.times(rows_of_heads(chunk.output(), dtype), h)
-            add_residual_into(part, None, inner, out_bias, y[rows, tokens])
+            add_residual_into(part, None, out.times(rows_of_heads(chunk.output(), dtype), h), out_bias, y[rows, tokens])
     return y
 
 
@@ -168,9 +167,7 @@ def _gradients(
 
 
 @_backward.register_fake
-def _backward_fake(
-    dy: Tensor, x: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, List[Tensor]]:
+def _backward_fake(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Any, ...]:
     _, _, q_weight, out_weight, keys, _, _, adapters, *_, needs = rest
     return _gradients(x, q_weight, out_weight, keys, adapters, needs)
 
@@ -231,6 +228,9 @@ def context_attention(
 
     sizes: tokens of each source, by default one source of all. Saves x, keys and values. Raises ValueError where shapes
     or dtypes do not fit.
+    >>> x, context, w, c = torch.randn(2, 9, 16), torch.randn(2, 4, 16), torch.randn(16, 16), torch.ones(16)
+    >>> mmkernels.context_attention(x, c, c, w, w, c, context, context, num_heads=1).shape
+    torch.Size([2, 9, 16])
     """
     if x.ndim != 3:
         raise ValueError(f"x has {x.ndim} dimensions, wanted 3: (R, P, C); flatten clips and frames, and the pixels")

@@ -98,8 +98,7 @@ def _forward_fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 
 def _product_flops(x: Sequence[int], up: Sequence[int], products: int) -> int:
-    """Of `products` products of all tokens by a (C, H) matrix."""
-    return 2 * products * x[0] * x[1] * x[2] * (up[0] // 2)
+    return 2 * products * x[0] * x[1] * x[2] * (up[0] // 2)  # of all tokens by a (C, H) matrix
 
 
 @register_flop_formula(torch.ops.mmkernels.geglu_feed_forward)
@@ -161,9 +160,7 @@ def _is_through(needs: Sequence[bool]) -> bool:
 
 
 @_backward.register_fake
-def _backward_fake(
-    dy: Tensor, x: Tensor, shift: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, List[Tensor]]:
+def _backward_fake(dy: Tensor, x: Tensor, shift: Tensor | None, *rest: Any) -> tuple[Any, ...]:
     _, _, _, up_weight, up_bias, down_weight, adapters, *_, needs = rest
     return _gradients(x, shift, up_weight, up_bias, down_weight, adapters, needs)
 
@@ -227,8 +224,11 @@ def geglu_feed_forward(
 ) -> Tensor:  # fmt: skip
     """y = h + geglu(LayerNorm(h) Wu^T + bu) Wd^T + bd with h = x + shift; x and y (R, T, C), shift (R, 1, C).
 
-    Weights are (2H, C) and (C, H), as diffusers' GEGLU projection and the Linear after it hold them. Saves x and shift,
-    and with keep="up" also the up-projection's output. Raises ValueError where shapes or dtypes do not fit.
+    Weights are (2H, C) and (C, H), as in diffusers. Saves x and shift, and with keep="up" also the up-projection's
+    output. Raises ValueError where shapes or dtypes do not fit.
+    >>> x, c, up, down = torch.randn(2, 9, 8), torch.ones(8), torch.randn(64, 8), torch.randn(8, 32)
+    >>> mmkernels.geglu_feed_forward(x, c, c, up, torch.ones(64), down, c).shape
+    torch.Size([2, 9, 8])
     """
     if x.ndim != 3:
         raise ValueError(f"x has {x.ndim} dimensions, wanted 3: (R, T, C); view the tokens so first")

@@ -191,6 +191,10 @@ def group_norm_projection(
     """y = GroupNorm(x) W^T + b; x (R, P, C) of any strides, gamma and beta (C), W (K, C), b (K), y (R, P, K).
 
     Saves x, mean and rstd. Raises ValueError where shapes or dtypes do not fit.
+
+    >>> x, c, weight = torch.randn(2, 9, 8), torch.ones(8), torch.randn(16, 8)
+    >>> mmkernels.group_norm_projection(x, c, c, weight, torch.zeros(16), num_groups=4).shape
+    torch.Size([2, 9, 16])
     """
     if x.ndim != 3:
         raise ValueError(f"x has {x.ndim} dimensions, wanted 3: (R, P, C); flatten the pixels, channels last")

@@ -202,11 +202,6 @@ torch.library.register_autograd("mmkernels::group_norm_silu_conv", _differentiat
 # --- public
 
 
-def why_unsupported(x: Tensor, x2: Tensor | None = None) -> str | None:
-    """Why plain torch would take the statistics and the activation of each chunk, or None where a kernel does."""
-    return group_norm.why_unsupported(x, x2)
-
-
 def group_norm_silu_conv(
     x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor | None = None, *, num_groups: int,
     eps: float = 1e-5, x2: Tensor | None = None, shift: Tensor | None = None, residual: Tensor | None = None,
@@ -217,6 +212,9 @@ def group_norm_silu_conv(
     The result has the weights' dtype, or the residual's if that is wider. chunk_rows: pixels normalised and convolved
     at a time. ranks: name of a process group, whose ranks have other pixels (W) of the same samples: the statistics are
     of all, gradients of parameters this rank's part of their sum. Raises ValueError for what does not fit together.
+    >>> x, c = torch.randn(2, 4, 6, 8), torch.ones(8)
+    >>> mmkernels.group_norm_silu_conv(x, c, c, torch.randn(16, 8, 3, 3), num_groups=4).shape
+    torch.Size([2, 4, 6, 16])
     """
     others = {"norm_weight": norm_weight, "norm_bias": norm_bias, "bias": bias, "shift": shift, "residual": residual}
     _check_fit(x, x2, weight, num_groups, others)

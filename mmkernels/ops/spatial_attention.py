@@ -8,8 +8,8 @@ output of attention (R, P, N * D) and its logsumexp (R, N, P); the norm and q, k
 backward walk over chunks of frames, so the transients are those of a chunk.
 
 x may be wider than the weights (float32 tokens, bfloat16 weights, as under autocast): the norm is taken at least in
-float32, the products and the attention in the weights' dtype, the residual in x's. Gradients of parameters are taken
-only where they are wanted. Adapters stand on the rows of Wq, Wk, Wv, Wo, in this order (mmkernels.matrices).
+float32, the products and the attention in the weights' dtype, the residual in x's. Adapters stand on the rows of Wq,
+Wk, Wv, Wo, in this order (mmkernels.matrices).
 """
 
 from __future__ import annotations
@@ -92,8 +92,7 @@ def _forward(
         q, k, v = _heads(qkv.times(h).view(*part.shape[:2], -1), 3, num_heads)
         attended, logsumexp[chunk] = attend.forward(q, k, v)
         o[chunk] = attended.flatten(2)
-        inner = out.times(rows_of(o[chunk]), h)
-        add_residual_into(part, None, inner, out_bias, y[chunk])
+        add_residual_into(part, None, out.times(rows_of(o[chunk]), h), out_bias, y[chunk])
     return y, o, logsumexp
 
 
@@ -111,8 +110,7 @@ def _outputs(x: Tensor, qkv_weight: Tensor, num_heads: int) -> tuple[Tensor, Ten
 
 @_forward.register_fake
 def _forward_fake(x: Tensor, _: Any, __: Any, qkv_weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *_, num_heads, _, _, _ = rest
-    return _outputs(x, qkv_weight, num_heads)
+    return _outputs(x, qkv_weight, num_heads=rest[-4])
 
 
 @register_flop_formula(torch.ops.mmkernels.spatial_attention)
@@ -124,8 +122,7 @@ def _forward_flops(x_shape: Sequence[int], *rest: Any, **__: Any) -> int:
 
 
 def _product_flops(x_shape: Sequence[int], qkv_shape: Sequence[int], products: int) -> int:
-    R, P, C = x_shape
-    return 2 * products * R * P * C * (qkv_shape[0] // 3)
+    return 2 * products * x_shape[0] * x_shape[1] * x_shape[2] * (qkv_shape[0] // 3)
 
 
 # --- backward
@@ -227,6 +224,9 @@ def spatial_attention(
 
     Saves x, the output of attention and its logsumexp. Where none of torch's attentions takes it, plain torch computes
     it and saves what autograd wants. Raises ValueError where shapes do not fit or the backend is not installed.
+    >>> x, w, c = torch.randn(2, 9, 16), torch.randn(16, 16), torch.ones(16)
+    >>> mmkernels.spatial_attention(x, c, c, w, w, w, w, c, num_heads=1).shape
+    torch.Size([2, 9, 16])
     """
     if x.ndim != 3:
         raise ValueError(f"x has {x.ndim} dimensions, wanted 3: (R, P, C); flatten clips and frames, and the pixels")

@@ -97,6 +97,10 @@ def temporal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = No
     Where no kernel takes such a head dim, dtype or strides on any device, torch's scaled_dot_product_attention
     computes it on permuted copies; where only this device's is missing, the plain formula does, still saving q, k, v
     only. Raises ValueError for tensors that do not fit together.
+
+    >>> q, k, v = torch.randn(3, 1, 72, 4, 2, 16, requires_grad=True)  # 72 frames, 4 pixels, 2 heads
+    >>> mmkernels.temporal_attention(q, k, v).shape
+    torch.Size([1, 72, 4, 2, 16])
     """
     kernels.check_fit(q, k=k, v=v)
     if kernels.why_no_kernel(q, k, v) is not None:

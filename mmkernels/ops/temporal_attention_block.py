@@ -214,25 +214,17 @@ def _backward_flops(_: Sequence[int], x_shape: Sequence[int], *shapes: Any, **__
 
 
 def temporal_attention_block(
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    to_q: Tensor,
-    to_k: Tensor,
-    to_v: Tensor,
-    out_weight: Tensor,
-    out_bias: Tensor,
-    num_heads: int,
-    *,
-    eps: float = 1e-5,
-    chunk_pixels: int | None = None,
-    keep: Keep = "input",
-    adapters: Sequence[Tensor] = (),
-    places: Sequence[int] = (),
-) -> Tensor:
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, to_q: Tensor, to_k: Tensor, to_v: Tensor, out_weight: Tensor,
+    out_bias: Tensor, num_heads: int, *, eps: float = 1e-5, chunk_pixels: int | None = None, keep: Keep = "input",
+    adapters: Sequence[Tensor] = (), places: Sequence[int] = (),
+) -> Tensor:  # fmt: skip
     """y = x + attention(LayerNorm(x)) Wo^T + bo over frames; x and y (B, F, P, C), weights (C, C), vectors (C).
 
     Saves x, and with keep="qkv" also q, k, v. Raises ValueError where shapes do not fit.
+
+    >>> x, w, c = torch.randn(1, 72, 4, 32), torch.randn(32, 32), torch.ones(32)
+    >>> mmkernels.temporal_attention_block(x, c, c, w, w, w, w, c, num_heads=2).shape
+    torch.Size([1, 72, 4, 32])
     """
     if x.ndim != 4:
         raise ValueError(f"x has {x.ndim} dimensions, wanted 4: (B, F, P, C); unflatten the frames first")

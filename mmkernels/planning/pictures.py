@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mmkernels.choices import GIB, Plan
+from mmkernels.optional import wanted_by
 from mmkernels.planning.profile import BlockCost, Profile
 from mmkernels.planning.workload import Traced
 
@@ -136,8 +137,9 @@ def _ticks(axes: Any, peaks_gib: Sequence[float]) -> None:
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    with wanted_by("the picture of a plan"):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)

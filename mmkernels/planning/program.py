@@ -7,7 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from scipy import optimize, sparse
+
+from mmkernels.optional import wanted_by
+
+with wanted_by("making a plan"):
+    from scipy import optimize, sparse
 
 Terms = Mapping[int, float]  # factors by column
 

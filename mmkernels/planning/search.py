@@ -169,6 +169,19 @@ def make_plan(
     kind: of the optimizer that the workload's weights are made for. plain_flops: of plain diffusers' step, where they
     are known already. can_update_in_backward: one rank, no accumulation, no loss scaling. Raises BudgetTooSmallError
     with the least budget that would do where none fits.
+
+    >>> from mmkernels.cards import card
+    >>> from diffusers.models.resnet import SpatioTemporalResBlock
+    >>> from torch._subclasses.fake_tensor import FakeTensorMode
+    >>> with FakeTensorMode() as mode:  # tensors without memory
+    ...     blocks = torch.nn.ModuleList([SpatioTemporalResBlock(32, temb_channels=None)])
+    ...     x, is_picture, weights = torch.empty(4, 32, 8, 8), torch.zeros(1, 4), list(blocks.parameters())
+    >>> step = lambda: blocks[0](x, None, is_picture).sum().backward()
+    >>> workload = mmkernels.Workload(
+    ...     unet=blocks, step=step, trained=weights, resident=[*weights, x, is_picture], mode=mode
+    ... )
+    >>> plan = mmkernels.make_plan(workload, card("RTX 4090"), budget_gib=1.0)
+    >>> undo = mmkernels.replace(blocks, plan=plan)
     """
     search = Search(
         workload, card, kind, plain_flops=plain_flops, host_gib=host_gib,

@@ -34,6 +34,13 @@ class Workload:
     unet: what mmkernels.replace() takes, not replaced. trained: the parameters that the optimizer updates.
     step: forward, loss and backward; gradients are left in the parameters. It neither updates nor zeroes them.
     resident: all that is on the device before the step, weights and batch, but no state of the optimizer.
+
+    >>> from torch._subclasses.fake_tensor import FakeTensorMode
+    >>> with FakeTensorMode() as mode:  # tensors without memory
+    ...     x, layer = torch.empty(2, 8), torch.nn.Linear(8, 8)
+    >>> weights = list(layer.parameters())
+    >>> step = lambda: layer(x).sum().backward()
+    >>> workload = mmkernels.Workload(unet=layer, step=step, trained=weights, resident=[*weights, x], mode=mode)
     """
 
     unet: nn.Module

@@ -16,8 +16,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "L1": tuple(
         f"mmkernels.{name}"
         for name in (
-            "allocator", "cards", "costs", "extension", "files", "frames", "known_choices", "matrices", "rows",
-            "scratch", "tuning", "version",
+            "allocator", "cards", "costs", "extension", "files", "frames", "known_choices", "matrices", "optional",
+            "rows", "scratch", "tuning", "version",
         )
     ),
     "L2": ("mmkernels.kernels",),
@@ -27,8 +27,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "L6": tuple(
         f"mimicmotion.{name}"
         for name in (
-            "__init__", "charts", "config", "data", "diffusion", "json_values", "loss", "model", "optional", "page",
-            "parallel", "paths", "pixels", "shapes", "tensor_file",
+            "__init__", "charts", "config", "data", "diffusion", "json_values", "loss", "model", "page", "parallel",
+            "paths", "pixels", "shapes", "tensor_file",
         )
     ),
     "L7": ("mimicmotion",),
