@@ -21,7 +21,7 @@ export OMP_WAIT_POLICY ?= passive
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc tools tests/native -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help setup demo test budgets faults verify-deep gpu-at-hand verify-gpu modelled lint format clean
+.PHONY: help setup demo test budgets faults verify-deep gpu-at-hand verify-gpu modelled docs lint format clean
 
 help:
 	@echo "make demo   footage -> clips -> training in two stages with fused kernels -> videos, in $(DEMO)/"
@@ -33,6 +33,7 @@ help:
 	@echo "make verify-deep  long shapes, whole recounts, every pass of Triton's compiler, the tests of ops and blocks"
 	@echo "                  under the oldest torch that is allowed and others; no GPU needed"
 	@echo "make modelled     docs/: which card trains 72 frames, and what a step costs every other way; no GPU needed"
+	@echo "make docs   the pages of docs/ as a site, in build/site/"
 	@echo "make verify-gpu   on a GPU: the step, memory, ops, variants, benches, bits; SECONDS=900 for all of it,"
 	@echo "                  PARTS=step,memory,... for some; VENV= PYTHON=python3 installs nothing and wants no network"
 
@@ -48,8 +49,15 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/pip install --quiet --no-deps --ignore-requires-python ttsem==0.1.0
 	@touch $@
 
-$(VENV)/.installed-lint: $(VENV)/.installed-test
+$(VENV)/.installed-docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+lint: $(VENV)/.installed-test
 	$(BIN)/pip install --quiet --editable ".[lint]"
+	@touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/pip install --quiet --editable ".[docs]"
 	@touch $@
 
 setup: $(VENV)/.installed
@@ -99,6 +107,9 @@ modelled: $(VENV)/.installed
 	$(BIN)/python bench/train_step.py --json bench/results/train_step-modelled.json --picture docs/train_step.png
 	$(BIN)/python bench/predicted_step.py --json bench/results/h200-predicted.json
 	$(BIN)/python bench/parallel.py --workers 2 --json bench/results/parallel-modelled.json --picture docs/parallel.png
+
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check

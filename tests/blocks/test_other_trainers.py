@@ -1,4 +1,4 @@
-"""docs/other-trainers.md: its lines run before `prepare` of each trainer's shape, and training is the plain one's."""
+"""docs/kernels.md: its lines run before `prepare` of each trainer's shape, and training is the plain one's."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trainer_shapes import SHAPES, Batch, Shape, batch_of
 import mmkernels
 from mmkernels.memory.trace import trace
 
-GUIDE = (ROOT / "docs/other-trainers.md").read_text()
+GUIDE = (ROOT / "docs/kernels.md").read_text()
 SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", GUIDE, re.M | re.S))
 STEPS = 3
 

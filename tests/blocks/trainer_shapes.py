@@ -1,4 +1,4 @@
-"""Training steps in the shapes of public Stable Video Diffusion trainers, tiny and in float64; docs/other-trainers.md.
+"""Training steps in the shapes of public Stable Video Diffusion trainers, tiny and in float64; docs/kernels.md.
 
 Each has the parts that its trainer prepares, freezes by the same names and calls the UNet in the same way; what the
 parts are (a pose network, a face encoder, a ControlNet) is as small as has the same place in the graph.
