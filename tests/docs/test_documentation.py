@@ -75,6 +75,13 @@ def test_lists_and_tables_begin_after_an_empty_line(document: Path) -> None:
     assert wrong == []
 
 
+def test_hosted_files_are_read_and_the_bug_form_asks_what_is_there() -> None:
+    read = {path.stem: yaml.safe_load(path.read_text()) for path in ROOT.glob(".github/*/*.yml")}
+    assert {"ci", "wheels", "bug", "feature"} <= set(read) and yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert any("python -m mmkernels" in part["attributes"]["label"] for part in read["bug"]["body"])
+    assert read["ci"]["jobs"]["tests"]["strategy"]["matrix"]["python"] == ["3.10", "3.12", "3.14"]
+
+
 def test_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) < 150
 
