@@ -17,7 +17,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         f"mmkernels.{name}"
         for name in (
             "allocator", "cards", "costs", "extension", "frames", "known_choices", "matrices", "rows", "scratch",
-            "tuning", "version",
+            "tuning", "version", "weight_parts",
         )
     ),
     "L2": ("mmkernels.kernels",),
