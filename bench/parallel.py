@@ -36,9 +36,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench import environment, parallel_measured, parallel_picture, report
 from bench.frame_exchange import Exchanged, exchanged
-from bench.shared_step import Found, Sharing, fitted
+from bench.shared_step import Found, fitted
 from mmkernels.cards import card
 from mmkernels.choices import GIB
+from mmkernels.planning.sharing import Sharing
 from mmkernels.planning.sizes import LATENT_STRIDE, parse_size
 from mmkernels.planning.svd import HEADS
 

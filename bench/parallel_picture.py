@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.shared_step import Found, Sharing
+from bench.shared_step import Found
 from mmkernels.cards import card
 from mmkernels.choices import GIB
+from mmkernels.planning.sharing import Sharing
 
 COLORS = {"data": "#7f8c9b", "shard": "#c07a2b", "frames": "#1b7f5c", "frames x shard": "#2b5ca8"}
 

@@ -2,7 +2,7 @@
 
 import gc
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from mimicmotion.config import Precision
 from mimicmotion.model.unet import MimicMotionModel
 from mmkernels.choices import Plan
 from mmkernels.memory.transfer import Device
+from mmkernels.replacement import Replacement
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -31,11 +32,11 @@ def use_kernels(model: MimicMotionModel, kernels: str, plan: Plan | None = None,
 def put_kernels(
     model: MimicMotionModel, kernels: str, plan: Plan | None = None, device: Device | None = None,
     frames: DeviceMesh | None = None,
-) -> Callable[[], None]:  # fmt: skip
-    """As `use_kernels`; returns what puts the UNet's own blocks back. frames: ranks that share a clip's frames."""
+) -> Replacement | None:  # fmt: skip
+    """As `use_kernels`; returns what is in place, None for "torch". frames: ranks that share a clip's frames."""
     model.pose_net.recomputes_activations = kernels == "fused"
     if kernels == "torch":
-        return lambda: None
+        return None
     return mmkernels.replace(model.unet, plan=plan or kernels, device=device, frames=frames)
 
 

@@ -10,6 +10,8 @@ class ParallelConfig:
 
     shard: int = 1  # ranks that share one copy of weights, gradients and moments (FSDP2); 1: each has its own (DDP)
     frames: int = 1  # ranks that train the same clips, each with a part of their frames; 1: each has clips of its own
+    auto: bool = False  # --parallel auto: shard and frames are chosen by modelled steps, for the fastest that fits
+    given: tuple[str, ...] = ()  # shard, frames: what auto leaves as it is; --parallel auto knows what is typed
     timeout_minutes: float = 30.0  # that a step waits for another rank; preparing, planning and saving may take longer
 
     def __post_init__(self) -> None:
@@ -17,6 +19,8 @@ class ParallelConfig:
             raise ValueError(f"parallel.shard is {self.shard}; give a number of ranks, 1 for a copy on each.")
         if self.frames < 1:
             raise ValueError(f"parallel.frames is {self.frames}; give a number of ranks, 1 for whole clips on each.")
+        if unknown := [name for name in self.given if name not in ("shard", "frames")]:
+            raise ValueError(f"parallel.given names {', '.join(unknown)}; give shard, frames or both.")
         if not 0 < self.timeout_minutes < float("inf"):
             raise ValueError(f"parallel.timeout_minutes is {self.timeout_minutes}; give a number of minutes over 0.")
 
@@ -32,6 +36,10 @@ class ParallelConfig:
 
     def check(self, config: Any) -> None:
         """Raise ValueError where a run's other settings want what a part of a weight or of a clip cannot give."""
+        if self.auto and config.kernels != "fused":
+            raise ValueError(
+                f"--parallel auto models fused kernels, and kernels is {config.kernels!r}; give --kernels fused"
+            )
         if self.is_sharded:
             self._check_shard(config)
         if self.frames > 1:
@@ -40,7 +48,6 @@ class ParallelConfig:
     def _check_shard(self, config: Any) -> None:
         optimizer = config.optimizer
         needs_whole = {
-            "memory_budget": config.memory_budget is not None,  # makes plans anew, for blocks that are in parts by then
             "lora.rank": config.lora.rank > 0,  # few weights are trained, and each rank can have the frozen ones
             "optimizer.kind": optimizer.kind != "adamw",  # its 8-bit blocks would begin elsewhere on other ranks
             "optimizer.in_backward": optimizer.in_backward,
@@ -61,8 +68,6 @@ class ParallelConfig:
                 "their own rank alone; give --kernels fused, or leave parallel.frames out."
             )
         needs_whole = {
-            "plan": config.plan is not None,  # knows a step of all frames, and no exchange
-            "memory_budget": config.memory_budget is not None,
             "optimizer.in_backward": config.optimizer.in_backward,  # a gradient is whole once all ranks' are added
         }
         if found := [name for name, is_given in needs_whole.items() if is_given]:

@@ -36,6 +36,7 @@ from mimicmotion.paths import check_there, near
 from mimicmotion.planning.dry_stages import dry_stages
 from mimicmotion.planning.fitting import Fitting
 from mimicmotion.planning.memory_plan import choose_plan, reserve_as_planned
+from mimicmotion.planning.parallel_choice import choose_parallel
 from mimicmotion.ranks.distributed import Ranks, join_ranks
 from mimicmotion.run import checkpoint, pretrained, record
 from mimicmotion.run.run_folder import check_stages, owned, start_afresh
@@ -60,12 +61,14 @@ class Arguments:
     debug: bool = False  # show where in the code an error arose
     dry_run: bool = False  # only print each stage's clips, shapes, plan, memory and time; needs no GPU and no memory
     card: str | None = None  # of --dry-run: plan for this GPU and model its time, as for "RTX 4090"
+    ranks: int = 1  # of --dry-run: on so many of that GPU, beside each other in one host
 
 
 def parse(words: list[str]) -> Arguments:
     """Arguments as given, with the fields of the preset they name (demo where they name none) as defaults.
 
-    --settings stands for the words of its file, before all others.
+    --settings stands for the words of its file, before all others; --parallel auto for --parallel.auto, with what is
+    typed of the rest.
     """
     path = _given(words, "--settings")
     return _parsed(words if path is None else [*read(Path(path))[0], *words])
@@ -86,7 +89,20 @@ def _parsed(words: list[str]) -> Arguments:
     preset = _given(words, "--preset") or "demo"
     if preset not in PRESETS:
         raise SystemExit(f"--preset is {preset!r}; give one of {', '.join(PRESETS)}.")
-    return tyro.cli(Arguments, args=words, default=Arguments(config=PRESETS[preset]()))
+    return tyro.cli(Arguments, args=_with_auto(words), default=Arguments(config=PRESETS[preset]()))
+
+
+def _with_auto(words: list[str]) -> list[str]:
+    """Words with --parallel auto by the fields that it stands for."""
+    value = _given(words, "--parallel")
+    if value is None and "--parallel.auto" not in words:
+        return words
+    if value not in (None, "auto"):
+        raise SystemExit(f"--parallel is {value!r}; give auto, or --parallel.shard and --parallel.frames numbers.")
+    rest = [word for word, before in zip(words, ["", *words], strict=False) if "--parallel" not in (word, before)]
+    rest = [word for word in rest if word not in ("--parallel=auto", "--parallel.auto")]
+    given = [name for name in ("shard", "frames") if _given(words, f"--parallel.{name}") is not None]
+    return [*rest, "--parallel.auto", *(["--parallel.given", *given] if given else [])]
 
 
 def _given(words: list[str], name: str) -> str | None:
@@ -106,10 +122,10 @@ def check_given(arguments: Arguments, num_stages: int) -> None:
     check_there("--plan", config.plan, "make a plan with `python -m mmkernels.plan`")
     pretrained.check_given(config.model)
     check_embeddings(config.model.cross_attention_dim)
-    if arguments.memory_report and config.parallel.frames > 1:
+    if arguments.memory_report and (config.parallel.frames > 1 or config.parallel.auto):
         raise ValueError(
-            "--memory-report models a step of whole clips on one rank, and parallel.frames gives each a part of the "
-            "frames; leave the one or the other out"
+            "--memory-report models a step of whole clips on one rank, and parallel.frames, which --parallel auto may "
+            "choose, gives each a part of the frames; leave the one or the other out"
         )
     if arguments.resume and not checkpoint.is_run(config.run_dir):
         found = near(config.run_dir, checkpoint.is_run)
@@ -137,7 +153,8 @@ def train(arguments: Arguments, stages: list[Config], ranks: Ranks, stop: Stop) 
         if arguments.resume:
             ranks.from_first(look_back)
         done = _num_done(stages) if arguments.resume else 0
-        planned = choose_plan(stages[done], ranks, resume=arguments.resume)  # before anything is made
+        first = choose_parallel(stages[done], ranks)
+        planned = choose_plan(first, ranks, resume=arguments.resume)  # before anything is made
 
         def make_ready() -> None:
             if not arguments.resume:
@@ -156,7 +173,7 @@ def train(arguments: Arguments, stages: list[Config], ranks: Ranks, stop: Stop) 
                 print(f"stage {number + 1} of {len(stages)}", flush=True)
             if number > done:
                 free_what_is_left()
-                planned = choose_plan(config, ranks)
+                planned = choose_plan(choose_parallel(config, ranks), ranks)
             resume = arguments.resume and checkpoint.newest_in(config.run_dir) is not None
             if not train_stage(planned, arguments, ranks, stop, start, resume=resume):
                 return False
@@ -230,10 +247,10 @@ def main() -> None:
         stages = stages_of(words, arguments.config)
     if arguments.dry_run:
         with one_sentence("no dry run", debug=debug):
-            for part in dry_stages(stages, arguments.card):
+            for part in dry_stages(stages, arguments.card, arguments.ranks):
                 print(part, flush=True)
         return
-    if any(config.plan is not None or config.memory_budget is not None for config in stages):
+    if any(config.plan is not None or config.memory_budget is not None or config.parallel.auto for config in stages):
         reserve_as_planned()
     timeout_minutes = arguments.config.parallel.timeout_minutes
     with Stop() as stop, one_sentence("training stopped", TrainingStoppedError, debug=debug):

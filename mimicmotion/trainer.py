@@ -66,18 +66,18 @@ class Trainer:
             self.notes.append("the device is a CPU: optimizer.states_on_host and ema host move nothing off it")
         self.notes += pretrained.begin(self.model, config)
         self.say, is_sharded = print, config.parallel.is_sharded
+        place: Callable[[bool], None] = lambda on_host: self.optimization.weight_update.place(on_host=on_host)  # noqa: E731
+        put_blocks = partial(PlannedBlocks, self.model, config, plan, fitting, place, self.frames.mesh)
         if is_sharded:  # blocks are known by their classes, which FSDP2 changes, and moments are parts as weights are
-            self.blocks = PlannedBlocks(self.model, config, plan, frames=self.frames.mesh)
+            self.blocks = put_blocks()
             sharding.shard(self.model, ranks, config.parallel.shard)
         self.optimization = build_optimization(self.model, config, scales_loss=config.trainer.precision == "fp16")
         if not is_sharded:
-            place = self.optimization.weight_update.place
-            self.blocks = PlannedBlocks(
-                self.model, config, plan, fitting, lambda on_host: place(on_host=on_host), self.frames.mesh
-            )
+            self.blocks = put_blocks()
         self.notes += self.blocks.notes
         # Where memory may run out on one rank alone, gradients are averaged once all have theirs.
-        self.wrapped = ranks.wrap(self.model) if fitting is None and not is_sharded else self.model
+        self._averages_after = fitting is not None and not is_sharded
+        self.wrapped = self.model if self._averages_after or is_sharded else ranks.wrap(self.model)
         self.around_step: Callable[[Callable[[], Any]], Any] = lambda step: step()  # what watches a step runs it
         self.after_step: Callable[[int], None] = lambda step: None  # what looks at the model, before it is saved
         self.step = 0
@@ -282,16 +282,16 @@ class Trainer:
                 if index == num_batches - 1:
                     self.optimization.take_room()  # while no weight has moved
             except torch.OutOfMemoryError as error:
-                if self.frames.size > 1:
-                    raise TrainingStoppedError(self.frames.out_of_memory(self.step + 1, self.blocks.bucket)) from error
+                if self.config.parallel.runs_together:
+                    has_budget, bucket = self.fitting is not None, self.blocks.bucket
+                    raise TrainingStoppedError(self.frames.out_of_memory(self.step + 1, bucket, has_budget)) from error
                 if self.fitting is None and self.plan is None:
                     raise
                 if self.fitting is None:
                     raise self._refuse_plan() from error
                 has_run_out = True
-        if self.fitting is not None:
-            live = self.optimization.live.values()
-            self.ranks.average(parameter.grad for parameter in live if parameter.grad is not None)
+        if self._averages_after:
+            self.ranks.average(x.grad for x in self.optimization.live.values() if x.grad is not None)
         return float(self.frames.sum(mean_loss))
 
     def _micro_batch(self, batch: Batch | NotFiniteError, ids: range) -> Tensor:

@@ -131,6 +131,9 @@ PCIE_4_HOST = Link(
 )  # fmt: skip
 
 
+PEERS_NOT_KNOWN = replace(PCIE_4_HOST, name="a link that is not known", source="assumed: as of PCIe 4 through the host")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Card:
     """A GPU: bytes a second, dense bfloat16 operations a second with float32 sums in tensor cores, of its data sheet.
@@ -169,6 +172,11 @@ class Card:
     def seconds(self, flops: float, num_bytes: float, kind: Kind = "pass") -> float:
         """Modelled time of one kernel."""
         return self.rate(kind).seconds(flops, num_bytes)
+
+    @property
+    def joined(self) -> Card:
+        """With a link to its peers, an assumed one where none is known."""
+        return self if self.peers is not None else replace(self, peers=PEERS_NOT_KNOWN)
 
     @property
     def workspace_bytes(self) -> int:

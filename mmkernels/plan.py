@@ -2,9 +2,11 @@
 
     python -m mmkernels.plan --frames 72 --size 1024x576 --card "RTX 4090"
         [--budget GIB] [--optimizer adamw|adamw8bit] [--no-guide] [--json FILE] [--out FOLDER]
+        [--ranks N] [--shard N] [--frame-ranks K]
 
 Prints what each block keeps, computes again or moves and what the step costs, and writes the plan, a picture of memory
-over one step, and one of peak memory against step time with plain ways of running the same step beside it.
+over one step, and one of peak memory against step time with plain ways of running the same step beside it. On several
+ranks, as the trainer's --parallel.shard and --parallel.frames have them, the plan is for what the first one holds.
 """
 
 from __future__ import annotations
@@ -12,7 +14,9 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from mmkernels.optional import explain_missing
@@ -26,9 +30,12 @@ from rich.table import Table
 
 from mmkernels.cards import CONTEXT_GIB, DISPLAY_GIB, FRAGMENTS, Card, card
 from mmkernels.choices import GIB, OptimizerChoice, OptimizerKind, write_plan
+from mmkernels.frames import counts_of
 from mmkernels.planning.device import measured_card
 from mmkernels.planning.pictures import Point, draw_front, draw_memory, parts_over_time
 from mmkernels.planning.search import HOST_GIB, Chosen, Search, make_plan
+from mmkernels.planning.shared_workload import shared_out, with_average
+from mmkernels.planning.sharing import Meshes, Sharing, fake_ranks
 from mmkernels.planning.sizes import parse_size
 from mmkernels.planning.svd import svd_workload
 from mmkernels.planning.workload import Traced, Workload, trace_way
@@ -54,6 +61,9 @@ class Settings:
     budget: float | None = None  # GiB, everything included; what the card leaves a step where not given
     optimizer: OptimizerKind = "adamw"  # adamw: float32 weights under autocast; adamw8bit: bfloat16 weights
     guide: bool = True  # pictures of poses and the network for them are on the card too, as in MimicMotion's trainer
+    ranks: int = 1  # such cards beside each other in one host
+    shard: int = 1  # of them, those that share one copy of weights, gradients and moments
+    frame_ranks: int = 1  # of them, those that share a clip's frames
     host: float = HOST_GIB  # GiB of the host's memory that moved tensors may take
     json: Path | None = None  # the plan; plan.json in `out` where not given
     out: Path = Path("runs/plan")  # folder for the plan and its pictures
@@ -69,12 +79,24 @@ def main(settings: Settings) -> int:
         kind, budget_gib = settings.optimizer, settings.budget or chosen_card.usable_gib
         if budget_gib > chosen_card.usable_gib:
             console.print(why_too_much(budget_gib, chosen_card), markup=False, soft_wrap=True)
-        workload = svd_workload(
-            kind, frames=settings.frames, height=height, width=width, batch=settings.batch, has_guide=settings.guide
-        )
-        plain = {way: trace_way(workload, way, chosen_card, OptimizerChoice(kind=kind)) for way in BASELINES}
-        search = Search(workload, chosen_card, kind, plain_flops=plain["torch"].trace.flops, host_gib=settings.host)
-        chosen = search.best(budget_gib)
+        make = partial(svd_workload, kind, height=height, width=width, batch=settings.batch, has_guide=settings.guide)
+        ways = BASELINES if settings.ranks == 1 else ("torch",)
+        workload = make(frames=settings.frames)
+        plain = {way: trace_way(workload, way, chosen_card, OptimizerChoice(kind=kind)) for way in ways}
+        flops = plain["torch"].trace.flops
+        with fake_ranks(settings.ranks) if settings.ranks > 1 else nullcontext():
+            if settings.ranks > 1:
+                sharing, counts = _sharing(settings), counts_of(settings.frames, settings.frame_ranks)
+                has_buckets = settings.shard == 1  # what the trainer has under a plan from a file
+                rank = make(frames=counts[0])
+                workload = shared_out(rank, sharing, Meshes.of(sharing), counts, has_buckets=has_buckets)
+                workload = with_average(workload) if settings.shard > 1 else workload  # else it is on the host
+                plain, flops, chosen_card = {}, flops * counts[0] // settings.frames, chosen_card.joined
+            search = Search(
+                workload, chosen_card, kind, plain_flops=flops, host_gib=settings.host,
+                can_update_in_backward=settings.ranks == 1, can_update_on_host=settings.shard == 1,
+            )  # fmt: skip
+            chosen = search.best(budget_gib)
     except ValueError as error:
         console.print(f"no plan: {error}", markup=False)
         return 1
@@ -85,6 +107,18 @@ def main(settings: Settings) -> int:
     draw(chosen, search, plain, title, settings.out)
     console.print(f"written: {path}, {settings.out / 'memory.png'}, {settings.out / 'front.png'}", markup=False)
     return 0
+
+
+def _sharing(settings: Settings) -> Sharing:
+    """How the ranks share. Raises ValueError where they cannot."""
+    ranks, shard, frames = settings.ranks, settings.shard, settings.frame_ranks
+    if min(shard, frames) < 1 or ranks % shard or ranks % frames:
+        raise ValueError(f"got --ranks {ranks}, --shard {shard}, --frame-ranks {frames}; wanted divisors of the ranks")
+    if frames > settings.frames:
+        raise ValueError(f"got {settings.frames} frames on {frames} ranks; wanted one for each at least")
+    if shard > 1 and settings.optimizer != "adamw":
+        raise ValueError(f"got --shard {shard} with {settings.optimizer}, which takes whole weights; give adamw")
+    return Sharing(cards=ranks, frames=frames, shard=shard)
 
 
 def why_too_much(budget_gib: float, chosen: Card) -> str:

@@ -41,8 +41,10 @@ _Swap = tuple[nn.Module, str, DropIn]  # a parent, a name in it, and what is put
 def replace(
     unet: nn.Module, plan: str | Plan = "fused", device: Device | None = None,
     frames: DeviceMesh | FrameRanks | None = None,
-) -> Callable[[], None]:  # fmt: skip
+) -> Replacement:  # fmt: skip
     """Swap the blocks of `unet` in place by a plan and return undo(), which puts the very same objects back.
+
+    undo.follow(plan) has the blocks that are in place go by another plan instead.
 
     "fused": every block that is exactly the known one, and the UNet's last norm and convolution, runs on fused
     operations and segments; any other stays as it is, and `report` says why. "checkpoint": every SpatioTemporalResBlock
@@ -91,20 +93,20 @@ def replace(
             swaps.append((site.parent, site.child_name, fused[site.name]))
             if site.kind is FusedOutputHead:
                 swaps += [(site.parent, name, PassThrough(site.parent.get_submodule(name))) for name in HEAD[:-1]]
-    chosen = Plan() if isinstance(plan, str) else plan
     ranks = FrameRanks(frames) if isinstance(frames, DeviceMesh) else frames
     if ranks is not None:
         _check_frames(unet, sites, fused)
-    _follow(unet, fused, chosen, ranks, is_planned=not isinstance(plan, str))
-    stops = [_move(unet, chosen, device)] if chosen.moves else []
-    if ranks is not None:
-        stops.append(ranks.attach(unet))
+    replaced = Replacement(unet, fused, swaps, ranks)
+    if plan != "checkpoint":
+        replaced.follow(plan, device)
+    stops = [] if ranks is None else [ranks.attach(unet)]
     for parent, child_name, drop_in in swaps:
         parent._modules[child_name] = drop_in
         if isinstance(drop_in, FusedOutputHead):
             stops.append(parent.register_forward_pre_hook(check_head).remove)
+    replaced.stops += stops
     _take_out_of_checkpointing(unet)
-    return _undo_of(swaps, stops)
+    return replaced
 
 
 def _take_out_of_checkpointing(unet: nn.Module) -> None:
@@ -132,19 +134,6 @@ def _check_frames(unet: nn.Module, sites: list[Site], fused: Mapping[str, FusedB
         )
 
 
-def _follow(
-    unet: nn.Module, fused: Mapping[str, FusedBlock], plan: Plan, frames: FrameRanks | None, *, is_planned: bool
-) -> None:
-    """Tell every fused block its name and its part of the plan; is_planned: what the plan does not name is decided."""
-    plain = {site.name: why_not(site) or "" for site in sites_of(unet) if site.name not in fused}
-    plan.check(_units(fused), plain)
-    for name, block in fused.items():
-        is_recomputed = name in plan.recomputed_blocks
-        unnamed: dict[str, Choice] = dict.fromkeys(block.units(), "recompute") if is_planned else {}
-        choices = unnamed | plan.choices_of(name)
-        block.follow(name, choices, is_recomputed=is_recomputed, scratch_bytes=plan.scratch_bytes, frames=frames)
-
-
 def plan_units(unet: nn.Module) -> dict[str, dict[str, tuple[Choice, ...]]]:
     """The choices that a plan has for each unit of each block of a replaced UNet, in the order they run.
 
@@ -160,13 +149,18 @@ def _units(fused: Mapping[str, FusedBlock]) -> dict[str, dict[str, tuple[Choice,
     return {name: choices for name, choices in units.items() if choices} | {rest_block: {rest_unit: PLAIN}}
 
 
-def _move(unet: nn.Module, plan: Plan, device: Device | None) -> Callable[[], None]:
-    """Let what forward saves in units that move go to the host; returns what stops it."""
+def _check_moves(unet: nn.Module, plan: Plan, device: Device | None) -> None:
+    """Raise ValueError where what the plan moves has no place to go to."""
     if plan.slab_bytes <= 0:
         raise ValueError(f"the plan moves units and has slab_bytes {plan.slab_bytes}; give the bytes that a step moves")
     on = next(unet.parameters()).device
     if device is None and on.type != "cuda":
         raise ValueError(f"the plan moves units to the host and the UNet is on {on}; move it to a GPU or give a device")
+
+
+def _move(unet: nn.Module, plan: Plan, device: Device | None) -> Callable[[], None]:
+    """Let what forward saves in units that move go to the host; returns what stops it."""
+    on = next(unet.parameters()).device
     through = CudaDevice(on, plan.slab_bytes) if device is None else device
     offload = Offload(
         through, on, slab_bytes=plan.slab_bytes, window_bytes=plan.window_bytes,
@@ -182,19 +176,63 @@ def _move(unet: nn.Module, plan: Plan, device: Device | None) -> Callable[[], No
     return stop
 
 
-def _undo_of(swaps: list[_Swap], stops: list[Callable[[], None]]) -> Callable[[], None]:
-    def undo() -> None:
-        for parent, child_name, drop_in in swaps:
+class Replacement:
+    """What `replace` has put into a UNet. A call of it is undo(), which takes it out again; a second one does nothing.
+
+    stops: what ends with it.
+    """
+
+    def __init__(
+        self, unet: nn.Module, fused: Mapping[str, FusedBlock], swaps: list[_Swap], frames: FrameRanks | None
+    ) -> None:
+        self._unet, self._fused, self._swaps, self._frames = unet, fused, swaps, frames
+        self.stops: list[Callable[[], None]] = []
+        self._stop_moving: Callable[[], None] = _nothing
+
+    def follow(self, plan: str | Plan, device: Device | None = None) -> None:
+        """Have the fused blocks go by "fused" or another Plan from the next forward on; none is put in or taken out.
+
+        So it also is for blocks that something else has been put around, as weights in parts have it. device: as of
+        `replace`. Raises ValueError, with nothing changed, where the UNet cannot follow the plan; MemoryError where the
+        host has no room for what it moves.
+        """
+        if self._swaps and not self._fused:
+            raise ValueError(
+                'the UNet is replaced with plan="checkpoint", which fuses no block; undo that, replace again'
+            )
+        chosen = Plan() if isinstance(plan, str) else plan
+        plain = {site.name: why_not(site) or "" for site in sites_of(self._unet) if site.name not in self._fused}
+        chosen.check(_units(self._fused), plain)
+        if chosen.moves:
+            _check_moves(self._unet, chosen, device)
+        self._stop_moving()  # first, for its memory on the host
+        self._stop_moving = _nothing
+        if chosen.moves:
+            self._stop_moving = _move(self._unet, chosen, device)
+        for name, block in self._fused.items():
+            # what a plan does not name is decided too
+            unnamed: dict[str, Choice] = {} if isinstance(plan, str) else dict.fromkeys(block.units(), "recompute")
+            block.follow(
+                name, unnamed | chosen.choices_of(name), is_recomputed=name in chosen.recomputed_blocks,
+                scratch_bytes=chosen.scratch_bytes, frames=self._frames,
+            )  # fmt: skip
+
+    def __call__(self) -> None:
+        """Put the very same objects back."""
+        for parent, child_name, drop_in in self._swaps:
             if parent._modules.get(child_name) is not drop_in:
                 raise RuntimeError(f"{child_name} of a {type(parent).__name__} was changed after replace(); undo that")
-        for parent, child_name, drop_in in swaps:
+        for parent, child_name, drop_in in self._swaps:
             parent._modules[child_name] = drop_in.original
-        for stop in stops:
+        for stop in (self._stop_moving, *self.stops):
             stop()
-        swaps.clear()
-        stops.clear()
+        self._stop_moving = _nothing
+        self._swaps.clear()
+        self.stops.clear()
 
-    return undo
+
+def _nothing() -> None:
+    """What there is to stop where nothing moves."""
 
 
 def report(unet: nn.Module) -> Report:

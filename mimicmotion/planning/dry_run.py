@@ -75,20 +75,24 @@ class FakeStep:
         return batch_loss(self.model, self.batch, draws, self.config)
 
 
-def fake_step(config: Config) -> FakeStep:
-    """Call it under FakeTensorMode(allow_non_fake_inputs=True). The kernels are plain diffusers'."""
+def fake_step(config: Config, num_frames: int | None = None) -> FakeStep:
+    """Call it under FakeTensorMode(allow_non_fake_inputs=True). The kernels are plain diffusers'.
+
+    num_frames: of a clip, those that a rank has; all where none are given.
+    """
     data, size = config.data, config.trainer.micro_batch_size
+    num_frames = num_frames or data.num_frames
     height, width = data.height // LATENT_STRIDE, data.width // LATENT_STRIDE
     model = build_model(config.model, config.kernels)
     adapt(model, config.lora, config.trainer.precision)
     optimization = build_optimization(model, config, scales_loss=False)  # a scale takes no memory
     batch = Batch(
-        latents=torch.empty(size, data.num_frames, 4, height, width),
+        latents=torch.empty(size, num_frames, 4, height, width),
         reference_latent=torch.empty(size, 4, height, width),
         reference_sigma=torch.empty(size),
         image_embedding=torch.empty(size, 1, config.model.cross_attention_dim),
-        pose=torch.empty(size, data.num_frames, 3, data.height, data.width),
-        loss_weight=torch.empty(size, data.num_frames, 1, height, width),
+        pose=torch.empty(size, num_frames, 3, data.height, data.width),
+        loss_weight=torch.empty(size, num_frames, 1, height, width),
     )
     return FakeStep(config=config, model=model, optimization=optimization, batch=batch)
 

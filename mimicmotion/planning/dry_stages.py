@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 
 import torch
 
@@ -10,27 +11,45 @@ from mimicmotion.data.cache import Manifest, is_prepared
 from mimicmotion.data.dataset import ClipDataset
 from mimicmotion.data.preparation import why_stale
 from mimicmotion.planning.dry_run import DryRun, dry_run
-from mimicmotion.planning.memory_plan import StepPlanner, choose_plan, placed
+from mimicmotion.planning.memory_plan import StepPlanner, choose_plan, num_micro_batches, placed
+from mimicmotion.planning.parallel_choice import chosen as choose
+from mimicmotion.planning.parallel_choice import traced_way
 from mimicmotion.ranks.distributed import Ranks
 from mimicmotion.shapes import Bucket, in_words
 from mmkernels.cards import Card, card
-from mmkernels.choices import Plan
+from mmkernels.choices import Plan, read_plan
 from mmkernels.frames import counts_of
+from mmkernels.planning.sharing import fake_ranks
 
 Planned = tuple[Config, Plan | None]
 
 
-def dry_stages(stages: list[Config], card_name: str | None) -> Iterator[str]:
-    """Text of one stage after the other. card_name: a card to plan for and to model the time on.
+def dry_stages(stages: list[Config], card_name: str | None, num_ranks: int = 1) -> Iterator[str]:
+    """Text of one stage after the other. card_name: a card to plan for and to model the time on; num_ranks: so many.
 
     Raises ValueError where it is not known, or no plan fits.
     """
-    chosen = None if card_name is None else card(card_name)
+    chosen = None if card_name is None else card(card_name).joined
+    if chosen is None and (num_ranks > 1 or any(config.parallel.auto for config in stages)):
+        raise ValueError('--ranks and --parallel auto of a dry run want a card; give one, as --card "RTX 4090"')
+    with fake_ranks(num_ranks) if num_ranks > 1 else nullcontext():
+        yield from _stages(stages, chosen, num_ranks)
+
+
+def _stages(stages: list[Config], chosen: Card | None, num_ranks: int) -> Iterator[str]:
     for number, config in enumerate(stages, 1):
         name = f"stage {number} of {len(stages)}: " if len(stages) > 1 else ""
         yield f"{name}{config.trainer.num_steps:,} steps of {config.trainer.batch_size} clips, {config.run_dir}"
         samples, said = _samples(config)
         yield said
+        if config.parallel.auto:
+            assert chosen is not None
+            config, lines = choose(config, num_ranks, chosen, chosen.usable_gib, can_plan=True)
+            yield "\n".join(lines)
+        if num_ranks > 1:
+            assert chosen is not None
+            yield from _on_ranks(config, samples, chosen, num_ranks)
+            continue
         if config.parallel.is_sharded:
             yield (
                 f"memory below is without --parallel.shard {config.parallel.shard}, under which a rank holds a part of "
@@ -52,6 +71,30 @@ def dry_stages(stages: list[Config], card_name: str | None) -> Iterator[str]:
             found[bucket] = dry_run(shaped, plan, on_card=chosen)
             yield str(found[bucket])
         yield _time(config, samples, found)
+
+
+def _on_ranks(config: Config, samples: Mapping[Bucket, int], on_card: Card, num_ranks: int) -> Iterator[str]:
+    """What a rank holds and does in a step of each shape, and the stage's time."""
+    step_s, budget = 0.0, config.memory_budget
+    for bucket in sorted(samples, reverse=True):
+        shaped, plan = config.at(bucket), None
+        if budget is not None:
+            budget_gib = on_card.usable_gib if budget == "auto" else float(budget)
+            plan = StepPlanner(shaped, num_ranks, lambda: on_card).plan_within(budget_gib)
+        elif config.plan is not None:
+            plan = read_plan(config.plan)
+        if plan is not None and plan.modelled is not None and budget is not None:
+            peak_gib, micro_batch_s = plan.modelled.peak_gib, plan.modelled.step_s
+        else:
+            way = traced_way(shaped, num_ranks, on_card)
+            peak_gib, micro_batch_s = way.peak_gib, way.micro_batch_s
+        step_s += num_micro_batches(shaped, num_ranks) * micro_batch_s * samples[bucket] / sum(samples.values())
+        yield (
+            f"each of {num_ranks} ranks, clips of {bucket} (height x width x frames): {peak_gib:.2f} GiB at the peak "
+            f"of a step, {micro_batch_s:.2f} s a micro-batch (modelled){'' if plan is None else f'; {plan}'}"
+        )
+    hours = config.trainer.num_steps * step_s / 3600
+    yield f"time on {num_ranks} ranks: {step_s:.2f} s a step, {hours:.1f} hours in all (modelled)"
 
 
 def _samples(config: Config) -> tuple[Mapping[Bucket, int], str]:

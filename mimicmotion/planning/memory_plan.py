@@ -21,10 +21,13 @@ from mimicmotion.run import checkpoint
 from mimicmotion.shapes import Bucket
 from mmkernels.allocator import CudaAllocator
 from mmkernels.cards import CONTEXT_GIB, Card, without_fragments
-from mmkernels.choices import GIB, Plan, read_plan
+from mmkernels.choices import GIB, OptimizerChoice, Plan, read_plan
+from mmkernels.frames import counts_of
 from mmkernels.planning.device import measured_card
 from mmkernels.planning.search import Chosen, Search
-from mmkernels.planning.workload import Workload
+from mmkernels.planning.shared_workload import shared_out, with_average
+from mmkernels.planning.sharing import Meshes, Sharing
+from mmkernels.planning.workload import Workload, trace_way
 
 
 def choose_plan(config: Config, ranks: Ranks, *, resume: bool = False) -> tuple[Config, Plan | None, Fitting | None]:
@@ -127,7 +130,7 @@ class StepPlanner:
 
     def __init__(self, config: Config, world_size: int, measure: Callable[[], Card] | None = None) -> None:
         """measure: gives the card that plans are for; this rank's GPU where none is given."""
-        self._config, self._measure = config, measure
+        self._config, self._num_ranks, self._measure = config, world_size, measure
         self._search: Search | None = None
         self._last: Chosen | None = None
         self._is_in_backward: bool | None = None  # as the first plan has it
@@ -147,8 +150,10 @@ class StepPlanner:
 
     def _plan_within(self, budget_gib: float) -> Plan:
         if self._search is None:
-            card, can_update = (self._measure or measured_card)(), self._can_update_in_backward
-            self._search = search_step(self._config, card, can_update_in_backward=can_update)
+            self._search = search_step(
+                self._config, (self._measure or measured_card)(), num_ranks=self._num_ranks,
+                can_update_in_backward=self._can_update_in_backward,
+            )  # fmt: skip
             if self._is_in_backward is not None:
                 self._search.keep_update(is_in_backward=self._is_in_backward)
         self._last = self._search.best(budget_gib, like=self._last)
@@ -158,24 +163,67 @@ class StepPlanner:
         return self._last.plan
 
 
-def search_step(config: Config, card: Card, *, can_update_in_backward: bool, can_update_on_host: bool = True) -> Search:
-    """Of plans for the run's own step on a card."""
+def search_step(
+    config: Config, card: Card, *, can_update_in_backward: bool, can_update_on_host: bool = True, num_ranks: int = 1
+) -> Search:
+    """Of plans for the run's own step on a card, or on the first of so many ranks that share it as the config says.
+
+    Those have the most frames where they do not divide. Raises ValueError where the ranks cannot share so.
+    """
+    card, plain_flops = card.joined, None
+    workload = rank_workload(config, num_ranks, has_budget=True)
+    if config.parallel.runs_together:  # what plain diffusers takes of the clip, as far as the rank has its frames
+        counts, kind = counts_of(config.data.num_frames, config.parallel.frames), config.optimizer.kind
+        plain = trace_way(_workload(config, num_ranks), "torch", card, OptimizerChoice(kind=kind))
+        plain_flops = plain.trace.flops * counts[0] // sum(counts)
+    return Search(
+        workload, card, config.optimizer.kind, plain_flops=plain_flops, can_update_in_backward=can_update_in_backward,
+        can_update_on_host=can_update_on_host and not config.parallel.is_sharded,
+    )  # fmt: skip
+
+
+def rank_workload(config: Config, num_ranks: int, *, has_budget: bool) -> Workload:
+    """The run's step on the first of so many ranks, which may be one; with kernels fused where they work together.
+
+    has_budget: the run is kept to one, so that gradients of whole weights are averaged after backward, and the moving
+    average of whole weights is on the host, as under any plan.
+    """
+    parallel, is_planned = config.parallel, has_budget or config.plan is not None
+    has_buckets = num_ranks > 1 and not has_budget and not parallel.is_sharded
+    if parallel.runs_together:
+        sharing = Sharing(cards=num_ranks, frames=parallel.frames, shard=parallel.shard)
+        meshes, counts = Meshes.of(sharing), counts_of(config.data.num_frames, sharing.frames)
+        workload = _workload(config, num_ranks, counts[0])
+        found = shared_out(workload, sharing, meshes, counts, has_buckets=has_buckets)
+    else:
+        found = dataclasses.replace(_workload(config, num_ranks), has_buckets=has_buckets)
+    if config.optimizer.ema != "device" or (is_planned and not parallel.is_sharded):
+        return found
+    return with_average(found)  # it stays beside the weights, in parts as they are
+
+
+def _workload(config: Config, num_ranks: int, num_frames: int | None = None) -> Workload:
+    """The run's step, of the last micro-batch where it has several. num_frames: of a clip, those that a rank has."""
     plain = dataclasses.replace(config.optimizer, in_backward=False, states_on_host=False, ema="off")
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        step = fake_step(dataclasses.replace(config, optimizer=plain))
+        step = fake_step(dataclasses.replace(config, optimizer=plain), num_frames)
         step.model.pose_net.recomputes_activations = True  # as with kernels fused
-    workload = Workload(
+    return Workload(
         unet=step.model.unet,
+        root=step.model,
         step=lambda: step.loss().backward(),
         trained=list(step.optimization.live.values()),
         resident=[*step.model.parameters(), *step.batch.tensors()],
         mode=mode,
         made_for=made_for(config),
+        ranks=num_ranks,
+        accumulates=num_micro_batches(config, num_ranks) > 1,
     )
-    return Search(
-        workload, card, config.optimizer.kind, can_update_in_backward=can_update_in_backward,
-        can_update_on_host=can_update_on_host,
-    )  # fmt: skip
+
+
+def num_micro_batches(config: Config, num_ranks: int) -> int:
+    """Of a step, on each rank."""
+    return config.trainer.batch_size * config.parallel.frames // (config.trainer.micro_batch_size * num_ranks)
 
 
 def plan_step(

@@ -1,21 +1,27 @@
 """What a memory plan was made for, held to a run."""
 
+from typing import Any
+
 from mimicmotion.config import Config
 from mimicmotion.shapes import Bucket
 from mmkernels.choices import Plan
+from mmkernels.planning.shared_workload import ranks_of
 
 
 def check_plan(config: Config, plan: Plan, where: object) -> None:
     """Raise ValueError, naming both, where a plan was made for another step than the run's.
 
-    Height and width may change places: a step costs the same. Where the optimizer's states are and when it updates is
-    the plan's to say. where: it is from.
+    Height and width may change places: a step costs the same. A plan for ranks that hold more, whole weights or clips
+    or larger parts of them, fits ranks that hold less. Where the optimizer's states are and when it updates is the
+    plan's to say. where: it is from.
     """
-    made = {"precision": "bf16"} | dict(plan.made_for)  # a plan of the command line says it by its optimizer
-    wanted = made_for(config)
+    # a plan of the command line says its precision by its optimizer
+    made: dict[str, Any] = {"precision": "bf16", "frame_ranks": 1, "shard": 1} | dict(plan.made_for)
+    wanted: dict[str, Any] = {"frame_ranks": config.parallel.frames, "shard": config.parallel.shard} | made_for(config)
     found = {name: made.get(name) for name in wanted}
     if {wanted["height"], wanted["width"]} == {found["height"], found["width"]}:
         found |= {"height": wanted["height"], "width": wanted["width"]}
+    found |= {name: wanted[name] for name in ("frame_ranks", "shard") if made[name] <= wanted[name]}
     wanted["optimizer.kind"], found["optimizer.kind"] = config.optimizer.kind, plan.optimizer.kind
     differing = [
         f"{name} is {wanted[name]} and the plan's {found[name]}" for name in wanted if wanted[name] != found[name]
@@ -41,4 +47,5 @@ def made_for(config: Config) -> dict[str, object]:
         "width": data.width,
         "batch": settings.micro_batch_size,
         "precision": settings.precision,
+        **ranks_of(frames=config.parallel.frames, shard=config.parallel.shard),
     }

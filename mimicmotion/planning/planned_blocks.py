@@ -13,6 +13,7 @@ from mimicmotion.planning.fitting import Change, Fitting
 from mimicmotion.planning.planned import checkpoint_name
 from mimicmotion.shapes import Bucket
 from mmkernels.choices import Plan, document
+from mmkernels.memory.transfer import Device
 
 
 class PlannedBlocks:
@@ -31,11 +32,11 @@ class PlannedBlocks:
         frames: ranks that share a clip's frames.
         """
         self._model, self._config, self.fitting, self._place = model, config, fitting, place
-        self._frames = frames
         self.bucket = config.data.buckets[0]
         self._first, self._fittings = fitting, {self.bucket: fitting}
         self.plan = plan if fitting is None else fitting.plan
-        self._put()
+        self._replaced = put_kernels(model, config.kernels, self.plan, self._device, frames)
+        self._describe()
 
     @property
     def notes(self) -> list[str]:
@@ -65,16 +66,14 @@ class PlannedBlocks:
         self.fitting = self._fittings[bucket]
         assert self.fitting is not None
         if self.fitting.plan != self.plan:
-            self._take_out()
-            self._put_by(self.fitting.plan)
+            self._go_by(self.fitting.plan)
         return self._said() if is_new else []
 
     def follow(self, change: Change) -> None:
         """Run the same blocks by another plan for the same shape; weights stay."""
         assert self.fitting is not None
-        self._take_out()
+        self._go_by(change.plan)
         self.fitting.allocator.begin()
-        self._put_by(change.plan)
 
     def documents(self) -> dict[str, Any]:
         """The plans, as a checkpoint keeps them."""
@@ -83,18 +82,20 @@ class PlannedBlocks:
         made = {bucket: fitting for bucket, fitting in self._fittings.items() if fitting is not None}
         return {checkpoint_name(self._config, bucket): document(fitting.plan) for bucket, fitting in made.items()}
 
-    def _take_out(self) -> None:
-        self._undo()
-        gc.collect()  # what a failed step left
+    @property
+    def _device(self) -> Device | None:
+        """What plans move through."""
+        return None if self.fitting is None else self.fitting.device
 
-    def _put_by(self, plan: Plan) -> None:
+    def _go_by(self, plan: Plan) -> None:
+        """The blocks stay where they are: FSDP2 may have been put around them."""
+        assert self._replaced is not None, "plans are for fused kernels"
         self.plan = plan
-        self._put()
+        self._replaced.follow(plan, self._device)
+        gc.collect()  # what a failed step left
+        self._describe()
         self._place(plan.optimizer.states_on_host)
 
-    def _put(self) -> None:
-        device, settings = None if self.fitting is None else self.fitting.device, self._config.trainer
-        self._undo = put_kernels(self._model, self._config.kernels, self.plan, device, self._frames)
-        self.report = describe(
-            self._model, self._config.kernels, settings.precision, is_deterministic=settings.deterministic
-        )
+    def _describe(self) -> None:
+        kernels, settings = self._config.kernels, self._config.trainer
+        self.report = describe(self._model, kernels, settings.precision, is_deterministic=settings.deterministic)

@@ -203,9 +203,12 @@ def _store(timeout: timedelta) -> Store:
 
 
 def no_sync(model: nn.Module, is_last: bool) -> contextlib.AbstractContextManager[None]:
-    """Context that leaves gradients local for all but the last micro-batch of a step."""
+    """Context that leaves gradients local for all but the last micro-batch of a step.
+
+    Of weights in parts each rank keeps its parts alone: they are reduced each time, and between copies at the last.
+    """
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(is_last)
+        model.set_requires_all_reduce(is_last)
     if is_last or not isinstance(model, DistributedDataParallel):
         return contextlib.nullcontext()
     return model.no_sync()

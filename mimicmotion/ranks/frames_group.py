@@ -62,13 +62,16 @@ class FramesGroup:
         own = self.own(batch.frame_shape[0])
         return batch.of_frames(own), [dataclasses.replace(draw, noise=draw.noise[own]) for draw in draws]
 
-    def out_of_memory(self, step: int, bucket: Bucket) -> str:
-        """Why a run ends in a step where memory runs out on this rank: the others of its group wait for its frames."""
-        own = self.own(bucket.num_frames)
+    def out_of_memory(self, step: int, bucket: Bucket, has_budget: bool) -> str:
+        """Why a run ends in a step where memory runs out on this rank: others wait for its frames or its weights."""
+        own, smaller = (
+            self.own(bucket.num_frames),
+            "a smaller --memory-budget" if has_budget else "--memory-budget auto",
+        )
         return (
             f"memory ran out in step {step} on a rank with {own.stop - own.start} frames of clips of {bucket} (height "
-            f"x width x frames), and the other ranks of its group cannot go on without it. Give --parallel.frames more "
-            "ranks, or smaller clips; --resume goes on from the newest checkpoint"
+            f"x width x frames), and the ranks that it shares them or its weights with cannot go on without it. Give "
+            f"{smaller}, --parallel.frames more ranks, or smaller clips; --resume goes on from the newest checkpoint"
         )
 
     def sum(self, values: Tensor) -> Tensor:

@@ -1,24 +1,22 @@
-"""Weights in parts on several ranks by torch's FSDP2, and whole again for a checkpoint.
+"""A run's weights in parts on several ranks (mmkernels/weight_parts.py), and whole again for a checkpoint.
 
-Each block of the UNet is gathered before it runs, forward and backward, and let go of after; the rest of the model is
-one more unit, which stays between forward and backward. A rank holds 1/n of weights, gradients, moments and average.
-Gradients are averaged over all ranks. Weights are gathered in their own dtype.
+Gradients are averaged over all ranks.
 """
 
-import re
-import warnings
 from collections.abc import Mapping
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from mimicmotion.model.unet import MimicMotionModel
 from mimicmotion.ranks.distributed import Ranks
+from mmkernels import weight_parts
+from mmkernels.weight_parts import part
+
+__all__ = ["full", "in_parts", "part", "shard", "whole"]
 
 Groups = dict[str, dict[str, Tensor]]
-_BLOCK = re.compile(r"unet\..*(resnets|attentions)\.\d+")
 
 
 def shard(model: MimicMotionModel, ranks: Ranks, size: int) -> None:
@@ -27,14 +25,7 @@ def shard(model: MimicMotionModel, ranks: Ranks, size: int) -> None:
     To be called when the blocks are in place, and before an optimizer is made. Raises ValueError where `size` does not
     divide the number of ranks.
     """
-    mesh = _mesh(ranks, size)
-    # its hook for backward hangs on a block's output, which is a view, and nothing works in place on it
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    for parameter in model.parameters():  # FSDP2 takes none that lies channels last: kernels lay them out as they run
-        parameter.data = parameter.data.contiguous()
-    blocks: list[nn.Module] = [module for name, module in model.named_modules() if _BLOCK.fullmatch(name)]
-    for module in [*blocks, model]:
-        fully_shard(module, mesh=mesh)
+    weight_parts.shard(model, _mesh(ranks, size))
 
 
 def _mesh(ranks: Ranks, size: int) -> DeviceMesh:
@@ -83,8 +74,3 @@ def _like(tensor: Tensor, held: Tensor | None) -> Tensor:
 def full(tensor: Tensor) -> Tensor:
     """A tensor that may be in parts, put together on every rank."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def part(tensor: Tensor) -> Tensor:
-    """What of a tensor that may be in parts lies here; shares its memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

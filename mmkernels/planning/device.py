@@ -59,7 +59,7 @@ def measured_card() -> Card:
         name=properties.name, device=properties.name, memory_gib=properties.total_memory / GIB,
         bytes_per_s=rates["pass"].bytes_per_s, flops_per_s=rates["product"].flops_per_s,
         link_bytes_per_s=COPY_BYTES / link_s, capability=torch.cuda.get_device_capability(device),
-        usable_gib=without_fragments(usable_bytes / GIB), rates=rates,
+        usable_gib=without_fragments(usable_bytes / GIB), rates=rates, peers=None if sheet is None else sheet.peers,
     )  # fmt: skip
 
 

@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from torch import nn
-
 from mmkernels.cards import Card
 from mmkernels.choices import OptimizerChoice, Plan
 from mmkernels.memory.phases import Phase
@@ -21,16 +19,17 @@ from mmkernels.planning.workload import (
     trace_way,
 )
 from mmkernels.replacement import plan_units, replace
+from mmkernels.weight_parts import part
 
 SLAB_BYTES = 1 << 50  # of a profile's traces: no limit
 Units = Mapping[str, Mapping[str, tuple[Choice, ...]]]
 
 
-def units_of(unet: nn.Module) -> Units:
+def units_of(workload: Workload) -> Units:
     """The choices of each unit of each block, in the order they run; what lies outside of blocks comes last."""
-    undo = replace(unet, Plan())
+    undo = replace(workload.unet, Plan()) if workload.replaced is None else lambda: None
     try:
-        return plan_units(unet)
+        return plan_units(workload.unet)
     finally:
         undo()
 
@@ -38,7 +37,7 @@ def units_of(unet: nn.Module) -> Units:
 def take_profile(workload: Workload, card: Card, optimizer: OptimizerChoice, scratch_bytes: int) -> Profile:
     """The costs of every choice, with moments on the device and the update after backward."""
     plan = partial(Plan, scratch_bytes=scratch_bytes)
-    units = units_of(workload.unet)
+    units = units_of(workload)
     names = [f"{block}/{unit}" for block, each in units.items() for unit in each if unit != WHOLE]
     keepable = [f"{block}/{unit}" for block, each in units.items() for unit, can in each.items() if "keep" in can]
     base = trace_way(workload, plan(), card, optimizer)
@@ -77,7 +76,7 @@ def gradient_bytes(workload: Workload, blocks: Sequence[str]) -> dict[str, int]:
     for name, parameter in workload.unet.named_parameters():
         owners = [block for block in blocks if name.startswith(f"{block}.")]
         if owners and id(parameter) in trained:
-            found[max(owners, key=len)] += parameter.numel() * parameter.element_size()
+            found[max(owners, key=len)] += part(parameter).nbytes
     return found
 
 

@@ -18,7 +18,9 @@ from mmkernels.memory.clock import Clock
 from mmkernels.memory.cuda_autocast import norms_in_float32
 from mmkernels.memory.measured import Allocator, measure
 from mmkernels.memory.trace import Trace, trace
-from mmkernels.replacement import dead_parameters, replace, report
+from mmkernels.planning.sharing import Averaging, Buckets
+from mmkernels.replacement import Replacement, dead_parameters, replace, report
+from mmkernels.weight_parts import part
 
 PeakBytes = dict[Origin, int]
 Way = str | Plan | Callable[[nn.Module, Clock], Callable[[], None]]
@@ -31,9 +33,13 @@ class Workload:
 
     mode: a FakeTensorMode, whose the tensors are; a null context where they are real, for measure_way alone.
 
-    unet: what mmkernels.replace() takes, not replaced. trained: the parameters that the optimizer updates.
+    unet: what mmkernels.replace() takes, not replaced but by `replaced`, where it goes by one plan after another in
+    place (mmkernels/planning/shared_workload.py). trained: the parameters that the optimizer updates.
     step: forward, loss and backward; gradients are left in the parameters. It neither updates nor zeroes them.
     resident: all that is on the device before the step, weights and batch, but no state of the optimizer.
+    root: the model whose weights may be in parts, the UNet where none is given.
+    ranks: that average gradients, in buckets of DistributedDataParallel, or else after backward.
+    accumulates: the gradients of an earlier backward are there when the step begins.
 
     >>> from torch._subclasses.fake_tensor import FakeTensorMode
     >>> with FakeTensorMode() as mode:  # tensors without memory
@@ -49,6 +55,11 @@ class Workload:
     resident: Sequence[Tensor]
     mode: AbstractContextManager[Any]
     made_for: Mapping[str, Any] = field(default_factory=dict)
+    root: nn.Module | None = None
+    replaced: Replacement | None = None
+    ranks: int = 1
+    has_buckets: bool = False
+    accumulates: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,14 +76,14 @@ class Traced:
 
 
 def moments_bytes(trained: Sequence[Tensor], optimizer: OptimizerChoice) -> int:
-    """Of both moments of Adam: float32, or 8 bits each and their scales."""
-    count = sum(parameter.numel() for parameter in trained)
+    """Of both moments of Adam: float32, or 8 bits each and their scales. Of weights in parts, those of this rank."""
+    count = sum(part(parameter).numel() for parameter in trained)
     return 8 * count if optimizer.kind == "adamw" else 2 * (count + 4 * -(-count // BLOCK))
 
 
 def update_bytes(trained: Sequence[Tensor], optimizer: OptimizerChoice) -> int:
     """Traffic of the update: gradients read, weights and moments read and written."""
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in trained)
+    weights = sum(part(parameter).nbytes for parameter in trained)
     return 3 * weights + 2 * moments_bytes(trained, optimizer)
 
 
@@ -98,25 +109,32 @@ def trace_way(
     trained = (*workload.trained, *dead)
     state_bytes = 0 if optimizer.states_on_host else moments_bytes(trained, optimizer)
     with (
-        workload.mode, norms_in_float32(), _requiring_gradients(dead), _running(workload.unet, way, clock),
+        workload.mode, norms_in_float32(), _requiring_gradients(dead), _running(workload, way, clock),
         _updating(trained, clock, optimizer) as update,
     ):  # fmt: skip
+        averaging: Averaging = (Buckets if workload.has_buckets else Averaging)(trained, workload.ranks, clock)
         states = torch.empty(state_bytes, dtype=torch.uint8)
         if isinstance(way, Plan) and way.moves:
             workload.step()
             _drop_gradients(trained)
             clock.restart()
+        there = [*workload.resident, states, *averaging.memory]
+        if workload.accumulates and not workload.has_buckets:
+            for parameter in trained:
+                parameter.grad = torch.empty_like(parameter)
+                there.append(parameter.grad)
         if history is not None:
             history.begin(workload.unet, **_kinds(workload, states))
 
         def step() -> None:
-            workload.step()
+            with averaging.watching():
+                workload.step()
+            averaging.finish()
             update()
 
         with marking_gradients(trained, history.gradient) if history is not None else nullcontext():
             traced = trace(
-                step, [*workload.resident, states], clock=clock, blocks=blocks_of(workload.unet), by_unit=True,
-                history=history,
+                step, there, clock=clock, blocks=blocks_of(workload.unet), by_unit=True, history=history
             )  # fmt: skip
         _drop_gradients(trained)
     return Traced(trace=traced, clock=clock)
@@ -131,7 +149,7 @@ def measure_way(workload: Workload, way: str | Plan, optimizer: OptimizerChoice,
     trained, clock = (*workload.trained, *(_dead(workload) if way in BASELINES else ())), Clock(CARDS[0])
     state_bytes = 0 if optimizer.states_on_host else moments_bytes(trained, optimizer)
     with (
-        workload.mode, _requiring_gradients(trained), _running(workload.unet, way, None),
+        workload.mode, _requiring_gradients(trained), _running(workload, way, None),
         _updating(trained, clock, optimizer),
     ):  # fmt: skip
         states = torch.empty(state_bytes, dtype=torch.uint8, device=trained[0].device)
@@ -172,8 +190,14 @@ def _requiring_gradients(parameters: Sequence[Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def _running(unet: Any, way: Way, clock: Clock | None) -> Iterator[None]:
+def _running(workload: Workload, way: Way, clock: Clock | None) -> Iterator[None]:
+    unet: Any = workload.unet
     if way == "torch":
+        yield
+        return
+    if workload.replaced is not None:
+        assert not callable(way) and way not in BASELINES, "its blocks are fused for good"
+        workload.replaced.follow(way, clock)
         yield
         return
     if callable(way):

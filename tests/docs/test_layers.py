@@ -17,7 +17,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         f"mmkernels.{name}"
         for name in (
             "allocator", "cards", "costs", "extension", "files", "frames", "known_choices", "matrices", "optional",
-            "rows", "scratch", "tuning", "version",
+            "rows", "scratch", "tuning", "version", "weight_parts",
         )
     ),
     "L2": ("mmkernels.kernels",),

@@ -12,11 +12,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.shared_step import fake_ranks
 from mmkernels.cards import Card, Link, card
 from mmkernels.memory.clock import Clock
 from mmkernels.memory.collectives import Collective, collective_of
 from mmkernels.memory.trace import trace
+from mmkernels.planning.sharing import fake_ranks
 
 RANKS, MIB = 4, 1 << 20
 # One second is 8 MiB of memory traffic or 1 MiB between cards.

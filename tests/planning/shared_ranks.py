@@ -1,5 +1,6 @@
 """Run by torchrun from test_shared_step.py: `shared_ranks.py FILE`; each way's peak and bytes, counted on two ranks."""
 
+import dataclasses
 import json
 import sys
 import warnings
@@ -10,20 +11,22 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import mmkernels
-from bench.shared_step import Meshes, Prepared, Sharing, fake_ranks
 from mmkernels import frames
 from mmkernels.cards import card
-from mmkernels.choices import OptimizerChoice
+from mmkernels.choices import OptimizerChoice, Plan
 from mmkernels.frames import counts_of
 from mmkernels.memory.clock import Clock
 from mmkernels.memory.cuda_autocast import norms_in_float32
 from mmkernels.memory.trace import trace
+from mmkernels.memory.workspace import BLAS_THREADS
+from mmkernels.planning.shared_workload import shared_out
+from mmkernels.planning.sharing import Buckets, Meshes, Sharing, fake_ranks
 from mmkernels.planning.svd import svd_workload
-from mmkernels.planning.workload import Workload
+from mmkernels.planning.workload import Workload, moments_bytes, trace_way
 
 FRAMES, SIDE = 8, 64
 SHARINGS = {
@@ -37,6 +40,11 @@ TINY: Any = {
     "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 24,
 }  # fmt: skip
 ADAMW = OptimizerChoice(kind="adamw")
+PLAN = Plan(
+    units={f"up_blocks.1.attentions.{index}/feed_forward_in": "keep" for index in range(2)},
+    recomputed_blocks=("mid_block.attentions.0", "up_blocks.1.resnets.0"),
+)
+PLANNED = "frames x shard, planned"
 
 
 class Sent(TorchDispatchMode):
@@ -55,38 +63,52 @@ class Sent(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def tiny(sharing: Sharing, device: torch.device | None) -> tuple[Workload, Meshes, tuple[int, ...]]:
+def real_meshes(sharing: Sharing) -> Meshes:
+    """Of two ranks that are there."""
+    return Meshes(*(init_device_mesh("cpu", (2,)) if count > 1 else None for count in (sharing.frames, sharing.shard)))
+
+
+def tiny(sharing: Sharing, device: torch.device | None) -> Workload:
     """A UNet's step on one of several ranks."""
-    meshes, counts = Meshes.of(sharing), counts_of(FRAMES, sharing.frames)
-    return svd_workload("adamw", frames=counts[0], height=SIDE, width=SIDE, device=device, **TINY), meshes, counts
+    meshes, counts = Meshes.of(sharing) if device is None else real_meshes(sharing), counts_of(FRAMES, sharing.frames)
+    workload = svd_workload("adamw", frames=counts[0], height=SIDE, width=SIDE, device=device, **TINY)
+    return shared_out(workload, sharing, meshes, counts, has_buckets=True)
 
 
-def peak(sharing: Sharing, device: torch.device | None) -> tuple[int, Counter[str]]:
-    """Of a step, and what it sends; with tensors that are there on a device, else with fake ones."""
-    workload, meshes, counts = tiny(sharing, device)
-    sent = Sent()
-    with workload.mode, norms_in_float32(), mock.patch.object(frames, "_PART_TOKENS", 64):
-        clock = Clock(card("H100"))  # times nothing here
-        prepared = Prepared(sharing, meshes, counts, workload, clock, ADAMW)
+def measured(sharing: Sharing, way: str | Plan = "fused") -> tuple[int, Counter[str]]:
+    """The peak of a step on this rank, of all that lives meanwhile, and what it sends."""
+    workload, sent = tiny(sharing, torch.device("cpu")), Sent()
+    assert workload.replaced is not None
+    workload.replaced.follow(way)  # after FSDP2 has been put around the blocks
+    buckets = Buckets(workload.trained, 2, Clock(card("H100")))  # whose times are of no one here
+    states = torch.empty(moments_bytes(workload.trained, ADAMW), dtype=torch.uint8)
 
-        def step() -> None:
-            with sent:
-                prepared.step()
+    def step() -> None:
+        with sent, buckets.watching():
+            workload.step()
 
-        return trace(step, prepared.resident).peak_bytes, sent.bytes
+    with norms_in_float32(), mock.patch.object(frames, "_PART_TOKENS", 64):
+        return trace(step, [*workload.resident, states, *buckets.memory]).peak_bytes, sent.bytes
 
 
 @cache
-def modelled(sharing: Sharing) -> tuple[int, Counter[str]]:
-    """With the other ranks made up."""
-    with fake_ranks(sharing.cards):
-        return peak(sharing, None)
+def modelled(sharing: Sharing, way: str = "fused") -> tuple[int, Counter[str]]:
+    """The same with the other ranks made up, and tensors too; without cuBLAS's workspaces, of which a CPU has none."""
+    sent, h100 = Sent(), card("H100")
+    with fake_ranks(sharing.cards), mock.patch.object(frames, "_PART_TOKENS", 64):
+        workload = tiny(sharing, None)
+
+        def step() -> None:
+            with sent:
+                workload.step()
+
+        traced = trace_way(dataclasses.replace(workload, step=step), PLAN if way == PLANNED else way, h100, ADAMW)
+    return traced.trace.peak_bytes - BLAS_THREADS * h100.workspace_bytes, sent.bytes
 
 
 def peak_of_ddp() -> int:
     """A step's peak under torch's own DistributedDataParallel."""
-    workload, *_ = tiny(Sharing(cards=2), torch.device("cpu"))
-    mmkernels.replace(workload.unet)
+    workload = tiny(Sharing(cards=2), torch.device("cpu"))
     wrapped = DistributedDataParallel(workload.unet, gradient_as_bucket_view=True)
     states = torch.empty(8 * sum(x.numel() for x in workload.trained), dtype=torch.uint8)
     sample, context, time_ids, times = workload.resident[-4:]
@@ -111,7 +133,8 @@ def main() -> None:
     torch.distributed.init_process_group("gloo")
     found: dict[str, Any] = {"data": [peak_of_ddp(), {}]}
     for name, sharing in SHARINGS.items():
-        found[name] = peak(sharing, torch.device("cpu"))
+        found[name] = measured(sharing)
+    found[PLANNED] = measured(SHARINGS["frames x shard"], PLAN)
     every: list[Any] = [None, None]
     torch.distributed.all_gather_object(every, found)
     if torch.distributed.get_rank() == 0:

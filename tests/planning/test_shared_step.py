@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 from diffusers import UNetSpatioTemporalConditionModel
 from launched import launched
-from shared_ranks import ADAMW, FRAMES, SHARINGS, SIDE, TINY, modelled, tiny
+from shared_ranks import ADAMW, FRAMES, PLANNED, SHARINGS, SIDE, TINY, modelled, tiny
 
 from bench.frame_exchange import exchanged
 from bench.parallel import goals
-from bench.shared_step import Found, Prepared, SharedStep, Sharing, fake_ranks
+from bench.shared_step import Found, SharedStep
 from mmkernels.cards import card
 from mmkernels.memory.clock import Clock
-from mmkernels.memory.cuda_autocast import norms_in_float32
-from mmkernels.memory.trace import trace
+from mmkernels.planning.sharing import Sharing, fake_ranks
+from mmkernels.planning.workload import trace_way
 
 BLOCKS = 2 + 2 + 2 * 2  # residual ones: down, in the middle, up
 Ranks = list[dict[str, tuple[int, dict[str, int]]]]
@@ -36,6 +36,14 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
 def test_the_peak_of_a_rank_is_as_modelled(name: str, counted: Ranks) -> None:
     found, _ = modelled(SHARINGS.get(name, Sharing(cards=2)))
     assert found == pytest.approx(counted[0][name][0], rel=0.05)
+
+
+def test_the_peak_of_a_rank_under_a_plan_is_as_modelled(counted: Ranks) -> None:
+    found, sent = modelled(SHARINGS["frames x shard"], PLANNED)
+    assert found == pytest.approx(counted[0][PLANNED][0], rel=0.05)
+    assert sent == counted[0][PLANNED][1]  # what runs again is exchanged again
+    fused, exchanged_once = counted[0]["frames x shard"]
+    assert found < 0.97 * fused and sent["all_to_all_single"] > exchanged_once["all_to_all_single"]
 
 
 def tokens_exchanged() -> int:
@@ -62,10 +70,8 @@ def test_the_clock_is_told_of_all_that_a_rank_sends() -> None:
     """Norms' statistics and sums within operators and the gradients' buckets among it."""
     sharing, clock = SHARINGS["frames"], Clock(card("H100"))
     with fake_ranks(2):
-        workload, meshes, counts = tiny(sharing, None)
-        with workload.mode, norms_in_float32():
-            prepared = Prepared(sharing, meshes, counts, workload, clock, ADAMW)
-            trace(prepared.step, prepared.resident, clock=clock)
+        workload = tiny(sharing, None)
+        trace_way(workload, "fused", clock.card, ADAMW, clock)
     gradients = sum(x.numel() * x.element_size() for x in workload.trained)
     norms = BLOCKS * 2 * 2 * 3 * 32 * 4
     assert clock.sent_bytes == (tokens_exchanged() + small_ones_exchanged()) // 2 + gradients + norms

@@ -22,8 +22,10 @@ class End:
     seconds: float
 
 
-def ranks(folder: Path, num_ranks: int, work: Callable[[int], None], **environment: str) -> list[End]:
-    """Call work(rank) on so many ranks, as torchrun sets their environment, and wait for all of them."""
+def ranks(
+    folder: Path, num_ranks: int, work: Callable[[int], None], *, most_s: float = 100, **environment: str
+) -> list[End]:
+    """Call work(rank) on so many ranks, as torchrun sets their environment; those left after most_s are killed."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun's agent keeps one
     shared = {
         "WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
@@ -38,7 +40,7 @@ def ranks(folder: Path, num_ranks: int, work: Callable[[int], None], **environme
     for process in processes:
         process.start()
     seconds = {}
-    while len(seconds) < num_ranks and time.monotonic() - begun < 100:
+    while len(seconds) < num_ranks and time.monotonic() - begun < most_s:
         time.sleep(0.02)
         for rank, process in enumerate(processes):
             if not process.is_alive():

@@ -153,8 +153,6 @@ def test_ranks_of_a_group_have_the_same_samples(tmp_path: Path) -> None:
     ("words", "changes"),
     [
         ("kernels is 'checkpoint', whose blocks see the frames of", {"kernels": "checkpoint"}),
-        ("plan as given takes whole clips", {"plan": Path("plan.json")}),
-        ("memory_budget as given takes whole clips", {"memory_budget": 10.0}),
         ("optimizer.in_backward as given takes whole clips", {"optimizer": OptimizerConfig(in_backward=True)}),
     ],
 )

@@ -93,7 +93,6 @@ def test_a_number_of_ranks_that_cannot_share_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
-        ("memory_budget", {"memory_budget": 10.0}),
         ("optimizer.ema", {"optimizer": OptimizerConfig(ema="host")}),
         ("optimizer.in_backward", {"optimizer": OptimizerConfig(in_backward=True)}),
         ("lora.rank", {"lora": LoraConfig(rank=4)}),

@@ -28,7 +28,9 @@ def plans(folder: Path, ranks: Ranks) -> dict[str, object]:
     """What each rank is told where plans are asked for; the planning itself costs nothing and is the first rank's."""
     asked: list[tuple[float, bool]] = []
 
-    def search_step(config: Config, _card: object, *, can_update_in_backward: bool) -> Any:
+    def search_step(config: Config, _card: object, *, can_update_in_backward: bool, num_ranks: int) -> Any:
+        assert num_ranks == ranks.world_size
+
         def best(budget_gib: float, like: Any = None) -> Any:
             asked.append((budget_gib, can_update_in_backward))
             if budget_gib == 1:
