@@ -119,7 +119,8 @@ class Trainer:
         if self.step > first and self.step % settings.save_every != 0:
             self.save()
         if self.record is not None:
-            self.record.draw()
+            if self.step == first:
+                self.record.draw()  # after a step, the save of the last one has drawn it
             self.record.close()
         return self.step >= settings.num_steps
 

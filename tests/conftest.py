@@ -10,9 +10,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from stand_in_device import StandInDevice
 
 from mmkernels import tuning
@@ -92,6 +95,20 @@ def own_environment() -> Iterator[None]:
     for name in ours():
         del os.environ[name]
     os.environ.update(before)
+
+
+@pytest.fixture(autouse=True)
+def unrendered(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are built, and rendered only for a test marked `pictures`: a run's take longer than a few tiny steps."""
+
+    def savefig(_figure: Figure, where: Any, **_settings: Any) -> None:
+        if hasattr(where, "write"):
+            where.write("<svg></svg>")
+        else:
+            Path(where).write_bytes(b"")
+
+    if request.node.get_closest_marker("pictures") is None:
+        monkeypatch.setattr(Figure, "savefig", savefig)
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,7 @@ HELD = ("1 ranks, 2 clips", "2 ranks, 1 clips", "3 ranks, 2 clips", "4 ranks, 1 
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What four ranks found, in one launch for all tests."""
     file = tmp_path_factory.mktemp("frames") / "found.json"
-    done = launched("blocks/frames_ranks.py", 4, file, timeout=500)
+    done = launched("tests/blocks/frames_ranks.py", 4, file, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(file.read_text())
 

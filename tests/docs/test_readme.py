@@ -10,8 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import started
 from places import ROOT
 
+from bench.environment import QUIET_PROFILER, TUNED_ALLOCATOR
 from mimicmotion.train import parse
 
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/other-trainers.md", "docs/sampling.md", "docs/recipe.md")
@@ -19,7 +21,7 @@ BIN = Path(sys.executable).parent
 
 # How each command is run here: "as typed", with words added that make it short, or only read where it would set up a
 # virtual environment of its own or needs eight GPUs.
-SHORT_STEP = "--preset demo --frames 8 --size 64x64 --rounds 1 --threads 1 --out {tmp}"
+SHORT_STEP = "--preset demo --frames 8 --size 64x64 --rounds 1 --threads 1 --ways checkpoint fused --out {tmp}"
 PLAN = 'python -m mmkernels.plan --frames 72 --size 1024x576 --card "RTX 4090" --optimizer adamw8bit'
 HOW = {
     "make demo": "dry run of make",
@@ -107,10 +109,11 @@ def test_command(command: str, folder: Path) -> None:
         words.insert(1, "-n")
     elif HOW[command] != "as typed":
         words += shlex.split(HOW[command].format(tmp=folder))
-    path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
-    ran = subprocess.run(
-        words, cwd=ROOT, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False, timeout=600
-    )
+    if words[0] == "python":
+        ran = started.python(words[1:], environment=QUIET_PROFILER | os.environ | TUNED_ALLOCATOR)
+    else:
+        environment = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+        ran = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=600)
     printed = ran.stdout + ran.stderr
     if "--check-pose-order" in words and "pose check failed" in printed:
         return  # two steps of training cannot follow poses; that it is refused is what is asked of it here
