@@ -119,8 +119,7 @@ class Trainer:
         if self.step > first and self.step % settings.save_every != 0:
             self.save()
         if self.record is not None:
-            if self.step == first:
-                self.record.draw()  # after a step, the save of the last one has drawn it
+            self.record.draw()
             self.record.close()
         return self.step >= settings.num_steps
 

@@ -11,7 +11,9 @@ from started import Started
 from torch.distributed import TCPStore
 
 
-def launched(script: str, ranks: int, *words: object, timeout: float = 600) -> subprocess.CompletedProcess[str]:
+def launched(
+    script: str, ranks: int, *words: object, renders: bool = False, timeout: float = 600
+) -> subprocess.CompletedProcess[str]:
     """How `SCRIPT WORDS` ended on so many forks, and all that they said. One that fails ends the others."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun's agent keeps one
     shared = {
@@ -20,7 +22,9 @@ def launched(script: str, ranks: int, *words: object, timeout: float = 600) -> s
         "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_MAX_RESTARTS": "0",
     }  # fmt: skip
     given = [str(ROOT / script), *words]
-    all_ = [Started(given, {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(ranks)]
+    all_ = [
+        Started(given, {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, renders=renders) for rank in range(ranks)
+    ]
     until, codes = time.monotonic() + timeout, [None]
     while None in codes and not any(codes) and time.monotonic() < until:
         time.sleep(0.02)

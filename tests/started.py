@@ -17,7 +17,9 @@ import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from matplotlib.figure import Figure
 from places import ROOT, python_path
+from unrendered import savefig
 
 _IMPORTED = [
     "mimicmotion.train", "mimicmotion.prepare", "mimicmotion.sample", "mimicmotion.evaluate", "mimicmotion.export",
@@ -31,10 +33,12 @@ _forks.set_forkserver_preload(_IMPORTED)
 class Started:
     """`python WORDS` that runs, in a folder and with an environment."""
 
-    def __init__(self, words: Sequence[object], environment: Mapping[str, str], folder: Path = ROOT) -> None:
+    def __init__(
+        self, words: Sequence[object], environment: Mapping[str, str], folder: Path = ROOT, *, renders: bool = True
+    ) -> None:
         self.words = [str(word) for word in words]
         self._said = tempfile.TemporaryDirectory()
-        given = (self.words, dict(environment), str(folder), self._said.name)
+        given = (self.words, dict(environment), str(folder), self._said.name, renders)
         self.process = _forks.Process(target=_run, args=given)
         before = os.environ.get("PYTHONPATH")
         os.environ["PYTHONPATH"] = python_path()  # the process that is forked starts with the first of all
@@ -60,13 +64,13 @@ class Started:
 
 
 def python(
-    words: Sequence[object], *, environment: Mapping[str, str] | None = None, folder: Path = ROOT, timeout: float = 600
+    words: Sequence[object], *, environment: Mapping[str, str], renders: bool = True, timeout: float = 600
 ) -> subprocess.CompletedProcess[str]:
-    """How `python WORDS` ended: a script, or -m and a module, and its arguments. environment: None: this one."""
-    return Started(words, os.environ if environment is None else environment, folder).ended(timeout)
+    """How `python WORDS` ended: a script, or -m and a module, and its arguments. renders: what matplotlib draws."""
+    return Started(words, environment, renders=renders).ended(timeout)
 
 
-def _run(words: list[str], environment: dict[str, str], folder: str, said: str) -> None:
+def _run(words: list[str], environment: dict[str, str], folder: str, said: str, renders: bool) -> None:
     for number, name in ((1, "out"), (2, "err")):
         with (Path(said) / name).open("w") as file:
             os.dup2(file.fileno(), number)
@@ -79,6 +83,8 @@ def _run(words: list[str], environment: dict[str, str], folder: str, said: str) 
         import torch
 
         torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+    if not renders:
+        Figure.savefig = savefig
     try:
         if words[0] == "-m":
             sys.argv, sys.path = words[1:], [folder, *sys.path]

@@ -22,6 +22,7 @@ BIN = Path(sys.executable).parent
 # How each command is run here: "as typed", with words added that make it short, or only read where it would set up a
 # virtual environment of its own or needs eight GPUs.
 SHORT_STEP = "--preset demo --frames 8 --size 64x64 --rounds 1 --threads 1 --ways checkpoint fused --out {tmp}"
+BENCH = "--help"  # tests/benches/test_bench.py runs each of them small
 PLAN = 'python -m mmkernels.plan --frames 72 --size 1024x576 --card "RTX 4090" --optimizer adamw8bit'
 HOW = {
     "make demo": "dry run of make",
@@ -33,15 +34,15 @@ HOW = {
     "python bench/modelled.py": "as typed",
     "pip install -e .": "--dry-run --no-deps --no-build-isolation",
     "python -m mmkernels": "as typed",
-    "python -m mmkernels.preview diffusers:UNetSpatioTemporalConditionModel": "--frames 2 --size 64x64",
+    "python -m mmkernels.preview diffusers:UNetSpatioTemporalConditionModel": "--help",
     "torchrun mimicmotion/train.py --kernels fused": "--trainer.num-steps 2 --run-dir {tmp}/run",
     "python mimicmotion/sample.py --check-pose-order": "--run-dir {tmp}/run --num-steps 2",
     "python mimicmotion/evaluate.py": "--run-dir {tmp}/run --num-clips 1",
-    "python bench/attn72.py": "--height 2 --width 4 --frames 8 --rounds 1 --compile-limit-s 0",
-    "python bench/group_norm_silu_conv.py": "--height 2 --width 4 --frames 8 --rounds 1 --compile-limit-s 0",
-    "python bench/geglu_feed_forward.py": "--height 2 --width 4 --frames 8 --rounds 1 --compile-limit-s 0",
-    "python bench/spatial_attention.py": "--height 2 --width 4 --frames 8 --rounds 1 --compile-limit-s 0",
-    "python bench/temporal_transformer_block.py": "--height 2 --width 4 --frames 8 --rounds 1 --compile-limit-s 0",
+    "python bench/attn72.py": BENCH,
+    "python bench/group_norm_silu_conv.py": BENCH,
+    "python bench/geglu_feed_forward.py": BENCH,
+    "python bench/spatial_attention.py": BENCH,
+    "python bench/temporal_transformer_block.py": BENCH,
     "python bench/unet_cost.py": "--ways fused --frames 2 --height 64 --width 64",
     PLAN: "--help",
     'pip install -e ".[small]"': "--dry-run --no-deps --no-build-isolation",
@@ -54,7 +55,7 @@ HOW = {
     "python bench/predicted_step.py": "as typed",
     "python bench/parallel.py": "--counts 1 --cards H100 --frames 2 --size 64x64 --out {tmp}",
     "python bench/parallel.py --measure": "--rounds 1 --out {tmp}",
-    "python mimicmotion/train.py --preset mimicmotion-72 --dry-run": "as typed",
+    "python mimicmotion/train.py --preset mimicmotion-72 --dry-run": "--help",  # tests/trainer/test_dry_run.py types it
     "python mimicmotion/prepare.py --preset mimicmotion-72 --videos my_videos": "--help",
     "python mimicmotion/prepare.py --preset mimicmotion-72 --videos my_videos --dry-run": "--help",
     "python mimicmotion/prepare.py --preset mimicmotion-72 --videos my_videos more/*.mov": "--help",

@@ -178,6 +178,7 @@ def bar(name: str, kind: OptimizerKind, host_gib: float = HOST_GIB) -> Plan:
     return plan
 
 
+@pytest.mark.deep
 def test_24_gib() -> None:
     plan = bar("RTX 4090", "adamw8bit")
     assert plan.modelled is not None

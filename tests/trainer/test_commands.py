@@ -53,7 +53,7 @@ def prepared(tmp_path_factory):
 @pytest.fixture(scope="module")
 def run_dir(prepared, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "demo"
-    done = launched("mimicmotion/train.py", 1, *WORDS, "--data.prepared", prepared, "--run-dir", folder)
+    done = launched("mimicmotion/train.py", 1, *WORDS, "--data.prepared", prepared, "--run-dir", folder, renders=True)
     assert done.returncode == 0, done.stdout + done.stderr
     (folder / "stdout").write_text(done.stdout)
     return folder
