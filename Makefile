@@ -79,7 +79,7 @@ demo: $(VENV)/.installed
 	@echo "  data/prepared/demo/report.html"
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 budgets: $(VENV)/.installed-test
 	PYTHONPATH=tests $(BIN)/python tests/ptx/resources.py $(if $(ONLY),--only $(ONLY))

@@ -7,11 +7,14 @@ import subprocess
 import sys
 
 import pytest
+import started
 import torch
 from places import ROOT
 
 from bench import attn72, environment, geglu_feed_forward, harness, report, training_step
 
+# As a bench starts itself again, which a test below looks at.
+TUNED = environment.QUIET_PROFILER | os.environ | environment.TUNED_ALLOCATOR
 CPU = torch.device("cpu")
 ROW_KEYS = {
     "bench", "provider", "mode", "metric", "median", "low", "high", "kind", "shape", "dtype", "threads", "device",
@@ -145,6 +148,7 @@ def test_a_row_is_measured_or_modelled():
         )  # fmt: skip
 
 
+@pytest.mark.pictures
 def test_the_picture_is_drawn(tmp_path):
     bars = {"torch": harness.Spread(median=2.0, low=1.0, high=3.0), "fused": harness.Spread(median=1, low=1, high=1)}
     panel = report.Panel(title="time", unit="ms", values=bars, baseline="torch")
@@ -162,8 +166,9 @@ def test_a_bench_starts_itself_again_with_the_allocator_tuned():
 def test_attn72_runs_as_typed_and_prints_its_bars(tmp_path):
     sizes = {"frames": 5, "height": 2, "width": 3, "channels": 32, "heads": 2, "rounds": 1, "compile-limit-s": 0}
     flags = [part for name, size in sizes.items() for part in (f"--{name}", str(size))]
-    arguments = [sys.executable, "bench/attn72.py", *flags, "--device", "cpu", "--json", str(tmp_path / "rows.json")]
-    ran = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False)
+    ran = started.python(
+        ["bench/attn72.py", *flags, "--device", "cpu", "--json", tmp_path / "rows.json"], environment=TUNED
+    )
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "bar: at least 1.35x" in ran.stdout
     rows = json.loads((tmp_path / "rows.json").read_text())
@@ -253,8 +258,7 @@ def test_feed_forward_bench_runs_as_typed_and_prints_its_bar(tmp_path):
     }
     flags = [part for name, size in sizes.items() for part in (f"--{name}", str(size))]
     files = ["--json", str(tmp_path / "rows.json"), "--picture", str(tmp_path / "bars.png")]
-    arguments = [sys.executable, "bench/geglu_feed_forward.py", *flags, "--device", "cpu", *files]
-    ran = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False)
+    ran = started.python(["bench/geglu_feed_forward.py", *flags, "--device", "cpu", *files], environment=TUNED)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "bar: at least 1.05x and at most 0.25 of the peak" in ran.stdout
     rows = json.loads((tmp_path / "rows.json").read_text())
@@ -271,8 +275,8 @@ def test_convolution_bench_runs_as_typed_and_prints_its_bar(kernel, tmp_path):
     sizes = {"frames": 5, "height": 4, "width": 3, "channels": 64, "rounds": 1, "compile-limit-s": 0}
     flags = [part for size, value in sizes.items() for part in (f"--{size}", str(value))]
     outputs = ["--json", str(tmp_path / "rows.json"), "--picture", str(tmp_path / "bars.png")]
-    command = [sys.executable, "bench/group_norm_silu_conv.py", "--kernel", kernel, *flags, "--device", "cpu", *outputs]
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    command = ["bench/group_norm_silu_conv.py", "--kernel", kernel, *flags, "--device", "cpu", *outputs]
+    ran = started.python(command, environment=TUNED)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "bar in float32 on a CPU: at least" in ran.stdout
     rows = json.loads((tmp_path / "rows.json").read_text())
@@ -288,8 +292,7 @@ def test_a_sub_block_bench_runs_as_typed_and_prints_its_bar(name, tmp_path):
     sizes = {"frames": 5, "height": 2, "width": 3, "channels": 64, "heads": 2, "rounds": 1, "compile-limit-s": 0}
     flags = [part for size, value in sizes.items() for part in (f"--{size}", str(value))]
     outputs = ["--json", str(tmp_path / "rows.json"), "--picture", str(tmp_path / "bars.png")]
-    command = [sys.executable, f"bench/{name}.py", *flags, "--device", "cpu", *outputs]
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    ran = started.python([f"bench/{name}.py", *flags, "--device", "cpu", *outputs], environment=TUNED)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "bar in float32 on a CPU: at least" in ran.stdout
     rows = json.loads((tmp_path / "rows.json").read_text())

@@ -59,7 +59,11 @@ BENCHES_OF = {  # what each part leaves, beside what became of it
 }
 
 
-@pytest.mark.parametrize("part", BENCHES_OF)
+# They take longest, and GPUs have run both.
+LONG = ("bits", "benches")
+
+
+@pytest.mark.parametrize("part", [pytest.param(x, marks=pytest.mark.deep if x in LONG else ()) for x in BENCHES_OF])
 def test_dry_pass(part: str, dry: Record, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("MMKERNELS_CACHE", str(tmp_path))
     own = replace(dry, part=part)

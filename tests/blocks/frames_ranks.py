@@ -18,6 +18,7 @@ from mmkernels import frames
 from mmkernels.choices import Plan
 
 F, SIDE, CONTEXT = 7, 16, 16
+HELD = ((1, 2), (2, 1), (4, 2))  # ranks and clips; one clip on three, and two on two, are among the other cases
 Inputs = dict[str, Tensor]
 Case = tuple[str, int, Callable[[DeviceMesh], Any]]  # a name, and what each rank of a mesh of that size does
 _DOWN, _UP = ("CrossAttnDownBlockSpatioTemporal",) * 2, ("CrossAttnUpBlockSpatioTemporal",) * 2
@@ -72,7 +73,12 @@ def on_ranks(given: Inputs, mesh: DeviceMesh, plan: str | Plan = "fused", layers
 
 
 def errors(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, Any]:
-    """Largest difference of the output and of gradients, over the largest of its own, or a thousandth of any's."""
+    """Largest difference of the output and of gradients, over the largest of its own, or a thousandth of any's.
+
+    Nothing where nothing is wanted: the first rank looks at what all of them have put together.
+    """
+    if not wanted:
+        return {}
     scale = max(float(x.abs().max()) for name, x in wanted.items() if name)
     dead = max(float(wanted[name].abs().max()) for name in wanted.keys() - found.keys())
     off = {}
@@ -137,16 +143,16 @@ def in_inference(mesh: DeviceMesh) -> float:
     return float((found - wanted[:, mine]).abs().max())
 
 
-def cases() -> Iterator[Case]:
+def cases(is_first: bool) -> Iterator[Case]:
     """Each is held against one rank with plain diffusers in float64."""
-    wanted = {clips: step(unet_of(), inputs_of(clips)) for clips in (1, 2)}
-    for size, clips in ((1, 2), (2, 1), (3, 2), (4, 1), (4, 2)):
+    wanted = {clips: step(unet_of(), inputs_of(clips)) if is_first else {} for clips in (1, 2)}
+    for size, clips in HELD:
         yield (
             f"{size} ranks, {clips} clips",
             size,
             lambda mesh, n=clips: errors(on_ranks(inputs_of(n), mesh), wanted[n]),
         )
-    two_layers = step(unet_of(2), inputs_of(1))
+    two_layers = step(unet_of(2), inputs_of(1)) if is_first else {}
     with mock.patch.object(frames, "_PART_TOKENS", 32):  # of 7 frames of 16 to 256 pixels over three ranks
         yield "in parts, two layers", 3, lambda mesh: errors(on_ranks(inputs_of(1), mesh, layers=2), two_layers)
         again = Plan(recomputed_blocks=("mid_block.attentions.0", "down_blocks.0.resnets.0"))
@@ -162,7 +168,7 @@ def main() -> None:
     torch.distributed.init_process_group("gloo")
     rank, found = torch.distributed.get_rank(), {}
     meshes = {size: DeviceMesh("cpu", list(range(size)), mesh_dim_names=("frames",)) for size in (1, 2, 3, 4)}
-    for name, size, run in cases():
+    for name, size, run in cases(rank == 0):
         if rank < size:
             found[name] = run(meshes[size])
         torch.distributed.barrier()

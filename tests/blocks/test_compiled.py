@@ -104,6 +104,7 @@ class Block(nn.Module):
         return self.block(self.conv_in(x), temb, torch.zeros(1, len(x)))
 
 
+@pytest.mark.deep
 def test_inductor_compiles_a_block() -> None:
     torch.manual_seed(0)
     unet, inputs = Block(), {"x": torch.randn(3, 4, 4, 4), "temb": torch.randn(3, 8)}
@@ -147,7 +148,7 @@ def test_other_errors_stay_what_they_are() -> None:
         raise torch._dynamo.exc.FailOnRecompileLimitHit  # pyright: ignore[reportAttributeAccessIssue]
 
 
-@pytest.mark.parametrize("is_compiled_first", [False, True])
+@pytest.mark.parametrize("is_compiled_first", [pytest.param(False, marks=pytest.mark.deep), True])
 def test_a_replaced_unet_is_compiled_and_still_asks_whether_it_has_changed(is_compiled_first: bool) -> None:
     unet, inputs = small_unet(), unet_inputs()
     wanted = run(copy.deepcopy(unet), inputs)

@@ -7,23 +7,24 @@ from typing import Any
 
 import pytest
 import torch
+from frames_ranks import HELD
 from launched import launched
 
 from mmkernels.frames import counts_of, slice_of
 
-HELD = ("1 ranks, 2 clips", "2 ranks, 1 clips", "3 ranks, 2 clips", "4 ranks, 1 clips", "4 ranks, 2 clips")
+NAMES = [f"{ranks} ranks, {clips} clips" for ranks, clips in HELD]
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What four ranks found, in one launch for all tests."""
     file = tmp_path_factory.mktemp("frames") / "found.json"
-    done = launched("blocks/frames_ranks.py", 4, file, timeout=500)
+    done = launched("tests/blocks/frames_ranks.py", 4, file, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(file.read_text())
 
 
-@pytest.mark.parametrize("name", [*HELD, "in parts, two layers", "run again"])
+@pytest.mark.parametrize("name", [*NAMES, "in parts, two layers", "run again"])
 def test_ranks_compute_what_plain_diffusers_does_in_float64(found: dict[str, Any], name: str) -> None:
     """Uneven frames and pixels; of parameters, sample and context; in float64 only the order of sums is left."""
     off = found[name]

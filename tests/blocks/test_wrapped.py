@@ -22,7 +22,7 @@ BYPASSED = {
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Any]]]:
     path = tmp_path_factory.mktemp("wrapped") / "found.json"
-    done = launched("blocks/wrapped_ranks.py", 2, path)
+    done = launched("tests/blocks/wrapped_ranks.py", 2, path)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(path.read_text())
 

@@ -135,11 +135,20 @@ def compare(name: str, wrap: Wrap, wanted: dict[str, Tensor], plan: str = "fused
     return result
 
 
+def of_the_first_rank(work: Callable[[], Any]) -> Any:
+    """What it computes, on every rank."""
+    holder = [work() if torch.distributed.get_rank() == 0 else None]
+    torch.distributed.broadcast_object_list(holder)
+    return holder[0]
+
+
 def cases() -> Iterator[tuple[str, dict[str, Any]]]:
     """Every wrapper around diffusers' shape, and every shape under accelerate."""
     for name, make in SHAPES.items():
         plain = make()
-        wanted = second_gradients(plain, lambda batch, s=plain: s.loss(s.parts, batch).backward(), 0, CLIPS)
+        wanted = of_the_first_rank(
+            lambda s=plain: second_gradients(s, lambda batch: s.loss(s.parts, batch).backward(), 0, CLIPS)
+        )
         tokens = plain.context_tokens
         dead = {f"{part}.{key}" for part, x in plain.parts.items() for key in mmkernels.dead_parameters(x, tokens)}
         known = {"dead": sorted(dead & wanted.keys()), "trained": len(wanted)}

@@ -10,8 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import started
 from places import ROOT
 
+from bench.environment import QUIET_PROFILER, TUNED_ALLOCATOR
 from mimicmotion.train import parse
 
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/*.md")))
@@ -19,7 +21,8 @@ BIN = Path(sys.executable).parent
 
 # How each command is run here: "as typed", with words added that make it short, or only read where it would set up a
 # virtual environment of its own or needs eight GPUs.
-SHORT_STEP = "--preset demo --frames 8 --size 64x64 --rounds 1 --threads 1 --out {tmp}"
+SHORT_STEP = "--preset demo --frames 8 --size 64x64 --rounds 1 --threads 1 --ways checkpoint fused --out {tmp}"
+BENCH = "--help"  # tests/benches/test_bench.py runs each of them small
 PLAN = 'python -m mmkernels.plan --frames 72 --size 1024x576 --card "RTX 4090" --optimizer adamw8bit'
 HOW = {
     "make demo": "dry run of make",
@@ -33,15 +36,15 @@ HOW = {
     "pip install -e . --no-deps": "--dry-run --no-build-isolation",
     "make docs": "dry run of make",
     "python -m mmkernels": "as typed",
-    "python -m mmkernels.preview diffusers:UNetSpatioTemporalConditionModel": "--frames 2 --size 64x64",
+    "python -m mmkernels.preview diffusers:UNetSpatioTemporalConditionModel": "--help",
     "torchrun mimicmotion/train.py --kernels fused": "--trainer.num-steps 2 --run-dir {tmp}/run",
     "python mimicmotion/sample.py --check-pose-order": "--run-dir {tmp}/run --num-steps 2",
     "python mimicmotion/evaluate.py": "--run-dir {tmp}/run --num-clips 1",
-    "python bench/attn72.py": "--height 2 --width 4 --frames 8 --rounds 1 --compile-limit-s 0",
-    "python bench/group_norm_silu_conv.py": "--height 2 --width 4 --frames 8 --rounds 1 --compile-limit-s 0",
-    "python bench/geglu_feed_forward.py": "--height 2 --width 4 --frames 8 --rounds 1 --compile-limit-s 0",
-    "python bench/spatial_attention.py": "--height 2 --width 4 --frames 8 --rounds 1 --compile-limit-s 0",
-    "python bench/temporal_transformer_block.py": "--height 2 --width 4 --frames 8 --rounds 1 --compile-limit-s 0",
+    "python bench/attn72.py": BENCH,
+    "python bench/group_norm_silu_conv.py": BENCH,
+    "python bench/geglu_feed_forward.py": BENCH,
+    "python bench/spatial_attention.py": BENCH,
+    "python bench/temporal_transformer_block.py": BENCH,
     "python bench/unet_cost.py": "--ways fused --frames 2 --height 64 --width 64",
     PLAN: "--help",
     'pip install -e ".[small]"': "--dry-run --no-deps --no-build-isolation",
@@ -54,7 +57,7 @@ HOW = {
     "python bench/predicted_step.py": "as typed",
     "python bench/parallel.py": "--counts 1 --cards H100 --frames 2 --size 64x64 --out {tmp}",
     "python bench/parallel.py --measure": "--rounds 1 --out {tmp}",
-    "python mimicmotion/train.py --preset mimicmotion-72 --dry-run": "as typed",
+    "python mimicmotion/train.py --preset mimicmotion-72 --dry-run": "--help",  # tests/trainer/test_dry_run.py types it
     "python mimicmotion/prepare.py --preset mimicmotion-72 --videos my_videos --report": "--help",
     "python mimicmotion/prepare.py --preset mimicmotion-72 --videos my_videos --dry-run": "--help",
     "python mimicmotion/prepare.py --preset mimicmotion-72 --videos my_videos more/*.mov": "--help",
@@ -109,10 +112,11 @@ def test_command(command: str, folder: Path) -> None:
         words.insert(1, "-n")
     elif HOW[command] != "as typed":
         words += shlex.split(HOW[command].format(tmp=folder))
-    path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
-    ran = subprocess.run(
-        words, cwd=ROOT, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False, timeout=600
-    )
+    if words[0] == "python":
+        ran = started.python(words[1:], environment=QUIET_PROFILER | os.environ | TUNED_ALLOCATOR)
+    else:
+        environment = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+        ran = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=600)
     printed = ran.stdout + ran.stderr
     if "--check-pose-order" in words and "pose check failed" in printed:
         return  # two steps of training cannot follow poses; that it is refused is what is asked of it here

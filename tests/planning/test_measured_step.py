@@ -104,7 +104,14 @@ def traced(measured: Step) -> tuple[Trace, Clock]:
         return trace(step, resident, clock=clock, blocks=blocks_of(fake.model.unet)), clock
 
 
-@pytest.mark.parametrize("step", MEASURED, ids=lambda step: f"{step.card}-{step.way}")
+@pytest.mark.parametrize(
+    "step",
+    [
+        # An H200 ran the first commit; what an H100 ran is nearer to what is traced now.
+        pytest.param(step, id=f"{step.card}-{step.way}", marks=pytest.mark.deep if step.card == "H200" else ())
+        for step in MEASURED
+    ],
+)
 def test_a_step_takes_the_memory_and_the_time_that_it_took(step: Step) -> None:
     found, clock = traced(step)
     assert (found.peak_bytes + step.gone_bytes) / GIB == pytest.approx(step.peak_gib, abs=step.unexplained_gib)

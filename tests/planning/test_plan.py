@@ -137,6 +137,7 @@ def test_an_update_inside_backward_takes_what_one_weight_needs(monkeypatch: pyte
     assert many * 20_000 < peak_bytes() < many * 20_000 + usual
 
 
+@pytest.mark.pictures
 def test_the_command_writes_a_plan_and_pictures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -177,6 +178,7 @@ def bar(name: str, kind: OptimizerKind, host_gib: float = HOST_GIB) -> Plan:
     return plan
 
 
+@pytest.mark.deep
 def test_24_gib() -> None:
     plan = bar("RTX 4090", "adamw8bit")
     assert plan.modelled is not None

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 from typing import Any
 
 import pytest
+import started
 import torch
 from diffusers.models.attention_processor import AttnProcessor
-from places import python_path
 from spatio_temporal import CONTEXT_CHANNELS, small_unet
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -66,10 +64,9 @@ def settings(factory: str = "small_unet", **more: Any) -> Settings:
 
 
 def test_as_a_command() -> None:
-    words = [sys.executable, "-m", "mmkernels.preview", "test_preview:Renamed", "--inputs", "test_preview:inputs"]
+    words = ["-m", "mmkernels.preview", "test_preview:Renamed", "--inputs", "test_preview:inputs"]
     words += ["--frames", str(FRAMES), "--size", f"{WIDTH}x{HEIGHT}"]
-    environment = os.environ | {"PYTHONPATH": python_path(), "COLUMNS": "150"}
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
+    done = started.python(words, environment=os.environ | {"COLUMNS": "150"})
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"^unet\.mid_block\.attentions\.0 +TransformerSpatioTemporalModel +fused$", done.stdout, re.M)
     shares = {

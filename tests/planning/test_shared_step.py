@@ -27,7 +27,7 @@ Ranks = list[dict[str, tuple[int, dict[str, int]]]]
 def counted(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     """By rank and way: peak bytes, and what was sent."""
     path = tmp_path_factory.mktemp("ranks") / "found.json"
-    done = launched("planning/shared_ranks.py", 2, path, timeout=280)
+    done = launched("tests/planning/shared_ranks.py", 2, path, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(path.read_text())
 

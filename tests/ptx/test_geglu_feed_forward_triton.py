@@ -54,6 +54,7 @@ def test_interpreter() -> None:
     assert out.count("ok ") == 15
 
 
+@pytest.mark.deep
 def test_compiler_ir_in_bfloat16_and_mixed() -> None:
     pytest.importorskip("ttsem", reason="ttsem is not installed: pip install ttsem (Python 3.12 and later)")
     program = str(HERE / "triton_geglu_program.py")

@@ -40,6 +40,7 @@ def test_interpreter() -> None:
     assert out.count("ok ") == 23
 
 
+@pytest.mark.deep
 def test_compiler_ir_in_bfloat16() -> None:
     pytest.importorskip("ttsem", reason="ttsem is not installed: pip install ttsem (Python 3.12 and later)")
     out = run("-m", "ttsem.sanitize", "--cc", "80", PROGRAM, "--", "--dtypes", "bfloat16")

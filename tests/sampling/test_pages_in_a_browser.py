@@ -15,7 +15,10 @@ from mimicmotion.data.report_page import write_report
 from mimicmotion.evaluate import Arguments, run
 from mimicmotion.run.record import Record
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (apt install chromium)")
+pytestmark = [
+    pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (apt install chromium)"),
+    pytest.mark.pictures,
+]
 
 
 @pytest.fixture(scope="module")

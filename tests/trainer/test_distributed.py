@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two_ranks")
-    done = launched("trainer/two_ranks.py", 2, folder, timeout=280)
+    done = launched("tests/trainer/two_ranks.py", 2, folder, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import started
 import torch
 from frames_group_ranks import CASES, CLIPS, FRAMES, RESUMED
-from places import python_path
 from safetensors.torch import load_file
 from tiny import tiny_config
 
@@ -33,9 +31,7 @@ Found = tuple[dict[str, torch.Tensor], dict[str, Any]]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What all cases left, of one launch."""
     path, script = tmp_path_factory.mktemp("ranks"), Path(__file__).with_name("frames_group_ranks.py")
-    environment = {**os.environ, "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, str(script), str(path)]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=600)
+    done = started.python([script, path], environment=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
     return path
 

@@ -60,6 +60,7 @@ def test_a_bar_on_a_terminal(capsys, monkeypatch):
     assert "step 5/12" not in printed
 
 
+@pytest.mark.pictures
 def test_loss_picture_leaves_out_skipped_steps(tmp_path):
     draw_loss([_row(step, 1 / step, is_skipped=step == 3) for step in range(1, 30)], tmp_path / "loss.png", "title")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")

@@ -6,11 +6,12 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import forked
 import pytest
 import torch
-from launched import launched
+from launched import torchrun
 from restarted_run import KILLED_STEP, settings
 from safetensors.torch import load_file
 from stopped_run import patched
@@ -124,7 +125,7 @@ def test_a_run_may_last_for_months() -> None:
 
 
 def test_restarts_on_several_machines_want_fresh_addresses(tmp_path: Path) -> None:
-    elastic = {"TORCHELASTIC_MAX_RESTARTS": "3", "GROUP_WORLD_SIZE": "2"}
+    elastic: dict[str, Any] = {"TORCHELASTIC_MAX_RESTARTS": "3", "GROUP_WORLD_SIZE": "2"}
 
     def work(_: int) -> None:
         with one_sentence("stopped", debug=False), join_ranks():
@@ -135,7 +136,7 @@ def test_restarts_on_several_machines_want_fresh_addresses(tmp_path: Path) -> No
 
 
 def test_torchrun_restarts_a_killed_rank_and_ends_with_the_same_bits(tmp_path: Path) -> None:
-    done = launched("trainer/restarted_run.py", 2, tmp_path, options=("--max-restarts", "1"), timeout=280)
+    done = torchrun("tests/trainer/restarted_run.py", 2, tmp_path, options=("--max-restarts", "1"), timeout=280)
     said = done.stdout + done.stderr
     assert done.returncode == 0 and (tmp_path / "killed").exists(), said
     assert f"resumed {tmp_path / 'run'}/step-{KILLED_STEP:08d} at step {KILLED_STEP}" in said

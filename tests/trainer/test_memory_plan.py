@@ -135,6 +135,7 @@ def test_what_does_not_fit_is_refused_with_what_would(tmp_path: Path, monkeypatc
     assert not (config.run_dir / "loss.jsonl").exists()
 
 
+@pytest.mark.deep
 def test_a_budget_that_nothing_meets_ends_the_command_and_leaves_no_trace(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

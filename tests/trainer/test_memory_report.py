@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from rich.console import Console
 from stand_in_allocator import StandInAllocator
@@ -43,6 +44,7 @@ def printed(report: PeakReport) -> str:
     return capture.get()
 
 
+@pytest.mark.pictures
 def test_the_table_says_what_was_not_measured(tmp_path):
     origin = Origin(operation="aten::mm", source="a.py:1", place="first")
     alone = printed(peak_report("x", {origin: GIB}, None))

@@ -4,14 +4,12 @@ import dataclasses
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import started
 import videos
 from people import Swaying
-from places import ROOT
 
 from mimicmotion import evaluate, export, sample
 from mimicmotion.config import Config
@@ -39,11 +37,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _train(prepared: Path, run_dir: Path, *words: str) -> str:
-    command = [sys.executable, str(ROOT / "mimicmotion" / "train.py"), *WORDS, "--data.prepared", str(prepared)]
-    done = subprocess.run(
-        [*command, "--run-dir", str(run_dir), *words],
-        capture_output=True, text=True, cwd=ROOT, timeout=280, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    command = ["mimicmotion/train.py", *WORDS, "--data.prepared", prepared, "--run-dir", run_dir, *words]
+    done = started.python(command, environment=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

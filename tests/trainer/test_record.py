@@ -55,6 +55,7 @@ def test_a_resumed_run_goes_on_in_the_same_curves(tmp_path):
     ]
 
 
+@pytest.mark.pictures
 def test_the_page_opens_by_itself_and_shows_what_the_run_did(tmp_path):
     config = tiny_config(tmp_path)
     record = Record(config, encoder="patch <codec>", resumed_step=0)

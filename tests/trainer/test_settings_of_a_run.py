@@ -28,7 +28,9 @@ OTHER_RATES = {
 }
 
 
-@pytest.mark.parametrize("case", OTHER_RATES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(x, marks=pytest.mark.deep if i else ()) for i, x in enumerate(OTHER_RATES)]
+)
 def test_a_resumed_run_has_the_rate_of_a_run_with_the_new_settings(case, tmp_path):
     begun = tiny_config(tmp_path / "begun", num_steps=2)
     _train(begun)

@@ -23,7 +23,7 @@ GROUPS = ("model", "ema", "optimizer")
 
 def launch(folder: Path, ranks: int, shard: int, steps: int, *more: str) -> subprocess.CompletedProcess[str]:
     """The script on so many ranks."""
-    return launched("trainer/sharded_ranks.py", ranks, folder, shard, steps, *more, timeout=400)
+    return launched("tests/trainer/sharded_ranks.py", ranks, folder, shard, steps, *more, timeout=400)
 
 
 def saved(folder: Path, step: int) -> dict[str, dict[str, torch.Tensor]]:

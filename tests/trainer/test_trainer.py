@@ -129,7 +129,11 @@ RESUMED = {
 }
 
 
-@pytest.mark.parametrize("case", RESUMED)
+# The plainest that is fused, and the one with most of what can be set.
+BOTH = ("fused", "8-bit, fused, in backward, on the host")
+
+
+@pytest.mark.parametrize("case", [pytest.param(x, marks=() if x in BOTH else pytest.mark.deep) for x in RESUMED])
 def test_interrupted_and_resumed_ends_bit_equal(case, tmp_path):
     kernels, options = RESUMED[case]
     settings = {"num_steps": 3, "precision": "bf16"} if "kind" in options else {}
@@ -156,7 +160,7 @@ def test_interrupted_and_resumed_ends_bit_equal(case, tmp_path):
         assert tensors.keys() == got[name].keys() and len(tensors) > 300
         assert all(torch.equal(value, got[name][key]) for key, value in tensors.items()), name
     assert _rows(straight) == _rows(broken)
-    assert (straight.run_dir / "loss.png").stat().st_size > 1000
+    assert (straight.run_dir / "loss.png").is_file()
 
 
 def newest_name(config, trainer):
