@@ -114,9 +114,7 @@ def main(settings: Settings) -> int:
     rows += modelled_attention.rows_of(at_real_shape, BENCH)
     is_held = shape == TemporalShape() and (device.type, settings.dtype, settings.threads) == ("cpu", "float32", 1)
     print_bars(found, console, is_held=is_held)
-    if settings.json:
-        report.write_json(rows, settings.json)
-        console.print(f"rows: {settings.json}")
+    report.write(rows, settings.json, console)
     if settings.picture:
         draw(found, shape, setting, settings.picture)
         console.print(f"picture: {settings.picture}")

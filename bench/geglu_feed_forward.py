@@ -185,9 +185,7 @@ def main(settings: Settings) -> int:
         console.print(f"left out: {name}: {reason}", markup=False)
     is_held = shape == Settings().shape() and (device.type, settings.dtype) == ("cpu", "float32")
     print_bars(found["both"], console, is_held=is_held)
-    if settings.json:
-        report.write_json(rows, settings.json)
-        console.print(f"rows: {settings.json}")
+    report.write(rows, settings.json, console)
     if settings.picture:
         draw(found, shape, setting, settings.picture)
         console.print(f"picture: {settings.picture}")

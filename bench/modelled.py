@@ -10,7 +10,6 @@ same sectors more than once and the second-level cache has them.
 """
 
 import dataclasses
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -26,6 +25,7 @@ from rich.table import Table
 
 from bench import environment, limits, report
 from bench.limits import Work
+from bench.result_file import read_rows
 from mmkernels.cards import Card
 
 BUDGETS = environment.ROOT / "tests/budgets"
@@ -158,13 +158,11 @@ def main(settings: Settings) -> int:
     rows: list[report.Row] = []
     for path, rows_from in ((settings.resources, occupancy_rows), (settings.ptx, roofline_rows)):
         if path.exists():
-            rows += rows_from(json.loads(path.read_text()), setting)
+            rows += rows_from(read_rows(path), setting)
         else:
             console.print(f"left out: there is no {path}", soft_wrap=True)
     print_rows(rows, console)
-    if settings.json:
-        report.write_json(rows, settings.json)
-        console.print(f"rows: {settings.json}")
+    report.write(rows, settings.json, console)
     return 0
 
 

@@ -10,7 +10,6 @@ other the operations make up the step. backward: what autograd's engine runs, re
 --against: the rows of a card, whose profile stands beside each of our ops.
 """
 
-import json
 import math
 import sys
 from collections import defaultdict
@@ -31,6 +30,7 @@ from bench import report
 from bench.fused_plan import INCLUDES
 from bench.modelled_step import DTYPES
 from bench.placements import use
+from bench.result_file import read_rows
 from mmkernels.cards import Card, Kind, card
 from mmkernels.choices import OptimizerChoice
 from mmkernels.memory.attribution import operation_name
@@ -126,7 +126,7 @@ def measured_ms(path: Path) -> dict[str, float]:
     """By operation, milliseconds of a profile of the fused step with all that it calls."""
     return {
         row["shape"]["operation"]: row["median"]
-        for row in json.loads(path.read_text())
+        for row in read_rows(path)
         if row["bench"] == f"step/operations of {WAY}" and row["metric"] == "total_ms" and row["kind"] == "measured"
     }
 
@@ -149,9 +149,7 @@ def main(settings: Settings) -> int:
     workload = svd_workload("adamw", has_guide=True, guide_recomputes=True)
     found, step_s = step_by_operation(workload, target)
     print_operations(found, step_s, measured_ms(settings.against) if settings.against else {}, console)
-    if settings.json:
-        report.write_json(rows_of(found, step_s, workload.made_for, target), settings.json)
-        console.print(f"rows: {settings.json}")
+    report.write(rows_of(found, step_s, workload.made_for, target), settings.json, console)
     return 0
 
 

@@ -1,6 +1,5 @@
 """What a benchmark leaves: JSON rows, a table on the terminal, and a picture with the figures on its bars."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from rich.table import Table
 
 from bench import environment
 from bench.harness import Results, Spread, is_ours
+from bench.result_file import write_rows
 
 MIB = 2**20
 KINDS = ("measured", "modelled", "dry")  # dry: of a stand-in for a device, of no meaning
@@ -107,10 +107,11 @@ def rows_of(
     return rows
 
 
-def write_json(rows: Sequence[Row], path: Path) -> None:
-    """Write the rows as a list of objects."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+def write(rows: Sequence[Row], path: Path | None, console: Console) -> None:
+    """Write the rows where a file is asked for, and say so."""
+    if path is not None:
+        write_rows(map(asdict, rows), path)
+        console.print(f"rows: {path}", markup=False, soft_wrap=True)
 
 
 def print_results(title: str, results: Results, console: Console, shares: Mapping[str, float] | None = None) -> None:

@@ -168,9 +168,7 @@ def run(
         report.print_results(f"{name}, {mode}", results, console, shares)
         rows += report.rows_of(results, bench=name, mode=mode, shape=shape, setting=setting, shares=shares)
     print_bars(found["both"], bars, console)
-    if settings.json:
-        report.write_json(rows, settings.json)
-        console.print(f"rows: {settings.json}")
+    report.write(rows, settings.json, console)
     if settings.picture:
         draw(found["both"], f"{name}, measured: {conditions}\n{setting.device}", settings.picture)
         console.print(f"picture: {settings.picture}")

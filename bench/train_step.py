@@ -137,9 +137,9 @@ def model(settings: Settings, console: Console) -> int:
     if plan is not None:
         console.print(f"fused-plan follows: {plan}", markup=False, soft_wrap=True)
     rows, picture = settings.path("modelled_step", "json"), settings.path("modelled_step", "png")
-    report.write_json(modelled_step.rows_of(found, make(True).made_for, target, kind), rows)
+    report.write(modelled_step.rows_of(found, make(True).made_for, target, kind), rows, console)
     modelled_step.draw(found, f"One training step, modelled: {words}", target, picture)
-    console.print(f"rows and picture: {rows}, {picture}")
+    console.print(f"picture: {picture}")
     return 0
 
 
@@ -169,10 +169,10 @@ def measure(settings: Settings, console: Console) -> int:
     if device.type == "cuda":
         measured_step.print_variants(console)
     rows, picture = settings.path("step_cost", "json"), settings.path("step_cost", "png")
-    report.write_json(measured_step.rows_of(found, shape, setting), rows)
+    report.write(measured_step.rows_of(found, shape, setting), rows, console)
     title = f"One training step, measured: {words}\n{setting.device}, {setting.threads} thread(s)"
     measured_step.draw(found, title, picture)
-    console.print(f"rows and picture: {rows}, {picture}")
+    console.print(f"picture: {picture}")
     return int(bool(found.results.refused_of_ours))
 
 

@@ -91,9 +91,7 @@ def main(settings: Settings) -> int:
                        kind="modelled", shape=shape, includes=INCLUDES[way], **asdict(setting))
             for metric, value in values.items()
         ]  # fmt: skip
-    if settings.json:
-        report.write_json(rows, settings.json)
-        console.print(f"rows: {settings.json}")
+    report.write(rows, settings.json, console)
     return 0
 
 

@@ -1,7 +1,6 @@
 """The bench refuses what is wrong, its statistics and its allocation count are exact, its rows are complete."""
 
 import dataclasses
-import json
 import os
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import torch
 from places import ROOT
 
 from bench import attn72, environment, geglu_feed_forward, harness, report, training_step
+from bench.result_file import read_rows
 
 CPU = torch.device("cpu")
 ROW_KEYS = {
@@ -117,8 +117,8 @@ def test_rows_have_every_key_and_survive_json(tmp_path):
     setting = report.Setting.of(CPU, torch.float32)
     results = _measure([_doubled(x)], x)
     rows = report.rows_of(results, bench="test", mode="forward", shape={"frames": 72}, setting=setting)
-    report.write_json(rows, tmp_path / "rows.json")
-    loaded = json.loads((tmp_path / "rows.json").read_text())
+    report.write(rows, tmp_path / "rows.json", report.make_console())
+    loaded = read_rows(tmp_path / "rows.json")
     assert [row["metric"] for row in loaded] == ["time_ms", "peak_bytes"]
     for row in loaded:
         assert row.keys() >= ROW_KEYS
@@ -166,7 +166,7 @@ def test_attn72_runs_as_typed_and_prints_its_bars(tmp_path):
     ran = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "bar: at least 1.35x" in ran.stdout
-    rows = json.loads((tmp_path / "rows.json").read_text())
+    rows = read_rows(tmp_path / "rows.json")
     assert {row["bench"] for row in rows} == {"attn72/core", "attn72/sub-block"}
     assert {row["provider"] for row in rows} >= {"torch", "checkpoint", "checkpoint-chunked", "fused", "fused-keep-qkv"}
     assert all(row["allocator"] == environment.TUNED_ALLOCATOR and row["threads"] == 1 for row in rows)
@@ -257,7 +257,7 @@ def test_feed_forward_bench_runs_as_typed_and_prints_its_bar(tmp_path):
     ran = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "bar: at least 1.05x and at most 0.25 of the peak" in ran.stdout
-    rows = json.loads((tmp_path / "rows.json").read_text())
+    rows = read_rows(tmp_path / "rows.json")
     providers = {"torch", "checkpoint", "checkpoint-chunked", "fused", "fused-keep-up"}
     assert {(row["bench"], row["mode"], row["provider"]) for row in rows} == {
         ("geglu_feed_forward", mode, provider) for mode in ("forward", "both") for provider in providers
@@ -275,7 +275,7 @@ def test_convolution_bench_runs_as_typed_and_prints_its_bar(kernel, tmp_path):
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "bar in float32 on a CPU: at least" in ran.stdout
-    rows = json.loads((tmp_path / "rows.json").read_text())
+    rows = read_rows(tmp_path / "rows.json")
     assert {(row["bench"], row["mode"]) for row in rows} == {
         (f"group_norm_silu_conv {kernel}", mode) for mode in ("forward", "both")
     }
@@ -292,7 +292,7 @@ def test_a_sub_block_bench_runs_as_typed_and_prints_its_bar(name, tmp_path):
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "bar in float32 on a CPU: at least" in ran.stdout
-    rows = json.loads((tmp_path / "rows.json").read_text())
+    rows = read_rows(tmp_path / "rows.json")
     assert {(row["bench"], row["mode"]) for row in rows} == {(name, "forward"), (name, "both")}
     assert {row["provider"] for row in rows} >= {"torch", "checkpoint", "checkpoint-chunked", "fused"}
     assert all(row.keys() >= ROW_KEYS for row in rows)

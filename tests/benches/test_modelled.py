@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 
 from bench import limits, modelled, report
 from bench.limits import Work
+from bench.result_file import read_rows
 from mmkernels.cards import Card
 
 COUNTS = {
@@ -61,8 +61,8 @@ def test_rows_are_modelled_and_stand_beside_the_limit() -> None:
 def test_the_stored_budgets_make_rows(tmp_path: Path, capsys) -> None:
     path = tmp_path / "rows.json"
     assert modelled.main(modelled.Settings(json=path)) == 0
-    rows = json.loads(path.read_text())
-    resources = json.loads((modelled.BUDGETS / "resources.json").read_text())
+    rows = read_rows(path)
+    resources = read_rows(modelled.BUDGETS / "resources.json")
     assert len([row for row in rows if row["metric"] == "occupancy"]) == len(resources)
     assert {row["kind"] for row in rows} == {"modelled"}
     assert all(0 < row["median"] <= 1 for row in rows if row["metric"] == "occupancy")

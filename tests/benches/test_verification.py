@@ -17,6 +17,7 @@ import torch
 
 from bench import limits, report
 from bench.environment import ROOT
+from bench.result_file import read_rows
 from bench.verification import benches, bits, memory, ops, page, real_ops, step, tests, variants
 from bench.verification.device import Gpu, StandIn
 from bench.verification.page import PARTS
@@ -134,7 +135,7 @@ def test_rows_and_page_are_written_with_each_result(record: Record) -> None:
     record.fail("checkpoint", "OutOfMemoryError: 2 GiB")
     record.say("done", 50.2, 100)
     replace(record, part="bits").begin_if_new("not reached")
-    rows = json.loads(record.path.read_text())
+    rows = record.rows()
     assert all(set(row) == KEYS for row in rows) and {row["commit"] for row in rows} == {"abc"}
     text = page_text(record)
     assert f"| step | {PARTS['step']} | done | 50 | 100 | abc |" in text
@@ -159,7 +160,7 @@ def test_rows_of_no_part_stay(record: Record) -> None:
     record.path.write_text(first.read_text())
     record.begin("begun")
     record.figures("step", "fused", {"step_s": 2.5})
-    by_hand = [row for row in json.loads(first.read_text()) if "part" not in row]
+    by_hand = [row for row in read_rows(first) if "part" not in row]
     assert [row for row in record.rows() if "part" not in row] == by_hand != []
     assert "## Rows that were there before, of no part\n\n### " in page_text(record)
     assert failures_of(record.rows(), ["step"]) == []
