@@ -74,8 +74,7 @@ def rows_of(
     """Two rows for each provider: time_ms and peak_bytes, measured; and share_of_card of those in `shares`."""
     rows, baseline = [], results.measured[results.baseline]
     for name, found in results.measured.items():
-        peak = Spread(median=found.peak_bytes, low=found.peak_bytes, high=found.peak_bytes)
-        share = Spread(**dict.fromkeys(("median", "low", "high"), found.peak_share_of(baseline)))
+        peak, share = Spread.of(found.peak_bytes), Spread.of(found.peak_share_of(baseline))
         for metric, value, ratio in (
             ("time_ms", found.time_ms, found.speed_over(baseline)),
             ("peak_bytes", peak, share),
@@ -159,6 +158,19 @@ class Panel:
     unit: str
     values: Mapping[str, Spread]
     baseline: str | None = None
+
+
+def draw_results(found: Mapping[str, Results], title: str, path: Path) -> None:
+    """Time and peak memory of each bench's results, by its name."""
+    panels = []
+    for name, results in found.items():
+        times = {way: one.time_ms for way, one in results.measured.items()}
+        peaks = {way: Spread.of(one.peak_bytes / MIB) for way, one in results.measured.items()}
+        panels += [
+            Panel(title=f"{name}, forward + backward", unit=unit, values=values, baseline=results.baseline)
+            for unit, values in (("time, ms", times), ("peak memory, MiB", peaks))
+        ]
+    draw(panels, title=title, path=path)
 
 
 def draw(panels: Sequence[Panel], *, title: str, path: Path, num_columns: int = 2) -> None:
