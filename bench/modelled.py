@@ -12,7 +12,7 @@ same sectors more than once and the second-level cache has them.
 import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -126,10 +126,11 @@ def _row(
     setting: report.Setting,
 ) -> report.Row:  # fmt: skip
     own = dataclasses.replace(setting, device=device, dtype=found.get("dtype", "bfloat16"))
-    return report.Row(
-        bench=f"modelled/{found['kernel']}", provider=found["backend"], mode=_pass_of(found), metric=metric,
-        kind="modelled", median=value, low=value, high=value, shape=shape, includes=includes, **asdict(own),
+    (row,) = report.figures(
+        {metric: value}, own, bench=f"modelled/{found['kernel']}", provider=found["backend"], mode=_pass_of(found),
+        kind="modelled", shape=shape, includes=includes,
     )  # fmt: skip
+    return row
 
 
 def _pass_of(found: Counts) -> str:

@@ -7,7 +7,6 @@ gradient of the output and the weights.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict
 
 from rich.console import Console
 from rich.table import Table
@@ -50,17 +49,13 @@ def rows(console: Console) -> list[report.Row]:
     found = costs()
     print_costs(found, console)
     setting = report.Setting(dtype=SETTINGS.dtype, threads=1, device=DEVICE)
-    return [
-        report.Row(
-            bench=bench, provider=name, mode="both", metric=metric, kind="modelled", median=value,
-            low=value, high=value, shape=SHAPE.as_row(), includes=way.includes, **asdict(setting),
-        )
-        for bench, ways in found.items()
-        for name, (way, cost) in ways.items()
-        for metric, value in (
-            ("saved_bytes", cost.saved_bytes), ("peak_bytes", cost.peak_bytes), ("flops", cost.flops)
-        )
-    ]  # fmt: skip
+    common = {"mode": "both", "kind": "modelled", "shape": SHAPE.as_row()}
+    made = []
+    for bench, ways in found.items():
+        for way, cost in ways.values():
+            values = {name: getattr(cost, name) for name in ("saved_bytes", "peak_bytes", "flops")}
+            made += report.figures(values, setting, bench=bench, provider=way.name, includes=way.includes, **common)
+    return made
 
 
 def print_costs(found: Mapping[str, Costs], console: Console) -> None:

@@ -14,7 +14,7 @@ import math
 import sys
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -102,23 +102,18 @@ def step_by_operation(workload: Workload, target: Card) -> tuple[Operations, flo
 
 def rows_of(found: Operations, step_s: float, shape: Mapping[str, object], target: Card) -> list[report.Row]:
     """The step, its operations in ms, and the card's rates."""
-    setting = asdict(report.Setting(dtype=DTYPES["adamw"], threads=1, device=target.device))
-
-    def row(bench: str, provider: str, mode: str, metric: str, value: float, own: Mapping[str, object]) -> report.Row:
-        return report.Row(
-            bench=bench, provider=provider, mode=mode, metric=metric, kind="modelled", median=value, low=value,
-            high=value, shape=own, includes=INCLUDES.get(provider, ""), **setting,
-        )  # fmt: skip
-
-    rows = [row("step", WAY, "step", "step_s", step_s, shape)]
+    setting = report.Setting(dtype=DTYPES["adamw"], threads=1, device=target.device)
+    of_way = {"kind": "modelled", "provider": WAY, "includes": INCLUDES[WAY]}
+    rows = report.figures({"step_s": step_s}, setting, bench="step", mode="step", shape=shape, **of_way)
     for (name, direction), taken in found.items():
-        for metric, value in (("total_ms", taken.seconds * 1e3), ("calls", taken.calls)):
-            rows.append(row(f"step/operations of {WAY}", WAY, direction, metric, value, {"operation": name}))
+        values = {"total_ms": taken.seconds * 1e3, "calls": taken.calls}
+        common = {"bench": f"step/operations of {WAY}", "mode": direction, "shape": {"operation": name}}
+        rows += report.figures(values, setting, **common, **of_way)
     for kind in get_args(Kind):
-        rate = target.rate(kind)
-        for metric in ("bytes_per_s", "flops_per_s", "start_s"):
-            if (value := getattr(rate, metric)) < math.inf:
-                rows.append(row("step/rates", kind, "kernel", metric, value, {}))
+        rates = {name: getattr(target.rate(kind), name) for name in ("bytes_per_s", "flops_per_s", "start_s")}
+        known = {name: value for name, value in rates.items() if value < math.inf}
+        common = {"bench": "step/rates", "mode": "kernel", "kind": "modelled", "shape": {}}
+        rows += report.figures(known, setting, provider=kind, **common)
     return rows
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -67,6 +68,13 @@ class Setting:
         return cls(dtype=name, threads=torch.get_num_threads(), device=environment.device_name(device))
 
 
+def figures(values: Mapping[str, float], setting: Setting, **common: Any) -> list[Row]:
+    """A row for each metric of `values`, of figures that are the same in every round. common: further fields."""
+    return [
+        Row(metric=metric, **asdict(Spread.of(value)), **asdict(setting), **common) for metric, value in values.items()
+    ]
+
+
 def rows_of(
     results: Results, *, bench: str, mode: str, shape: Mapping[str, object], setting: Setting,
     shares: Mapping[str, float] | None = None,
@@ -74,6 +82,10 @@ def rows_of(
     """Two rows for each provider: time_ms and peak_bytes, measured; and share_of_card of those in `shares`."""
     rows, baseline = [], results.measured[results.baseline]
     for name, found in results.measured.items():
+        common: Any = {
+            "bench": bench, "provider": name, "mode": mode, "kind": "measured", "shape": shape,
+            "includes": found.provider.includes,
+        }  # fmt: skip
         peak, share = Spread.of(found.peak_bytes), Spread.of(found.peak_share_of(baseline))
         for metric, value, ratio in (
             ("time_ms", found.time_ms, found.speed_over(baseline)),
@@ -81,28 +93,12 @@ def rows_of(
         ):
             rows.append(
                 Row(
-                    bench=bench,
-                    provider=name,
-                    mode=mode,
-                    metric=metric,
-                    kind="measured",
-                    shape=shape,
-                    baseline=results.baseline,
-                    ratio=ratio.median,
-                    ratio_low=ratio.low,
-                    ratio_high=ratio.high,
-                    includes=found.provider.includes,
-                    **asdict(value),
-                    **asdict(setting),
-                )
-            )
-        if (value := (shares or {}).get(name)) is not None:
-            rows.append(
-                Row(
-                    bench=bench, provider=name, mode=mode, metric="share_of_card", kind="measured", shape=shape,
-                    median=value, low=value, high=value, includes=found.provider.includes, **asdict(setting),
+                    metric=metric, baseline=results.baseline, ratio=ratio.median, ratio_low=ratio.low,
+                    ratio_high=ratio.high, **asdict(value), **asdict(setting), **common,
                 )
             )  # fmt: skip
+        if (value := (shares or {}).get(name)) is not None:
+            rows += figures({"share_of_card": value}, setting, **common)
     return rows
 
 

@@ -57,15 +57,11 @@ class Record:
         shape: Mapping[str, object] | None = None, kind: str | None = None, includes: str = "",
     ) -> None:  # fmt: skip
         """One row for each metric of `values`."""
-        self.add(
-            asdict(
-                report.Row(
-                    bench=bench, provider=provider, mode=mode, metric=metric, median=value, low=value, high=value,
-                    kind=kind or self.kind, shape=shape or {}, includes=includes, **asdict(self.setting),
-                )
-            )
-            for metric, value in values.items()
+        rows = report.figures(
+            values, self.setting, bench=bench, provider=provider, mode=mode, kind=kind or self.kind,
+            shape=shape or {}, includes=includes,
         )  # fmt: skip
+        self.add(map(asdict, rows))
 
     def fail(self, what: str, why: str) -> None:
         """Write that something went wrong, and print it."""

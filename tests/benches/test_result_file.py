@@ -16,7 +16,7 @@ from bench import environment
 from bench.result_file import read_rows, write_rows
 from bench.verification.page import page_of
 from mmkernels.cards import card
-from mmkernels.planning.choices import GIB
+from mmkernels.choices import GIB
 
 PAGES = sorted(path for path in (ROOT / "bench/results").glob("*.md") if path.with_suffix(".json").exists())
 EMPTY = {"shape": {}, "baseline": None, "includes": "", "ratio": None, "ratio_low": None, "ratio_high": None}

@@ -233,17 +233,15 @@ def test_a_bench_s_times_stand_beside_the_limit(record: Record) -> None:
 def test_limits_are_those_of_the_facts() -> None:
     """The table of known limits: level 0, 72 frames of 1024x576, bfloat16; in ms on A100, H100, H200."""
     known = {
-        "temporal attention forward": (0.83, 0.51, 0.35),
-        "temporal attention backward": (1.46, 0.89, 0.62),
-        "temporal attention sub-block forward": (1.94, 0.61, 0.61),
-        "GroupNorm statistics": (0.21, 0.13, 0.09),
-        "3x3 convolution forward": (3.92, 1.24, 1.24),
-        "3x1x1 convolution forward": (1.31, 0.41, 0.41),
-        "offload of one tensor, one way": (17.0, 7.7, 0.94),
+        ("attn72/core", "forward"): (0.83, 0.51, 0.35),
+        ("attn72/core", "backward"): (1.46, 0.89, 0.62),
+        ("attn72/sub-block", "forward"): (1.94, 0.61, 0.61),
+        ("group_norm_silu_conv 3x3", "forward"): (3.92, 1.24, 1.24),
+        ("group_norm_silu_conv 3x1x1", "forward"): (1.31, 0.41, 0.41),
     }
-    found = limits.physical_limits()
-    for work, expected in known.items():
-        assert [round(ms, 1 if ms > 7 else 2) for ms in found[work].values()] == list(expected), work
+    for (bench, mode), expected in known.items():
+        found = limits.limits_ms(bench, mode, limits.LEVEL_0, "bfloat16")
+        assert [round(ms, 2) for ms in found.values()] == list(expected), bench
     both = limits.limits_ms("attn72/core", "both", limits.LEVEL_0, "bfloat16")
     assert round(both["H100"], 2) == 1.39
     assert limits.limits_ms("attn72/core", "both", limits.LEVEL_0, "float32") == {}
