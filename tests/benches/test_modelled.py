@@ -48,7 +48,7 @@ def test_rows_are_modelled_and_stand_beside_the_limit() -> None:
     setting = report.Setting(dtype="", threads=0, device="")
     (row,) = modelled.roofline_rows([COUNTS], setting)
     assert (row.kind, row.device, row.baseline, row.metric) == ("modelled", "A100", "physical limit", "time_ms")
-    assert round(row.median, 3) == round(1.05 * 4 * 72 * 72 * 128 * 640 / 2.039e9, 3)
+    assert round(row.median, 3) == round(1.05 * 4 * 72 * 72 * 128 * 640 / 2.04e9, 3)  # 4 tensors at 2.04 TB/s
     assert row.ratio is not None
     assert round(row.ratio, 3) == round(1 / 1.05, 3)
     assert modelled.roofline_rows([COUNTS | {"kernel": "unknown"}], setting) == []
