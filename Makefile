@@ -82,8 +82,8 @@ test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 budgets: $(VENV)/.installed-test
-	PYTHONPATH=tests $(BIN)/python tests/ptx/resources.py $(if $(ONLY),--only $(ONLY))
-	PYTHONPATH=tests $(BIN)/python tests/ptx/ptx_counts.py $(if $(ONLY),--only $(ONLY))
+	PYTHONPATH=tests:. $(BIN)/python tests/ptx/resources.py $(if $(ONLY),--only $(ONLY))
+	PYTHONPATH=tests:. $(BIN)/python tests/ptx/ptx_counts.py $(if $(ONLY),--only $(ONLY))
 
 faults: $(VENV)/.installed-test
 	$(BIN)/python -m bench.faults --json bench/results/faults.json

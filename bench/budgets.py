@@ -117,9 +117,7 @@ def main(settings: Settings) -> int:
     console.print("\nmodelled:")
     for comparison in found:
         console.print(f"  {comparison}", markup=False, soft_wrap=True)
-    if settings.json:
-        report.write_json(rows, settings.json)
-        console.print(f"rows: {settings.json}")
+    report.write(rows, settings.json, console)
     ways = [comparison.fastest() for comparison in found]
     is_faster = (
         way is None or comparison.own.step_s < comparison.others[way].step_s

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TUNED_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
 CUDA_ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 QUIET_PROFILER = {"KINETO_LOG_LEVEL": "99"}  # the profiler counts allocations here; its own log lines are noise
+WRITTEN = (":!bench/results", ":!docs/*.png")  # what benches write, as git leaves it out
 PACKAGES = ("torch", "diffusers", "numpy", "triton", "xformers", "flash-attn")
 
 
@@ -51,13 +52,13 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """Commit of the checkout, with `-dirty` where tracked files differ from it."""
+    """Commit of the checkout, with `-dirty` where tracked files differ from it, but for what a bench itself writes."""
     git = shutil.which("git")
     if git is None or not (ROOT / ".git").exists():
         return "unknown"
     head = _output([git, "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"])
-    is_dirty = bool(_output([git, "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no"]))
-    return f"{head}-dirty" if is_dirty else head
+    changed = _output([git, "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no", "--", ".", *WRITTEN])
+    return f"{head}-dirty" if changed else head
 
 
 def command() -> str:

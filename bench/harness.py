@@ -54,6 +54,11 @@ class Spread:
     low: float
     high: float
 
+    @classmethod
+    def of(cls, value: float) -> "Spread":
+        """A figure that is the same in every round."""
+        return cls(median=value, low=value, high=value)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:

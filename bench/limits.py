@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from mmkernels.cards import PCIE_4, PCIE_5, Card, card
+from mmkernels.cards import Card, card
 
 # Latents of 72 frames of 1024x576 pixels at the UNet's first level.
 LEVEL_0 = {"batch": 1, "frames": 72, "height": 72, "width": 128, "channels": 320, "heads": 5}
@@ -17,8 +17,6 @@ ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
 CARDS = tuple(card(name) for name in ("A100", "H100", "H200"))
-# One way between the host and the card, in bytes a second.
-LINKS = {"PCIe 4": PCIE_4, "PCIe 5": PCIE_5, "NVLink-C2C": 450e9}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,11 +83,6 @@ def context_attention(shape: Shape, dtype: str) -> Passes:
         "forward": Work(bytes=2 * one, flops=2 * projection + 2 * product),
         "backward": Work(bytes=3 * one, flops=5 * projection + 6 * product),
     }
-
-
-def group_norm_statistics(shape: Shape, dtype: str) -> Passes:
-    """x -> mean, rstd."""
-    return {"forward": Work(bytes=tensor_bytes(shape, dtype))}
 
 
 def convolution(shape: Shape, dtype: str, num_taps: int) -> Passes:
@@ -178,24 +171,6 @@ def limits_ms(bench: str, mode: str, shape: Shape, dtype: str, cards: Sequence[C
     passes = work_of(shape, dtype)
     names = ("forward", "backward") if mode == "both" else (mode,)
     return {card.name: sum(passes[name].limit_ms(card) for name in names) for card in cards}
-
-
-def physical_limits() -> dict[str, dict[str, float]]:
-    """Limits in milliseconds at level 0 of 72 frames of 1024x576 in bfloat16, by work and by card or link."""
-    shape, dtype = LEVEL_0, "bfloat16"
-    attention, block = temporal_attention(shape, dtype), temporal_attention_block(shape, dtype)
-    works = {
-        "temporal attention forward": attention["forward"],
-        "temporal attention backward": attention["backward"],
-        "temporal attention sub-block forward": block["forward"],
-        "temporal attention sub-block backward": block["backward"],
-        "GroupNorm statistics": group_norm_statistics(shape, dtype)["forward"],
-        "3x3 convolution forward": convolution(shape, dtype, 9)["forward"],
-        "3x1x1 convolution forward": convolution(shape, dtype, 3)["forward"],
-    }
-    found = {name: {card.name: work.limit_ms(card) for card in CARDS} for name, work in works.items()}
-    one_ms = {link: tensor_bytes(shape, dtype) / rate * 1e3 for link, rate in LINKS.items()}
-    return found | {"offload of one tensor, one way": one_ms}
 
 
 def _tokens(shape: Shape) -> int:

@@ -7,7 +7,7 @@ before the clock starts, and the step that is timed moves what every later step 
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,13 +17,11 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import harness, report
-from bench.compiled import COMPILED
+from bench.compiled import COMPILED, CompileError
 from bench.fused_plan import INCLUDES, Plans, StepWay
 from bench.harness import Provider, Results, Spread
-from bench.largest_clip import largest_clip, why_no_room
 from bench.placements import Way
-from bench.resident_peak import resident_peak_bytes
-from bench.training_step import TrainingStep, why_refused
+from bench.training_step import TrainingStep, resident_peak_bytes, why_refused
 from mimicmotion import config as presets
 from mmkernels import tuning
 from mmkernels.choices import Plan
@@ -139,19 +137,57 @@ def reserved_bytes(training: TrainingStep, way: StepWay) -> int:
     return torch.cuda.max_memory_reserved(training.device)
 
 
+def largest(fits: Callable[[int], bool], most: int) -> int:
+    """The largest count from 1 to `most` that fits, 0 where none does; what fits must fit in smaller counts too."""
+    low, high = 0, most + 1  # low fits, high is not known to
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def largest_clip(training: TrainingStep, way: StepWay, most: int) -> int:
+    """The most frames up to `most` that two steps of `training` run with this way on the GPU."""
+    frames = training.config.data.num_frames
+
+    def fits(count: int) -> bool:
+        training.take_clip(count)
+        return why_no_room(training, way) is None
+
+    found = largest(fits, most)
+    training.take_clip(frames)
+    return found
+
+
+def why_no_room(training: TrainingStep, way: StepWay) -> str | None:
+    """Run two steps this way; in words where the memory of the device or the host ends, None where it does not.
+
+    A clip that no plan fits has no room for fused-plan, and what does not compile at this size none for its way. All is
+    freed again.
+    """
+    reason = None
+    try:
+        with training.running(way):
+            for _ in range(2):
+                training.step()
+    except (torch.OutOfMemoryError, MemoryError, BudgetTooSmallError, CompileError) as error:
+        reason = str(error).strip().splitlines()[0]
+    training.model.zero_grad(set_to_none=True)
+    if training.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return reason
+
+
 def rows_of(found: Measured, shape: Mapping[str, object], setting: report.Setting) -> list[report.Row]:
     """One row for each way and metric."""
     results, rows = found.results, []
     if results.measured:
         rows = report.rows_of(results, bench=BENCH, mode="step", shape=shape, setting=setting)
-    return rows + [
-        report.Row(
-            bench=BENCH, provider=way, mode="step", metric=metric, kind="measured", median=value, low=value,
-            high=value, shape=shape, includes=INCLUDES[way], **dataclasses.asdict(setting),
-        )
-        for metric, values in found.others.items()
-        for way, value in values.items()
-    ]  # fmt: skip
+    common = {"bench": BENCH, "mode": "step", "kind": "measured", "shape": shape}
+    for metric, values in found.others.items():
+        for way, value in values.items():
+            rows += report.figures({metric: value}, setting, provider=way, includes=INCLUDES[way], **common)
+    return rows
 
 
 def print_measured(found: Measured, words: str, console: Console) -> None:
@@ -209,7 +245,7 @@ def draw(found: Measured, title: str, path: Path) -> None:
     for name, one in found.results.measured.items():
         spread = dataclasses.asdict(one.time_ms)
         time_s[name] = Spread(**{key: value / 1e3 for key, value in spread.items()})
-        peak_mib[name] = Spread(**dict.fromkeys(spread, one.peak_bytes / report.MIB))
+        peak_mib[name] = Spread.of(one.peak_bytes / report.MIB)
     panels = [
         report.Panel(title=words, unit=unit, values=values, baseline=baseline)
         for words, unit, values in (
@@ -218,7 +254,7 @@ def draw(found: Measured, title: str, path: Path) -> None:
     ]  # fmt: skip
     for metric, values in found.others.items():
         unit, size = UNITS[metric]
-        figures = {way: Spread(median=v / size, low=v / size, high=v / size) for way, v in values.items()}
+        figures = {way: Spread.of(value / size) for way, value in values.items()}
         panels.append(report.Panel(title=TITLES[metric], unit=unit, values=figures, baseline=baseline))
     panels = [panel for panel in panels if panel.values]
     report.draw(panels, title=title, path=path, num_columns=len(panels))

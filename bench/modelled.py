@@ -10,10 +10,9 @@ same sectors more than once and the second-level cache has them.
 """
 
 import dataclasses
-import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from rich.table import Table
 
 from bench import environment, limits, report
 from bench.limits import Work
+from bench.result_file import read_rows
 from mmkernels.cards import Card
 
 BUDGETS = environment.ROOT / "tests/budgets"
@@ -126,10 +126,11 @@ def _row(
     setting: report.Setting,
 ) -> report.Row:  # fmt: skip
     own = dataclasses.replace(setting, device=device, dtype=found.get("dtype", "bfloat16"))
-    return report.Row(
-        bench=f"modelled/{found['kernel']}", provider=found["backend"], mode=_pass_of(found), metric=metric,
-        kind="modelled", median=value, low=value, high=value, shape=shape, includes=includes, **asdict(own),
+    (row,) = report.figures(
+        {metric: value}, own, bench=f"modelled/{found['kernel']}", provider=found["backend"], mode=_pass_of(found),
+        kind="modelled", shape=shape, includes=includes,
     )  # fmt: skip
+    return row
 
 
 def _pass_of(found: Counts) -> str:
@@ -158,13 +159,11 @@ def main(settings: Settings) -> int:
     rows: list[report.Row] = []
     for path, rows_from in ((settings.resources, occupancy_rows), (settings.ptx, roofline_rows)):
         if path.exists():
-            rows += rows_from(json.loads(path.read_text()), setting)
+            rows += rows_from(read_rows(path), setting)
         else:
             console.print(f"left out: there is no {path}", soft_wrap=True)
     print_rows(rows, console)
-    if settings.json:
-        report.write_json(rows, settings.json)
-        console.print(f"rows: {settings.json}")
+    report.write(rows, settings.json, console)
     return 0
 
 

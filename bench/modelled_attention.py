@@ -7,9 +7,7 @@ gradient of the output and the weights.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -18,57 +16,58 @@ from bench import report
 from bench.harness import Provider
 from bench.limits import LEVEL_0
 from bench.shapes import TemporalShape
-from bench.temporal_attention import Core
-from bench.temporal_attention_block import SubBlock
+from bench.sub_block import Settings, Trial
+from bench.temporal_attention import in_clips, subjects
 from mmkernels.costs import modelled_device
 from mmkernels.memory.trace import Trace, trace
 from mmkernels.ops.temporal_attention_block import default_chunk_pixels
 
 SHAPE = TemporalShape(**LEVEL_0)
-DTYPE, DEVICE = torch.bfloat16, "none: fake tensors that stand for a GPU's"
+SETTINGS = Settings(
+    frames=SHAPE.frames, height=SHAPE.height, width=SHAPE.width, dtype="bfloat16", device="cpu", compile_limit_s=0.0
+)  # fmt: skip
+DEVICE = "none: fake tensors that stand for a GPU's"
 Costs = Mapping[str, tuple[Provider, Trace]]
 
 
 def costs() -> dict[str, Costs]:
-    """By section (core, sub-block) and way, the way and what it costs; the eager chunks are as large as the fused."""
-    cpu = torch.device("cpu")
+    """By bench and way, the way and what it costs; the eager chunks are as large as the fused."""
     with FakeTensorMode(), modelled_device("cuda"):
-        core, block = Core(SHAPE, DTYPE, cpu), SubBlock(SHAPE, DTYPE, cpu)
-        chunk = default_chunk_pixels(block.x)
-        ways = block.providers("both", chunk_pixels=(), eager_chunk_pixels=chunk, compile_limit_s=0)
-        sections = {"core": core.providers("both"), "sub-block": ways}
+        _, block = (Trial(subject, SETTINGS) for subject in subjects(SETTINGS))
+        chunk = default_chunk_pixels(in_clips(block.x, SHAPE.frames))
+        trials = [Trial(subject, SETTINGS) for subject in subjects(SETTINGS, eager_chunk_pixels=chunk)]
         return {
-            section: {way.name: (way, trace(way.step, device_kind="cuda")) for way in ways}
-            for section, ways in sections.items()
+            trial.subject.bench: {
+                way.name: (way, trace(way.step, device_kind="cuda")) for way in trial.providers("both")
+            }
+            for trial in trials
         }
 
 
-def rows_of(found: Mapping[str, Costs], bench: str) -> list[report.Row]:
-    """One row for each way and figure."""
-    setting = report.Setting(dtype=str(DTYPE).removeprefix("torch."), threads=1, device=DEVICE)
-    return [
-        report.Row(
-            bench=f"{bench}/{section}", provider=name, mode="both", metric=metric, kind="modelled", median=value,
-            low=value, high=value, shape=SHAPE.as_row(), includes=way.includes, **asdict(setting),
-        )
-        for section, ways in found.items()
-        for name, (way, cost) in ways.items()
-        for metric, value in (
-            ("saved_bytes", cost.saved_bytes), ("peak_bytes", cost.peak_bytes), ("flops", cost.flops)
-        )
-    ]  # fmt: skip
+def rows(console: Console) -> list[report.Row]:
+    """One row for each way and figure, all of them printed."""
+    found = costs()
+    print_costs(found, console)
+    setting = report.Setting(dtype=SETTINGS.dtype, threads=1, device=DEVICE)
+    common = {"mode": "both", "kind": "modelled", "shape": SHAPE.as_row()}
+    made = []
+    for bench, ways in found.items():
+        for way, cost in ways.values():
+            values = {name: getattr(cost, name) for name in ("saved_bytes", "peak_bytes", "flops")}
+            made += report.figures(values, setting, bench=bench, provider=way.name, includes=way.includes, **common)
+    return made
 
 
 def print_costs(found: Mapping[str, Costs], console: Console) -> None:
-    """One table, the sections one below the other."""
+    """One table, the benches one below the other."""
     table = Table(title=f"at the real shape, forward + backward (modelled): {SHAPE}, bfloat16", title_justify="left")
-    for heading in ("section", "way"):
+    for heading in ("bench", "way"):
         table.add_column(heading, no_wrap=True)
     for heading in ("saved, MiB", "peak, MiB", "GFLOP"):
         table.add_column(heading, justify="right")
     table.add_column("includes")
-    for section, ways in found.items():
+    for bench, ways in found.items():
         for name, (way, cost) in ways.items():
             sizes = (f"{value / report.MIB:,.0f}" for value in (cost.saved_bytes, cost.peak_bytes))
-            table.add_row(section, name, *sizes, f"{cost.flops / 1e9:,.0f}", way.includes)
+            table.add_row(bench, name, *sizes, f"{cost.flops / 1e9:,.0f}", way.includes)
     console.print(table)

@@ -34,6 +34,7 @@ WAYS: tuple[StepWay, ...] = (
     "checkpoint-nested-feed-forwards", "fine-grained", "fine-grained-one-token", "checkpoint+save-on-cpu", "fused",
     "fused-plan",
 )  # fmt: skip
+LEAST_GIB_OF_ADAMW = 40  # memory of a card from which float32 weights and moments are the usual choice
 DTYPES = {"adamw": "float32 under autocast to bfloat16", "adamw8bit": "bfloat16"}
 
 
@@ -59,6 +60,11 @@ class StepCost:
             saved_bytes=cost.saved_bytes, peak_bytes=cost.peak_bytes, reserved_bytes=cost.reserved_bytes,
             flops=cost.flops, moved_bytes=moved_bytes, hidden_ratio=clock.hidden_ratio, step_s=clock.seconds,
         )  # fmt: skip
+
+
+def usual_optimizer(memory_gib: float) -> OptimizerKind:
+    """What a card of so much memory trains with where nothing is said."""
+    return "adamw" if memory_gib >= LEAST_GIB_OF_ADAMW else "adamw8bit"
 
 
 def model_step(way: Way | Plan, workload: Workload, card: Card, optimizer: OptimizerChoice) -> StepCost:
@@ -94,14 +100,12 @@ def rows_of(
 ) -> list[report.Row]:
     """One row for each way and metric."""
     setting = report.Setting(dtype=DTYPES[kind], threads=1, device=card.device)
+    common = {"bench": "train_step", "mode": "step", "kind": "modelled", "shape": shape}
     return [
-        report.Row(
-            bench="train_step", provider=way, mode="step", metric=metric, kind="modelled", median=value, low=value,
-            high=value, shape=shape, includes=INCLUDES[way], **asdict(setting),
-        )
+        row
         for way, one in found.items()
-        for metric, value in asdict(one).items()
-    ]  # fmt: skip
+        for row in report.figures(asdict(one), setting, provider=way, includes=INCLUDES[way], **common)
+    ]
 
 
 def print_costs(found: Mapping[str, StepCost], title: str, console: Console, memory_gib: float) -> None:

@@ -15,7 +15,6 @@ Measured, with --measure: a small UNet in float32 on this machine's CPU, one thr
 by frames, over gloo, against one, in turns. Writes parallel-measured.json.
 """
 
-import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -36,6 +35,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench import environment, parallel_measured, parallel_picture, report
 from bench.frame_exchange import Exchanged, exchanged
+from bench.result_file import write_rows
 from bench.shared_step import Found, fitted
 from mmkernels.cards import card
 from mmkernels.choices import GIB
@@ -185,15 +185,13 @@ def goals(found: Sequence[Found]) -> list[str]:
 
 
 def write(found: Sequence[Found], settings: Settings, sent: Exchanged, path: Path) -> None:
-    """As JSON: the setting once, the links with their sources, and a row for each way."""
-    document = {
+    """A row for each way; the setting and the links with their sources are shared."""
+    shared = {
         "bench": BENCH, "kind": "modelled", "size": settings.size, "versions": environment.versions(),
         "commit": environment.commit(), "goals": goals(found), "formula_bytes": asdict(sent),
         "links": {name: asdict(link) for name in settings.cards if (link := card(name).peers) is not None},
-        "rows": [row(each, found) for each in found],
     }  # fmt: skip
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=1) + "\n")
+    write_rows(({**shared, **row(each, found)} for each in found), path)
 
 
 def row(each: Found, found: Sequence[Found]) -> dict[str, object]:

@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 import mmkernels
 from bench import environment
 from bench.harness import spread
+from bench.result_file import write_rows
 from mmkernels.frames import FrameRanks, counts_of, slice_of
 
 FRAMES, SIDE, CONTEXT = 16, 16, 64  # of latents
@@ -113,12 +114,11 @@ def measure(rounds: int, path: Path, console: Console) -> int:
             "least": min(ratios), "most": max(ratios),
         })  # fmt: skip
     console.print(table)
-    document = {
+    shared = {
         "bench": "parallel", "kind": "measured", "shape": shape, "device": environment.device_name(torch.device("cpu")),
-        "versions": environment.versions(), "commit": environment.commit(), "rows": rows,
+        "versions": environment.versions(), "commit": environment.commit(),
     }  # fmt: skip
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=1) + "\n")
+    write_rows(({**shared, **row} for row in rows), path)
     console.print(f"rows: {path}", markup=False)
     return 0
 

@@ -10,12 +10,11 @@ other the operations make up the step. backward: what autograd's engine runs, re
 --against: the rows of a card, whose profile stands beside each of our ops.
 """
 
-import json
 import math
 import sys
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -31,6 +30,7 @@ from bench import report
 from bench.fused_plan import INCLUDES
 from bench.modelled_step import DTYPES
 from bench.placements import use
+from bench.result_file import read_rows
 from mmkernels.cards import Card, Kind, card
 from mmkernels.choices import OptimizerChoice
 from mmkernels.memory.attribution import operation_name
@@ -102,23 +102,18 @@ def step_by_operation(workload: Workload, target: Card) -> tuple[Operations, flo
 
 def rows_of(found: Operations, step_s: float, shape: Mapping[str, object], target: Card) -> list[report.Row]:
     """The step, its operations in ms, and the card's rates."""
-    setting = asdict(report.Setting(dtype=DTYPES["adamw"], threads=1, device=target.device))
-
-    def row(bench: str, provider: str, mode: str, metric: str, value: float, own: Mapping[str, object]) -> report.Row:
-        return report.Row(
-            bench=bench, provider=provider, mode=mode, metric=metric, kind="modelled", median=value, low=value,
-            high=value, shape=own, includes=INCLUDES.get(provider, ""), **setting,
-        )  # fmt: skip
-
-    rows = [row("step", WAY, "step", "step_s", step_s, shape)]
+    setting = report.Setting(dtype=DTYPES["adamw"], threads=1, device=target.device)
+    of_way = {"kind": "modelled", "provider": WAY, "includes": INCLUDES[WAY]}
+    rows = report.figures({"step_s": step_s}, setting, bench="step", mode="step", shape=shape, **of_way)
     for (name, direction), taken in found.items():
-        for metric, value in (("total_ms", taken.seconds * 1e3), ("calls", taken.calls)):
-            rows.append(row(f"step/operations of {WAY}", WAY, direction, metric, value, {"operation": name}))
+        values = {"total_ms": taken.seconds * 1e3, "calls": taken.calls}
+        common = {"bench": f"step/operations of {WAY}", "mode": direction, "shape": {"operation": name}}
+        rows += report.figures(values, setting, **common, **of_way)
     for kind in get_args(Kind):
-        rate = target.rate(kind)
-        for metric in ("bytes_per_s", "flops_per_s", "start_s"):
-            if (value := getattr(rate, metric)) < math.inf:
-                rows.append(row("step/rates", kind, "kernel", metric, value, {}))
+        rates = {name: getattr(target.rate(kind), name) for name in ("bytes_per_s", "flops_per_s", "start_s")}
+        known = {name: value for name, value in rates.items() if value < math.inf}
+        common = {"bench": "step/rates", "mode": "kernel", "kind": "modelled", "shape": {}}
+        rows += report.figures(known, setting, provider=kind, **common)
     return rows
 
 
@@ -126,7 +121,7 @@ def measured_ms(path: Path) -> dict[str, float]:
     """By operation, milliseconds of a profile of the fused step with all that it calls."""
     return {
         row["shape"]["operation"]: row["median"]
-        for row in json.loads(path.read_text())
+        for row in read_rows(path)
         if row["bench"] == f"step/operations of {WAY}" and row["metric"] == "total_ms" and row["kind"] == "measured"
     }
 
@@ -149,9 +144,7 @@ def main(settings: Settings) -> int:
     workload = svd_workload("adamw", has_guide=True, guide_recomputes=True)
     found, step_s = step_by_operation(workload, target)
     print_operations(found, step_s, measured_ms(settings.against) if settings.against else {}, console)
-    if settings.json:
-        report.write_json(rows_of(found, step_s, workload.made_for, target), settings.json)
-        console.print(f"rows: {settings.json}")
+    report.write(rows_of(found, step_s, workload.made_for, target), settings.json, console)
     return 0
 
 

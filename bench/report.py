@@ -1,9 +1,9 @@
 """What a benchmark leaves: JSON rows, a table on the terminal, and a picture with the figures on its bars."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -11,6 +11,7 @@ from rich.table import Table
 
 from bench import environment
 from bench.harness import Results, Spread, is_ours
+from bench.result_file import write_rows
 
 MIB = 2**20
 KINDS = ("measured", "modelled", "dry")  # dry: of a stand-in for a device, of no meaning
@@ -67,6 +68,13 @@ class Setting:
         return cls(dtype=name, threads=torch.get_num_threads(), device=environment.device_name(device))
 
 
+def figures(values: Mapping[str, float], setting: Setting, **common: Any) -> list[Row]:
+    """A row for each metric of `values`, of figures that are the same in every round. common: further fields."""
+    return [
+        Row(metric=metric, **asdict(Spread.of(value)), **asdict(setting), **common) for metric, value in values.items()
+    ]
+
+
 def rows_of(
     results: Results, *, bench: str, mode: str, shape: Mapping[str, object], setting: Setting,
     shares: Mapping[str, float] | None = None,
@@ -74,43 +82,31 @@ def rows_of(
     """Two rows for each provider: time_ms and peak_bytes, measured; and share_of_card of those in `shares`."""
     rows, baseline = [], results.measured[results.baseline]
     for name, found in results.measured.items():
-        peak = Spread(median=found.peak_bytes, low=found.peak_bytes, high=found.peak_bytes)
-        share = Spread(**dict.fromkeys(("median", "low", "high"), found.peak_share_of(baseline)))
+        common: Any = {
+            "bench": bench, "provider": name, "mode": mode, "kind": "measured", "shape": shape,
+            "includes": found.provider.includes,
+        }  # fmt: skip
+        peak, share = Spread.of(found.peak_bytes), Spread.of(found.peak_share_of(baseline))
         for metric, value, ratio in (
             ("time_ms", found.time_ms, found.speed_over(baseline)),
             ("peak_bytes", peak, share),
         ):
             rows.append(
                 Row(
-                    bench=bench,
-                    provider=name,
-                    mode=mode,
-                    metric=metric,
-                    kind="measured",
-                    shape=shape,
-                    baseline=results.baseline,
-                    ratio=ratio.median,
-                    ratio_low=ratio.low,
-                    ratio_high=ratio.high,
-                    includes=found.provider.includes,
-                    **asdict(value),
-                    **asdict(setting),
-                )
-            )
-        if (value := (shares or {}).get(name)) is not None:
-            rows.append(
-                Row(
-                    bench=bench, provider=name, mode=mode, metric="share_of_card", kind="measured", shape=shape,
-                    median=value, low=value, high=value, includes=found.provider.includes, **asdict(setting),
+                    metric=metric, baseline=results.baseline, ratio=ratio.median, ratio_low=ratio.low,
+                    ratio_high=ratio.high, **asdict(value), **asdict(setting), **common,
                 )
             )  # fmt: skip
+        if (value := (shares or {}).get(name)) is not None:
+            rows += figures({"share_of_card": value}, setting, **common)
     return rows
 
 
-def write_json(rows: Sequence[Row], path: Path) -> None:
-    """Write the rows as a list of objects."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+def write(rows: Sequence[Row], path: Path | None, console: Console) -> None:
+    """Write the rows where a file is asked for, and say so."""
+    if path is not None:
+        write_rows(map(asdict, rows), path)
+        console.print(f"rows: {path}", markup=False, soft_wrap=True)
 
 
 def print_results(title: str, results: Results, console: Console, shares: Mapping[str, float] | None = None) -> None:
@@ -158,6 +154,19 @@ class Panel:
     unit: str
     values: Mapping[str, Spread]
     baseline: str | None = None
+
+
+def draw_results(found: Mapping[str, Results], title: str, path: Path) -> None:
+    """Time and peak memory of each bench's results, by its name."""
+    panels = []
+    for name, results in found.items():
+        times = {way: one.time_ms for way, one in results.measured.items()}
+        peaks = {way: Spread.of(one.peak_bytes / MIB) for way, one in results.measured.items()}
+        panels += [
+            Panel(title=f"{name}, forward + backward", unit=unit, values=values, baseline=results.baseline)
+            for unit, values in (("time, ms", times), ("peak memory, MiB", peaks))
+        ]
+    draw(panels, title=title, path=path)
 
 
 def draw(panels: Sequence[Panel], *, title: str, path: Path, num_columns: int = 2) -> None:

@@ -26,6 +26,11 @@ class TemporalShape:
         return self.height * self.width
 
     @property
+    def tokens(self) -> tuple[int, int, int]:
+        """Size of a tensor (B*F, P, C)."""
+        return self.batch * self.frames, self.pixels, self.channels
+
+    @property
     def head_dim(self) -> int:
         """D, channels of a head."""
         return self.channels // self.heads

@@ -7,7 +7,8 @@ parameter.
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,12 @@ if not __package__:  # run as a file: import from the checkout, not from this fo
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
-import tyro
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from bench import sub_block
-from bench.environment import tune_allocator
 from bench.shapes import TemporalShape
-from bench.sub_block import Bar, Function, Pieces, Settings
+from bench.sub_block import Bar, Pieces, Settings, Subject, Way
 from mmkernels.ops.spatial_attention import spatial_attention
 
 
@@ -39,23 +38,30 @@ class DiffusersSubBlock(nn.Module):
         return self.attn1(self.norm1(x)) + x
 
 
-def fused(module: Any) -> Mapping[str, tuple[Function, str]]:
+def subjects(settings: Settings) -> Sequence[Subject]:
+    """The one of this bench."""
+    s = settings.shape()
+    subject = Subject(
+        bench="spatial_attention", make=lambda: DiffusersSubBlock(s), inputs={"x": s.tokens}, ways=ways,
+        pieces=Pieces(axis=0, size=8, unit="frames"), bars=(Bar(baseline="checkpoint", least_speed=1.0),),
+    )  # fmt: skip
+    return (subject,)
+
+
+def ways(module: Any, x: torch.Tensor) -> Mapping[str, Way]:
+    """The op."""
+    return {"fused": Way(partial(fused, module), "saves x, the output of attention and its logsumexp")}
+
+
+def fused(module: Any, x: torch.Tensor) -> torch.Tensor:
     """The op on the parameters of the module."""
-    norm, attention = module.norm1, module.attn1
-    to_q, to_k, to_v = attention.to_q.weight, attention.to_k.weight, attention.to_v.weight
-    out = attention.to_out[0]
-
-    def call(x: torch.Tensor) -> torch.Tensor:
-        return spatial_attention(
-            x, norm.weight, norm.bias, to_q, to_k, to_v, out.weight, out.bias, attention.heads, eps=norm.eps
-        )
-
-    return {"fused": (call, "saves x, the output of attention and its logsumexp")}
+    norm, attn = module.norm1, module.attn1
+    out = attn.to_out[0]
+    return spatial_attention(
+        x, norm.weight, norm.bias, attn.to_q.weight, attn.to_k.weight, attn.to_v.weight, out.weight, out.bias,
+        attn.heads, eps=norm.eps,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
-    tune_allocator()
-    settings = tyro.cli(Settings, description=__doc__)
-    bars = (Bar(baseline="checkpoint", least_speed=1.0),)
-    pieces = Pieces(axis=0, size=8, unit="frames")
-    sys.exit(sub_block.run("spatial_attention", settings, DiffusersSubBlock, fused, bars, pieces))
+    sub_block.main(__doc__, Settings(), subjects)

@@ -1,38 +1,46 @@
-"""Measure one part of a transformer, x to y and back, against plain torch and torch.utils.checkpoint, and report it."""
+"""Measure an op in every way to run it, and report it: what the benches of single ops have in common.
 
+A bench says what its subjects are: the plain way in torch, a module of some inputs, and the ways that are its own. The
+module under torch.utils.checkpoint, whole and in pieces, under torch.compile and with other libraries' attention is
+added here. Gradients go to every input and every live parameter.
+"""
+
+import copy
 import functools
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
+import tyro
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bench import harness, reached, report
 from bench.attention_libraries import libraries
-from bench.environment import chosen_device
+from bench.environment import chosen_device, tune_allocator
 from bench.harness import Outputs, Provider, Results
 from bench.shapes import TemporalShape
 
 MODES: tuple[Literal["forward", "both"], ...] = ("forward", "both")
-Function = Callable[[torch.Tensor], torch.Tensor]
+Function = Callable[..., Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Shape and conditions; the defaults are those of the README's figures."""
+    """Shape and conditions; a bench's defaults are those of the README's figures."""
 
-    json: Path | None = None  # write one row per result here
+    json: Path | None = None  # write the results here
     picture: Path | None = None  # draw the results here
     batch: int = 1  # B, clips
     frames: int = 72  # F, frames of a clip
     height: int = 16  # latent pixels
     width: int = 24  # latent pixels
     channels: int = 320  # C
-    heads: int = 5  # N
+    heads: int = 5  # N, of attention
     threads: int = 1  # CPU threads of every provider
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU where there is one
@@ -55,149 +63,246 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Bar:
-    """What fused is held to, forward and backward, in float32 on a CPU."""
+    """What a way of ours is held to against another, forward and backward, in the bench's default conditions."""
 
     baseline: str
     least_speed: float
     most_peak: float | None = None
+    way: str = "fused"
 
     def __str__(self) -> str:
         words = f"at least {self.least_speed}x"
-        return words if self.most_peak is None else f"{words} at most {self.most_peak} of the peak"
+        return words if self.most_peak is None else f"{words} and at most {self.most_peak} of the peak"
+
+    def is_met(self, speed: float, peak: float) -> bool:
+        """Whether it is held."""
+        return speed >= self.least_speed and (self.most_peak is None or peak <= self.most_peak)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pieces:
-    """Parts of x (B*F, P, C) that do not see each other: how an eager checkpoint per chunk may cut it."""
+    """Parts of the input that do not see each other. axis: that is cut; None: of all tokens (B*F*P, C)."""
 
-    axis: int
+    axis: int | None
     size: int
     unit: str  # what the axis counts
 
+    def split(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The parts; split, not slices: its backward is one cat where slices would each fill a tensor of zeros."""
+        return x.flatten(0, -2).split(self.size) if self.axis is None else x.split(self.size, self.axis)
 
-class SubBlock:
-    """A module x -> y of tokens (B*F, P, C), the fused function of its parameters, and their inputs."""
+    def join(self, parts: Sequence[Tensor], like: Tensor) -> Tensor:
+        """The parts of a result as one of the shape of `like`."""
+        return torch.cat(list(parts), self.axis or 0).view(like.shape)
 
-    def __init__(
-        self, settings: Settings, make: Callable[[TemporalShape], nn.Module],
-        ways: Callable[[nn.Module], Mapping[str, tuple[Function, str]]], pieces: Pieces | None,
-    ) -> None:  # fmt: skip
+
+@dataclass(frozen=True)
+class Way:
+    """A way to run a subject. includes: in words, what its time covers.
+
+    to: makes the layout that it starts and ends in, outside of its time, of inputs and dy. back: from there, for the
+    gate.
+    """
+
+    function: Function
+    includes: str
+    to: Callable[[Tensor], Tensor] | None = None
+    back: Callable[[Tensor], Tensor] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """What is measured: `make` gives the plain way, a module of inputs of these sizes to y, of the first one's size.
+
+    words: what the plain way includes. ways: those of the bench, of the module and its first input. pieces: as the
+    eager checkpoint may cut the input; without a checkpoint the plain way is the baseline.
+    """
+
+    bench: str
+    make: Callable[[], nn.Module]
+    inputs: Mapping[str, Sequence[int]]
+    ways: Callable[[nn.Module, Tensor], Mapping[str, Way]]
+    words: str = "diffusers' modules"
+    has_checkpoint: bool = True
+    pieces: Pieces | None = None
+    bars: tuple[Bar, ...] = ()
+
+
+class Trial:
+    """A subject's tensors on the device at hand, every way that there is here, and why others are left out."""
+
+    def __init__(self, subject: Subject, settings: Settings) -> None:
         torch.manual_seed(0)
-        self.settings, self.shape = settings, settings.shape()
+        self.subject, self.settings = subject, settings
         self.device, dtype = chosen_device(settings.device), getattr(torch, settings.dtype)
-        self.make, self.ways, self.pieces = make, ways, pieces
-        self.module = make(self.shape).to(self.device, dtype)
-        size = (settings.batch * settings.frames, self.shape.pixels, settings.channels)
-        self.x = torch.randn(size).to(self.device, dtype).requires_grad_()
-        self.dy = torch.randn(size).to(self.device, dtype)
-        self.compiled = torch.compile(self.module)
-        first_call = functools.partial(self._run, self.compiled, "both")
-        self.compile_s, why_not_compiled = harness.compile_time_s(first_call, settings.compile_limit_s)
-        self.skipped = {} if why_not_compiled is None else {"compile": why_not_compiled}
-        self.libraries, left_out = libraries(self.module, self.device, dtype)
+        self.module = subject.make()
+        for tensor in (*self.module.parameters(), *self.module.buffers()):  # a module's own to() refuses fake tensors
+            tensor.data = tensor.data.to(self.device, dtype)
+        sizes = subject.inputs
+        self.inputs = {name: torch.randn(*size).to(self.device, dtype).requires_grad_() for name, size in sizes.items()}
+        self.x = next(iter(self.inputs.values()))
+        self.dy = torch.randn(self.x.shape).to(self.device, dtype)
+        self.skipped: dict[str, str] = {}
+        self.ways = self._ways(dtype)
+
+    def _ways(self, dtype: torch.dtype) -> dict[str, Way]:
+        subject, found = self.subject, {"torch": Way(self.module, self.subject.words)}
+        if subject.has_checkpoint:
+            found["checkpoint"] = Way(checkpointed(self.module), "torch under torch.utils.checkpoint")
+        if (pieces := subject.pieces) is not None:
+            words = f"a checkpoint per {pieces.size} {pieces.unit}, split and cat"
+            found["checkpoint-chunked"] = Way(in_pieces(checkpointed(self.module), pieces), words)
+        compiled = Way(torch.compile(self.module), "")
+        compile_s, reason = harness.compile_time_s(lambda: self.run(compiled, "both"), self.settings.compile_limit_s)
+        if reason is None:
+            words = f"torch.compile of torch; compiled in {compile_s:.0f} s"
+            found["compile"] = Way(compiled.function, words)
+        else:
+            self.skipped["compile"] = reason
+        others, left_out = libraries(self.module, self.device, dtype)
         self.skipped |= left_out
+        found |= {name: Way(function, words) for name, (function, words) in others.items()}
+        return found | dict(subject.ways(self.module, self.x))
+
+    def run(self, way: Way, mode: str) -> Outputs:
+        """Run once: y, and in mode `both` every gradient."""
+        return outputs_of(way.function, self.module, self.inputs, self.dy, mode)
+
+    def provider(self, name: str, way: Way, mode: str) -> Provider:
+        """A way as what is timed; one of another layout gets its own inputs, and copies for the gate alone."""
+        if way.to is None or way.back is None:
+            return Provider(name=name, includes=way.includes, step=lambda: self.run(way, mode))
+        inputs, dy, back = {key: leaf(way.to(x)) for key, x in self.inputs.items()}, way.to(self.dy), way.back
+
+        def step() -> Outputs:
+            return outputs_of(way.function, self.module, inputs, dy, mode)
+
+        def check() -> Outputs:
+            named = {"y", *(f"d {key}" for key in inputs)}
+            return {key: back(x) if key in named else x for key, x in step().items()}
+
+        return Provider(name=name, includes=way.includes, step=step, check=check)
+
+    def exact(self, mode: str) -> Outputs:
+        """Plain torch in float64, piece by piece where there are pieces: all at once might not fit."""
+        module = copy.deepcopy(self.module).double()
+        if (pieces := self.subject.pieces) is None:
+            leaves = {name: leaf(x.double()) for name, x in self.inputs.items()}
+            return outputs_of(module, module, leaves, self.dy.double(), mode)
+        parts = [
+            outputs_of(module, module, {"x": leaf(x.double())}, dy.double(), mode)
+            for x, dy in zip(pieces.split(self.x.detach()), pieces.split(self.dy), strict=True)
+        ]
+        return {
+            name: pieces.join([part[name] for part in parts], self.x) if name in ("y", "d x")
+            else torch.stack([part[name] for part in parts]).sum(0)
+            for name in parts[0]
+        }  # fmt: skip
+
+    def providers(self, mode: str) -> list[Provider]:
+        """Every way, the plain one first."""
+        return [self.provider(name, way, mode) for name, way in self.ways.items()]
 
     def measure(self, mode: str) -> Results:
-        """Gate, count and time every way; the baseline is checkpoint."""
-        found: dict[str, tuple[Function, str]] = {
-            "torch": (self.module, "diffusers' modules"),
-            "checkpoint": (self._checkpointed, "torch under torch.utils.checkpoint"),
-        }
-        if self.pieces is not None:
-            chunked = functools.partial(self._checkpointed_in_pieces, self.pieces)
-            words = f"a checkpoint per {self.pieces.size} {self.pieces.unit}, split and cat"
-            found["checkpoint-chunked"] = (chunked, words)
-        if "compile" not in self.skipped:
-            words = f"torch.compile of torch; compiled in {self.compile_s:.0f} s"
-            found["compile"] = (self.compiled, words)
-        found |= self.libraries
-        found |= self.ways(self.module)
-        providers = [
-            Provider(name=name, includes=words, step=lambda way=way: self._run(way, mode))
-            for name, (way, words) in found.items()
-        ]
+        """Gate, count and time every way."""
+        baseline = "checkpoint" if self.subject.has_checkpoint else "torch"
         return harness.measure(
-            providers, self._run(self.module, mode), self._exact(mode), baseline="checkpoint", device=self.device,
-            num_rounds=self.settings.rounds, num_warm_ups=self.settings.warm_ups,
+            self.providers(mode), self.run(self.ways["torch"], mode), self.exact(mode), baseline=baseline,
+            device=self.device, num_rounds=self.settings.rounds, num_warm_ups=self.settings.warm_ups,
         )  # fmt: skip
 
-    def _checkpointed(self, x: torch.Tensor) -> torch.Tensor:
-        return checkpoint(self.module, x, use_reentrant=False)  # pyright: ignore[reportReturnType]
 
-    def _checkpointed_in_pieces(self, pieces: Pieces, x: torch.Tensor) -> torch.Tensor:
-        parts = x.split(pieces.size, pieces.axis)
-        return torch.cat([self._checkpointed(part.contiguous()) for part in parts], pieces.axis)
-
-    def _exact(self, mode: str) -> Outputs:
-        module = self.make(self.shape).to(self.device).double()
-        module.load_state_dict({name: value.double() for name, value in self.module.state_dict().items()})
-        x = self.x.detach().double().requires_grad_()
-        return _gradients(module, module(x), x, self.dy.double(), mode)
-
-    def _run(self, function: Function, mode: str) -> Outputs:
-        return _gradients(self.module, function(self.x), self.x, self.dy, mode)
+def leaf(x: Tensor) -> Tensor:
+    """The same values as an input whose gradient is wanted."""
+    return x.detach().requires_grad_()
 
 
-def _gradients(module: nn.Module, y: torch.Tensor, x: torch.Tensor, dy: torch.Tensor, mode: str) -> Outputs:
+def checkpointed(function: Function) -> Function:
+    """The function under torch.utils.checkpoint."""
+    return functools.partial(checkpoint, function, use_reentrant=False)  # pyright: ignore[reportReturnType]
+
+
+def in_pieces(function: Function, pieces: Pieces) -> Function:
+    """The function on one piece of x after the other."""
+    return lambda x: pieces.join([function(part) for part in pieces.split(x)], x)
+
+
+def outputs_of(
+    function: Function, module: nn.Module, inputs: Mapping[str, Tensor], dy: Tensor, mode: str
+) -> dict[str, Tensor]:
+    """y, and in mode `both` the gradients of inputs and live parameters, each as `d` and its name."""
+    y = function(*inputs.values())
     if mode == "forward":
         return {"y": y.detach()}
-    live = {name: value for name, value in module.named_parameters() if value.requires_grad}
-    gradients = torch.autograd.grad(y, (x, *live.values()), dy)
-    return {"y": y.detach(), **dict(zip(("dx", *(f"d {name}" for name in live)), gradients, strict=True))}
+    leaves = {**inputs, **{name: value for name, value in module.named_parameters() if value.requires_grad}}
+    gradients = torch.autograd.grad(y, tuple(leaves.values()), dy)
+    return {"y": y.detach(), **dict(zip((f"d {name}" for name in leaves), gradients, strict=True))}
+
+
+def main(
+    description: str | None, default: Settings, subjects: Callable[..., Sequence[Subject]],
+    beside: Callable[[Console], list[report.Row]] = lambda console: [],
+) -> None:  # fmt: skip
+    """A bench's command line: measure `subjects` of the settings that are asked for, and end."""
+    tune_allocator()
+    settings = tyro.cli(type(default), default=default, description=description)
+    sys.exit(run(settings, default, subjects(settings), beside))
 
 
 def run(
-    name: str, settings: Settings, make: Callable[[TemporalShape], nn.Module],
-    ways: Callable[[nn.Module], Mapping[str, tuple[Function, str]]], bars: tuple[Bar, ...],
-    pieces: Pieces | None,
+    settings: Settings, default: Settings, subjects: Sequence[Subject],
+    beside: Callable[[Console], list[report.Row]],
 ) -> int:  # fmt: skip
-    """Measure, print, write. Returns the exit status: 1 where a fused way was refused."""
+    """Measure, print, write. beside: prints further rows and gives them. Returns 1 where a way of ours was refused."""
     torch.set_num_threads(settings.threads)
-    console = report.make_console()
-    sub_block = SubBlock(settings, make, ways, pieces)
-    setting = report.Setting.of(sub_block.device, sub_block.x.dtype)
-    conditions = f"{sub_block.shape}, {setting.dtype}, {setting.threads} thread(s)"
-    console.print(f"{name}, measured: {conditions}, {setting.device}; commit {setting.commit}")
-    for way, reason in sub_block.skipped.items():
-        console.print(f"left out: {way}: {reason}", markup=False)
-    found = {mode: sub_block.measure(mode) for mode in MODES}
-    rows: list[report.Row] = []
-    for mode, results in found.items():
-        shape = sub_block.shape.as_row()
-        shares = reached.shares(results, name, mode, shape, setting.dtype, sub_block.device)
-        report.print_results(f"{name}, {mode}", results, console, shares)
-        rows += report.rows_of(results, bench=name, mode=mode, shape=shape, setting=setting, shares=shares)
-    print_bars(found["both"], bars, console)
-    if settings.json:
-        report.write_json(rows, settings.json)
-        console.print(f"rows: {settings.json}")
+    shape, console, device = settings.shape(), report.make_console(), chosen_device(settings.device)
+    setting = report.Setting.of(device, getattr(torch, settings.dtype))
+    name = subjects[0].bench.partition("/")[0]
+    title = f"{name}, measured: {shape}, {setting.dtype}, {setting.threads} thread(s)"
+    conditions = f"{setting.device}; allocator: {dict(setting.allocator)}; commit {setting.commit}"
+    console.print(f"{title}, {conditions}", markup=False)
+    console.print(
+        "time: median of the rounds; peak: most bytes allocated at once above inputs and weights, outputs and "
+        "gradients included; both = forward + backward"
+    )
+    is_held = (shape, device.type, settings.dtype, settings.threads) == (default.shape(), "cpu", "float32", 1)
+    rows, found = [], []
+    for subject in subjects:
+        trial = Trial(subject, settings)
+        for way, reason in trial.skipped.items():
+            console.print(f"left out: {subject.bench}, {way}: {reason}", markup=False)
+        of_subject = {mode: trial.measure(mode) for mode in MODES}
+        found.append((subject, of_subject))
+        for mode, results in of_subject.items():
+            shares = reached.shares(results, subject.bench, mode, shape.as_row(), setting.dtype, device)
+            report.print_results(f"{subject.bench}, {mode}", results, console, shares)
+            rows += report.rows_of(
+                results, bench=subject.bench, mode=mode, shape=shape.as_row(), setting=setting, shares=shares
+            )
+    rows += beside(console)
+    for subject, of_subject in found:
+        print_ratios(subject, of_subject, console, is_held=is_held)
+    report.write(rows, settings.json, console)
     if settings.picture:
-        draw(found["both"], f"{name}, measured: {conditions}\n{setting.device}", settings.picture)
+        both = {subject.bench: of_subject["both"] for subject, of_subject in found}
+        report.draw_results(both, f"{title}\n{setting.device}", settings.picture)
         console.print(f"picture: {settings.picture}")
-    return int(any(results.refused_of_ours for results in found.values()))
+    return int(any(results.refused_of_ours for _, of_subject in found for results in of_subject.values()))
 
 
-def print_bars(both: Results, bars: tuple[Bar, ...], console: Console) -> None:
-    """Every fused way against the others, and what it is held to."""
-    wanted = {bar.baseline: bar for bar in bars}
-    for name, own in both.measured.items():
-        for baseline, reference in both.measured.items():
-            if harness.is_ours(name) and not harness.is_ours(baseline):
+def print_ratios(subject: Subject, found: Mapping[str, Results], console: Console, *, is_held: bool) -> None:
+    """Every way of ours against the others, and beside it its bar. is_held: in the conditions that bars are for."""
+    console.print(f"\n{subject.bench}: ratios, speed is the median of those within a round:")
+    bars = {(bar.way, bar.baseline): bar for bar in subject.bars}
+    for mode, results in found.items():
+        for name, own in results.measured.items():
+            for baseline, reference in results.measured.items():
+                if not harness.is_ours(name) or harness.is_ours(baseline):
+                    continue
                 speed, peak = own.speed_over(reference).median, own.peak_share_of(reference)
-                bar = wanted.get(baseline)
-                words = "" if bar is None else f"   bar in float32 on a CPU: {bar}"
-                console.print(f"{name} against {baseline}: {speed:.2f}x at {peak:.3f} of the peak{words}")
-
-
-def draw(both: Results, title: str, path: Path) -> None:
-    """Time and peak of forward + backward."""
-    times = {name: one.time_ms for name, one in both.measured.items()}
-    peaks = {
-        name: harness.Spread(**dict.fromkeys(asdict(one.time_ms), one.peak_bytes / report.MIB))
-        for name, one in both.measured.items()
-    }
-    panels = [
-        report.Panel(title="forward + backward", unit="time, ms", values=times, baseline=both.baseline),
-        report.Panel(title="forward + backward", unit="peak memory, MiB", values=peaks, baseline=both.baseline),
-    ]
-    report.draw(panels, title=title, path=path)
+                words = f"  {mode}: {name} against {baseline}: {speed:.2f}x at {peak:.3f} of the peak"
+                if mode == "both" and (bar := bars.get((name, baseline))) is not None:
+                    met = "met" if bar.is_met(speed, peak) else "NOT MET"
+                    verdict = met if is_held else "for the default shape and conditions, which these are not"
+                    words += f"   bar: {bar}: {verdict}"
+                console.print(words, soft_wrap=True)

@@ -8,7 +8,7 @@ and `checkpoint-full`, so that the shortcut is in no ratio to the others. Gradie
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,12 @@ if not __package__:  # run as a file: import from the checkout, not from this fo
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
-import tyro
 from diffusers.models.attention import TemporalBasicTransformerBlock
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from bench import sub_block
-from bench.environment import tune_allocator
 from bench.shapes import TemporalShape
-from bench.sub_block import Bar, Function, Pieces, Settings
+from bench.sub_block import Bar, Pieces, Settings, Subject, Way, checkpointed
 from mmkernels.blocks.segment import segment
 from mmkernels.blocks.transformer import temporal_transformer_block
 
@@ -60,7 +57,18 @@ class DiffusersBlock(nn.Module):
         return self.block(x, self.shape.frames, context.repeat_interleave(x.shape[1], 0))
 
 
-def ways(module: Any) -> Mapping[str, tuple[Function, str]]:
+def subjects(settings: Settings) -> Sequence[Subject]:
+    """The one of this bench."""
+    s = settings.shape()
+    subject = Subject(
+        bench="temporal_transformer_block", make=lambda: DiffusersBlock(s), inputs={"x": s.tokens}, ways=ways,
+        pieces=Pieces(axis=1, size=96, unit="pixels"),
+        bars=(Bar(baseline="checkpoint", least_speed=1.12, most_peak=0.15),),
+    )  # fmt: skip
+    return (subject,)
+
+
+def ways(module: Any, x: torch.Tensor) -> Mapping[str, Way]:
     """diffusers' own cross-attention, and the fused block in two ways to save."""
     shape = module.shape
 
@@ -68,20 +76,13 @@ def ways(module: Any) -> Mapping[str, tuple[Function, str]]:
         shift = x.new_zeros((x.shape[0], 1, shape.channels))
         return temporal_transformer_block(module.block, x, shift, module.context, shape.frames)
 
-    def checkpoint_full(x: torch.Tensor) -> torch.Tensor:
-        return checkpoint(module.in_full, x, use_reentrant=False)  # pyright: ignore[reportReturnType]
-
     return {
-        "torch-full": (module.in_full, "diffusers' forward, cross-attention in full"),
-        "checkpoint-full": (checkpoint_full, "the same under torch.utils.checkpoint"),
-        "fused": (fused, "keeps its input and the streams after ff_in and after attention"),
-        "fused-input-only": (lambda x: segment(fused, x), "keeps its input only: the three operations run again"),
+        "torch-full": Way(module.in_full, "diffusers' forward, cross-attention in full"),
+        "checkpoint-full": Way(checkpointed(module.in_full), "the same under torch.utils.checkpoint"),
+        "fused": Way(fused, "keeps its input and the streams after ff_in and after attention"),
+        "fused-input-only": Way(lambda x: segment(fused, x), "keeps its input only: the three operations run again"),
     }
 
 
 if __name__ == "__main__":
-    tune_allocator()
-    settings = tyro.cli(Settings, description=__doc__)
-    bars = (Bar(baseline="checkpoint", least_speed=1.12, most_peak=0.15),)
-    pieces = Pieces(axis=1, size=96, unit="pixels")
-    sys.exit(sub_block.run("temporal_transformer_block", settings, DiffusersBlock, ways, bars, pieces))
+    sub_block.main(__doc__, Settings(), subjects)

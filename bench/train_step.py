@@ -44,7 +44,6 @@ from bench.fused_plan import Plans, StepWay
 from mimicmotion import config as presets
 from mimicmotion.planning.memory_plan import reserve_as_planned
 from mmkernels.cards import card
-from mmkernels.choices import OptimizerKind
 from mmkernels.planning.sizes import parse_size
 from mmkernels.planning.svd import svd_workload
 from mmkernels.planning.workload import Workload
@@ -56,7 +55,6 @@ MEASURED_ON_A_GPU: tuple[StepWay, ...] = (
     "fine-grained", "fine-grained-one-token", "checkpoint+save-on-cpu", "fused",
     "fused-plan", *COMPILED,
 )  # fmt: skip
-LEAST_GIB_OF_ADAMW = 40  # memory of a card from which float32 weights and moments are the usual choice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,8 +113,7 @@ class Settings:
 def model(settings: Settings, console: Console) -> int:
     """Trace every way, print, write."""
     target = card(settings.card)
-    by_card: OptimizerKind = "adamw" if target.memory_gib >= LEAST_GIB_OF_ADAMW else "adamw8bit"
-    kind = by_card if settings.optimizer == "auto" else settings.optimizer
+    kind = modelled_step.usual_optimizer(target.memory_gib) if settings.optimizer == "auto" else settings.optimizer
     height, width = settings.pixels() or (576, 1024)
     frames = settings.frames or 72
 
@@ -137,9 +134,9 @@ def model(settings: Settings, console: Console) -> int:
     if plan is not None:
         console.print(f"fused-plan follows: {plan}", markup=False, soft_wrap=True)
     rows, picture = settings.path("modelled_step", "json"), settings.path("modelled_step", "png")
-    report.write_json(modelled_step.rows_of(found, make(True).made_for, target, kind), rows)
+    report.write(modelled_step.rows_of(found, make(True).made_for, target, kind), rows, console)
     modelled_step.draw(found, f"One training step, modelled: {words}", target, picture)
-    console.print(f"rows and picture: {rows}, {picture}")
+    console.print(f"picture: {picture}")
     return 0
 
 
@@ -169,10 +166,10 @@ def measure(settings: Settings, console: Console) -> int:
     if device.type == "cuda":
         measured_step.print_variants(console)
     rows, picture = settings.path("step_cost", "json"), settings.path("step_cost", "png")
-    report.write_json(measured_step.rows_of(found, shape, setting), rows)
+    report.write(measured_step.rows_of(found, shape, setting), rows, console)
     title = f"One training step, measured: {words}\n{setting.device}, {setting.threads} thread(s)"
     measured_step.draw(found, title, picture)
-    console.print(f"rows and picture: {rows}, {picture}")
+    console.print(f"picture: {picture}")
     return int(bool(found.results.refused_of_ours))
 
 

@@ -1,23 +1,36 @@
-"""The trainer's step on one synthetic clip, run in any way on the same weights, and the gate for its gradients."""
+"""The trainer's step on one synthetic clip, run in any way on the same weights, and the gate for its gradients.
+
+    python -m bench.training_step fused demo step 72 128 128 1
+
+Run as a command it takes two steps one way and prints the most resident memory of this process: what a machine must
+have, Python, torch's libraries, weights and optimizer included. It is the kernel's own high-water mark (VmHWM of
+/proc/self/status), which starts anew with a process; bench/train_step.py runs this once for each way.
+"""
 
 import copy
 import dataclasses
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from bench import harness
 from bench.compiled import CompileError, compiling
+from bench.environment import ROOT
 from bench.fused_plan import Plans, StepWay
 from bench.harness import Outputs
-from bench.placements import use
+from bench.placements import Way, use
 from mimicmotion import config as presets
 from mimicmotion.data.batch import Batch
 from mimicmotion.model.unet import MimicMotionModel, build_model, image_latents, model_input
 from mimicmotion.optimization.optimizer import build_optimization
 from mimicmotion.step import batch_loss, draw_samples
 
+NUM_STEPS = 2  # of a process whose memory is read: from the second on the optimizer's states are there
 MOST_ERROR = 1e-3  # of the scale of any one gradient; a wrong formula is off by far more
 
 
@@ -177,3 +190,39 @@ def _fill_zero_layers(model: MimicMotionModel) -> None:
     for parameter in model.parameters():
         if parameter.ndim > 1 and not parameter.any():
             torch.nn.init.normal_(parameter, std=0.02)
+
+
+def resident_peak_bytes(way: Way, config: presets.Config, part: str, threads: int) -> int:
+    """Run this file for one way of `config` and return what it prints. Raises RuntimeError where it fails."""
+    data = config.data
+    words = (way, config.preset, part, data.num_frames, data.height, data.width, threads)
+    command = [sys.executable, "-m", "bench.training_step", *map(str, words)]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if ran.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with {ran.returncode}: {ran.stderr.strip()[-2000:]}")
+    return int(ran.stdout.split()[-1])
+
+
+def high_water_bytes(status: Path = Path("/proc/self/status")) -> int:
+    """VmHWM of this process."""
+    for line in status.read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"{status} has no line VmHWM; resident memory is measured on Linux only")
+
+
+def main(way: Any, preset: str, part: str, *numbers: str) -> None:
+    """Train two steps and print the bytes. numbers: frames, height and width in pixels, threads."""
+    frames, height, width, threads = map(int, numbers)
+    torch.set_num_threads(threads)
+    config = presets.PRESETS[preset]()
+    data = dataclasses.replace(config.data, num_frames=frames, height=height, width=width)
+    training = TrainingStep(dataclasses.replace(config, data=data), torch.device("cpu"), part)
+    with training.running(way):
+        for _ in range(NUM_STEPS):
+            training.step()
+    print(high_water_bytes())
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

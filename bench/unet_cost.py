@@ -9,7 +9,7 @@ of a block are those that its forward leaves alive, its output with them.
 """
 
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -86,14 +86,9 @@ def main(settings: Settings) -> int:
         values = {"saved_bytes": one.saved_bytes, "peak_bytes": peak_bytes, "flops": one.flops}
         for part, kept in one.parts.items():
             values |= {f"saved_bytes/{part}": kept.kept_bytes, f"forward_flops/{part}": kept.forward_flops}
-        rows += [
-            report.Row(bench=BENCH, provider=way, mode="both", metric=metric, median=value, low=value, high=value,
-                       kind="modelled", shape=shape, includes=INCLUDES[way], **asdict(setting))
-            for metric, value in values.items()
-        ]  # fmt: skip
-    if settings.json:
-        report.write_json(rows, settings.json)
-        console.print(f"rows: {settings.json}")
+        common = {"bench": BENCH, "mode": "both", "kind": "modelled", "shape": shape}
+        rows += report.figures(values, setting, provider=way, includes=INCLUDES[way], **common)
+    report.write(rows, settings.json, console)
     return 0
 
 

@@ -6,7 +6,6 @@ Rows of the file that are not made anew stay. Ends with 1 where one injection wa
 """
 
 import argparse
-import json
 import math
 import os
 import platform
@@ -27,7 +26,7 @@ from bench import environment
 from bench.faults import damaged, footage, full_disk, hostile, killed, not_finite, ranks, signalled
 from bench.faults.judge import Judge
 from bench.faults.outcome import Outcome, figures
-from mimicmotion.data.cache import atomic_write
+from bench.result_file import read_rows, write_rows
 
 ROWS: dict[str, ModuleType] = {
     module.__name__.rpartition(".")[2]: module
@@ -76,10 +75,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def _keep(row: dict[str, Any], path: Path) -> None:
     """Put a row into a file of rows, in the place of an earlier one of its kind."""
-    before = json.loads(path.read_text()) if path.exists() else []
+    before = read_rows(path) if path.exists() else []
     kept = {one["row"]: one for one in [*before, row]}
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps([kept[name] for name in ROWS if name in kept], indent=1) + "\n")
+    write_rows([kept[name] for name in ROWS if name in kept], path)
 
 
 def main() -> None:

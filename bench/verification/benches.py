@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import json
 import subprocess
 import sys
 import tempfile
@@ -14,6 +13,7 @@ from typing import Any
 
 from bench import limits
 from bench.environment import ROOT
+from bench.result_file import read_rows
 from bench.verification.device import Gpu
 from bench.verification.record import Record
 
@@ -59,7 +59,7 @@ def run(gpu: Gpu, record: Record, seconds: float) -> None:
             except subprocess.TimeoutExpired:
                 record.fail(name, f"not done in its {limit_s:.0f} s")
             if path.exists():
-                write_rows(json.loads(path.read_text()), gpu, record)
+                write_rows(read_rows(path), gpu, record)
 
 
 def write_rows(rows: list[dict[str, Any]], gpu: Gpu, record: Record) -> None:

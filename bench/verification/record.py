@@ -7,8 +7,6 @@ written by hand, and stay.
 
 from __future__ import annotations
 
-import json
-import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -16,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import report
+from bench.result_file import read_rows, replace_text, write_rows
 from bench.verification.page import FAILURE, STATE, Rows, page_of
 
 
@@ -35,7 +34,7 @@ class Record:
 
     def rows(self) -> Rows:
         """All rows of the file, those of other parts included."""
-        return json.loads(self.path.read_text()) if self.path.exists() else []
+        return read_rows(self.path) if self.path.exists() else []
 
     def begin(self, state: str, *, limit_s: float = 0.0) -> None:
         """Drop what an earlier run left of this part."""
@@ -58,15 +57,11 @@ class Record:
         shape: Mapping[str, object] | None = None, kind: str | None = None, includes: str = "",
     ) -> None:  # fmt: skip
         """One row for each metric of `values`."""
-        self.add(
-            asdict(
-                report.Row(
-                    bench=bench, provider=provider, mode=mode, metric=metric, median=value, low=value, high=value,
-                    kind=kind or self.kind, shape=shape or {}, includes=includes, **asdict(self.setting),
-                )
-            )
-            for metric, value in values.items()
+        rows = report.figures(
+            values, self.setting, bench=bench, provider=provider, mode=mode, kind=kind or self.kind,
+            shape=shape or {}, includes=includes,
         )  # fmt: skip
+        self.add(map(asdict, rows))
 
     def fail(self, what: str, why: str) -> None:
         """Write that something went wrong, and print it."""
@@ -83,16 +78,8 @@ class Record:
         return replace(self, setting=replace(self.setting, dtype=dtype))
 
     def _write(self, rows: Rows) -> None:
-        _replace(self.path, json.dumps(rows, indent=1) + "\n")
-        _replace(self.path.with_suffix(".md"), page_of(rows))
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    unfinished.write_text(text)
-    unfinished.replace(path)
+        write_rows(rows, self.path)
+        replace_text(self.path.with_suffix(".md"), page_of(rows))
 
 
 def failures_of(rows: Rows, parts: Iterable[str]) -> Rows:

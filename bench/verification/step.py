@@ -19,7 +19,7 @@ from typing import get_args
 
 from bench.fused_plan import INCLUDES, Plans, StepWay
 from bench.measured_step import GATE_PIXELS
-from bench.modelled_step import model_step
+from bench.modelled_step import model_step, usual_optimizer
 from bench.placements import Way
 from bench.training_step import TrainingStep, why_refused
 from bench.verification.device import Gpu
@@ -33,7 +33,6 @@ from mmkernels.planning.svd import svd_workload
 WAYS: tuple[StepWay, ...] = ("fused", "checkpoint", "fine-grained-one-token", "fused-plan")  # most telling first
 PEERS: tuple[StepWay, ...] = ("compiled-fine-grained-one-token", "compiled-checkpoint", "budget-0.3")
 STEPS = 3  # timed, after one that compiles and warms up
-LEAST_GIB_OF_ADAMW = 40  # memory of a card from which float32 weights and moments are the usual choice
 SMALL = {"num_frames": 8, "height": 64, "width": 64}  # of a dry pass
 
 
@@ -51,9 +50,9 @@ class MadePlan(Plans):
 def step_config(gpu: Gpu) -> presets.Config:
     """The step that is run: the released model where the device is a GPU, a tiny one on a stand-in."""
     config = presets.mimicmotion_72() if gpu.is_full_size else presets.demo()
-    kind: presets.OptimizerKind = "adamw8bit" if gpu.memory_gib() < LEAST_GIB_OF_ADAMW else "adamw"
+    kind: presets.OptimizerKind = usual_optimizer(gpu.memory_gib()) if gpu.is_full_size else "adamw"
     if not gpu.is_full_size:
-        config, kind = dataclasses.replace(config, data=dataclasses.replace(config.data, **SMALL)), "adamw"
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, **SMALL))
     optimizer = dataclasses.replace(config.optimizer, ema="off", kind=kind)
     return dataclasses.replace(config, optimizer=optimizer)
 

@@ -7,7 +7,7 @@
 #include "geglu.h"
 #include "group_norm_silu.h"
 #include "layer_norm.h"
-#include "temporal_attention.h"
+#include "temporal_attention_kernels.h"
 
 namespace mm {
 

@@ -2,12 +2,11 @@
 //
 // A tile's frames are gathered once into scratch that stays in the cache; the probabilities live only there, and of few
 // enough queries at once (kRowBlock, kScores) that scratch grows with the frames, not with their square.
-#include "temporal_attention.h"
-
 #include <new>
 
 #include "parallel.h"
 #include "simd.h"
+#include "temporal_attention_kernels.h"
 #include "tile_product.h"
 
 namespace mm::MM_ISA {

@@ -78,6 +78,17 @@ MM_DEVICE void finish(const Convolution& conv, const Place& place, int y, int x,
 }
 
 // Brings the sums through shared memory, half the tile at a time, into rows of eight channels.
+//
+// A half is four rows of 16 pixels, staging[row * 16 + column][output]; each of its four warps has 40 outputs of it.
+// Of a row, fragment i of a warp lies in its lanes as the tensor cores leave it, with sums[row][i][j] in each:
+//
+//   output of the warp   8i + 0,1    8i + 2,3    8i + 4,5    8i + 6,7
+//   column 0             lane 0      lane 1      lane 2      lane 3       j = 0, 1
+//   ...                  ...
+//   column 7             lane 28     lane 29     lane 30     lane 31
+//   column 8             lane 0      lane 1      lane 2      lane 3       j = 2, 3
+//   ...                  ...
+//   column 15            lane 28     lane 29     lane 30     lane 31
 template <class T>
 MM_DEVICE void store_tile(const NormInput& in, const Convolution& conv, const Place& place, int k0,
                           const float (&sums)[kHalfRows][kFragments][4], float* staging) {

@@ -1,6 +1,6 @@
 #include "launch.h"
 #include "temporal_attention.cuh"
-#include "temporal_attention.h"
+#include "temporal_attention_launches.h"
 
 namespace mm::cuda {
 namespace {

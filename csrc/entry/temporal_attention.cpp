@@ -1,8 +1,7 @@
 // Checks and calls the CPU kernels of temporal attention.
-#include "temporal_attention.h"
-
 #include "../cpu/instruction_set.h"
 #include "../entry.h"
+#include "parse_temporal_attention.h"
 
 namespace mm {
 void temporal_attention_forward(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t o, const std::vector<int64_t>& shape,

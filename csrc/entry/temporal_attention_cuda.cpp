@@ -1,7 +1,7 @@
 // Checks and launches the CUDA kernels of temporal attention.
-#include "../cuda/temporal_attention.h"
+#include "../cuda/temporal_attention_launches.h"
 #include "../entry.h"
-#include "temporal_attention.h"
+#include "parse_temporal_attention.h"
 
 namespace mm {
 namespace {

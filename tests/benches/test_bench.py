@@ -1,17 +1,20 @@
 """The bench refuses what is wrong, its statistics and its allocation count are exact, its rows are complete."""
 
 import dataclasses
-import json
+import importlib
 import os
 import subprocess
 import sys
+from itertools import product
+from pathlib import Path
 
 import pytest
 import started
 import torch
 from places import ROOT
 
-from bench import attn72, environment, geglu_feed_forward, harness, report, training_step
+from bench import environment, harness, report, sub_block, temporal_attention, training_step
+from bench.result_file import read_rows
 
 # As a bench starts itself again, which a test below looks at.
 TUNED = environment.QUIET_PROFILER | os.environ | environment.TUNED_ALLOCATOR
@@ -120,8 +123,8 @@ def test_rows_have_every_key_and_survive_json(tmp_path):
     setting = report.Setting.of(CPU, torch.float32)
     results = _measure([_doubled(x)], x)
     rows = report.rows_of(results, bench="test", mode="forward", shape={"frames": 72}, setting=setting)
-    report.write_json(rows, tmp_path / "rows.json")
-    loaded = json.loads((tmp_path / "rows.json").read_text())
+    report.write(rows, tmp_path / "rows.json", report.make_console())
+    loaded = read_rows(tmp_path / "rows.json")
     assert [row["metric"] for row in loaded] == ["time_ms", "peak_bytes"]
     for row in loaded:
         assert row.keys() >= ROW_KEYS
@@ -133,10 +136,8 @@ def test_rows_have_every_key_and_survive_json(tmp_path):
 
 def test_counts_below_one_are_refused():
     with pytest.raises(ValueError, match="threads must be at least 1, got 0"):
-        attn72.Settings(threads=0)
-    with pytest.raises(ValueError, match="eager_chunk_tokens must be at least 1, got 0"):
-        geglu_feed_forward.Settings(eager_chunk_tokens=0)
-    assert attn72.Settings(warm_ups=0).warm_ups == 0
+        sub_block.Settings(threads=0)
+    assert sub_block.Settings(warm_ups=0).warm_ups == 0
 
 
 def test_a_row_is_measured_or_modelled():
@@ -170,8 +171,8 @@ def test_attn72_runs_as_typed_and_prints_its_bars(tmp_path):
         ["bench/attn72.py", *flags, "--device", "cpu", "--json", tmp_path / "rows.json"], environment=TUNED
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert "bar: at least 1.35x" in ran.stdout
-    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert "bar: at least 1.35x: for the default shape" in ran.stdout
+    rows = read_rows(tmp_path / "rows.json")
     assert {row["bench"] for row in rows} == {"attn72/core", "attn72/sub-block"}
     assert {row["provider"] for row in rows} >= {"torch", "checkpoint", "checkpoint-chunked", "fused", "fused-keep-qkv"}
     assert all(row["allocator"] == environment.TUNED_ALLOCATOR and row["threads"] == 1 for row in rows)
@@ -246,57 +247,56 @@ def test_the_training_step_gate_under_autocast_asks_no_luck_of_one_number():
     assert "not in both: ['layer 7']" in str(training_step.why_wrong_step(without, plain, exact))
 
 
-def test_feed_forward_bench_runs_as_typed_and_prints_its_bar(tmp_path):
-    sizes: dict[str, int] = {
-        "frames": 3,
-        "height": 4,
-        "width": 5,
-        "channels": 32,
-        "rounds": 1,
-        "compile-limit-s": 0,
-        "threads": 1,
-    }
-    flags = [part for name, size in sizes.items() for part in (f"--{name}", str(size))]
-    files = ["--json", str(tmp_path / "rows.json"), "--picture", str(tmp_path / "bars.png")]
-    ran = started.python(["bench/geglu_feed_forward.py", *flags, "--device", "cpu", *files], environment=TUNED)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert "bar: at least 1.05x and at most 0.25 of the peak" in ran.stdout
-    rows = json.loads((tmp_path / "rows.json").read_text())
-    providers = {"torch", "checkpoint", "checkpoint-chunked", "fused", "fused-keep-up"}
-    assert {(row["bench"], row["mode"], row["provider"]) for row in rows} == {
-        ("geglu_feed_forward", mode, provider) for mode in ("forward", "both") for provider in providers
+@pytest.mark.parametrize(
+    ("bench", "way", "bar"),
+    [
+        ("geglu_feed_forward", "fused-keep-up", "at least 1.05x and at most 0.25 of the peak"),
+        ("spatial_attention", "fused", "at least 1.0x"),
+        ("temporal_transformer_block", "fused-input-only", "at least 1.12x and at most 0.15 of the peak"),
+        ("group_norm_silu_conv 3x3", "fused", "at least 0.98x and at most 0.65 of the peak"),
+        ("group_norm_silu_conv 3x1x1", "checkpoint-channels-first", "at least 1.15x and at most 0.35 of the peak"),
+    ],
+)
+def test_an_op_s_bench_measures_every_way_and_prints_its_bar(
+    bench: str, way: str, bar: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, _, kernel = bench.partition(" ")
+    module = importlib.import_module(f"bench.{name}")
+    settings = module.Settings(
+        frames=5, height=4, width=3, channels=64, heads=2, rounds=1, compile_limit_s=0.0, device="cpu",
+        json=tmp_path / "rows.json", picture=tmp_path / "bars.png", **({"kernel": kernel} if kernel else {}),
+    )  # fmt: skip
+    assert sub_block.run(settings, module.Settings(), module.subjects(settings), lambda console: []) == 0
+    assert f"bar: {bar}: for the default shape and conditions, which these are not\n" in capsys.readouterr().out
+    rows = read_rows(tmp_path / "rows.json")
+    providers = {row["provider"] for row in rows}
+    assert providers >= {"torch", "checkpoint", "fused", way}
+    assert {(row["bench"], row["mode"], row["provider"], row["metric"]) for row in rows} == {
+        (bench, *each) for each in product(("forward", "both"), providers, ("time_ms", "peak_bytes"))
     }
     assert all(row.keys() >= ROW_KEYS and row["median"] > 0 for row in rows)
     assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("kernel", ["3x3", "3x1x1"])
-def test_convolution_bench_runs_as_typed_and_prints_its_bar(kernel, tmp_path):
-    sizes = {"frames": 5, "height": 4, "width": 3, "channels": 64, "rounds": 1, "compile-limit-s": 0}
-    flags = [part for size, value in sizes.items() for part in (f"--{size}", str(value))]
-    outputs = ["--json", str(tmp_path / "rows.json"), "--picture", str(tmp_path / "bars.png")]
-    command = ["bench/group_norm_silu_conv.py", "--kernel", kernel, *flags, "--device", "cpu", *outputs]
-    ran = started.python(command, environment=TUNED)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert "bar in float32 on a CPU: at least" in ran.stdout
-    rows = json.loads((tmp_path / "rows.json").read_text())
-    assert {(row["bench"], row["mode"]) for row in rows} == {
-        (f"group_norm_silu_conv {kernel}", mode) for mode in ("forward", "both")
-    }
-    assert {row["provider"] for row in rows} >= {"torch", "checkpoint", "fused"}
-    assert (tmp_path / "bars.png").exists()
+def test_a_trial_gives_float64_in_pieces_and_refuses_a_way_whose_layout_is_not_brought_back() -> None:
+    """The exact outputs of pieces are those of the whole, and a way's check is of the plain layout."""
+    settings = sub_block.Settings(frames=4, height=2, width=3, channels=32, heads=2, device="cpu", compile_limit_s=0.0)
+    _, subject = temporal_attention.subjects(settings, eager_chunk_pixels=4)
+    trial = sub_block.Trial(subject, settings)
+    whole = sub_block.Trial(dataclasses.replace(subject, pieces=None), settings)
+    exact, wanted = trial.exact("both"), whole.exact("both")
+    assert exact.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(exact[name], value, rtol=1e-12, atol=1e-12)
+    way = trial.ways["torch-no-permute"]
+    check, plain = trial.provider("x", way, "both").check, trial.run(trial.ways["torch"], "both")
+    assert check is not None and harness.why_wrong(check(), plain, exact) is None
+    forgotten = dataclasses.replace(way, back=lambda x: x)
+    check = trial.provider("x", forgotten, "both").check
+    assert check is not None and "has shape (6, 4, 32)" in str(harness.why_wrong(check(), plain, exact))
 
 
-@pytest.mark.parametrize("name", ["spatial_attention", "temporal_transformer_block"])
-def test_a_sub_block_bench_runs_as_typed_and_prints_its_bar(name, tmp_path):
-    sizes = {"frames": 5, "height": 2, "width": 3, "channels": 64, "heads": 2, "rounds": 1, "compile-limit-s": 0}
-    flags = [part for size, value in sizes.items() for part in (f"--{size}", str(value))]
-    outputs = ["--json", str(tmp_path / "rows.json"), "--picture", str(tmp_path / "bars.png")]
-    ran = started.python([f"bench/{name}.py", *flags, "--device", "cpu", *outputs], environment=TUNED)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert "bar in float32 on a CPU: at least" in ran.stdout
-    rows = json.loads((tmp_path / "rows.json").read_text())
-    assert {(row["bench"], row["mode"]) for row in rows} == {(name, "forward"), (name, "both")}
-    assert {row["provider"] for row in rows} >= {"torch", "checkpoint", "checkpoint-chunked", "fused"}
-    assert all(row.keys() >= ROW_KEYS for row in rows)
-    assert (tmp_path / "bars.png").exists()
+def test_a_bar_is_held_or_not() -> None:
+    bar = sub_block.Bar(baseline="checkpoint", least_speed=1.1, most_peak=0.25)
+    assert bar.is_met(1.1, 0.25) and not bar.is_met(1.09, 0.25) and not bar.is_met(1.1, 0.26)
+    assert sub_block.Bar(baseline="checkpoint", least_speed=1.0).is_met(1.0, 9.0)

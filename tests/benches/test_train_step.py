@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from bench import measured_step, report
-from bench.largest_clip import largest, why_no_room
-from bench.resident_peak import high_water_bytes
+from bench.measured_step import largest, why_no_room
 from bench.train_step import Settings
+from bench.training_step import high_water_bytes
 from mmkernels.tuning import Choice
 
 

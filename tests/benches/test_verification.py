@@ -17,6 +17,7 @@ import torch
 
 from bench import limits, report
 from bench.environment import ROOT
+from bench.result_file import read_rows
 from bench.verification import benches, bits, memory, ops, page, real_ops, step, tests, variants
 from bench.verification.device import Gpu, StandIn
 from bench.verification.page import PARTS
@@ -138,7 +139,7 @@ def test_rows_and_page_are_written_with_each_result(record: Record) -> None:
     record.fail("checkpoint", "OutOfMemoryError: 2 GiB")
     record.say("done", 50.2, 100)
     replace(record, part="bits").begin_if_new("not reached")
-    rows = json.loads(record.path.read_text())
+    rows = record.rows()
     assert all(set(row) == KEYS for row in rows) and {row["commit"] for row in rows} == {"abc"}
     text = page_text(record)
     assert f"| step | {PARTS['step']} | done | 50 | 100 | abc |" in text
@@ -163,7 +164,7 @@ def test_rows_of_no_part_stay(record: Record) -> None:
     record.path.write_text(first.read_text())
     record.begin("begun")
     record.figures("step", "fused", {"step_s": 2.5})
-    by_hand = [row for row in json.loads(first.read_text()) if "part" not in row]
+    by_hand = [row for row in read_rows(first) if "part" not in row]
     assert [row for row in record.rows() if "part" not in row] == by_hand != []
     assert "## Rows that were there before, of no part\n\n### " in page_text(record)
     assert failures_of(record.rows(), ["step"]) == []
@@ -236,17 +237,15 @@ def test_a_bench_s_times_stand_beside_the_limit(record: Record) -> None:
 def test_limits_are_those_of_the_facts() -> None:
     """The table of known limits: level 0, 72 frames of 1024x576, bfloat16; in ms on A100, H100, H200."""
     known = {
-        "temporal attention forward": (0.83, 0.51, 0.35),
-        "temporal attention backward": (1.46, 0.89, 0.62),
-        "temporal attention sub-block forward": (1.94, 0.61, 0.61),
-        "GroupNorm statistics": (0.21, 0.13, 0.09),
-        "3x3 convolution forward": (3.92, 1.24, 1.24),
-        "3x1x1 convolution forward": (1.31, 0.41, 0.41),
-        "offload of one tensor, one way": (17.0, 7.7, 0.94),
+        ("attn72/core", "forward"): (0.83, 0.51, 0.35),
+        ("attn72/core", "backward"): (1.46, 0.89, 0.62),
+        ("attn72/sub-block", "forward"): (1.94, 0.61, 0.61),
+        ("group_norm_silu_conv 3x3", "forward"): (3.92, 1.24, 1.24),
+        ("group_norm_silu_conv 3x1x1", "forward"): (1.31, 0.41, 0.41),
     }
-    found = limits.physical_limits()
-    for work, expected in known.items():
-        assert [round(ms, 1 if ms > 7 else 2) for ms in found[work].values()] == list(expected), work
+    for (bench, mode), expected in known.items():
+        found = limits.limits_ms(bench, mode, limits.LEVEL_0, "bfloat16")
+        assert [round(ms, 2) for ms in found.values()] == list(expected), bench
     both = limits.limits_ms("attn72/core", "both", limits.LEVEL_0, "bfloat16")
     assert round(both["H100"], 2) == 1.39
     assert limits.limits_ms("attn72/core", "both", limits.LEVEL_0, "float32") == {}

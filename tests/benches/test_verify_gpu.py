@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import json
 import os
 import signal
 import subprocess
@@ -18,6 +17,7 @@ import torch
 
 from bench import report, verify_gpu
 from bench.environment import ROOT
+from bench.result_file import read_rows
 from bench.verification import page
 from bench.verification.record import Record, failures_of
 
@@ -116,7 +116,7 @@ def test_ctrl_c_leaves_what_is_there_and_nothing_running(tmp_path: Path) -> None
         process.send_signal(signal.SIGTERM)
         text = process.stdout.read()
     assert process.returncode == 130
-    rows = json.loads((tmp_path / "dry.json").read_text())
+    rows = read_rows(tmp_path / "dry.json")
     found = {row["provider"]: row["includes"] for row in rows if row["bench"] == page.STATE}
     assert found == {"bits": "stopped", "variants": "not reached"}
     assert "| bits | " in text and "| stopped |" in text
@@ -136,7 +136,7 @@ def test_a_bare_image_runs_what_it_can_and_says_what_it_lacks(tmp_path: Path) ->
     ran = subprocess.run(
         [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
-    rows = json.loads((out / "dry.json").read_text())
+    rows = read_rows(out / "dry.json")
     found = {row["provider"]: row["includes"] for row in rows if row["bench"] == page.STATE}
     assert found == {"variants": "done", "memory": "not run", "benches": "not run"}, ran.stderr
     assert "pip install matplotlib torchao\n" in ran.stdout and "pip install tyro\n" in ran.stdout

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import mmkernels
 from bench import placements, train_step
 from bench.compiled import COMPILED, KINDS, Compiled, CompileError, compiling, use_compiled
-from bench.largest_clip import why_no_room
+from bench.measured_step import why_no_room
 from bench.training_step import TrainingStep, why_refused
 from bench.verification.device import StandIn
 from bench.verification.step import step_config

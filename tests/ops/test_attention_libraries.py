@@ -58,10 +58,10 @@ def test_a_block_gives_the_same_through_a_library(name: Library) -> None:
 
 @pytest.mark.parametrize("name", LIBRARIES)
 def test_the_core_gives_the_same_through_a_library(name: Library) -> None:
-    shape = TemporalShape(batch=2, frames=5, height=2, width=3, channels=8, heads=2)
-    core = temporal_attention.Core(shape, torch.float32, torch.device("cpu"))
-    found = temporal_attention.by_library(name, core.q, core.k, core.v)
-    torch.testing.assert_close(found, temporal_attention.permuted_copies(core.q, core.k, core.v))
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 5, 6, 2, 4)
+    found = temporal_attention.by_library(name, q, k, v)
+    torch.testing.assert_close(found, temporal_attention.PermutedCopies()(q, k, v))
 
 
 def test_what_is_left_out_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:

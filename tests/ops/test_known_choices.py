@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ast
 import itertools
-import json
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +20,7 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install trito
 
 from torch import Tensor
 
+from bench.result_file import read_rows
 from mmkernels.kernels.call import Call
 from mmkernels.kernels.convolution import triton as convolution
 from mmkernels.kernels.geglu import triton as geglu_triton
@@ -33,7 +33,7 @@ from mmkernels.tuning import NUM_ROUNDS, Tuner
 
 BF16 = torch.bfloat16
 
-ROWS = json.loads((ROOT / "bench/results/nvidia-h200.json").read_text())
+ROWS = read_rows(ROOT / "bench/results/nvidia-h200.json")
 Work = tuple[str, str]  # op and key
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 import mmkernels
 from bench import fused_plan, harness, measured_step
 from bench.fused_plan import Plans
-from bench.largest_clip import largest_clip, why_no_room
+from bench.measured_step import largest_clip, why_no_room
 from bench.train_step import MEASURED_ON_A_GPU, Settings
 from bench.training_step import TrainingStep
 from mimicmotion.config import Config

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from drawn import lines_of, saved_figures
 
 from mmkernels import plan as command
 from mmkernels.blocks.drop_in import DropIn
@@ -142,6 +143,7 @@ def test_the_command_writes_a_plan_and_pictures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(command, "svd_workload", small_workload)
+    figures = saved_figures(monkeypatch)
     settings = command.Settings(card="RTX 4090", optimizer="adamw8bit", out=tmp_path)
     assert command.main(settings) == 0
     printed = capsys.readouterr().out
@@ -149,7 +151,9 @@ def test_the_command_writes_a_plan_and_pictures(
     plan = read_plan(tmp_path / "plan.json")
     assert plan.modelled is not None and plan.made_for["budget_gib"] == CARD.usable_gib
     assert "warning" not in printed
-    assert all((tmp_path / name).stat().st_size > 10_000 for name in ("memory.png", "front.png"))
+    budget, *_ = lines_of(figures["memory.png"])
+    assert budget[1] == [CARD.usable_gib] * 2
+    assert ([plan.modelled.peak_gib], [plan.modelled.step_s]) in lines_of(figures["front.png"]), "the chosen one's star"
 
 
 def test_settings_that_mean_nothing_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

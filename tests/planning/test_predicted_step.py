@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
@@ -10,6 +9,7 @@ import pytest
 from bench import predicted_step
 from bench.environment import ROOT
 from bench.modelled_step import model_step
+from bench.result_file import read_rows
 from mmkernels.cards import card
 from mmkernels.choices import OptimizerChoice
 from mmkernels.planning.svd import svd_workload
@@ -32,7 +32,7 @@ def test_the_operations_make_up_the_step() -> None:
 
 
 def test_the_stored_step_is_the_sum_of_its_operations_and_names_its_rates() -> None:
-    rows = json.loads((ROOT / "bench/results/h200-predicted.json").read_text())
+    rows = read_rows(ROOT / "bench/results/h200-predicted.json")
     assert {row["kind"] for row in rows} == {"modelled"} and {row["device"] for row in rows} == {"NVIDIA H200"}
     (step_s,) = (row["median"] for row in rows if row["metric"] == "step_s")
     assert sum(row["median"] for row in rows if row["metric"] == "total_ms") == pytest.approx(1e3 * step_s)

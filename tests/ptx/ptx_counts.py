@@ -12,7 +12,6 @@ Each op has its `ptx_<op>.py` with a function that gives rows of these keys, and
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +25,8 @@ import ptx_temporal_attention
 import ptx_temporal_attention_cuda
 import resources
 from places import BUDGETS
+
+from bench.result_file import read_rows, write_rows
 
 FILE = BUDGETS / "ptx.json"
 COMMAND = "make budgets"
@@ -74,7 +75,7 @@ def _spills(row: dict[str, Any]) -> int:
 
 def stored() -> Rows:
     """The budgets."""
-    return json.loads(FILE.read_text())
+    return read_rows(FILE)
 
 
 def main() -> None:
@@ -88,7 +89,7 @@ def main() -> None:
     rows += [row for name in names for row in count(*name)]
     places = list(KERNELS)
     rows.sort(key=lambda row: places.index((row["kernel"], row["backend"])))
-    options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    write_rows(rows, options.json)
     print(f"wrote {len(rows)} rows to {options.json}")
 
 

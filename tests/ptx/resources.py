@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import re
 import subprocess
 import tempfile
@@ -28,6 +27,7 @@ from places import BUDGETS
 from ptxrun import compile_triton
 from triton_geglu_program import level_0_launches
 
+from bench.result_file import read_rows, write_rows
 from mmkernels.kernels.temporal_attention import triton as temporal_attention_triton
 
 FILE = BUDGETS / "resources.json"
@@ -270,7 +270,7 @@ def number(pattern: str, text: str) -> int:
 
 def stored() -> Rows:
     """The budgets."""
-    return json.loads(FILE.read_text())
+    return read_rows(FILE)
 
 
 def main() -> None:
@@ -283,7 +283,7 @@ def main() -> None:
     kept = [] if options.only is None else [row for row in stored() if row["kernel"] != options.only]
     rows = kept + measure(ARCHITECTURES, DTYPES, options.only)
     rows.sort(key=lambda row: (ops.index(row["kernel"]), row["backend"] == "cuda"))
-    options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    write_rows(rows, options.json)
     print(f"wrote {len(rows)} rows to {options.json}")
 
 

@@ -1,6 +1,5 @@
 """A representative part of `make faults`: each row's share, every kind of fault at least once."""
 
-import json
 import os
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from bench.faults import full_disk
 from bench.faults.__main__ import ROWS, table
 from bench.faults.judge import Judge
 from bench.faults.outcome import Outcome, figures
+from bench.result_file import read_rows
 from mimicmotion.run import checkpoint
 
 SHARE = 0.05
@@ -26,7 +26,7 @@ def test_a_share_of_every_row_is_survived(tmp_path: Path) -> None:
     words = ["-m", "bench.faults", "--share", SHARE, "--json", path]
     done = started.python(words, environment=os.environ | {"OMP_NUM_THREADS": "1"}, renders=False)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-    rows = {row["row"]: row for row in json.loads(path.read_text())}
+    rows = {row["row"]: row for row in read_rows(path)}
     assert set(ROWS) - set(rows) == ({"full_disk"} if full_disk.why_not_here() else set())
     for name, row in rows.items():
         assert set(row["kinds"]) == set(ROWS[name].KINDS)
@@ -46,7 +46,7 @@ def test_a_resume_that_gets_its_moments_wrong_is_reported_as_lost(tmp_path: Path
 
 def test_the_published_counts_are_of_the_whole_table() -> None:
     """What the table says was injected is what the file says that ran, never more than there is."""
-    for row in json.loads((ROOT / "bench/results/faults.json").read_text()):
+    for row in read_rows(ROOT / "bench/results/faults.json"):
         assert row["survived"] == row["injected"] <= ROWS[row["row"]].COUNT and not row["failed"]
         ran = [tuple(map(int, said.split(" of "))) for said in row["kinds"].values()]
         assert (sum(good for good, _ in ran), sum(all_ for _, all_ in ran)) == (row["survived"], row["injected"])

@@ -6,6 +6,7 @@ import signal
 
 import pytest
 import torch
+from drawn import lines_of, saved_figures
 from numerics import assert_within_budget
 from safetensors.torch import load_file
 from tiny import NoiseClips, tiny_config
@@ -134,7 +135,8 @@ BOTH = ("fused", "8-bit, fused, in backward, on the host")
 
 
 @pytest.mark.parametrize("case", [pytest.param(x, marks=() if x in BOTH else pytest.mark.deep) for x in RESUMED])
-def test_interrupted_and_resumed_ends_bit_equal(case, tmp_path):
+def test_interrupted_and_resumed_ends_bit_equal(case, tmp_path, monkeypatch):
+    figures = saved_figures(monkeypatch)
     kernels, options = RESUMED[case]
     settings = {"num_steps": 3, "precision": "bf16"} if "kind" in options else {}
     straight = tiny_config(tmp_path / "straight", micro_batch_size=2, **settings)
@@ -142,6 +144,8 @@ def test_interrupted_and_resumed_ends_bit_equal(case, tmp_path):
         straight, kernels=kernels, optimizer=dataclasses.replace(straight.optimizer, **options)
     )
     assert _train(straight)[0]
+    (steps, losses), _ = lines_of(figures["loss.png"])
+    assert list(zip(steps, losses, strict=True)) == [(row["step"], row["loss"]) for row in _rows(straight)]
     broken = dataclasses.replace(straight, run_dir=tmp_path / "broken")
     before = {number: signal.getsignal(number) for number in SIGNALS}
     with Stop() as stop:
@@ -160,7 +164,6 @@ def test_interrupted_and_resumed_ends_bit_equal(case, tmp_path):
         assert tensors.keys() == got[name].keys() and len(tensors) > 300
         assert all(torch.equal(value, got[name][key]) for key, value in tensors.items()), name
     assert _rows(straight) == _rows(broken)
-    assert (straight.run_dir / "loss.png").is_file()
 
 
 def newest_name(config, trainer):
