@@ -229,11 +229,11 @@ CARDS = (
 
 def card(name: str) -> Card:
     """The card of that name, as `card_of` finds it. Raises ValueError with the names that are known."""
-    if (known := card_of(name)) is not None:
+    if (known := find_card(name)) is not None:
         return known
     raise ValueError(f"no card {name!r} is known; give one of {', '.join(known.name for known in CARDS)}")
 
 
-def card_of(name: str) -> Card | None:
+def find_card(name: str) -> Card | None:
     """The card of a name, ours or the driver's, upper and lower case alike; None where its data sheet is not here."""
     return next((known for known in CARDS if name.lower() in (known.name.lower(), known.device.lower())), None)

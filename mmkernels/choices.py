@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from mmkernels.files import atomic_write
-from mmkernels.memory.units import WHOLE, Choice
+from mmkernels.memory.units import BLOCK_INPUT, Choice
 from mmkernels.scratch import DEFAULT_BYTES
 
 OptimizerKind = Literal["adamw", "adamw8bit"]
@@ -113,7 +113,7 @@ class Plan:
         for block in self.recomputed_blocks:
             if block in plain:
                 problems.append(f"block {block} stays plain torch ({plain[block]}) and cannot be recomputed")
-            elif WHOLE not in units.get(block, ()):
+            elif BLOCK_INPUT not in units.get(block, ()):
                 problems.append(f"there is no block {block} that can be recomputed whole")
         for name, choice in self.units.items():
             block, _, unit = name.partition("/")
@@ -124,8 +124,8 @@ class Plan:
                 problems.append(f"there is no unit {name}")
             elif choice not in can:
                 problems.append(f"unit {name} is {choice!r}, it can be {' or '.join(can)}")
-            elif (unit == WHOLE) != (block in self.recomputed_blocks):
-                whether = "is not" if unit == WHOLE else "is"
+            elif (unit == BLOCK_INPUT) != (block in self.recomputed_blocks):
+                whether = "is not" if unit == BLOCK_INPUT else "is"
                 problems.append(f"unit {name} is decided on and block {block} {whether} recomputed whole")
         if problems:
             more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""

@@ -23,7 +23,7 @@ from mmkernels.choices import Plan
 from mmkernels.frames import FrameRanks
 from mmkernels.memory.offload import Offload
 from mmkernels.memory.transfer import CudaDevice, Device
-from mmkernels.memory.units import REST, WHOLE, Choice
+from mmkernels.memory.units import BLOCK_INPUT, REST, Choice
 from mmkernels.reporting import Report, Row, backends_of
 from mmkernels.shares import shares
 from mmkernels.sites import Site, known_of, original_of, sites_of, why_not
@@ -304,7 +304,7 @@ def _plain_parts(block: FusedBlock) -> list[str]:
 def _how_planned(block: FusedBlock) -> str:
     """What the plan has for the block beyond "fused", in short."""
     choices = list(block.choices.values())
-    moves, keeps, units = choices.count("move"), choices.count("keep"), len(block.units().keys() - {WHOLE})
+    moves, keeps, units = choices.count("move"), choices.count("keep"), len(block.units().keys() - {BLOCK_INPUT})
     if block.is_recomputed:
         return "recomputed whole, its input moves" if moves else "recomputed whole"
     parts = [f"{verb} {count} of {units} units" for verb, count in (("keeps", keeps), ("moves", moves)) if count]

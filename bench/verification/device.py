@@ -25,7 +25,7 @@ from mimicmotion.planning.planned import made_for
 from mimicmotion.ranks.distributed import Ranks
 from mmkernels import tuning
 from mmkernels.allocator import CudaAllocator
-from mmkernels.cards import Card, card, card_of
+from mmkernels.cards import Card, card, find_card
 from mmkernels.choices import GIB, Modelled, Plan
 from mmkernels.planning.device import measured_card
 
@@ -71,7 +71,7 @@ class Gpu:
 
     def sheet(self) -> Card:
         """The data sheet, what a limit is counted with; rates measured here where there is none."""
-        return card_of(self.name) or measured_card()
+        return find_card(self.name) or measured_card()
 
     def planner(self, make: Planner) -> Planner:
         """What makes a plan: `make` itself."""

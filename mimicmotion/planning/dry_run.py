@@ -12,7 +12,7 @@ from mimicmotion.model.adapters import adapt
 from mimicmotion.model.unet import MimicMotionModel, build_model, num_parameters
 from mimicmotion.optimization.optimizer import Optimization, build_optimization
 from mimicmotion.step import batch_loss, draw_samples
-from mmkernels.cards import Card, card, card_of
+from mmkernels.cards import Card, card, find_card
 from mmkernels.choices import GIB, Plan
 from mmkernels.memory.attribution import History, marking_gradients
 from mmkernels.memory.clock import Clock
@@ -135,6 +135,6 @@ def dry_run(
 def _clock_of(plan: Plan) -> Clock | None:
     """Of the card that the plan was made for; None where its data sheet is not here and nothing has to be moved."""
     name = str(plan.made_for.get("card"))
-    if not plan.moves and card_of(name) is None:
+    if not plan.moves and find_card(name) is None:
         return None
     return Clock(card(name))

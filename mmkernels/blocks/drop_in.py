@@ -22,7 +22,7 @@ from mmkernels.blocks.recognition.unchanged import watch
 from mmkernels.blocks.segment import segment
 from mmkernels.frames import Clip, FrameRanks
 from mmkernels.kernels.call import Call
-from mmkernels.memory.units import WHOLE, Choice, unit
+from mmkernels.memory.units import BLOCK_INPUT, Choice, unit
 from mmkernels.scratch import DEFAULT_BYTES, scratch_within
 
 CHECKPOINTING = (
@@ -102,7 +102,7 @@ class FusedBlock(DropIn):
     """A drop-in that computes only for blocks which `why_not` finds to be exactly the known kind.
 
     name: dotted, within the UNet; its units are named below it. choices: for its units, none where nothing is planned.
-    is_recomputed: its only unit is `WHOLE`; nothing but its inputs is saved and it runs whole again in backward.
+    is_recomputed: its only unit is `BLOCK_INPUT`; nothing but its inputs is saved and it runs whole again in backward.
     scratch_bytes: what a chunk inside its operations may take. plain: the parts that are called as they are.
     frames: the ranks that share out each clip's frames, where they do; a block that takes frames together asks them.
     """
@@ -124,7 +124,7 @@ class FusedBlock(DropIn):
         self.is_unchanged: Callable[[], bool] = _has_not_been_seen
 
     def units(self) -> dict[str, tuple[Choice, ...]]:
-        """Its units in the order they run, with the choices that each can have; `WHOLE`, if it has it, is the last."""
+        """Its units in the order they run, with the choices that each can have; `BLOCK_INPUT`, if it has it, is the last."""
         raise NotImplementedError
 
     def calls(self) -> Mapping[str, Call]:
@@ -158,7 +158,7 @@ class FusedBlock(DropIn):
                 return within_bound(*inputs)
             # What stops at the last tensor that it runs again for leaves exchanges behind that nobody waits for.
             to_the_end = nullcontext() if self.frames is None else set_checkpoint_early_stop(False)
-            with unit(WHOLE), to_the_end:
+            with unit(BLOCK_INPUT), to_the_end:
                 return segment(within_bound, *inputs)
 
     @property

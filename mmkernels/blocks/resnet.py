@@ -20,7 +20,7 @@ from mmkernels.blocks.recognition.inputs import resnet_inputs
 from mmkernels.blocks.recognition.resnet import why_not_resnet
 from mmkernels.frames import Clip
 from mmkernels.kernels.call import Call
-from mmkernels.memory.units import WHOLE, Choice, unit
+from mmkernels.memory.units import BLOCK_INPUT, Choice, unit
 from mmkernels.ops.blend import blend
 from mmkernels.ops.group_norm_silu_conv import group_norm_silu_conv
 
@@ -37,7 +37,7 @@ class FusedResBlock(FusedBlock):
 
     def units(self) -> dict[str, tuple[Choice, ...]]:
         """One for each convolution, and the mixing of both halves."""
-        names = ("spatial_first", "spatial_second", "temporal_first", "temporal_second", "blend", WHOLE)
+        names = ("spatial_first", "spatial_second", "temporal_first", "temporal_second", "blend", BLOCK_INPUT)
         return dict.fromkeys(names, PLAIN)
 
     def calls(self) -> Mapping[str, Call]:

@@ -38,7 +38,7 @@ from mmkernels.blocks.segment import segment
 from mmkernels.blocks.weights import Linear, adapters_of, linear_of
 from mmkernels.frames import Clip
 from mmkernels.kernels.call import Call
-from mmkernels.memory.units import WHOLE, Choice, unit
+from mmkernels.memory.units import BLOCK_INPUT, Choice, unit
 from mmkernels.ops.blend_projection import blend_projection
 from mmkernels.ops.geglu_feed_forward import geglu_feed_forward
 from mmkernels.ops.group_norm_projection import group_norm_projection
@@ -107,7 +107,7 @@ class FusedTransformer(FusedBlock):
             for role, blocks in ((SPATIAL, "transformer_blocks"), (TEMPORAL, "temporal_transformer_blocks"))
             for name, choices in units_of(role, self._plain_in(f"{blocks}.{index}")).items()
         }
-        return {"norm_projection": PLAIN, **layers, "blend_projection": PLAIN, WHOLE: PLAIN}
+        return {"norm_projection": PLAIN, **layers, "blend_projection": PLAIN, BLOCK_INPUT: PLAIN}
 
     def calls(self) -> Mapping[str, Call]:
         """Of every operation."""

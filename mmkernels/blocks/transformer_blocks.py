@@ -15,7 +15,7 @@ from mmkernels.blocks.recognition.inputs import spatial_inputs, temporal_inputs
 from mmkernels.blocks.recognition.transformer import SPATIAL, TEMPORAL, plain_parts_of_block, why_not_block
 from mmkernels.blocks.transformer import spatial_transformer_block, temporal_transformer_block, units_of
 from mmkernels.kernels.call import Call
-from mmkernels.memory.units import WHOLE, Choice
+from mmkernels.memory.units import BLOCK_INPUT, Choice
 
 
 class FusedSpatialBlock(FusedBlock):
@@ -28,7 +28,7 @@ class FusedSpatialBlock(FusedBlock):
 
     def units(self) -> dict[str, tuple[Choice, ...]]:
         """As in a whole transformer."""
-        return {**units_of(SPATIAL, self.plain), WHOLE: PLAIN}
+        return {**units_of(SPATIAL, self.plain), BLOCK_INPUT: PLAIN}
 
     def calls(self) -> Mapping[str, Call]:
         """Of every operation."""
@@ -69,7 +69,7 @@ class FusedTemporalBlock(FusedBlock):
 
     def units(self) -> dict[str, tuple[Choice, ...]]:
         """As in a whole transformer."""
-        return {**units_of(TEMPORAL, self.plain), WHOLE: PLAIN}
+        return {**units_of(TEMPORAL, self.plain), BLOCK_INPUT: PLAIN}
 
     def calls(self) -> Mapping[str, Call]:
         """Of every operation."""

@@ -23,7 +23,7 @@ if __name__ == "__main__":
 import torch
 import tyro
 
-from mmkernels.cards import card, card_of
+from mmkernels.cards import card, find_card
 from mmkernels.choices import OptimizerChoice, OptimizerKind, Plan, read_plan
 from mmkernels.memory.attribution import History, at_peak
 from mmkernels.memory.measured import CudaAllocator
@@ -76,7 +76,7 @@ def _halves(settings: Settings) -> tuple[PeakBytes, PeakBytes | None]:
         svd_workload, optimizer.kind, frames=settings.frames, height=height, width=width, batch=settings.batch
     )
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
-    known = card_of(torch.cuda.get_device_name()) if device is not None else None
+    known = find_card(torch.cuda.get_device_name()) if device is not None else None
     history = History()
     trace_way(workload(), way, known or card(settings.card), optimizer, history=history)
     if device is None:

@@ -15,7 +15,7 @@ from typing import Literal
 
 Choice = Literal["keep", "recompute", "move"]  # what is done with a unit: mmkernels.choices
 REST = "unet/rest"
-WHOLE = "input"  # the only unit of a block that is run whole again
+BLOCK_INPUT = "input"  # the only unit of a block that is recomputed
 
 _current: ContextVar[str] = ContextVar("unit", default="")
 

@@ -134,14 +134,14 @@ def _backward(
         place = up_geglu.place_in(dx[rows, tokens], up_weight.dtype) if _is_through(needs) else None
         normal, mean, rstd = layer_norm_of(part, chunk_shift, norm_weight, norm_bias, eps, buffers, place)
         du = buffers.take("u", count, 2 * H)
-        dinner = dy[rows, tokens].reshape(count, C).to(up_weight.dtype)
-        g = down.back(dinner, buffers.take("g", count, H))  # dg first
+        d_product = dy[rows, tokens].reshape(count, C).to(up_weight.dtype)
+        g = down.back(d_product, buffers.take("g", count, H))  # dg first
         if saved.numel() or up.adapters:
             u = saved[flat] if saved.numel() else up.times(normal, du)
             up_bias_sum += geglu_backward_into(u, up_bias, g, du, g)
         else:
             up_bias_sum += up_geglu.backward_into(normal, up_weight, up_bias, du, g)
-        down.collect(dinner, g)
+        down.collect(d_product, g)
         up.collect(du, normal)
         if _is_through(needs):
             vector_sums += layer_norm_backward_into(
@@ -183,9 +183,9 @@ def _backward_flops(_: Any, x: Sequence[int], *shapes: Any, **__: Any) -> int:
     _, saved, _, _, up, _, down, adapters, places, _, _, needs = shapes
     if not any((*needs[:7], needs[8])):
         return 0
-    again, through, wants = not saved[0], _is_through(needs), 2 * needs[8]
-    products = 1 + 2 * (again + through + needs[4]) + needs[6]
-    times = (again + through + wants, 1 + wants)
+    recomputes, through, wants = not saved[0], _is_through(needs), 2 * needs[8]
+    products = 1 + 2 * (recomputes + through + needs[4]) + needs[6]
+    times = (recomputes + through + wants, 1 + wants)
     return _product_flops(x, up, products) + adapter_flops(x[0] * x[1], adapters, places, (up[0], down[0]), times)
 
 

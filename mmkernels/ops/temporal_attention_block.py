@@ -137,14 +137,14 @@ def _backward(
     for b, pixels in chunk if _is_inside(needs) else ():
         h, mean, rstd = layer_norm_of(x[b, :, pixels], None, norm_weight, norm_bias, eps, chunk.buffers)
         qkv = chunk.saved(saved, b, pixels) if saved.numel() else to_qkv.times(h, chunk.buffer("qkv", pixels, 3 * C))
-        dinner = chunk.buffer("dinner", pixels, C)
-        dinner.view(dy[b, :, pixels].shape).copy_(dy[b, :, pixels])
-        do = out.back(dinner, chunk.buffer("do", pixels, C))
+        d_product = chunk.buffer("dinner", pixels, C)
+        d_product.view(dy[b, :, pixels].shape).copy_(dy[b, :, pixels])
+        do = out.back(d_product, chunk.buffer("do", pixels, C))
         o, dqkv = chunk.buffer("o", pixels, C), chunk.buffer("dqkv", pixels, 3 * C)
         (do_heads,), (o_heads,) = chunk.heads(do, 1), chunk.heads(o, 1)
         q, k, v, dq, dk, dv = *chunk.heads(qkv, 3), *chunk.heads(dqkv, 3)
         attention.temporal_attention_backward_into(q, k, v, do_heads, (dq, dk, dv), o=o_heads)
-        out.collect(dinner, o)
+        out.collect(d_product, o)
         to_qkv.collect(dqkv, h)
         if through_norm(needs):
             vector_sums += layer_norm_backward_into(
@@ -207,10 +207,10 @@ def _backward_flops(_: Sequence[int], x_shape: Sequence[int], *shapes: Any, **__
     saved_shape, _, _, _, _, adapters, places, _, _, _, needs = shapes
     if not _is_inside(needs):
         return 0
-    again, through, wants = not saved_shape[0], through_norm(needs), 2 * needs[6]
-    products = 3 * (again + needs[3] + through) + 1 + needs[4]
+    recomputes, through, wants = not saved_shape[0], through_norm(needs), 2 * needs[6]
+    products = 3 * (recomputes + needs[3] + through) + 1 + needs[4]
     flops = _product_flops(x_shape, products) + _attention_flops(x_shape, 6)
-    return flops + _adapter_flops(x_shape, adapters, places, (again + wants + through, 1 + wants))
+    return flops + _adapter_flops(x_shape, adapters, places, (recomputes + wants + through, 1 + wants))
 
 
 def temporal_attention_block(

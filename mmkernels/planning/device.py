@@ -16,7 +16,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from mmkernels.cards import H200_RATES, Card, Kind, Rate, card_of, without_fragments
+from mmkernels.cards import H200_RATES, Card, Kind, Rate, find_card, without_fragments
 from mmkernels.choices import GIB
 
 PRODUCT_SIDE = 8192
@@ -49,7 +49,7 @@ def measured_card() -> Card:
     properties = torch.cuda.get_device_properties(device)
     usable_bytes = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     clock = DeviceClock(CudaQueue(), _product(device).work)
-    sheet = card_of(properties.name)
+    sheet = find_card(properties.name)
     known = H200_RATES if sheet is None else {kind: sheet.rate(kind) for kind in get_args(Kind)}
     rates = measured_rates(device, clock.seconds, known)
     source = torch.empty(COPY_BYTES, device=device, dtype=torch.uint8)

@@ -34,8 +34,8 @@ class BlockCost:
     name: str
     units: tuple[UnitCost, ...]
     input_bytes: int | None = None  # all that it saves then
-    again_s: float = 0.0
-    again_flops: int = 0
+    recomputed_s: float = 0.0
+    recomputed_flops: int = 0
 
     @property
     def saved_bytes(self) -> int:
@@ -66,7 +66,7 @@ class PhaseCost:
     away_share: float = 1.0
     own_keep_share: float = 1.0
     own_move_share: float = 0.0
-    own_again_bytes: int = 0
+    own_recompute_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from functools import partial
 from mmkernels.cards import Card
 from mmkernels.choices import OptimizerChoice, Plan
 from mmkernels.memory.phases import Phase
-from mmkernels.memory.units import WHOLE, Choice
+from mmkernels.memory.units import BLOCK_INPUT, Choice
 from mmkernels.planning.profile import BlockCost, OptimizerCost, PhaseCost, Profile, UnitCost
 from mmkernels.planning.watching import WatchingClock
 from mmkernels.planning.workload import (
@@ -38,18 +38,18 @@ def take_profile(workload: Workload, card: Card, optimizer: OptimizerChoice, scr
     """The costs of every choice, with moments on the device and the update after backward."""
     plan = partial(Plan, scratch_bytes=scratch_bytes)
     units = units_of(workload)
-    names = [f"{block}/{unit}" for block, each in units.items() for unit in each if unit != WHOLE]
+    names = [f"{block}/{unit}" for block, each in units.items() for unit in each if unit != BLOCK_INPUT]
     keepable = [f"{block}/{unit}" for block, each in units.items() for unit, can in each.items() if "keep" in can]
     base = trace_way(workload, plan(), card, optimizer)
     kept = trace_way(workload, plan(units=dict.fromkeys(keepable, "keep")), card, optimizer)
-    again = trace_way(workload, plan(recomputed_blocks=_runnable(units)), card, optimizer)
+    recomputed = trace_way(workload, plan(recomputed_blocks=_runnable(units)), card, optimizer)
     away_plan = plan(units=dict.fromkeys(names, "move"), window_bytes=0, slab_bytes=SLAB_BYTES)
     watch = WatchingClock(card)
     away = trace_way(workload, away_plan, card, optimizer, watch) if card.link_bytes_per_s else None
-    for other in (kept, again, away):
+    for other in (kept, recomputed, away):
         _check_phases(base, other)
-    blocks = tuple(_block(name, units[name], base, kept, again, watch) for name in units)
-    phases = _Phases(blocks, gradient_bytes(workload, list(units)), base, kept, again, away)
+    blocks = tuple(_block(name, units[name], base, kept, recomputed, watch) for name in units)
+    phases = _Phases(blocks, gradient_bytes(workload, list(units)), base, kept, recomputed, away)
     return Profile(
         blocks=blocks, phases=phases.costs(), flops=base.trace.flops,
         optimizer=optimizer_cost(workload, card, optimizer),
@@ -58,7 +58,7 @@ def take_profile(workload: Workload, card: Card, optimizer: OptimizerChoice, scr
 
 
 def _runnable(units: Units) -> tuple[str, ...]:
-    return tuple(name for name, each in units.items() if WHOLE in each)
+    return tuple(name for name, each in units.items() if BLOCK_INPUT in each)
 
 
 def _check_phases(base: Traced, other: Traced | None) -> None:
@@ -89,16 +89,23 @@ def optimizer_cost(workload: Workload, card: Card, optimizer: OptimizerChoice) -
 
 
 def _block(
-    name: str, units: Mapping[str, tuple[Choice, ...]], base: Traced, kept: Traced, again: Traced, watch: WatchingClock
+    name: str,
+    units: Mapping[str, tuple[Choice, ...]],
+    base: Traced,
+    kept: Traced,
+    recomputed: Traced,
+    watch: WatchingClock,
 ) -> BlockCost:
     saved, saved_kept = base.trace.saved_by_unit, kept.trace.saved_by_unit
-    own = {unit: f"{name}/{unit}" for unit in units if unit != WHOLE}
+    own = {unit: f"{name}/{unit}" for unit in units if unit != BLOCK_INPUT}
     keep_bytes = {
         unit: max(0, saved_kept.get(full, 0) - saved.get(full, 0)) if "keep" in units[unit] else 0
         for unit, full in own.items()
     }
     all_bytes = max(1, sum(keep_bytes.values()))
-    (base_s, base_flops), (kept_s, kept_flops), (again_s, again_flops) = (_work(x, name) for x in (base, kept, again))
+    (base_s, base_flops), (kept_s, kept_flops), (recomputed_s, recomputed_flops) = (
+        _work(x, name) for x in (base, kept, recomputed)
+    )
     costs = tuple(
         UnitCost(
             name=full,
@@ -111,11 +118,15 @@ def _block(
         )
         for unit, full in own.items()
     )
-    if WHOLE not in units:
+    if BLOCK_INPUT not in units:
         return BlockCost(name=name, units=costs)
-    input_bytes = again.trace.saved_by_unit.get(f"{name}/{WHOLE}", 0)
+    input_bytes = recomputed.trace.saved_by_unit.get(f"{name}/{BLOCK_INPUT}", 0)
     return BlockCost(
-        name=name, units=costs, input_bytes=input_bytes, again_s=again_s - base_s, again_flops=again_flops - base_flops
+        name=name,
+        units=costs,
+        input_bytes=input_bytes,
+        recomputed_s=recomputed_s - base_s,
+        recomputed_flops=recomputed_flops - base_flops,
     )
 
 
@@ -142,7 +153,7 @@ class _Phases:
     gradients: Mapping[str, int]
     base: Traced
     kept: Traced
-    again: Traced
+    recomputed: Traced
     away: Traced | None
 
     def costs(self) -> tuple[PhaseCost, ...]:
@@ -175,11 +186,11 @@ class _Phases:
         own = None if block is None else self.blocks[block]
         done = self.blocks[num_before + (block is not None) :] if phase.direction == "backward" else ()
         keep_bytes = sum(unit.keep_bytes for each in before for unit in each.units)
-        again_bytes = sum(each.input_bytes - each.saved_bytes for each in before if each.input_bytes is not None)
+        recomputed_bytes = sum(each.input_bytes - each.saved_bytes for each in before if each.input_bytes is not None)
         saved_bytes = sum(each.saved_bytes for each in before)
         away_bytes = 0 if self.away is None else phase.peak_bytes - self.away.trace.phases[i].peak_bytes
         more_kept_bytes = self.kept.trace.phases[i].peak_bytes - phase.peak_bytes - keep_bytes
-        more_again_bytes = self.again.trace.phases[i].peak_bytes - phase.peak_bytes - again_bytes
+        more_recomputed_bytes = self.recomputed.trace.phases[i].peak_bytes - phase.peak_bytes - recomputed_bytes
         return PhaseCost(
             name=phase.name, direction=phase.direction, seconds=phase.seconds, peak_bytes=phase.peak_bytes,
             num_before=num_before, block=block,
@@ -187,7 +198,7 @@ class _Phases:
             away_share=_share(away_bytes, saved_bytes),
             own_keep_share=_share(more_kept_bytes, sum(unit.keep_bytes for unit in own.units) if own else 0),
             own_move_share=_share(away_bytes - saved_bytes, own.saved_bytes if own else 0),
-            own_again_bytes=more_again_bytes if own else 0,
+            own_recompute_bytes=more_recomputed_bytes if own else 0,
         )  # fmt: skip
 
 

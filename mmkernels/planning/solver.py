@@ -27,8 +27,8 @@ from mmkernels.planning.profile import PhaseCost, Profile
 from mmkernels.planning.program import Program, Terms
 
 GIB = float(1 << 30)
-MOVING_S = 2e-3  # per GiB moved: a copy out and one in read and write device memory at about 1 TB/s
-AWKWARD_SHARE = 0.005  # of the step: what it must spare to update inside backward or on the host
+MOVING_S_PER_GIB = 2e-3  # per GiB moved: a copy out and one in read and write device memory at about 1 TB/s
+UPDATE_ELSEWHERE_SHARE = 0.005  # of the step: what it must spare to update inside backward or on the host
 MOST_PIECES = 12  # in a window
 
 
@@ -70,8 +70,8 @@ class Model:
         units = [unit for block in blocks for unit in block.units]
         self.keep = {unit.name: program.column(float(unit.keep_bytes > 0)) for unit in units}
         self.move = {unit.name: program.column(can_move * (unit.saved_bytes > 0)) for unit in units}
-        self.again = [program.column(float(block.input_bytes is not None)) for block in blocks]
-        self.move_input = [program.column(can_move) for _ in blocks]
+        self.recomputes = [program.column(float(block.input_bytes is not None)) for block in blocks]
+        self.moves_input = [program.column(can_move) for _ in blocks]
         self.moves_any = program.column(can_move)
         self.is_in_backward = program.column(float(profile.optimizer.can_be_in_backward))
         program.at_most({self.is_in_backward: -1}, -float(profile.optimizer.must_be_in_backward))
@@ -88,8 +88,8 @@ class Model:
         program = self.program
         for index, block in enumerate(self.profile.blocks):
             for unit in block.units:
-                program.at_most({self.keep[unit.name]: 1, self.move[unit.name]: 1, self.again[index]: 1}, 1)
-            program.at_most({self.move_input[index]: 1, self.again[index]: -1}, 0)
+                program.at_most({self.keep[unit.name]: 1, self.move[unit.name]: 1, self.recomputes[index]: 1}, 1)
+            program.at_most({self.moves_input[index]: 1, self.recomputes[index]: -1}, 0)
             moves = self._moved(index)
             before, after = self.moved[index], self.moved[index + 1]
             program.at_most({after: 1, before: -1} | {column: -x for column, x in moves.items()}, 0)
@@ -104,7 +104,7 @@ class Model:
         """GiB that a block moves."""
         block = self.profile.blocks[index]
         units = {self.move[unit.name]: unit.saved_bytes / GIB for unit in block.units if unit.saved_bytes}
-        return units | ({self.move_input[index]: block.input_bytes / GIB} if block.input_bytes else {})
+        return units | ({self.moves_input[index]: block.input_bytes / GIB} if block.input_bytes else {})
 
     def _held(self, index: int) -> dict[int, float]:
         """GiB that a block holds beyond "recompute", besides what it moves."""
@@ -112,7 +112,7 @@ class Model:
         kept = {self.keep[unit.name]: unit.keep_bytes / GIB for unit in block.units if unit.keep_bytes}
         if block.input_bytes is None:
             return kept
-        return kept | {self.again[index]: (block.input_bytes - block.saved_bytes) / GIB}
+        return kept | {self.recomputes[index]: (block.input_bytes - block.saved_bytes) / GIB}
 
     def peak(self, phase: PhaseCost) -> dict[int, float]:
         """Terms that come to the peak of a phase in GiB, besides `peak_bytes`."""
@@ -127,7 +127,7 @@ class Model:
         terms[self.moved[phase.num_before]] = -phase.away_share
         if phase.block is not None:
             block = self.profile.blocks[phase.block]
-            terms[self.again[phase.block]] = phase.own_again_bytes / GIB
+            terms[self.recomputes[phase.block]] = phase.own_recompute_bytes / GIB
             for unit in block.units:
                 terms[self.keep[unit.name]] = phase.own_keep_share * unit.keep_bytes / GIB
                 terms[self.move[unit.name]] = -phase.own_move_share * unit.saved_bytes / GIB
@@ -166,7 +166,7 @@ class Model:
             for at_s, unit in zip(times, block.units, strict=True)
         ]
         if block.input_bytes is not None:
-            cuts.append((0.0, {self.move_input[phase.block]: block.input_bytes / GIB}))
+            cuts.append((0.0, {self.moves_input[phase.block]: block.input_bytes / GIB}))
         return sorted(cuts, key=lambda cut: cut[0])
 
     def _pass(
@@ -189,7 +189,7 @@ class Model:
         """Seconds that a block's backward takes more."""
         block = self.profile.blocks[index]
         spared = {self.keep[unit.name]: -unit.keep_spares_s for unit in block.units if unit.keep_bytes}
-        return spared | {self.again[index]: block.again_s}
+        return spared | {self.recomputes[index]: block.recomputed_s}
 
     def bound_peaks(self, target: Mapping[int, float] | None = None) -> None:
         """No phase's peak above the budget, or above a sum of columns where one is given."""
@@ -205,10 +205,10 @@ class Model:
         """The columns' values as a Solution."""
         profile, units, recomputed, flops = self.profile, {}, [], self.profile.flops
         for index, block in enumerate(profile.blocks):
-            if values[self.again[index]] > 0.5:
+            if values[self.recomputes[index]] > 0.5:
                 recomputed.append(block.name)
-                flops += block.again_flops
-                if values[self.move_input[index]] > 0.5:
+                flops += block.recomputed_flops
+                if values[self.moves_input[index]] > 0.5:
                     units[f"{block.name}/input"] = "move"
             for unit in block.units:
                 if values[self.keep[unit.name]] > 0.5:
@@ -234,8 +234,8 @@ def solve(profile: Profile, limits: Limits, goal: Literal["time", "memory"] = "t
     """
     model = Model(profile, limits)
     base_s = sum(phase.seconds for phase in profile.phases)
-    cost = {model.end_s: 1.0, model.moved[-1]: MOVING_S, model.moves_any: 1e-6}
-    cost |= dict.fromkeys((model.is_in_backward, model.states_on_host), AWKWARD_SHARE * base_s)
+    cost = {model.end_s: 1.0, model.moved[-1]: MOVING_S_PER_GIB, model.moves_any: 1e-6}
+    cost |= dict.fromkeys((model.is_in_backward, model.states_on_host), UPDATE_ELSEWHERE_SHARE * base_s)
     if goal == "memory":
         highest = model.program.column(np.inf, is_whole=False)
         model.bound_peaks({highest: 1.0})

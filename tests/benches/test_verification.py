@@ -22,7 +22,7 @@ from bench.verification import benches, bits, memory, ops, page, real_ops, step,
 from bench.verification.device import Gpu, StandIn
 from bench.verification.page import PARTS
 from bench.verification.record import Record, failures_of, stem_of
-from mmkernels.cards import card, card_of
+from mmkernels.cards import card, find_card
 from mmkernels.tuning import Choice
 
 H100 = "NVIDIA H100 80GB HBM3"
@@ -259,8 +259,8 @@ def test_limits_are_those_of_the_facts() -> None:
 
 
 def test_cards_of_one_family_are_not_taken_for_each_other() -> None:
-    assert card_of(H100) == limits.CARDS[1]
-    assert card_of("NVIDIA H100 PCIe") is None
+    assert find_card(H100) == limits.CARDS[1]
+    assert find_card("NVIDIA H100 PCIe") is None
 
 
 def test_every_bench_is_found_and_takes_its_arguments() -> None:

@@ -15,7 +15,7 @@ from mmkernels.cards import (
     Kind,
     Rate,
     card,
-    card_of,
+    find_card,
     without_fragments,
 )
 
@@ -58,8 +58,8 @@ H100_ATTENTION_MS: dict[Kind, tuple[float, float, float]] = {  # as above; of 92
 
 
 def test_a_card_is_found_by_either_name() -> None:
-    assert card("rtx 4090") is card("NVIDIA GeForce RTX 4090") is card_of("NVIDIA GeForce RTX 4090")
-    assert card_of("Tesla T4") is None
+    assert card("rtx 4090") is card("NVIDIA GeForce RTX 4090") is find_card("NVIDIA GeForce RTX 4090")
+    assert find_card("Tesla T4") is None
     with pytest.raises(ValueError, match=r"no card 'T4' is known; give one of A100, .*RTX 4090"):
         card("T4")
 

@@ -25,7 +25,7 @@ from bench.training_step import TrainingStep
 from mimicmotion.config import Config
 from mmkernels.cards import card
 from mmkernels.choices import Plan
-from mmkernels.memory.units import WHOLE
+from mmkernels.memory.units import BLOCK_INPUT
 from mmkernels.planning.search import BudgetTooSmallError
 from mmkernels.replacement import plan_units
 
@@ -72,7 +72,7 @@ def moving_plan() -> Plan:
     """Every unit of the tiny model moves."""
     unet = TrainingStep(small_config(), CPU).model.unet
     mmkernels.replace(unet)
-    names = [f"{block}/{unit}" for block, units in plan_units(unet).items() for unit in units if unit != WHOLE]
+    names = [f"{block}/{unit}" for block, units in plan_units(unet).items() for unit in units if unit != BLOCK_INPUT]
     return Plan(units=dict.fromkeys(names, "move"), slab_bytes=SLAB_BYTES, window_bytes=WINDOW_BYTES)
 
 

@@ -57,10 +57,10 @@ def test_the_profile_adds_up_to_the_trace(small: Search, way: str) -> None:
         scratch_bytes=small.scratch_bytes,
     )  # fmt: skip
     traced = trace_way(small.workload, plan, CARD, QUANTIZED)
-    flops = small.profile.flops - sum(x.keep_spares_flops for x in kept) + sum(x.again_flops for x in again)
+    flops = small.profile.flops - sum(x.keep_spares_flops for x in kept) + sum(x.recomputed_flops for x in again)
     assert traced.trace.flops == pytest.approx(flops, rel=1e-3) and (kept or again)
     seconds = sum(x.seconds for x in small.profile.phases) - sum(x.keep_spares_s for x in kept)
-    assert traced.clock.seconds == pytest.approx(seconds + sum(x.again_s for x in again), rel=0.02)
+    assert traced.clock.seconds == pytest.approx(seconds + sum(x.recomputed_s for x in again), rel=0.02)
     for phase, real in zip(small.profile.phases, traced.peak_bytes, strict=True):
         before = {block.name for block in blocks[: phase.num_before]}
         more = sum(x.keep_bytes for x in kept if x.name.split("/")[0] in before)
@@ -68,7 +68,7 @@ def test_the_profile_adds_up_to_the_trace(small: Search, way: str) -> None:
         own = None if phase.block is None else blocks[phase.block]
         if own is not None:
             more += sum(phase.own_keep_share * x.keep_bytes for x in own.units if x in kept)
-            more += phase.own_again_bytes if own in again else 0
+            more += phase.own_recompute_bytes if own in again else 0
         assert real == pytest.approx(phase.peak_bytes + more, rel=0.08), phase
 
 

@@ -25,7 +25,7 @@ from torch import nn
 import mmkernels
 from mmkernels.choices import Plan
 from mmkernels.memory.trace import trace
-from mmkernels.memory.units import REST, WHOLE, Choice
+from mmkernels.memory.units import BLOCK_INPUT, REST, Choice
 from mmkernels.replacement import plan_units
 
 SLAB_BYTES = 1 << 26
@@ -45,11 +45,11 @@ def random_plan(unet: nn.Module, seed: int, choices: tuple[Choice, ...]) -> Plan
     units: dict[str, Choice] = {}
     recomputed = []
     for block, known in known_units(unet).items():
-        is_recomputed = WHOLE in known and rng.random() < 0.25
+        is_recomputed = BLOCK_INPUT in known and rng.random() < 0.25
         if is_recomputed:
             recomputed.append(block)
         for unit, can in known.items():
-            if (unit == WHOLE) == is_recomputed:
+            if (unit == BLOCK_INPUT) == is_recomputed:
                 units[f"{block}/{unit}"] = rng.choice([choice for choice in can if choice in choices])
     return Plan(units=units, recomputed_blocks=tuple(recomputed))
 
@@ -135,7 +135,7 @@ def test_refuses_what_this_unet_cannot_follow() -> None:
         (Plan(units={"mid_block.resnets.7/blend": "move"}), "there is no unit mid_block.resnets.7/blend"),
         (Plan(units={f"{DOWN}/blend_projection": "keep"}), "is 'keep', it can be recompute or move"),
         (Plan(units={REST: "keep"}), "is 'keep', it can be recompute or move"),
-        (Plan(units={f"{DOWN}/{WHOLE}": "move"}), f"block {DOWN} is not recomputed whole"),
+        (Plan(units={f"{DOWN}/{BLOCK_INPUT}": "move"}), f"block {DOWN} is not recomputed whole"),
         (Plan(units={f"{DOWN}/norm_projection": "move"}, recomputed_blocks=(DOWN,)), "is recomputed whole"),
         (Plan(recomputed_blocks=("up_blocks.0",)), "no block up_blocks.0 that can be recomputed whole"),
         (Plan(recomputed_blocks=("conv_out",)), "no block conv_out that can be recomputed whole"),
@@ -203,7 +203,7 @@ def test_what_moves_is_what_was_counted_by_hand() -> None:
 
 def every_unit_moves(unet: nn.Module) -> dict[str, Choice]:
     known = known_units(unet).items()
-    return {f"{block}/{unit}": "move" for block, units in known for unit in units if unit != WHOLE}
+    return {f"{block}/{unit}": "move" for block, units in known for unit in units if unit != BLOCK_INPUT}
 
 
 def test_undo_stops_the_moving_and_a_copy_goes_on() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mmkernels.planning.profile import BlockCost, OptimizerCost, PhaseCost, Profile, UnitCost
-from mmkernels.planning.solver import AWKWARD_SHARE, MOVING_S, Limits, Solution, solve
+from mmkernels.planning.solver import MOVING_S_PER_GIB, UPDATE_ELSEWHERE_SHARE, Limits, Solution, solve
 
 GIB = 1 << 30
 LINK = 4.0 * GIB  # bytes a second
@@ -44,8 +44,8 @@ def random_profile(seed: int) -> Profile:
                 name=f"b{index}",
                 units=tuple(units),
                 input_bytes=saved_bytes // 4,
-                again_s=draw.uniform(0.2, 1),
-                again_flops=11,
+                recomputed_s=draw.uniform(0.2, 1),
+                recomputed_flops=11,
             )
         )
     held = np.cumsum([0, *(block.saved_bytes for block in blocks)])
@@ -66,7 +66,7 @@ def random_profile(seed: int) -> Profile:
                     away_share=draw.uniform(0.7, 1),
                     own_keep_share=draw.uniform(0.3, 1),
                     own_move_share=draw.uniform(0, 0.5),
-                    own_again_bytes=gib(-1, 1),
+                    own_recompute_bytes=gib(-1, 1),
                 )
             )
         phases.append(PhaseCost(name="", direction=direction, seconds=0.1, peak_bytes=5 * GIB, num_before=0))
@@ -110,7 +110,7 @@ def options(block: BlockCost) -> Iterator[tuple[dict[str, str], Held]]:
     assert block.input_bytes is not None
     for is_moved in (False, True):
         held = Held(
-            more=block.input_bytes - block.saved_bytes, moved=block.input_bytes * is_moved, seconds=block.again_s
+            more=block.input_bytes - block.saved_bytes, moved=block.input_bytes * is_moved, seconds=block.recomputed_s
         )
         held.own = {"keep": 0.0, "move": 0.0, "again": 1.0}
         held.moves = {way: [(0.0, held.moved)] if is_moved else [] for way in held.moves}
@@ -150,7 +150,7 @@ def best(profile: Profile, budget: float) -> tuple[float, float]:
             if peak > budget or (moved and window < profile.piece_bytes):
                 continue
             cost = end_of_step(profile, held, window) + on_host * profile.optimizer.host_s
-            cost += MOVING_S * moved / GIB + AWKWARD_SHARE * base_s * (in_backward + on_host)
+            cost += MOVING_S_PER_GIB * moved / GIB + UPDATE_ELSEWHERE_SHARE * base_s * (in_backward + on_host)
             least = min(least, cost)
     return least, lowest
 
@@ -165,7 +165,7 @@ def highest(profile: Profile, held: tuple[Held, ...], in_backward: int, on_host:
             own = held[phase.block].own
             assert own is not None
             total += phase.own_keep_share * own["keep"] - phase.own_move_share * own["move"]
-            total += phase.own_again_bytes * own["again"]
+            total += phase.own_recompute_bytes * own["again"]
         peak = max(peak, total)
     return peak
 
@@ -173,7 +173,7 @@ def highest(profile: Profile, held: tuple[Held, ...], in_backward: int, on_host:
 def cost_of(solution: Solution, profile: Profile) -> float:
     base_s = sum(phase.seconds for phase in profile.phases)
     awkward = solution.is_in_backward + solution.states_on_host
-    return solution.step_s + MOVING_S * solution.moved_bytes / GIB + AWKWARD_SHARE * base_s * awkward
+    return solution.step_s + MOVING_S_PER_GIB * solution.moved_bytes / GIB + UPDATE_ELSEWHERE_SHARE * base_s * awkward
 
 
 @pytest.mark.parametrize("seed", range(6))

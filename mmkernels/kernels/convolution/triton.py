@@ -152,7 +152,7 @@ def convolve_kernel(
 @triton.jit
 def weight_gradient_kernel(
     x, table, dy, partial,
-    x_m, x_h, x_w, dy_m, dy_h, dy_w, M, H, W, C, joined, channels, K, split_tiles,
+    x_m, x_h, x_w, dy_m, dy_h, dy_w, M, H, W, C, channel0, channels, K, split_tiles,
     KW: tl.constexpr, TILE_P: tl.constexpr, TILE_C: tl.constexpr, TILE_K: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -166,7 +166,7 @@ def weight_gradient_kernel(
     c = pid // k_blocks % c_blocks * TILE_C + tl.arange(0, TILE_C)
     split = pid // k_blocks // c_blocks
     w_tiles = tl.cdiv(W, TILE_P)
-    table += joined
+    table += channel0
 
     sums = ()
     for _ in tl.static_range(3 * KW):
@@ -192,7 +192,7 @@ def weight_gradient_kernel(
             gradient = tl.load(source - step, mask=reached[:, None] & (k < K)[None, :], other=0.0)  # (TILE_P, TILE_K)
             updated += (tl.dot(a, gradient, sums[tap], input_precision=PRECISION),)
         sums = updated
-    partial += (split.to(tl.int64) * 3 * KW * channels + joined + c[:, None]) * K + k[None, :]
+    partial += (split.to(tl.int64) * 3 * KW * channels + channel0 + c[:, None]) * K + k[None, :]
     for tap in tl.static_range(3 * KW):
         here = partial + tl.cast(channels, tl.int64) * K * tap
         tl.store(here, sums[tap], mask=(c < C)[:, None] & (k < K)[None, :])
@@ -233,10 +233,10 @@ def weight_gradient(
     split_tiles = max(LEAST_SPLIT_TILES, triton.cdiv(total, triton.cdiv(WEIGHT_PROGRAMS, blocks)))
     num_splits = max(1, triton.cdiv(total, split_tiles))
     partial = x.new_empty((num_splits, num_taps, channels, K), dtype=torch.float32)
-    for side, joined in ((x, 0), (x2, x.shape[3])):
+    for side, channel0 in ((x, 0), (x2, x.shape[3])):
         if side is not None:
             C = side.shape[3]
-            sizes = [*side.stride()[:3], *dy.stride()[:3], M, H, W, C, joined, channels, K, split_tiles]
+            sizes = [*side.stride()[:3], *dy.stride()[:3], M, H, W, C, channel0, channels, K, split_tiles]
             programs = num_splits * triton.cdiv(C, tile_c) * triton.cdiv(K, tile_k)
             launch(weight_gradient_kernel, programs, [side, table, dy, partial, *sizes], constants)
     return partial[0] if num_splits == 1 else partial.sum(0)

@@ -32,7 +32,7 @@ def place(C, H, num_splits, split_rows, rows, BLOCK_C: tl.constexpr):
 @triton.jit
 def partial_statistics_kernel(
     x, partial,
-    x_m, x_h, x_w, H, rows, C, joined, channels, split_rows, num_splits,
+    x_m, x_h, x_w, H, rows, C, channel0, channels, split_rows, num_splits,
     BLOCK_C: tl.constexpr, BLOCK_ROWS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Mean, what it lacks, squared deviation of each channel over one split of rows: partial (M, parts, 3, C + C2)."""
@@ -57,16 +57,16 @@ def partial_statistics_kernel(
 
     counts = tl.cdiv(tl.maximum(stop - start - slot, 0), BLOCK_ROWS)[:, None]
     low = total / tl.maximum(counts, 1)
-    deviation = tl.maximum(squares - total * low, 0.0)
+    m2 = tl.maximum(squares - total * low, 0.0)
     near = tl.sum(pivot, 0) / tl.minimum(stop - start, BLOCK_ROWS)  # (BLOCK_C,), near all of them
     spread = pivot - near[None, :] + low
     offset = tl.sum(spread * counts, 0) / (stop - start)
     spread -= offset[None, :]
     merged = near + offset
-    partial += (m * H * num_splits + part) * 3 * channels + joined + c
+    partial += (m * H * num_splits + part) * 3 * channels + channel0 + c
     tl.store(partial, merged, mask=inside)
     tl.store(partial + channels, offset - (merged - near), mask=inside)
-    tl.store(partial + 2 * channels, tl.sum(deviation + counts * spread * spread, 0), mask=inside)
+    tl.store(partial + 2 * channels, tl.sum(m2 + counts * spread * spread, 0), mask=inside)
 
 
 @triton.jit
@@ -79,9 +79,9 @@ def _of_parts(
     mask = (part < parts) & (c < width)
     source = partial + part * 3 * channels + c
     spread = tl.load(source, mask=mask, other=0.0) - pivot + tl.load(source + channels, mask=mask, other=0.0)
-    deviation = tl.load(source + 2 * channels, mask=mask, other=0.0)
+    m2 = tl.load(source + 2 * channels, mask=mask, other=0.0)
     count = tl.minimum(split_rows, rows - part % num_splits * split_rows)
-    return tl.where(mask, count, 0), spread, deviation
+    return tl.where(mask, count, 0), spread, m2
 
 
 @triton.jit
@@ -106,9 +106,9 @@ def merge_statistics_kernel(
 
     total = tl.zeros((PART_TILE, GROUP_TILE), tl.float32)
     for first in range(0, parts, PART_TILE):
-        count, spread, deviation = _of_parts(
+        count, spread, m2 = _of_parts(
             partial, first, pivot, rows, split_rows, num_splits, parts, channels, width, GROUP_TILE, PART_TILE
         )
-        total += deviation + count * (spread - offset) * (spread - offset)
+        total += m2 + count * (spread - offset) * (spread - offset)
     tl.store(mean + pid, pivot + offset)
     tl.store(rstd + pid, 1.0 / tl.sqrt(tl.sum(total) / elements + eps))

@@ -59,17 +59,17 @@ def _normalisation(mean, rstd, gamma, beta, m, G, channels, c, mask):
 @triton.jit
 def normalise_kernel(
     x, mean, rstd, gamma, beta, out,
-    x_m, x_h, x_w, out_m, out_h, out_w, H, rows, C, joined, channels, G, split_rows, num_splits,
+    x_m, x_h, x_w, out_m, out_h, out_w, H, rows, C, channel0, channels, G, split_rows, num_splits,
     BLOCK_C: tl.constexpr, BLOCK_ROWS: tl.constexpr, STAGES: tl.constexpr, HAS_SILU: tl.constexpr,
 ):  # fmt: skip
     """out (M, H, W, C + C2) = the normalised input, through silu or not, one split of rows of BLOCK_C channels."""
     m, h, _, start, stop, c = place(C, H, num_splits, split_rows, rows, BLOCK_C)
     inside = c < C
-    rstd, shift, gamma, beta = _normalisation(mean, rstd, gamma, beta, m, G, channels, joined + c, inside)
+    rstd, shift, gamma, beta = _normalisation(mean, rstd, gamma, beta, m, G, channels, channel0 + c, inside)
     scale, offset = (rstd * gamma)[None, :], (shift * gamma + beta)[None, :]
     slot = tl.arange(0, BLOCK_ROWS)
     x += m * x_m + h * x_h
-    out += m * out_m + h * out_h + joined
+    out += m * out_m + h * out_h + channel0
     tile = slot.to(tl.int64)[:, None] * x_w + c[None, :]
     out_tile = slot.to(tl.int64)[:, None] * out_w + c[None, :]
     for row in tl.range(start, stop, BLOCK_ROWS, num_stages=STAGES):
@@ -96,16 +96,16 @@ def _differentiate(value, da, rstd, shift, gamma, beta, HAS_SILU: tl.constexpr):
 @triton.jit
 def partial_backward_kernel(
     x, da, mean, rstd, gamma, beta, partial,
-    x_m, x_h, x_w, da_m, da_h, da_w, H, rows, C, joined, channels, G, split_rows, num_splits,
+    x_m, x_h, x_w, da_m, da_h, da_w, H, rows, C, channel0, channels, G, split_rows, num_splits,
     BLOCK_C: tl.constexpr, BLOCK_ROWS: tl.constexpr, STAGES: tl.constexpr, HAS_SILU: tl.constexpr,
 ):  # fmt: skip
     """Sums of dz * normal and of dz by channel over one split of rows, into partial (M, parts, 2, C + C2)."""
     m, h, part, start, stop, c = place(C, H, num_splits, split_rows, rows, BLOCK_C)
     inside = c < C
-    rstd, shift, gamma, beta = _normalisation(mean, rstd, gamma, beta, m, G, channels, joined + c, inside)
+    rstd, shift, gamma, beta = _normalisation(mean, rstd, gamma, beta, m, G, channels, channel0 + c, inside)
     slot = tl.arange(0, BLOCK_ROWS)
     x += m * x_m + h * x_h
-    da += m * da_m + h * da_h + joined
+    da += m * da_m + h * da_h + channel0
     tile = slot.to(tl.int64)[:, None] * x_w + c[None, :]
     da_tile = slot.to(tl.int64)[:, None] * da_w + c[None, :]
 
@@ -120,7 +120,7 @@ def partial_backward_kernel(
         )
         dgamma += dz * normal
         dbeta += dz
-    partial += (m * H * num_splits + part) * 2 * channels + joined + c
+    partial += (m * H * num_splits + part) * 2 * channels + channel0 + c
     tl.store(partial, tl.sum(dgamma, 0), mask=inside)
     tl.store(partial + channels, tl.sum(dbeta, 0), mask=inside)
 
@@ -152,7 +152,7 @@ def merge_backward_kernel(
 @triton.jit
 def input_gradient_kernel(
     x, da, mean, rstd, gamma, beta, means, dx,
-    x_m, x_h, x_w, da_m, da_h, da_w, dx_m, dx_h, dx_w, H, rows, C, joined, channels, G, split_rows, num_splits,
+    x_m, x_h, x_w, da_m, da_h, da_w, dx_m, dx_h, dx_w, H, rows, C, channel0, channels, G, split_rows, num_splits,
     BLOCK_C: tl.constexpr, BLOCK_ROWS: tl.constexpr, STAGES: tl.constexpr, HAS_SILU: tl.constexpr,
 ):  # fmt: skip
     """dx = rstd * (gamma * dz - mean(gamma * dz) - normal * mean(gamma * dz * normal)), means over the group.
@@ -161,14 +161,14 @@ def input_gradient_kernel(
     """
     m, h, _, start, stop, c = place(C, H, num_splits, split_rows, rows, BLOCK_C)
     inside = c < C
-    rstd, shift, gamma, beta = _normalisation(mean, rstd, gamma, beta, m, G, channels, joined + c, inside)
-    group = m * G + (joined + c) // (channels // G)
+    rstd, shift, gamma, beta = _normalisation(mean, rstd, gamma, beta, m, G, channels, channel0 + c, inside)
+    group = m * G + (channel0 + c) // (channels // G)
     by_normal = (rstd * tl.load(means + group * 2, mask=inside, other=0.0))[None, :]
     plain = (rstd * tl.load(means + group * 2 + 1, mask=inside, other=0.0))[None, :]
     scale = (rstd * gamma)[None, :]
     slot = tl.arange(0, BLOCK_ROWS)
     x += m * x_m + h * x_h
-    da += m * da_m + h * da_h + joined
+    da += m * da_m + h * da_h + channel0
     dx += m * dx_m + h * dx_h
     tile = slot.to(tl.int64)[:, None] * x_w + c[None, :]
     da_tile = slot.to(tl.int64)[:, None] * da_w + c[None, :]
@@ -195,8 +195,8 @@ def statistics(x: Tensor, x2: Tensor | None, num_groups: int, eps: float) -> tup
     partial = x.new_empty((M, split.parts, 3, channels), dtype=torch.float32)
     mean, rstd = (x.new_empty((M, num_groups), dtype=torch.float32) for _ in range(2))
     tail = [split.split_rows, split.num_splits]
-    for side, joined in _sides(x, x2):
-        sizes = [*split.strides(side), split.per_sample, split.rows, side.shape[3], joined, channels, *tail]
+    for side, channel0 in _sides(x, x2):
+        sizes = [*split.strides(side), split.per_sample, split.rows, side.shape[3], channel0, channels, *tail]
         launch(partial_statistics_kernel, split.programs(side), [side, partial, *sizes], _TILE)
     sizes = [split.per_sample, split.rows, *tail, channels, num_groups, eps]
     constants = _group_tile(channels // num_groups, split.parts)
@@ -212,8 +212,8 @@ def normalise(
     channels = _channels(x, x2)
     split = segments(channels, *(side for side, _ in _sides(x, x2)), out)
     tail, constants = [channels, mean.shape[1], split.split_rows, split.num_splits], _TILE | {"HAS_SILU": has_silu}
-    for side, joined in _sides(x, x2):
-        sizes = [*split.strides(side, out), split.per_sample, split.rows, side.shape[3], joined, *tail]
+    for side, channel0 in _sides(x, x2):
+        sizes = [*split.strides(side, out), split.per_sample, split.rows, side.shape[3], channel0, *tail]
         launch(normalise_kernel, split.programs(side), [side, mean, rstd, gamma, beta, out, *sizes], constants)
 
 
@@ -233,15 +233,15 @@ def backward(
     means = x.new_empty((M, G, 2), dtype=torch.float32)
     normalisation = [mean, rstd, gamma, beta]
     tail, constants = [channels, G, split.split_rows, split.num_splits], _TILE | {"HAS_SILU": has_silu}
-    for side, joined in _sides(x, x2):
-        sizes = [*split.strides(side, da), split.per_sample, split.rows, side.shape[3], joined, *tail]
+    for side, channel0 in _sides(x, x2):
+        sizes = [*split.strides(side, da), split.per_sample, split.rows, side.shape[3], channel0, *tail]
         arguments = [side, da, *normalisation, partial, *sizes]
         launch(partial_backward_kernel, split.programs(side), arguments, constants)
     sizes = [H * W * (channels // G), split.parts, channels, G]
     launch(merge_backward_kernel, M * G, [partial, gamma, means, *sizes], _group_tile(channels // G, split.parts))
     registers = 128 if has_silu else 96  # said where ptxas would else spill to fit more programs on a processor
-    for (side, joined), (target, _) in zip(_sides(x, x2), targets, strict=True):
-        sizes = [*split.strides(side, da, target), split.per_sample, split.rows, side.shape[3], joined, *tail]
+    for (side, channel0), (target, _) in zip(_sides(x, x2), targets, strict=True):
+        sizes = [*split.strides(side, da, target), split.per_sample, split.rows, side.shape[3], channel0, *tail]
         arguments = [side, da, *normalisation, means, target, *sizes]
         launch(input_gradient_kernel, split.programs(side), arguments, constants | {"maxnreg": registers})
     return partial[:, :, 0].sum((0, 1)), partial[:, :, 1].sum((0, 1))

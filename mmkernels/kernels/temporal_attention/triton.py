@@ -142,7 +142,7 @@ def _differentiate(
 @triton.jit
 def backward_kernel(
     q, k, v, do, dq, dk, dv,
-    qb, qf, qp, qn, kb, kf, kp, kn, vb, vf, vp, vn, ob, of, op, on,
+    qb, qf, qp, qn, kb, kf, kp, kn, vb, vf, vp, vn, dob, dof, dop, don,
     dqb, dqf, dqp, dqn, dkb, dkf, dkp, dkn, dvb, dvf, dvp, dvn,
     P, N, scale, scale_log2,
     F: tl.constexpr, D: tl.constexpr, D_TILE: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr,
@@ -154,7 +154,7 @@ def backward_kernel(
     q += b * qb + p * qp + n * qn
     k += b * kb + p * kp + n * kn
     v += b * vb + p * vp + n * vn
-    do += b * ob + p * op + n * on
+    do += b * dob + p * dop + n * don
     dq += b * dqb + p * dqp + n * dqn
     dk += b * dkb + p * dkp + n * dkn
     dv += b * dvb + p * dvp + n * dvn
@@ -165,12 +165,12 @@ def backward_kernel(
     q0 = _load(q, f0, d, qf, F, D)  # (FIRST, D)
     k0 = _load(k, f0, d, kf, F, D)
     v0 = _load(v, f0, d, vf, F, D)
-    do0 = _load(do, f0, d, of, F, D)
+    do0 = _load(do, f0, d, dof, F, D)
     if REST > 0:
         q1 = _load(q, f1, d, qf, F, D)  # (REST, D)
         k1 = _load(k, f1, d, kf, F, D)
         v1 = _load(v, f1, d, vf, F, D)
-        do1 = _load(do, f1, d, of, F, D)
+        do1 = _load(do, f1, d, dof, F, D)
     else:
         q1, k1, v1, do1 = q0, k0, v0, do0
 
