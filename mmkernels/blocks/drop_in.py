@@ -124,7 +124,7 @@ class FusedBlock(DropIn):
         self.is_unchanged: Callable[[], bool] = _has_not_been_seen
 
     def units(self) -> dict[str, tuple[Choice, ...]]:
-        """Its units in the order they run, with the choices that each can have; `BLOCK_INPUT`, if it has it, is the last."""
+        """Its units in the order they run, with the choices of each; `BLOCK_INPUT`, if there, is the last."""
         raise NotImplementedError
 
     def calls(self) -> Mapping[str, Call]:
