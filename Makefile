@@ -49,10 +49,7 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/pip install --quiet --no-deps --ignore-requires-python ttsem==0.1.0
 	@touch $@
 
-$(VENV)/.installed-docs: $(VENV)/.installed-docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
-
-lint: $(VENV)/.installed-test
+$(VENV)/.installed-lint: $(VENV)/.installed-test
 	$(BIN)/pip install --quiet --editable ".[lint]"
 	@touch $@
 
