@@ -58,6 +58,8 @@ HOW = {
     "python bench/parallel.py": "--counts 1 --cards H100 --frames 2 --size 64x64 --out {tmp}",
     "python bench/parallel.py --measure": "--rounds 1 --out {tmp}",
     "python mimicmotion/train.py --preset mimicmotion-72 --dry-run": "--help",  # tests/trainer/test_dry_run.py types it
+    # tests/trainer/test_parallel_choice.py has it choose
+    "python mimicmotion/train.py --preset mimicmotion-72 --dry-run --card H100 --ranks 8 --parallel auto": "--help",
     "python mimicmotion/prepare.py --preset mimicmotion-72 --videos my_videos --report": "--help",
     "python mimicmotion/prepare.py --preset mimicmotion-72 --videos my_videos --dry-run": "--help",
     "python mimicmotion/prepare.py --preset mimicmotion-72 --videos my_videos more/*.mov": "--help",

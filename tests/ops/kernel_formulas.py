@@ -7,7 +7,7 @@ else; tiles, masks and the order of sums are the kernels' own and not here. Sums
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -46,7 +46,7 @@ def _partial_statistics(a: Arguments) -> None:
     M = a.partial.shape[0]
     for split, part in enumerate(_splits(_pixels(a.x, "x", a, M), a)):
         mean = part.mean(1)
-        here = a.partial[:, split, :, a.joined : a.joined + a.C]
+        here = a.partial[:, split, :, a.channel0 : a.channel0 + a.C]
         here.copy_(torch.stack((mean, torch.zeros_like(mean), (part - mean[:, None]).square().sum(1)), 1))
 
 
@@ -65,7 +65,7 @@ def _merge_statistics(a: Arguments) -> None:
 
 def _normal(a: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Normalised x, its z, gamma, and rstd by channel: (M, H, W, C)."""
-    M, here = a.mean.shape[0], slice(a.joined, a.joined + a.C)
+    M, here = a.mean.shape[0], slice(a.channel0, a.channel0 + a.C)
     width = a.channels // a.G
     mean, rstd = (x.repeat_interleave(width, 1)[:, None, None, here] for x in (a.mean, a.rstd))
     normal = (_pixels(a.x, "x", a, M).float() - mean) * rstd
@@ -75,20 +75,20 @@ def _normal(a: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _normalise(a: Arguments) -> None:
     z = _normal(a)[1]
-    _pixels(a.out, "out", a, a.mean.shape[0], a.joined).copy_(functional.silu(z) if a.HAS_SILU else z)
+    _pixels(a.out, "out", a, a.mean.shape[0], a.channel0).copy_(functional.silu(z) if a.HAS_SILU else z)
 
 
 def _activation_gradient(a: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     normal, z, gamma, rstd = _normal(a)
     s = z.sigmoid()
-    da = _pixels(a.da, "da", a, a.mean.shape[0], a.joined).float()
+    da = _pixels(a.da, "da", a, a.mean.shape[0], a.channel0).float()
     return normal, (da * s * (1 + z * (1 - s)) if a.HAS_SILU else da), gamma, rstd
 
 
 def _partial_backward(a: Arguments) -> None:
     normal, dz, _, _ = _activation_gradient(a)
     for split, (by_normal, plain) in enumerate(zip(_splits(dz * normal, a), _splits(dz, a), strict=True)):
-        a.partial[:, split, :, a.joined : a.joined + a.C] = torch.stack((by_normal.sum(1), plain.sum(1)), 1)
+        a.partial[:, split, :, a.channel0 : a.channel0 + a.C] = torch.stack((by_normal.sum(1), plain.sum(1)), 1)
 
 
 def _merge_backward(a: Arguments) -> None:
@@ -98,7 +98,7 @@ def _merge_backward(a: Arguments) -> None:
 
 def _input_gradient(a: Arguments) -> None:
     normal, dz, gamma, rstd = _activation_gradient(a)
-    by_channel = a.means.repeat_interleave(a.channels // a.G, 1)[:, None, None, a.joined : a.joined + a.C]
+    by_channel = a.means.repeat_interleave(a.channels // a.G, 1)[:, None, None, a.channel0 : a.channel0 + a.C]
     dx = rstd * (gamma * dz - by_channel[..., 1] - normal * by_channel[..., 0])
     _pixels(a.dx, "dx", a, a.mean.shape[0]).copy_(dx)
 
@@ -148,7 +148,7 @@ def _convolve(a: Arguments) -> None:
 def _weight_gradient(a: Arguments) -> None:
     x = at(a.x, (a.M, a.H, a.W, a.C), (a.x_m, a.x_h, a.x_w))
     dy = at(a.dy, (a.M, a.H, a.W, a.K), (a.dy_m, a.dy_h, a.dy_w))
-    here = slice(a.joined, a.joined + a.C)
+    here = slice(a.channel0, a.channel0 + a.C)
     a.partial[:, :, here] = 0
     a.partial[0, :, here] = _weight_gradient_of(_activated(x, a.table[..., here]), dy, a.partial.shape[1])
 
@@ -156,10 +156,10 @@ def _weight_gradient(a: Arguments) -> None:
 # --- temporal attention
 
 
-def _frames(a: Arguments, tensors: dict[str, str]) -> list[Tensor]:
-    """Tensors by the letters of their strides, (B, F, P, N, D)."""
+def _frames(a: Arguments, names: Iterable[str]) -> list[Tensor]:
+    """Tensors whose strides bear their names, (B, F, P, N, D)."""
     shape = (a.q.shape[0], a.F, a.P, a.N, a.D)
-    return [at(getattr(a, name), shape, [getattr(a, letters + i) for i in "bfpn"]) for name, letters in tensors.items()]
+    return [at(getattr(a, name), shape, [getattr(a, name + i) for i in "bfpn"]) for name in names]
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, o: Tensor, scale: float) -> None:
@@ -178,13 +178,12 @@ def _differentiate_attention(inputs: Sequence[Tensor], gradients: Sequence[Tenso
 
 
 def _attention(a: Arguments) -> None:
-    q, k, v, o = _frames(a, {name: name for name in "qkvo"})
+    q, k, v, o = _frames(a, "qkvo")
     _attend(q, k, v, o, a.scale_log2 * math.log(2))
 
 
 def _attention_backward(a: Arguments) -> None:
-    names = {"q": "q", "k": "k", "v": "v", "do": "o", "dq": "dq", "dk": "dk", "dv": "dv"}
-    tensors = _frames(a, names)
+    tensors = _frames(a, ("q", "k", "v", "do", "dq", "dk", "dv"))
     _differentiate_attention(tensors[:4], tensors[4:], a.scale)
 
 
@@ -257,7 +256,7 @@ def _native_norm_backward(tensors: Sequence[Any], shape: Any, strides: Any, *_: 
     _, _, mean, rstd, gamma, beta, da, dx, dx2, _, _, dgamma, dbeta = tensors
     whole = SimpleNamespace(
         x=x.contiguous(), da=at(da, x.shape, strides[6:9]).contiguous(), mean=mean, rstd=rstd, gamma=gamma, beta=beta,
-        H=H, rows=W, C=C + C2, joined=0, channels=C + C2, G=G, HAS_SILU=True,
+        H=H, rows=W, C=C + C2, channel0=0, channels=C + C2, G=G, HAS_SILU=True,
     )  # fmt: skip
     for name in ("x", "da"):
         for axis, stride in zip("mhw", getattr(whole, name).stride(), strict=False):
