@@ -44,7 +44,9 @@ def check_out(commit: str, folder: Path) -> None:
 
 def run(checkout: Path, *words: object) -> None:
     """A script of a checkout, with its modules; what it says is shown where it fails."""
-    environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # CMake, Ninja
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
+    environment |= {"OMP_WAIT_POLICY": "passive", "MMKERNELS_NVCC": "OFF"}
     command = [sys.executable, *map(str, words)]
     done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
