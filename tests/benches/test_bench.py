@@ -247,6 +247,7 @@ def test_the_training_step_gate_under_autocast_asks_no_luck_of_one_number():
     assert "not in both: ['layer 7']" in str(training_step.why_wrong_step(without, plain, exact))
 
 
+@pytest.mark.pictures
 @pytest.mark.parametrize(
     ("bench", "way", "bar"),
     [
