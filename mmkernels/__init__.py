@@ -23,12 +23,13 @@ if TYPE_CHECKING:
     from mmkernels.ops.temporal_attention_block import temporal_attention_block
     from mmkernels.planning.search import make_plan
     from mmkernels.planning.workload import Workload
-    from mmkernels.replacement import Report, dead_parameters, replace, report
+    from mmkernels.replacement import Replacement, Report, dead_parameters, replace, report
 
 refuse_older()
 
 __all__ = [
     "Plan",
+    "Replacement",
     "Report",
     "Workload",
     "blend",
@@ -50,6 +51,7 @@ __all__ = [
 
 _HOME = {
     "Plan": "mmkernels.choices",
+    "Replacement": "mmkernels.replacement",
     "Report": "mmkernels.replacement",
     "Workload": "mmkernels.planning.workload",
     "dead_parameters": "mmkernels.replacement",

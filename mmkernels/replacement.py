@@ -180,6 +180,10 @@ class Replacement:
     """What `replace` has put into a UNet. A call of it is undo(), which takes it out again; a second one does nothing.
 
     stops: what ends with it.
+
+    >>> undo = mmkernels.replace(unet)
+    >>> undo.follow(mmkernels.Plan())  # from the next forward on
+    >>> undo()
     """
 
     def __init__(

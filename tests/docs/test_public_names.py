@@ -23,7 +23,8 @@ import torch
 import mmkernels
 
 def f(unet: torch.nn.Module, x: torch.Tensor) -> None:
-    assert_type(mmkernels.replace(unet, plan=mmkernels.read_plan(Path("plan.json"))), Callable[[], None])
+    assert_type(mmkernels.replace(unet, plan=mmkernels.read_plan(Path("plan.json"))), mmkernels.Replacement)
+    undo: Callable[[], None] = mmkernels.replace(unet)
     assert_type(mmkernels.report(unet), mmkernels.Report)
     assert_type(mmkernels.dead_parameters(unet), set[str])
     assert_type(mmkernels.temporal_attention(x, x, x), torch.Tensor)
@@ -71,4 +72,4 @@ def test_types_are_there_for_others(tmp_path: Path) -> None:
     words = [pyright, "--pythonpath", sys.executable, "-p", tmp_path]
     checked = subprocess.run(words, capture_output=True, text=True, check=False)
     errors = [line for line in checked.stdout.splitlines() if " - error: " in line]
-    assert len(errors) == 1 and "typed.py:13" in errors[0] and '"plan"' in errors[0], checked.stdout
+    assert len(errors) == 1 and "typed.py:14" in errors[0] and '"plan"' in errors[0], checked.stdout
