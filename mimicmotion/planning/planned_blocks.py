@@ -72,8 +72,9 @@ class PlannedBlocks:
     def follow(self, change: Change) -> None:
         """Run the same blocks by another plan for the same shape; weights stay."""
         assert self.fitting is not None
-        self._go_by(change.plan)
+        gc.collect()  # what a failed step left
         self.fitting.allocator.begin()
+        self._go_by(change.plan)
 
     def documents(self) -> dict[str, Any]:
         """The plans, as a checkpoint keeps them."""
@@ -92,7 +93,6 @@ class PlannedBlocks:
         assert self._replaced is not None, "plans are for fused kernels"
         self.plan = plan
         self._replaced.follow(plan, self._device)
-        gc.collect()  # what a failed step left
         self._describe()
         self._place(plan.optimizer.states_on_host)
 
