@@ -15,13 +15,13 @@ is the whole. Collectives are torch's functional ones.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.multiprocessing.reductions import StorageWeakRef
 
 Compute = Callable[[Tensor, slice], Tensor]
 _MOST_PARTS = 4  # the first exchange of a block is not hidden: a quarter of it is left
@@ -89,7 +89,7 @@ class Clip(NamedTuple):
     group: str  # the process group's name, which functional collectives take
     rank: int
     counts: tuple[int, ...]
-    seen: list[tuple[Callable[[], Any], int, Tensor]]  # gathered in this forward: what, in which version, and as what
+    seen: list[tuple[StorageWeakRef, Any, Tensor]]  # gathered in this forward: what, in which layout, and as what
 
     @property
     def num_frames(self) -> int:
@@ -101,14 +101,16 @@ class Clip(NamedTuple):
 
         is_by_clip: x is (B, F_k, ...), and what is returned (B, F, ...).
         """
-        for of, version, found in self.seen:
-            if of() is x and version == x._version:
+        layout = x.storage_offset(), x.shape, x.stride(), x._version if not x.is_inference() else None
+        for of, of_layout, found in self.seen:
+            # not `is`: what runs again in backward may be given another tensor of the same memory
+            if not x.requires_grad and of == StorageWeakRef(x.untyped_storage()) and of_layout == layout:
                 return found
         clips = x if is_by_clip else x.unflatten(0, (-1, self.counts[self.rank]))
         of_ranks: Any = _Gather.apply(clips.to(torch.uint8) if x.dtype == torch.bool else clips, self)
         gathered = (of_ranks if is_by_clip else of_ranks.flatten(0, 1)).to(x.dtype)
         if not gathered.requires_grad and not x.is_inference():  # whose versions are not counted
-            self.seen.append((weakref.ref(x), x._version, gathered))
+            self.seen.append((StorageWeakRef(x.untyped_storage()), layout, gathered))
         return gathered
 
     def over_pixels(self, tokens: Tensor, compute: Compute, *, num_parts: int | None = None) -> Tensor:

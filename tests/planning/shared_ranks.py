@@ -41,9 +41,11 @@ TINY: Any = {
 }  # fmt: skip
 ADAMW = OptimizerChoice(kind="adamw")
 PLAN = Plan(
-    units={f"up_blocks.1.attentions.{index}/feed_forward_in": "keep" for index in range(2)},
-    recomputed_blocks=("mid_block.attentions.0", "up_blocks.1.resnets.0"),
-)
+    recomputed_blocks=(
+        "down_blocks.0.resnets.0", "down_blocks.0.attentions.0", "mid_block.attentions.0", "up_blocks.1.resnets.0",
+        "up_blocks.1.resnets.1", "up_blocks.1.attentions.0", "up_blocks.1.attentions.1",
+    ),
+)  # fmt: skip
 PLANNED = "frames x shard, planned"
 
 
