@@ -320,7 +320,6 @@ def serve(arguments: Arguments) -> None:
         finally:
             jobs.end()  # else closing waits for all steps of the job that runs
             page.close(verbose=False)
-            page.server.force_exit = True  # where a browser is still told of the job, whose threads keep Python alive
             jobs.end()
 
 
@@ -342,8 +341,8 @@ def main() -> None:
             one_sentence("page stopped", debug=arguments.debug),
         ):
             serve(arguments)
-    except EndedBySignalError:
-        pass
+    except EndedBySignalError:  # all is ended and said
+        os._exit(0)  # a thread of the server that still waits for a browser would keep Python alive
 
 
 if __name__ == "__main__":
