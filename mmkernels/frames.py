@@ -89,7 +89,7 @@ class Clip(NamedTuple):
     group: str  # the process group's name, which functional collectives take
     rank: int
     counts: tuple[int, ...]
-    seen: list[tuple[StorageWeakRef, Any, Tensor]]  # gathered in this forward: what, in which layout, and as what
+    seen: list[tuple[Any, Tensor]]  # gathered in this forward: which memory in which layout and version, and as what
 
     @property
     def num_frames(self) -> int:
@@ -101,16 +101,18 @@ class Clip(NamedTuple):
 
         is_by_clip: x is (B, F_k, ...), and what is returned (B, F, ...).
         """
-        layout = x.storage_offset(), x.shape, x.stride(), x._version if not x.is_inference() else None
-        for of, of_layout, found in self.seen:
-            # not `is`: what runs again in backward may be given another tensor of the same memory
-            if not x.requires_grad and of == StorageWeakRef(x.untyped_storage()) and of_layout == layout:
+        key: Any = None  # of what changes its version with its content, and has no gradient
+        if not (x.requires_grad or x.is_inference()):
+            # not the tensor itself: what runs again in backward may be given another one of the same memory
+            memory = StorageWeakRef(x.untyped_storage()), x.storage_offset(), x.shape, x.stride(), x.dtype
+            key = *memory, x._version
+            if (found := next((found for known, found in self.seen if known == key), None)) is not None:
                 return found
         clips = x if is_by_clip else x.unflatten(0, (-1, self.counts[self.rank]))
         of_ranks: Any = _Gather.apply(clips.to(torch.uint8) if x.dtype == torch.bool else clips, self)
         gathered = (of_ranks if is_by_clip else of_ranks.flatten(0, 1)).to(x.dtype)
-        if not gathered.requires_grad and not x.is_inference():  # whose versions are not counted
-            self.seen.append((StorageWeakRef(x.untyped_storage()), layout, gathered))
+        if key is not None:
+            self.seen.append((key, gathered))
         return gathered
 
     def over_pixels(self, tokens: Tensor, compute: Compute, *, num_parts: int | None = None) -> Tensor:
