@@ -6,11 +6,12 @@ the median alone, or what there is of FIGURES. What is None or empty is not writ
 """
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
+
+from mmkernels.files import atomic_write
 
 FIGURES = ("median", "low", "high", "ratio", "ratio_low", "ratio_high")
 UNWRITTEN = {"shape": {}, "baseline": None, "includes": ""}  # of a row with a metric
@@ -40,10 +41,8 @@ def write_rows(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
 
 def replace_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    unfinished.write_text(text)
-    unfinished.replace(path)
+    with atomic_write(path) as unfinished:
+        unfinished.write_text(text)
 
 
 def _lines_of(rows: Iterable[Mapping[str, Any]]) -> list[Row]:
