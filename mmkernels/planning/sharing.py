@@ -72,17 +72,23 @@ class Meshes(NamedTuple):
     def of(cls, sharing: Sharing) -> Meshes:
         """Of the first rank, in groups that reach no other; not to be called with fake tensors.
 
-        torch has to know of as many ranks, real ones or `fake_ranks`; the others are not to call it.
+        torch has to know of as many ranks, real ones or `fake_ranks`; the others are not to call it. Axes have names
+        that no real mesh has: to torch, two meshes of the same names and ranks are one, and what DTensor has learned
+        of one is sent in the groups of the other.
         """
-        frames = None if sharing.frames == 1 else DeviceMesh.from_group(_group(range(sharing.frames)), "cpu")
+        frames = None
+        if sharing.frames > 1:
+            group = _group(range(sharing.frames))
+            frames = DeviceMesh.from_group(group, "cpu", mesh_dim_names=("modelled_frames",))
         if sharing.shard == 1:
             return cls(frames)
         own = _group(range(sharing.shard))
         if sharing.cards == sharing.shard:
-            return cls(frames, DeviceMesh.from_group(own, "cpu", mesh_dim_names=("shard",)))
+            return cls(frames, DeviceMesh.from_group(own, "cpu", mesh_dim_names=("modelled_shard",)))
         copies = _group(range(0, sharing.cards, sharing.shard))
         numbers = torch.arange(sharing.cards).view(-1, sharing.shard)
-        weights = DeviceMesh.from_group([copies, own], "cpu", mesh=numbers, mesh_dim_names=("replicate", "shard"))
+        names = ("modelled_replicate", "modelled_shard")
+        weights = DeviceMesh.from_group([copies, own], "cpu", mesh=numbers, mesh_dim_names=names)
         return cls(frames, weights)
 
 

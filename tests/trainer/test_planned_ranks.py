@@ -11,9 +11,12 @@ from unittest import mock
 
 import forked
 import pytest
+import torch
 from test_fitting import SLAB_BYTES, modelled, peak_gib, two_levels
 from test_offload import ImmediateDevice
 from tiny import NoiseClips, tiny_config
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 
 from mimicmotion import trainer
 from mimicmotion.config import Config
@@ -24,6 +27,7 @@ from mimicmotion.planning.fitting import Fitting
 from mimicmotion.planning.memory_plan import StepPlanner
 from mimicmotion.planning.parallel_choice import choose_parallel
 from mimicmotion.planning.planned import check_plan
+from mimicmotion.ranks import sharding
 from mimicmotion.ranks.distributed import Ranks, join_ranks
 from mimicmotion.ranks.sharding import full
 from mimicmotion.run import record
@@ -32,6 +36,7 @@ from mmkernels import replacement
 from mmkernels.cards import card
 from mmkernels.choices import GIB, Plan, document
 from mmkernels.planning.search import BudgetTooSmallError
+from mmkernels.planning.sharing import Meshes, Sharing, fake_ranks
 
 UNLINKED = dataclasses.replace(card("RTX 4090"), link_bytes_per_s=0)  # plans that move are among the others
 MORE_SHARE = 0.1  # of the modelled peak: what the second rank's allocator has beyond it
@@ -172,3 +177,34 @@ def test_ranks_without_a_gpu_choose_alike_and_say_why(found: Any) -> None:
     said = found[2]["said"]
     assert "--parallel auto: frames 2 for 2 rank(s) of CPU" in said and "-> frames 2: " in said
     assert "data 2: not possible: trainer.batch_size is 1, no multiple of 2" in said
+
+
+def norm(mesh: DeviceMesh) -> float:
+    parts = DTensor.from_local(torch.full((3,), 2.0), mesh, [Shard(0)])
+    return float(full(torch.nn.utils.get_total_norm([parts])))
+
+
+@pytest.mark.parametrize("is_left", [False, True])
+def test_what_a_plan_was_made_with_sends_nothing_of_a_run(is_left: bool, tmp_path: Path) -> None:
+    """Sums over the modelled ranks, in the same process; left: those of a group that is no more."""
+
+    def work(rank: int) -> None:
+        with join_ranks() as ranks:
+            if not is_left and ranks.is_first:
+                norm(modelled_mesh())
+            found = norm(sharding._mesh(ranks, 2))
+            (tmp_path / f"{rank}.json").write_text(json.dumps(found))
+
+    def modelled_mesh() -> DeviceMesh:
+        weights = Meshes.of(Sharing(cards=2, shard=2)).weights
+        assert weights is not None
+        return weights
+
+    if is_left:
+        with fake_ranks(2):
+            norm(modelled_mesh())
+    ends = forked.ranks(tmp_path, 2, work)
+    assert [end.code for end in ends] == [0, 0], "\n".join(end.said for end in ends)
+    assert [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)] == [
+        pytest.approx(24**0.5, rel=1e-6)
+    ] * 2
