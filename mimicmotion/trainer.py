@@ -25,7 +25,7 @@ from mimicmotion.planning.planned_blocks import PlannedBlocks
 from mimicmotion.ranks import sharding
 from mimicmotion.ranks.distributed import Ranks, no_sync, rank_sample_ids
 from mimicmotion.ranks.frames_group import FramesGroup
-from mimicmotion.run import checkpoint, pretrained, resumption
+from mimicmotion.run import checkpoint, pretrained, resumption, tensor_parts
 from mimicmotion.run.checkpoint import Checkpoint
 from mimicmotion.run.history import Reporter
 from mimicmotion.run.record import Record
@@ -70,6 +70,7 @@ class Trainer:
         put_blocks = partial(PlannedBlocks, self.model, config, plan, fitting, place, self.frames.mesh)
         if is_sharded:  # blocks are known by their classes, which FSDP2 changes, and moments are parts as weights are
             self.blocks = put_blocks()
+            tensor_parts.check_torch()
             sharding.shard(self.model, ranks, config.parallel.shard)
         self.optimization = build_optimization(self.model, config, scales_loss=config.trainer.precision == "fp16")
         if not is_sharded:
@@ -159,27 +160,24 @@ class Trainer:
                 self.save()
 
     def save(self) -> Path:
-        """Write a checkpoint of the current step (rank 0) and wait for it on every rank."""
-        folder = self.config.run_dir / f"step-{self.step:08d}"
-        tensors = sharding.whole({"model": own_state(self.model), **self.optimization.tensors()}, self.ranks)
-        if self.ranks.is_first:
-            state = self.optimization.document() | self.skips.document()
-            saved = Checkpoint(
-                step=self.step,
-                tensors=tensors,
-                documents={
-                    "config": to_json(self.config),
-                    "state": state,
-                    "kernels": {"report": self.blocks.report.splitlines()},
-                    "encoder": self.dataset.identity.document(),
-                    "place": self.dataset.place(),
-                    **({} if self.model.base_sha256 is None else {"base": {"sha256": self.model.base_sha256}}),
-                    **self.blocks.documents(),
-                },
-            )
-            checkpoint.save(self.config.run_dir, saved, keep=self.config.trainer.keep_checkpoints)
-            if self.record is not None:
-                self.record.draw()
+        """Write a checkpoint of the current step and wait for it on every rank."""
+        saved = Checkpoint(
+            step=self.step,
+            tensors={"model": own_state(self.model), **self.optimization.tensors()},
+            documents={
+                "config": to_json(self.config),
+                "state": self.optimization.document() | self.skips.document(),
+                "kernels": {"report": self.blocks.report.splitlines()},
+                "encoder": self.dataset.identity.document(),
+                "place": self.dataset.place(),
+                **({} if self.model.base_sha256 is None else {"base": {"sha256": self.model.base_sha256}}),
+                **self.blocks.documents(),
+            },
+        )
+        keep = self.config.trainer.keep_checkpoints
+        folder = checkpoint.save(self.config.run_dir, saved, keep=keep, ranks=self.ranks)
+        if self.record is not None:
+            self.record.draw()
         self.ranks.wait()
         return folder
 

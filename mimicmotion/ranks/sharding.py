@@ -1,4 +1,4 @@
-"""A run's weights in parts on several ranks (mmkernels/weight_parts.py), and whole again for a checkpoint.
+"""A run's weights in parts on several ranks (mmkernels/weight_parts.py), and a checkpoint's put in parts.
 
 Gradients are averaged over all ranks.
 """
@@ -14,7 +14,7 @@ from mimicmotion.ranks.distributed import Ranks
 from mmkernels import weight_parts
 from mmkernels.weight_parts import part
 
-__all__ = ["full", "in_parts", "part", "shard", "whole"]
+__all__ = ["full", "in_parts", "part", "shard"]
 
 Groups = dict[str, dict[str, Tensor]]
 
@@ -40,25 +40,8 @@ def _mesh(ranks: Ranks, size: int) -> DeviceMesh:
     return init_device_mesh(kind, (ranks.world_size // size, size), mesh_dim_names=("replicate", "shard"))
 
 
-def whole(groups: Groups, ranks: Ranks) -> Groups:
-    """Groups of tensors with every part put together, on the CPU of the first rank; on others empty groups.
-
-    Every rank has to call it. Tensors that are in no parts stay what they are.
-    """
-    return {group: _whole(tensors, ranks) for group, tensors in groups.items()}
-
-
-def _whole(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
-    found = {}
-    for name, tensor in tensors.items():
-        joined = full(tensor).cpu() if isinstance(tensor, DTensor) else tensor
-        if ranks.is_first:
-            found[name] = joined
-    return found
-
-
 def in_parts(groups: Groups, held: Mapping[str, Mapping[str, Tensor]]) -> Groups:
-    """Groups of whole tensors, the same on every rank, with those in parts that are so in `held`."""
+    """Groups of tensors with those in parts that are so in `held`; whole ones have to be the same on every rank."""
     return {
         group: {name: _like(tensor, held.get(group, {}).get(name)) for name, tensor in tensors.items()}
         for group, tensors in groups.items()
@@ -66,7 +49,7 @@ def in_parts(groups: Groups, held: Mapping[str, Mapping[str, Tensor]]) -> Groups
 
 
 def _like(tensor: Tensor, held: Tensor | None) -> Tensor:
-    if not isinstance(held, DTensor):
+    if not isinstance(held, DTensor) or isinstance(tensor, DTensor):
         return tensor
     return distribute_tensor(tensor.to(held.device), held.device_mesh, held.placements)
 

@@ -1,14 +1,15 @@
 """Checkpoints that a crash or a flipped bit cannot spoil: step-N folders, complete or not there at all.
 
 A folder is written under another name, every file is flushed to the disk, SHA-256 sums go into manifest.json, and the
-folder is renamed. Tensors are safetensors, the rest is JSON or text; nothing is pickled.
+folder is renamed. Tensors are safetensors, one file a group, or a folder of files where ranks hold them in parts
+(mimicmotion/run/tensor_parts.py); the rest is JSON or text. Nothing is pickled.
 """
 
 import json
 import os
 import re
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,12 @@ from typing import Any
 import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from mimicmotion.data.cache import file_sha256
 from mimicmotion.paths import free_gib
+from mimicmotion.ranks.distributed import ALONE, Ranks
+from mimicmotion.run import tensor_parts
 from mimicmotion.tensor_file import save_tensor_file
 
 MANIFEST = "manifest.json"
@@ -33,7 +37,7 @@ class CheckpointError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """What a checkpoint holds: groups of tensors (one .safetensors each) and JSON documents, by name."""
+    """What a checkpoint holds: groups of tensors and JSON documents, by name."""
 
     step: int
     tensors: dict[str, dict[str, Tensor]]
@@ -62,17 +66,25 @@ def is_run(folder: Path) -> bool:
     return newest(folder) is not None
 
 
-def save(run_dir: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
+def save(run_dir: Path, checkpoint: Checkpoint, *, keep: int, ranks: Ranks = ALONE) -> Path:
     """Write `checkpoint` as run_dir/step-N, then delete all but the newest `keep`; returns the folder.
 
-    Raises CheckpointError where the disk does not take it; the checkpoints before it stay.
+    ranks: every one of them has to call this; the first writes all that is in no parts, and is done last. Raises
+    CheckpointError where the disk does not take it; the checkpoints before it stay.
     """
     final = run_dir / f"step-{checkpoint.step:08d}"
     partial = run_dir / f".{final.name}.partial"
     try:
-        _write(checkpoint, final, partial)
+        if ranks.is_first:
+            _begin(checkpoint, partial)
+        for name, tensors in checkpoint.tensors.items():
+            if _is_in_parts(tensors):
+                tensor_parts.save(tensors, partial / name, ranks)
+        if ranks.is_first:
+            _finish(checkpoint.step, final, partial)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        if ranks.is_first:
+            shutil.rmtree(partial, ignore_errors=True)
         num_bytes = sum(tensor.nbytes for group in checkpoint.tensors.values() for tensor in group.values())
         before = newest(run_dir)
         kept = "there is none before it" if before is None else f"{before} is the newest that is complete"
@@ -80,26 +92,36 @@ def save(run_dir: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
             f"step {checkpoint.step} could not be saved in {run_dir} ({error}): it takes {num_bytes / 2**30:.1f} GiB"
             f"{free_gib(run_dir)}; {kept}. Make room there and go on with --resume"
         ) from error
-    for old in folders(run_dir)[:-keep]:
-        old.rename(old.with_name(f".{old.name}.old"))  # a kill must not leave half of one under its name
-    for left in run_dir.glob(".step-*"):  # by runs that were killed while saving, too
-        shutil.rmtree(left)
+    if ranks.is_first:
+        for old in folders(run_dir)[:-keep]:
+            old.rename(old.with_name(f".{old.name}.old"))  # a kill must not leave half of one under its name
+        for left in run_dir.glob(".step-*"):  # by runs that were killed while saving, too
+            shutil.rmtree(left)
     return final
 
 
-def _write(checkpoint: Checkpoint, final: Path, partial: Path) -> None:
-    """Write the folder `partial`, then give it the name `final`."""
+def _is_in_parts(tensors: Mapping[str, Tensor]) -> bool:
+    return any(isinstance(tensor, DTensor) for tensor in tensors.values())
+
+
+def _begin(checkpoint: Checkpoint, partial: Path) -> None:
+    """Make the folder `partial`, with all that this rank has whole."""
     shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed while saving
     partial.mkdir(parents=True)
     for name, tensors in checkpoint.tensors.items():
-        save_tensor_file(tensors, partial / f"{name}.safetensors")
+        if not _is_in_parts(tensors):
+            save_tensor_file(tensors, partial / f"{name}.safetensors")
     for name, document in checkpoint.documents.items():
         (partial / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n")
-    files = sorted(partial.iterdir())
-    for path in files:
+
+
+def _finish(step: int, final: Path, partial: Path) -> None:
+    """Sum up the folder `partial` in its manifest, then give it the name `final`."""
+    paths = sorted(partial.rglob("*"))
+    for path in paths:
         flush(path)
-    sums = {path.name: file_sha256(path) for path in files}
-    (partial / MANIFEST).write_text(_manifest(checkpoint.step, sums))
+    sums = {path.relative_to(partial).as_posix(): file_sha256(path) for path in paths if path.is_file()}
+    (partial / MANIFEST).write_text(_manifest(step, sums))
     flush(partial / MANIFEST)
     flush(partial)
     replaced = final.with_name(f".{final.name}.replaced")
@@ -165,10 +187,13 @@ def _aside(folder: Path) -> Path:
     return aside
 
 
-def load(folder: Path, groups: Collection[str] | None = None) -> Checkpoint:
+def load(
+    folder: Path, groups: Collection[str] | None = None, like: Mapping[str, Mapping[str, Tensor]] | None = None
+) -> Checkpoint:
     """Read a checkpoint after checking every SHA-256 sum. groups: of tensors to read, all where none are named.
 
-    Raises CheckpointError where one differs, and names the newest intact checkpoint of the same run.
+    like: by group, what is to take the tensors up: those that lie in parts in both come in the parts of this rank.
+    Raises CheckpointError where a sum differs, and names the newest intact checkpoint of the same run.
     """
     if why := damage(folder):
         others = [path for path in folders(folder.parent) if path.name < folder.name and damage(path) is None]
@@ -179,16 +204,18 @@ def load(folder: Path, groups: Collection[str] | None = None) -> Checkpoint:
         )
         raise CheckpointError(f"{folder} is damaged: {why}. It was not loaded: {advice}.")
     manifest = json.loads((folder / MANIFEST).read_text())
-    paths = [folder / name for name in sorted(manifest["sha256"])]  # nothing that was not checked
-    return Checkpoint(
-        step=manifest["step"],
-        tensors={
-            path.stem: safetensors.torch.load_file(path)
-            for path in paths
-            if path.suffix == ".safetensors" and (groups is None or path.stem in groups)
-        },
-        documents={path.stem: json.loads(path.read_text()) for path in paths if path.suffix == ".json"},
-    )
+    tensors: dict[str, dict[str, Tensor]] = {}
+    documents = {}
+    for name in sorted(manifest["sha256"]):  # nothing that was not checked
+        path = folder / name
+        group = path.stem if path.parent == folder else path.parent.name
+        if path.suffix == ".json":
+            documents[path.stem] = json.loads(path.read_text())
+        elif group not in tensors and (groups is None or group in groups):
+            held = {} if like is None else like.get(group, {})
+            is_file = path.parent == folder
+            tensors[group] = safetensors.torch.load_file(path) if is_file else tensor_parts.load(path.parent, held)
+    return Checkpoint(step=manifest["step"], tensors=tensors, documents=documents)
 
 
 def newest(run_dir: Path) -> Path | None:

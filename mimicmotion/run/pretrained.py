@@ -15,7 +15,7 @@ from mimicmotion.paths import check_there
 from mimicmotion.run import checkpoint
 from mimicmotion.run.checkpoint import Checkpoint
 
-_KINDS: dict[str, WeightsKind] = {"model.safetensors": "raw", "ema.safetensors": "ema"}  # files of a checkpoint
+_KINDS: dict[str, WeightsKind] = {"model": "raw", "ema": "ema"}  # groups of a checkpoint, a file or a folder each
 
 
 def check_given(config: ModelConfig) -> None:
@@ -46,9 +46,10 @@ def read(config: ModelConfig) -> Weights:
 
 def own_checkpoint(path: Path, kind: WeightsKind) -> tuple[Path, WeightsKind] | None:
     """The checkpoint folder that a path means, and which weights of it: of a run, of one checkpoint or of its file."""
-    if path.name in _KINDS and (path.parent / checkpoint.MANIFEST).is_file():
-        return path.parent, _KINDS[path.name]
-    if (path / checkpoint.MANIFEST).is_file() and (path / "model.safetensors").is_file():
+    if (group := path.name.removesuffix(".safetensors")) in _KINDS and (path.parent / checkpoint.MANIFEST).is_file():
+        return path.parent, _KINDS[group]
+    has_model = (path / "model.safetensors").is_file() or (path / "model").is_dir()
+    if has_model and (path / checkpoint.MANIFEST).is_file():
         return path, kind
     newest = checkpoint.newest(path)
     return None if newest is None else (newest, kind)

@@ -9,6 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from mimicmotion.config import Config
 from mimicmotion.data.batch import Samples
 from mimicmotion.data.cache import Manifest
@@ -34,7 +36,7 @@ def resume(
     folder = checkpoint.newest_in(config.run_dir)
     if folder is None:
         return 0, [f"nothing to resume in {config.run_dir}: starting at step 0"]
-    saved = checkpoint.load(folder)
+    saved = checkpoint.load(folder, like=_held(model, optimization))
     notes = differences(saved, config, dataset.identity)
     go_on(saved, model, optimization)
     if "place" in saved.documents:
@@ -98,13 +100,18 @@ def go_on(saved: Checkpoint, model: MimicMotionModel, optimization: Optimization
     optimization.load(saved.tensors, saved.documents["state"])
 
 
+def _held(model: MimicMotionModel, optimization: Optimization) -> dict[str, dict[str, Tensor]]:
+    """What takes up a checkpoint's tensors."""
+    return {"model": own_state(model), **optimization.tensors()}
+
+
 def _checked(saved: Checkpoint, model: MimicMotionModel, optimization: Optimization) -> Checkpoint:
     """The checkpoint with its tensors in parts where those of the run are.
 
     Raises ValueError where a saved tensor has not the name, shape or dtype of what it is loaded into.
     """
     check_base(model.base_sha256, saved.documents.get("base", {}).get("sha256"))
-    wanted = {"model": own_state(model), **optimization.tensors()}
+    wanted = _held(model, optimization)
     for group in wanted.keys() & saved.tensors.keys():
         own, theirs = wanted[group], saved.tensors[group]
         for key in sorted(own.keys() | theirs.keys()) if group == "model" else sorted(own.keys() & theirs.keys()):
@@ -126,14 +133,15 @@ def begin_from(folder: Path, config: Config, model: MimicMotionModel, optimizati
     Where other parameters are trained than there, the averaged weights are what it begins with, and moments begin anew:
     what is frozen from here on should be the best of what was trained.
     """
-    saved = checkpoint.load(folder)
+    saved = checkpoint.load(folder, like=_held(model, optimization))
     _check_model(saved, config)
     saved = _checked(saved, model, optimization)
     if optimization.holds_states_of(saved.tensors):
         load_own(model, saved.tensors["model"])
         optimization.begin_from(saved.tensors, saved.documents["state"])
         return [f"begins with the weights, moments and moving average of {folder}"]
-    load_own(model, pretrained.own(saved, "ema")[0])
+    averaged = {"model": pretrained.own(saved, "ema")[0]}
+    load_own(model, in_parts(averaged, {"model": own_state(model)})["model"])
     optimization.begin_average()
     return [f"begins with the averaged weights of {folder}; moments begin anew, since other parameters are trained"]
 

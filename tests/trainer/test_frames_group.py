@@ -22,6 +22,7 @@ from mimicmotion.diffusion import Draw
 from mimicmotion.parallel import ParallelConfig
 from mimicmotion.ranks.distributed import Ranks, rank_sample_ids
 from mimicmotion.ranks.frames_group import FramesGroup
+from mimicmotion.run import checkpoint
 from mimicmotion.run.history import read_history
 
 OFF = 1e-8  # over the largest of a gradient in float64
@@ -70,7 +71,7 @@ def test_a_run_goes_on_on_other_ranks_where_it_was(folder: Path) -> None:
     """Frames over ranks, then parts of weights, then one rank: the bits that were saved, and one rank's three steps."""
     for number in range(1, len(RESUMED)):
         held = load_file(folder / f"read-{number}.safetensors")
-        kept = load_file(folder / "resumed" / f"step-{number:08d}" / "model.safetensors")
+        kept = checkpoint.load(folder / "resumed" / f"step-{number:08d}").tensors["model"]
         assert held.keys() == kept.keys() and [key for key, x in kept.items() if not torch.equal(x, held[key])] == []
     rows, wanted = (read_history(folder / run / "loss.jsonl") for run in ("resumed", "alone"))
     assert [row["step"] for row in rows] == [1, 2, 3]

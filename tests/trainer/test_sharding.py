@@ -15,6 +15,7 @@ from mimicmotion.config import Config, LoraConfig, OptimizerConfig
 from mimicmotion.parallel import ParallelConfig
 from mimicmotion.planning.memory_plan import placed
 from mimicmotion.ranks.distributed import Ranks
+from mimicmotion.run import checkpoint
 from mmkernels.choices import OptimizerChoice, Plan
 
 ALONE = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
@@ -28,7 +29,7 @@ def launch(folder: Path, ranks: int, shard: int, steps: int, *more: str) -> subp
 
 def saved(folder: Path, step: int) -> dict[str, dict[str, torch.Tensor]]:
     """The tensors of a checkpoint."""
-    return {group: load_file(folder / "run" / f"step-{step:08d}" / f"{group}.safetensors") for group in GROUPS}
+    return checkpoint.load(folder / "run" / f"step-{step:08d}").tensors
 
 
 @pytest.fixture(scope="module")
