@@ -281,8 +281,9 @@ class Trainer:
                     self.optimization.take_room()  # while no weight has moved
             except torch.OutOfMemoryError as error:
                 if self.config.parallel.runs_together:
-                    has_budget, bucket = self.fitting is not None, self.blocks.bucket
-                    raise TrainingStoppedError(self.frames.out_of_memory(self.step + 1, bucket, has_budget)) from error
+                    has_budget = self.blocks.ran_out(self.step + 1)
+                    said = self.frames.out_of_memory(self.step + 1, self.blocks.bucket, has_budget)
+                    raise TrainingStoppedError(said) from error
                 if self.fitting is None and self.plan is None:
                     raise
                 if self.fitting is None:
@@ -329,11 +330,10 @@ class Trainer:
             if not has_moved and self.step > 0:
                 self.save()
             raise TrainingStoppedError(str(error)) from error
-        if not has_moved:
-            return
-        for note in self._resume():
-            self.say(f"weights had moved inside backward: {note}")
-        self.record = self._new_record()
+        if has_moved:
+            for note in self._resume():
+                self.say(f"weights had moved inside backward: {note}")
+            self.record = self._new_record()
 
     def _follow(self, change: Change) -> None:
         """Run the same blocks by another plan; weights, optimizer and averages stay."""

@@ -99,9 +99,14 @@ class Fitting:
             plan=plan, is_new=True, why=f"plan {self._num_replans + 2} of at most {MOST_REPLANS + 1}: {found}"
         )
 
+    def ran_out(self) -> Plan:
+        """The plan, with what is now known of it: memory ran out under it."""
+        self._failed_gib = min(self._failed_gib, _modelled(self.plan).peak_gib)
+        return self._known(self.plan)
+
     def shrink(self) -> Change:
         """After a step that ran out of memory: the next smaller plan. Raises NoSmallerPlanError where none is."""
-        self._failed_gib = min(self._failed_gib, _modelled(self.plan).peak_gib)
+        self.ran_out()
         change = self._ranks.from_first(self._smaller)
         self._num_failures += 1
         if change is None:
@@ -131,6 +136,9 @@ class Fitting:
             if error.least is None:
                 raise
             plan = error.least
+        return self._known(plan)
+
+    def _known(self, plan: Plan) -> Plan:
         known = {"budget_gib": self.budget_gib, "unmodelled_gib": round(self._unmodelled_gib, 3)}
         if self._failed_gib < math.inf:
             known["failed_gib"] = self._failed_gib

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable
 from functools import cache, partial
+from pathlib import Path
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -14,8 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from mimicmotion.config import Config
 from mimicmotion.execution import same_bits
 from mimicmotion.planning.dry_run import fake_step
-from mimicmotion.planning.fitting import Fitting, expected_gib
-from mimicmotion.planning.planned import check_plan, checkpoint_name, made_for
+from mimicmotion.planning.fitting import NEAR_SHARE, Fitting, NoSmallerPlanError, expected_gib
+from mimicmotion.planning.planned import check_plan, checkpoint_name, made_for, ran_out_path
 from mimicmotion.ranks.distributed import Ranks
 from mimicmotion.run import checkpoint
 from mimicmotion.shapes import Bucket
@@ -60,7 +61,11 @@ def choose_plan(config: Config, ranks: Ranks, *, resume: bool = False) -> tuple[
             planner = StepPlanner(shaped, ranks.world_size, measure)
             if like is not None:
                 planner.take(like)
-            name = checkpoint_name(config, bucket)
+            name, left = checkpoint_name(config, bucket), ran_out_path(config, bucket)
+            failed = ranks.from_first(lambda: _failed(shaped, budget_gib, left) if resume else None)
+            if failed is not None:
+                planner.take(failed)
+                return _smaller(Fitting(failed, budget_gib, planner.plan_within, allocator, ranks))
             plan, origin = ranks.from_first(lambda: _within(shaped, budget_gib, planner, name if resume else None))
             return Fitting(plan, budget_gib, planner.plan_within, allocator, ranks, origin=origin)
 
@@ -108,6 +113,34 @@ def _within(config: Config, budget_gib: float, planner: StepPlanner, name: str |
     except ValueError as error:
         return planner.plan_within(budget_gib), f"a new plan, since that of {saved} is not for this run: {error}"
     return plan, f"goes on under the plan that {saved} has"
+
+
+def _failed(config: Config, budget_gib: float, left: Path) -> Plan | None:
+    """The plan under which memory ran out after the newest checkpoint, where the budget is no larger than it was.
+
+    None, too, where it is not for this run's step.
+    """
+    if not left.is_file():
+        return None
+    plan, newest = read_plan(left), checkpoint.newest_in(config.run_dir)
+    step = 0 if newest is None else checkpoint.step_of(newest)
+    try:
+        check_plan(config, plan, left)
+    except ValueError:
+        return None
+    is_larger = budget_gib > float(plan.made_for["budget_gib"]) * (1 + NEAR_SHARE)  # what is free varies a little
+    return None if is_larger or step >= int(plan.made_for["failed_step"]) else plan
+
+
+def _smaller(fitting: Fitting) -> Fitting:
+    """With the next smaller plan. Raises ValueError where none is."""
+    step = fitting.plan.made_for["failed_step"]
+    try:
+        change = fitting.shrink()
+    except NoSmallerPlanError as error:
+        raise ValueError(str(error)) from error
+    fitting.origin = f"in step {step} of the run that this goes on from {change.why}"
+    return fitting
 
 
 def _budget_gib(config: Config, free_gib: float) -> float:

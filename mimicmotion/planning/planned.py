@@ -1,5 +1,6 @@
 """What a memory plan was made for, held to a run."""
 
+from pathlib import Path
 from typing import Any
 
 from mimicmotion.config import Config
@@ -36,6 +37,11 @@ def check_plan(config: Config, plan: Plan, where: object) -> None:
 def checkpoint_name(config: Config, bucket: Bucket) -> str:
     """What a checkpoint calls the plan of a bucket: plan of the largest, plan-576x320x16 of another."""
     return "plan" if bucket == config.data.buckets[0] else f"plan-{bucket}"
+
+
+def ran_out_path(config: Config, bucket: Bucket) -> Path:
+    """Where a run leaves the plan of a bucket under which it ended, since memory ran out."""
+    return config.run_dir / f"{checkpoint_name(config, bucket)}-ran-out.json"
 
 
 def made_for(config: Config) -> dict[str, object]:

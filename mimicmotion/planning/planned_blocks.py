@@ -1,5 +1,6 @@
 """The blocks of a run's UNet as its plans have them: one plan for each shape of clips."""
 
+import dataclasses
 import gc
 from collections.abc import Callable
 from typing import Any
@@ -10,9 +11,9 @@ from mimicmotion.config import Config
 from mimicmotion.execution import describe, put_kernels
 from mimicmotion.model.unet import MimicMotionModel
 from mimicmotion.planning.fitting import Change, Fitting
-from mimicmotion.planning.planned import checkpoint_name
+from mimicmotion.planning.planned import checkpoint_name, ran_out_path
 from mimicmotion.shapes import Bucket
-from mmkernels.choices import Plan, document
+from mmkernels.choices import Plan, document, write_plan
 from mmkernels.memory.transfer import Device
 
 
@@ -75,6 +76,15 @@ class PlannedBlocks:
         gc.collect()  # what a failed step left
         self.fitting.allocator.begin()
         self._go_by(change.plan)
+
+    def ran_out(self, step: int) -> bool:
+        """Tell the run that goes on from this one that memory ran out under this plan; False where no budget made it."""
+        if self.fitting is None:
+            return False
+        plan = self.fitting.ran_out()
+        plan = dataclasses.replace(plan, made_for={**plan.made_for, "failed_step": step})
+        write_plan(plan, ran_out_path(self._config, self.bucket))
+        return True
 
     def documents(self) -> dict[str, Any]:
         """The plans, as a checkpoint keeps them."""

@@ -64,14 +64,17 @@ class FramesGroup:
 
     def out_of_memory(self, step: int, bucket: Bucket, has_budget: bool) -> str:
         """Why a run ends in a step where memory runs out on this rank: others wait for its frames or its weights."""
-        own, smaller = (
-            self.own(bucket.num_frames),
-            "a smaller --memory-budget" if has_budget else "--memory-budget auto",
+        own = self.own(bucket.num_frames)
+        advice = (
+            "--resume goes on from the newest checkpoint under a smaller plan"
+            if has_budget
+            else "Give --memory-budget auto, --parallel.frames more ranks, or smaller clips; --resume goes on from the "
+            "newest checkpoint"
         )
         return (
             f"memory ran out in step {step} on a rank with {own.stop - own.start} frames of clips of {bucket} (height "
-            f"x width x frames), and the ranks that it shares them or its weights with cannot go on without it. Give "
-            f"{smaller}, --parallel.frames more ranks, or smaller clips; --resume goes on from the newest checkpoint"
+            "x width x frames), and the ranks that it shares them or its weights with cannot go on without it. "
+            + advice
         )
 
     def sum(self, values: Tensor) -> Tensor:

@@ -160,3 +160,45 @@ def test_a_resumed_run_goes_on_under_the_plan_that_it_was_saved_under(
     two = dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, batch_size=2, micro_batch_size=1))
     _, found, fitting = choose_plan(two, ON_GPU, resume=True)
     assert found == afresh and fitting is not None and "inside backward, which one rank" in fitting.origin
+
+
+def test_a_run_that_ended_for_want_of_memory_goes_on_under_a_smaller_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one whose ranks share a clip or weights does: until a checkpoint is past that step, on as little memory."""
+    config = dataclasses.replace(run_config(tmp_path), memory_budget=20.0)
+    made: dict[str, Any] = {**memory_plan.made_for(config), "budget_gib": 20.0}
+    plans = [dataclasses.replace(modelled(gib, 3.0), made_for=made) for gib in (18.0, 16.5, 15.0)]
+    asked: list[float] = []
+
+    def within(planner: object, room_gib: float) -> Plan:
+        asked.append(room_gib)
+        return next((plan for plan in plans if peak_gib(plan) <= room_gib), plans[-1])
+
+    def chosen(config: Config, *, resume: bool = True) -> Fitting:
+        fitting = choose_plan(config, ON_GPU, resume=resume)[2]
+        assert fitting is not None
+        return fitting
+
+    monkeypatch.setattr(memory_plan, "usable_gib", lambda device: 70.0)
+    monkeypatch.setattr(memory_plan.StepPlanner, "plan_within", within)
+    saved_under(config, plans[0])
+    run = Trainer(config, NoiseClips(config=config), ONE, resume=True, fitting=chosen(config))
+    assert run.plan == plans[0] and run.blocks.ran_out(2)
+
+    second = chosen(config)
+    assert asked[-1] == 18.0 - 0.05 * 20.0 and peak_gib(second.plan) == 16.5 and second._failed_gib == 18.0
+    assert second.origin.startswith("in step 2 of the run that this goes on from memory ran out under a plan of 18.00")
+    run = Trainer(config, NoiseClips(config=config), ONE, resume=True, fitting=second)
+    assert run.step == 1 and second.origin in run.notes and run.blocks.ran_out(2)
+    third = chosen(config)
+    assert peak_gib(third.plan) == 15.0
+    for other, is_resumed in ((dataclasses.replace(config, memory_budget=24.0), True), (config, False)):
+        assert peak_gib(chosen(other, resume=is_resumed).plan) == 18.0
+    run = Trainer(config, NoiseClips(config=config), ONE, resume=True, fitting=third)
+    run.blocks.ran_out(2)
+    with pytest.raises(ValueError, match="ran out of memory under the smallest plan there is"):
+        chosen(config)
+    run.step = 2
+    run.save()
+    assert peak_gib(chosen(config).plan) == 15.0  # that of the checkpoint, which is past the step
