@@ -78,7 +78,7 @@ class PlannedBlocks:
         self._go_by(change.plan)
 
     def ran_out(self, step: int) -> bool:
-        """Tell the run that goes on from this one that memory ran out under this plan; False where no budget made it."""
+        """Tell the run that goes on from this one that memory ran out under the plan; False where no budget made it."""
         if self.fitting is None:
             return False
         plan = self.fitting.ran_out()
