@@ -31,7 +31,7 @@ ERROR_RATIO, ERROR_FLOOR = 2.0, 1e-6  # budget: this times the error of plain to
 
 @dataclass(frozen=True, kw_only=True)
 class Provider:
-    """One way to do the computation.
+    """One of several that do the computation.
 
     step: what is counted and timed; returns outputs and gradients by name, the same names for every provider.
     includes: in words, what the time covers.

@@ -160,8 +160,8 @@ def draw_results(found: Mapping[str, Results], title: str, path: Path) -> None:
     """Time and peak memory of each bench's results, by its name."""
     panels = []
     for name, results in found.items():
-        times = {way: one.time_ms for way, one in results.measured.items()}
-        peaks = {way: Spread.of(one.peak_bytes / MIB) for way, one in results.measured.items()}
+        times = {provider: one.time_ms for provider, one in results.measured.items()}
+        peaks = {provider: Spread.of(one.peak_bytes / MIB) for provider, one in results.measured.items()}
         panels += [
             Panel(title=f"{name}, forward + backward", unit=unit, values=values, baseline=results.baseline)
             for unit, values in (("time, ms", times), ("peak memory, MiB", peaks))
