@@ -243,7 +243,7 @@ def print_bars(results: Results, console: Console, *, resident_bytes: int) -> No
         console.print(f"share of the one-token shortcut: fine-grained with it {share:.2f}x of fine-grained without")
 
 
-def draw(found: Measured, title: str, path: Path) -> None:
+def plot(found: Measured, title: str, path: Path) -> None:
     """A panel each for time and peak memory of a step, and one for each further figure."""
     time_s, peak_mib, baseline = {}, {}, found.results.baseline
     for name, one in found.results.measured.items():
@@ -261,4 +261,4 @@ def draw(found: Measured, title: str, path: Path) -> None:
         figures = {name: Spread.of(value / size) for name, value in values.items()}
         panels.append(report.Panel(title=TITLES[metric], unit=unit, values=figures, baseline=baseline))
     panels = [panel for panel in panels if panel.values]
-    report.draw(panels, title=title, path=path, num_columns=len(panels))
+    report.plot(panels, title=title, path=path, num_columns=len(panels))

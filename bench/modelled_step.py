@@ -125,7 +125,7 @@ def print_costs(found: Mapping[str, StepCost], title: str, console: Console, mem
     console.print(table)
 
 
-def draw(found: Mapping[str, StepCost], title: str, card: Card, path: Path) -> None:
+def plot(found: Mapping[str, StepCost], title: str, card: Card, path: Path) -> None:
     """Step time against peak memory, a point for each provider, hollow where it does not fit the card."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

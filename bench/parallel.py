@@ -100,7 +100,7 @@ def model(settings: Settings, console: Console) -> int:
     print_exchanges(sent, most, shortest, console)
     for line in goals(found):
         console.print(line, markup=False)
-    parallel_picture.draw(found, settings.size, picture)
+    parallel_picture.plot(found, settings.size, picture)
     console.print(f"rows: {rows}\npicture: {picture}", markup=False)
     return 0
 

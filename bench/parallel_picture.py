@@ -20,7 +20,7 @@ def line_of(sharing: Sharing) -> str | None:
     return " x ".join(names) or "data"
 
 
-def draw(found: Sequence[Found], size: str, path: Path) -> None:
+def plot(found: Sequence[Found], size: str, path: Path) -> None:
     """Of the shortest clips."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -156,7 +156,7 @@ class Panel:
     baseline: str | None = None
 
 
-def draw_results(found: Mapping[str, Results], title: str, path: Path) -> None:
+def plot_results(found: Mapping[str, Results], title: str, path: Path) -> None:
     """Time and peak memory of each bench's results, by its name."""
     panels = []
     for name, results in found.items():
@@ -166,10 +166,10 @@ def draw_results(found: Mapping[str, Results], title: str, path: Path) -> None:
             Panel(title=f"{name}, forward + backward", unit=unit, values=values, baseline=results.baseline)
             for unit, values in (("time, ms", times), ("peak memory, MiB", peaks))
         ]
-    draw(panels, title=title, path=path)
+    plot(panels, title=title, path=path)
 
 
-def draw(panels: Sequence[Panel], *, title: str, path: Path, num_columns: int = 2) -> None:
+def plot(panels: Sequence[Panel], *, title: str, path: Path, num_columns: int = 2) -> None:
     """Draw horizontal bars, the first name on top, each with its figure; the error bar is the 0.2 to 0.8 spread."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -2,7 +2,7 @@
 
 A bench says what its subjects are: the plain one in torch, a module of some inputs, and the providers that are its own.
 The module under torch.utils.checkpoint, whole and in pieces, under torch.compile and with other libraries' attention is
-added here. Gradients go to every input and every live parameter.
+added here. Gradients go to every input and every trained parameter.
 """
 
 import copy
@@ -234,7 +234,7 @@ def in_pieces(function: Function, pieces: Pieces) -> Function:
 def outputs_of(
     function: Function, module: nn.Module, inputs: Mapping[str, Tensor], dy: Tensor, mode: str
 ) -> dict[str, Tensor]:
-    """y, and in mode `both` the gradients of inputs and live parameters, each as `d` and its name."""
+    """y, and in mode `both` the gradients of inputs and trained parameters, each as `d` and its name."""
     y = function(*inputs.values())
     if mode == "forward":
         return {"y": y.detach()}
@@ -289,7 +289,7 @@ def run(
     report.write(rows, settings.json, console)
     if settings.picture:
         both = {subject.bench: of_subject["both"] for subject, of_subject in found}
-        report.draw_results(both, f"{title}\n{setting.device}", settings.picture)
+        report.plot_results(both, f"{title}\n{setting.device}", settings.picture)
         console.print(f"picture: {settings.picture}")
     return int(any(results.refused_of_ours for _, of_subject in found for results in of_subject.values()))
 

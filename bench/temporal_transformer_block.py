@@ -4,7 +4,8 @@
 
 x (B*F, P, C) through feed-forward, attention over frames, one-token cross-attention and feed-forward, diffusers' own
 TemporalBasicTransformerBlock with the torch providers. The cross-attention is the broadcast add in all but `torch-full`
-and `checkpoint-full`, so that the shortcut is in no ratio to the others. Gradients go to x and to every live parameter.
+and `checkpoint-full`, so that the shortcut is in no ratio to the others. Gradients go to x and to every trained
+parameter.
 """
 
 import sys

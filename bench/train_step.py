@@ -136,7 +136,7 @@ def model(settings: Settings, console: Console) -> int:
         console.print(f"fused-plan follows: {plan}", markup=False, soft_wrap=True)
     rows, picture = settings.path("modelled_step", "json"), settings.path("modelled_step", "png")
     report.write(modelled_step.rows_of(found, make(True).made_for, target, kind), rows, console)
-    modelled_step.draw(found, f"One training step, modelled: {words}", target, picture)
+    modelled_step.plot(found, f"One training step, modelled: {words}", target, picture)
     console.print(f"picture: {picture}")
     return 0
 
@@ -169,7 +169,7 @@ def measure(settings: Settings, console: Console) -> int:
     rows, picture = settings.path("step_cost", "json"), settings.path("step_cost", "png")
     report.write(measured_step.rows_of(found, shape, setting), rows, console)
     title = f"One training step, measured: {words}\n{setting.device}, {setting.threads} thread(s)"
-    measured_step.draw(found, title, picture)
+    measured_step.plot(found, title, picture)
     console.print(f"picture: {picture}")
     return int(bool(found.results.refused_of_ours))
 

@@ -26,7 +26,7 @@ from bench.harness import Outputs
 from bench.placements import UnetProvider, use
 from mimicmotion import config as presets
 from mimicmotion.data.batch import Batch
-from mimicmotion.model.unet import MimicMotionModel, build_model, image_latents, model_input
+from mimicmotion.model.unet import MimicMotionModel, build_model, model_input, reference_latents
 from mimicmotion.optimization.optimizer import build_optimization
 from mimicmotion.step import batch_loss, draw_samples
 
@@ -109,7 +109,7 @@ class TrainingStep:
         if self.part == "step":
             return batch_loss(model, batch, self.draws, self.config)
         latents, embedding = batch.latents, batch.image_embedding
-        sample = model_input(latents, image_latents(batch.reference_latent, latents.shape[1]))
+        sample = model_input(latents, reference_latents(batch.reference_latent, latents.shape[1]))
         ones = torch.ones(latents.shape[0], 3, dtype=latents.dtype, device=latents.device)
         return model.unet(sample, ones[:, 0], embedding, ones, return_dict=False)[0].square().mean()
 

@@ -26,7 +26,7 @@ from mimicmotion.data.footage_identity import FootageIdentity
 from mimicmotion.data.hands import HAND_CONFIDENCE, hand_weights
 from mimicmotion.data.held_out import split
 from mimicmotion.data.order import Order, Place, number_of
-from mimicmotion.data.poses import draw, drawing_scale
+from mimicmotion.data.poses import skeleton_scale, skeletons
 from mimicmotion.data.poses.keypoints import NUM_KEYPOINTS
 from mimicmotion.data.reference_noise import ReferenceNoise
 from mimicmotion.pixels import as_input
@@ -200,8 +200,8 @@ class ClipDataset:
             )
         stored = self._read(chosen, reference, range(start, stop, stride))
         latents, keypoints = stored["latents"].float(), stored["keypoints"]
-        short_side, stroke = drawing_scale(chosen.height, chosen.width)
-        pictures = draw(keypoints.numpy(), chosen.height, chosen.width, short_side=short_side, stroke=stroke)
+        short_side, stroke = skeleton_scale(chosen.height, chosen.width)
+        pictures = skeletons(keypoints.numpy(), chosen.height, chosen.width, short_side=short_side, stroke=stroke)
         return {
             "latents": latents * self.manifest.scaling_factor,
             "latents_deviation": stored["latents_deviation"].float() * self.manifest.scaling_factor,

@@ -38,7 +38,7 @@ def read_history(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[:-1]]
 
 
-def draw_loss(rows: list[dict[str, Any]], path: Path, title: str) -> None:
+def plot_loss(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     """Loss of every step and its running mean, as a picture; skipped steps have no point."""
     import matplotlib.figure  # slow to import, wanted once at the end
 

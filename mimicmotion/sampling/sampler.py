@@ -14,7 +14,7 @@ from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteSchedule
 from torch import Tensor
 
 from mimicmotion.diffusion import time_ids
-from mimicmotion.model.unet import MimicMotionModel, image_latents, model_input
+from mimicmotion.model.unet import MimicMotionModel, model_input, reference_latents
 from mimicmotion.pixels import as_input
 from mimicmotion.ranks.distributed import ALONE, Ranks
 from mmkernels.planning.sizes import LATENT_STRIDE
@@ -185,7 +185,7 @@ def network_output(
     reference = conditions.reference_latent[clips].to(embedding.dtype) * kept.unsqueeze(-1)
     pose = torch.stack([conditions.poses(row.clip, row.frames) for row in rows]) if any(keep) else None
     return model(
-        model_input(noisy, image_latents(reference, noisy.shape[1])),
+        model_input(noisy, reference_latents(reference, noisy.shape[1])),
         timestep.expand(len(rows)),
         embedding * kept,
         ids[clips],

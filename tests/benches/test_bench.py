@@ -153,7 +153,7 @@ def test_a_row_is_measured_or_modelled():
 def test_the_picture_is_drawn(tmp_path):
     bars = {"torch": harness.Spread(median=2.0, low=1.0, high=3.0), "fused": harness.Spread(median=1, low=1, high=1)}
     panel = report.Panel(title="time", unit="ms", values=bars, baseline="torch")
-    report.draw([panel, panel, panel], title="measured", path=tmp_path / "bars.png")
+    report.plot([panel, panel, panel], title="measured", path=tmp_path / "bars.png")
     assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
 
 
