@@ -37,11 +37,11 @@ BARS: tuple[tuple[UnetProvider, float, float | None], ...] = (
     ("fine-grained-one-token", 1.0, 1.0),
     ("torch", 1 / 1.15, 0.2),
 )
-UNITS = {"resident_peak_bytes": ("MiB", report.MIB), "reserved_bytes": ("MiB", report.MIB), "largest_frames": ("", 1)}
-TITLES = {
-    "resident_peak_bytes": "peak resident memory of a process",
-    "reserved_bytes": "peak that the allocator reserves",
-    "largest_frames": "most frames that there is room for",
+# Of each further metric: unit, its size, title of its panel.
+METRICS = {
+    "resident_peak_bytes": ("MiB", report.MIB, "peak resident memory of a process"),
+    "reserved_bytes": ("MiB", report.MIB, "peak that the allocator reserves"),
+    "largest_frames": ("", 1, "most frames that there is room for"),
 }
 
 
@@ -204,7 +204,7 @@ def print_measured(found: Measured, words: str, console: Console) -> None:
     for provider, reason in found.no_room.items():
         console.print(f"cannot run at this size: {provider}: {reason}", markup=False)
     for metric, values in found.others.items():
-        unit, size = UNITS[metric]
+        unit, size, _ = METRICS[metric]
         cells = ", ".join(f"{name} {value / size:,.0f}" for name, value in values.items())
         console.print(f"{metric}{', ' if unit else ''}{unit} (measured): {cells}")
 
@@ -257,8 +257,8 @@ def plot(found: Measured, title: str, path: Path) -> None:
         )
     ]  # fmt: skip
     for metric, values in found.others.items():
-        unit, size = UNITS[metric]
+        unit, size, words = METRICS[metric]
         figures = {name: Spread.of(value / size) for name, value in values.items()}
-        panels.append(report.Panel(title=TITLES[metric], unit=unit, values=figures, baseline=baseline))
+        panels.append(report.Panel(title=words, unit=unit, values=figures, baseline=baseline))
     panels = [panel for panel in panels if panel.values]
     report.plot(panels, title=title, path=path, num_columns=len(panels))

@@ -127,11 +127,9 @@ def print_costs(found: Mapping[str, StepCost], title: str, console: Console, mem
 
 def plot(found: Mapping[str, StepCost], title: str, card: Card, path: Path) -> None:
     """Step time against peak memory, a point for each provider, hollow where it does not fit the card."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 5.6), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots()
     peaks_gib, times_s = [one.peak_bytes / GIB for one in found.values()], [one.step_s for one in found.values()]
     axes.set_xscale("log")

@@ -22,13 +22,11 @@ def line_of(sharing: Sharing) -> str | None:
 
 def plot(found: Sequence[Found], size: str, path: Path) -> None:
     """Of the shortest clips."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     frames = min(each.frames for each in found)
     names = list(dict.fromkeys(each.card for each in found))
     figure = Figure(figsize=(4.4 * len(names) + 1, 7.2), layout="constrained")
-    FigureCanvasAgg(figure)
     figure.suptitle(f"Training on several cards (modelled): {frames} frames of {size}", fontsize=13)
     grid = figure.subplots(2, len(names), squeeze=False)
     for column, name in enumerate(names):

@@ -171,13 +171,11 @@ def plot_results(found: Mapping[str, Results], title: str, path: Path) -> None:
 
 def plot(panels: Sequence[Panel], *, title: str, path: Path, num_columns: int = 2) -> None:
     """Draw horizontal bars, the first name on top, each with its figure; the error bar is the 0.2 to 0.8 spread."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     num_rows = -(-len(panels) // num_columns)
     most_bars = max(len(panel.values) for panel in panels)
     figure = Figure(figsize=(6.4 * num_columns, (0.42 * most_bars + 1.3) * num_rows + 0.8), layout="constrained")
-    FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=13)
     grid = figure.subplots(num_rows, num_columns, squeeze=False).flatten()
     for axes, panel in zip(grid, panels, strict=False):

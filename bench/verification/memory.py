@@ -88,7 +88,7 @@ def measure(
                 report.end()
             write_run(gpu, record, config, name, plan, fitting, {**shape_of(config), "cap_gib": round(cap_gib, 2)})
     except Exception as error:  # out of memory is a result as well
-        record.fail(name, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
+        record.fail(name, error)
     if report is not None:
         report.end()
     gpu.release()

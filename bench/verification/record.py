@@ -63,8 +63,10 @@ class Record:
         )  # fmt: skip
         self.add(map(asdict, rows))
 
-    def fail(self, what: str, why: str) -> None:
-        """Write that something went wrong, and print it."""
+    def fail(self, what: str, why: str | Exception) -> None:
+        """Write that something went wrong, and print it; of an error its kind and first line."""
+        if isinstance(why, Exception):
+            why = f"{type(why).__name__}: {str(why).strip().partition(chr(10))[0]}"
         print(f"FAILED: {self.part}: {what}: {why}", flush=True)
         self.figures(FAILURE, what, {"failures": 1}, mode=self.part, includes=why)
 

@@ -127,7 +127,7 @@ def measure_providers(
             else:
                 record.fail(provider, reason)
         except Exception as error:  # whatever one ends with is its result; the others go on
-            record.fail(provider, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
+            record.fail(provider, error)
         training.model.zero_grad(set_to_none=True)
         gpu.release()
 
@@ -155,14 +155,11 @@ class Gate:
 
     def __init__(self, training: TrainingStep) -> None:
         self._training = training
-        whole, batch, draws = training.config, training.batch, training.draws
-        training.config = dataclasses.replace(
-            whole, data=dataclasses.replace(whole.data, height=GATE_PIXELS, width=GATE_PIXELS)
-        )
-        training.take_clip(whole.data.num_frames)
-        self._small = training.config, training.batch, training.draws
-        training.config, training.batch, training.draws = whole, batch, draws
+        data = dataclasses.replace(training.config.data, height=GATE_PIXELS, width=GATE_PIXELS)
+        self._small = dataclasses.replace(training.config, data=data), training.batch, training.draws
         with self._few_pixels():
+            training.take_clip(data.num_frames)
+            self._small = training.config, training.batch, training.draws
             self._plain, self._exact = training.gradients("torch"), training.exact()
 
     def why_refused(self, provider: StepProvider) -> str | None:

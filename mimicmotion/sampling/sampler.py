@@ -215,7 +215,7 @@ class Fusion:
 
 
 @torch.no_grad()
-def decode_parts(
+def decode(
     latents: Tensor,
     decoder: Callable[[Tensor], Tensor],
     *,
@@ -236,16 +236,3 @@ def decode_parts(
         lambda part: (len(part), 3, h * LATENT_STRIDE, w * LATENT_STRIDE),
     )
     yield from (part.to(latents.device) for part in frames)
-
-
-def decode(
-    latents: Tensor,
-    decoder: Callable[[Tensor], Tensor],
-    *,
-    scaling_factor: float,
-    frames_at_once: int,
-    ranks: Ranks = ALONE,
-) -> Tensor:
-    """All of `decode_parts`: frames (F, 3, H, W) in [-1, 1]."""
-    parts = decode_parts(latents, decoder, scaling_factor=scaling_factor, frames_at_once=frames_at_once, ranks=ranks)
-    return torch.cat([*parts])
