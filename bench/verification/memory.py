@@ -31,7 +31,7 @@ from mmkernels.choices import Plan, write_plan
 
 SMALLER = "RTX 4090"  # whose memory is tried where this card has more
 STEPS = 4  # of each run: the offload learns in the first
-MOST_LINES = 30  # of the report of where the bytes are
+MOST_LINES = 16  # of the report of where the bytes are
 LONGEST_REPORT_S = 45.0  # that is waited for it once the first plan is there
 
 
