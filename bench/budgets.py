@@ -1,4 +1,4 @@
-"""At every budget the fused plan against every placement of torch.utils.checkpoint that fits it: step times. Modelled.
+"""Step times, modelled: at each memory budget the fused plan against every placement of checkpoints that fits it.
 
     python bench/budgets.py [--budgets 80 48 24 16] [--json FILE]
 

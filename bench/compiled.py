@@ -25,7 +25,7 @@ from torch._inductor import exc as inductor
 from torch._inductor.compile_fx import compile_fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from bench.checkpoint_places import Undo, place, place_fine_grained, whole
+from bench.checkpoint_places import Undo, place, place_fine_grained, undo_forward, whole
 
 Compiled = Literal[
     "compiled-checkpoint", "compiled-fine-grained", "compiled-fine-grained-one-token", "budget-0.1", "budget-0.3",
@@ -113,8 +113,4 @@ def _begin_channels_last(conv: Any) -> Undo:
     """The first convolution reads channels last; what follows takes its input's layout."""
     forward = conv.forward
     conv.forward = lambda x: forward(_channels_last(x))
-
-    def undo() -> None:
-        del conv.forward
-
-    return undo
+    return undo_forward(conv)

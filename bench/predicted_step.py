@@ -1,4 +1,4 @@
-"""The fused training step of the released UNet on a card, by operation. Modelled: what the next run is held against.
+"""The fused training step of the released UNet on a card, by operation. Modelled: to hold a measured run against.
 
     python bench/predicted_step.py [--card H200] [--json FILE] [--against bench/results/nvidia-h100-80gb-hbm3.json]
 

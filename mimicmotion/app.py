@@ -1,4 +1,4 @@
-"""A web page for who would rather look than type: `python mimicmotion/app.py --run-dir runs/demo`.
+"""A web page for those who would rather click than type: `python mimicmotion/app.py --run-dir runs/demo`.
 
 A picture and a driving video become a video beside its poses, as `sample.py --image --video` makes it: the model is
 loaded once, one job runs at a time and others wait their turn. Needs gradio, the extra `app`.

@@ -1,4 +1,4 @@
-"""What is said of paths: names that any terminal can show, and what lies near one that does not hold what it should."""
+"""How messages name paths: as any terminal can show them, and with what lies near one that is wrong."""
 
 import shutil
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The tiny run that faults are put into, and the run that nothing happened to, which is the judge."""
+"""The tiny run that faults are put into, and the same run undisturbed, which its result is compared with."""
 
 import json
 import os

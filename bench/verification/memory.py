@@ -1,4 +1,4 @@
-"""Part `memory`: the closed loop under the cap of a smaller card, then plans from a file, and where the bytes are.
+"""Part `memory`: --memory-budget with the allocator capped to a smaller card, plans from a file, and a memory report.
 
 Weights in bfloat16 with 8-bit moments, 72 frames of 1024x576, on clips of noise. `--memory-budget` gets what
 mmkernels/cards.py says that a smaller card offers, and the allocator that and the fragments that a plan leaves room
