@@ -4,6 +4,7 @@ import traceback
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from threading import Event, Lock
 from typing import Any
@@ -321,13 +322,7 @@ def _between(frames: Iterator[tuple[int, np.ndarray]], rows: slice) -> Iterator[
 
 
 def _batches(frames: Iterator[np.ndarray], size: int) -> Iterator[list[np.ndarray]]:
-    batch = []
-    for frame in frames:
-        batch.append(frame)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
+    while batch := list(islice(frames, size)):
         yield batch
 
 
