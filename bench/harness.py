@@ -23,7 +23,6 @@ import torch
 
 Outputs = Mapping[str, torch.Tensor]
 Step = Callable[[], Outputs]
-Gate = Callable[[Outputs, Outputs, Outputs], str | None]
 
 LOW_QUANTILE, HIGH_QUANTILE = 0.2, 0.8
 ERROR_RATIO, ERROR_FLOOR = 2.0, 1e-6  # budget: this times the error of plain torch, plus this
@@ -143,12 +142,10 @@ def measure(
     num_rounds: int,
     num_warm_ups: int = 1,
     resident_bytes: int = 0,
-    gate: Gate = why_wrong,
 ) -> Results:
     """Gate, warm up, count and time `providers`, interleaved; those that fail the gate are refused, not timed.
 
     resident_bytes: bytes alive before each call that belong to the computation; they are added to every peak.
-    gate: why the outputs are wrong, given those of plain torch and of float64; None where they are right.
     """
     results = Results(baseline=baseline)
     accepted = []
@@ -156,7 +153,7 @@ def measure(
     for provider in providers:
         with provider.running():
             check = provider.check or provider.step
-            reason = gate(cast(Outputs, check()), plain, exact)
+            reason = why_wrong(cast(Outputs, check()), plain, exact)
             if reason is not None:
                 results.refused[provider.name] = reason
                 continue

@@ -15,7 +15,7 @@ import numpy as np
 from mimicmotion.data.cache import Clip, Crop, Drop
 from mimicmotion.data.curate import Watched
 from mimicmotion.data.film import VideoError, frames_of
-from mimicmotion.data.footage import MAX_FRAME_PIXELS, VideoProperties, read_properties
+from mimicmotion.data.footage import VideoProperties, read_properties
 from mimicmotion.data.picture import Painter
 from mimicmotion.data.poses.drawing import skeleton_scale, skeletons
 
@@ -89,7 +89,7 @@ def _decoded(
             return pictures, "the video has another size or length than when it was prepared"
         shown = {index: index if properties.frames is None else properties.frames[index] for index in indices}
         last, painter = max(shown.values()), Painter(properties.film)
-        for number, frame in enumerate(frames_of(properties.film, MAX_FRAME_PIXELS)):
+        for number, frame in enumerate(frames_of(properties.film)):
             for index in [index for index, at in shown.items() if at == number]:
                 pictures[index] = _shrunk(painter.paint(frame))
             if number >= last:
