@@ -11,7 +11,7 @@ of a block are those that its forward leaves alive, its output with them.
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 if not __package__:  # run as a file: import from the checkout, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -38,7 +38,9 @@ KINDS = ("SpatioTemporalResBlock", "TransformerSpatioTemporalModel")
 class Settings:
     """The step; defaults are those of the limits: fused keeps at most 53 GiB and does at most 760 TFLOP."""
 
-    providers: tuple[UnetProvider, ...] = ("torch", "checkpoint", "fine-grained", "fine-grained-one-token", "fused")
+    providers: Annotated[tuple[UnetProvider, ...], tyro.conf.arg(aliases=["--ways"])] = (
+        "torch", "checkpoint", "fine-grained", "fine-grained-one-token", "fused",
+    )  # fmt: skip
     precision: Precision = "bf16"  # bf16: weights and all in it; autocast: float32 weights under torch.autocast
     batch: int = 1  # clips
     frames: int = 72
