@@ -26,6 +26,7 @@ from torch._inductor.compile_fx import compile_fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from bench.checkpoint_places import Undo, place, place_fine_grained, undo_forward, whole
+from mimicmotion.paths import first_line
 
 Compiled = Literal[
     "compiled-checkpoint", "compiled-fine-grained", "compiled-fine-grained-one-token", "budget-0.1", "budget-0.3",
@@ -51,8 +52,7 @@ def compiling() -> Iterator[None]:
     try:
         yield
     except _FAILURES as error:
-        message = str(error).strip() or type(error).__name__
-        raise CompileError(f"does not compile here: {message.splitlines()[0]}") from error
+        raise CompileError(f"does not compile here: {first_line(error)}") from error
 
 
 def words_of(provider: Compiled) -> str:

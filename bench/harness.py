@@ -21,6 +21,8 @@ from typing import cast
 import numpy as np
 import torch
 
+from mimicmotion.paths import first_line
+
 Outputs = Mapping[str, torch.Tensor]
 Step = Callable[[], Outputs]
 
@@ -235,7 +237,7 @@ def compile_time_s(first_call: Callable[[], object], limit_s: float) -> tuple[fl
     except TimeoutError:
         return limit_s, f"not compiled within {limit_s:.0f} s (--compile-limit-s)"
     except RuntimeError as error:  # torch._inductor raises it where no C++ compiler is found
-        return 0.0, f"does not compile here: {str(error).strip().splitlines()[0]}"
+        return 0.0, f"does not compile here: {first_line(error)}"
     return time.perf_counter() - start_s, None
 
 

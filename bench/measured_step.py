@@ -23,6 +23,7 @@ from bench.harness import Provider, Results, Spread
 from bench.placements import UnetProvider
 from bench.training_step import TrainingStep, resident_peak_bytes, why_refused
 from mimicmotion import config as presets
+from mimicmotion.paths import first_line
 from mmkernels import tuning
 from mmkernels.choices import Plan
 from mmkernels.planning.search import BudgetTooSmallError
@@ -175,7 +176,7 @@ def why_no_room(training: TrainingStep, provider: StepProvider) -> str | None:
             for _ in range(2):
                 training.step()
     except (torch.OutOfMemoryError, MemoryError, BudgetTooSmallError, CompileError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
     training.model.zero_grad(set_to_none=True)
     if training.device.type == "cuda":
         torch.cuda.empty_cache()
