@@ -1,10 +1,10 @@
-"""Temporal attention at 72 frames: every way to run it, interleaved, with its peak memory by the allocator.
+"""Temporal attention at 72 frames: every provider, interleaved, with its peak memory by the allocator.
 
     python bench/attn72.py [--frames 72] [--json FILE] [--picture FILE]
 
 Two subjects, measured (bench/temporal_attention.py). The core: q, k, v (B, F, P, N, D) to o and back. The sub-block:
 LN + QKV + attention + projection + residual on x (B*F, P, C). Gradients go to x and to every parameter. On a GPU the
-same command measures with CUDA events and max_memory_allocated. A third part is modelled: what each way saves, holds
+same command measures with CUDA events and max_memory_allocated. A third part is modelled: what each saves, holds
 and computes at the UNet's real shape (bench/modelled_attention.py).
 """
 

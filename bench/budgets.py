@@ -1,4 +1,4 @@
-"""At every budget the fused plan against every placement of torch.utils.checkpoint that fits it: step times. Modelled.
+"""Step times, modelled: at each memory budget the fused plan against every placement of checkpoints that fits it.
 
     python bench/budgets.py [--budgets 80 48 24 16] [--json FILE]
 
@@ -19,7 +19,7 @@ import tyro
 
 from bench import modelled_step, report
 from bench.modelled_step import StepCost, model_step
-from bench.placements import MODELLED, Way
+from bench.placements import MODELLED, UnetProvider
 from mmkernels.cards import card
 from mmkernels.choices import GIB, OptimizerKind, Plan
 from mmkernels.planning.search import make_plan
@@ -27,7 +27,7 @@ from mmkernels.planning.svd import svd_workload
 
 PLAN = "fused-plan"
 # Of plain torch, no placement; and of what keeps all that it saves on the card, nothing fits a card of today.
-TOO_LARGE: tuple[Way, ...] = ("torch", "diffusers-checkpoint")
+TOO_LARGE: tuple[UnetProvider, ...] = ("torch", "diffusers-checkpoint")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,21 +75,27 @@ class Comparison:
 
     def fastest(self) -> str | None:
         """The fastest placement that fits the card, None where none does."""
-        fitting = [way for way, cost in self.others.items() if cost.peak_bytes <= self.budget.memory_gib * GIB]
-        return min(fitting, key=lambda way: self.others[way].step_s, default=None)
+        fitting = [name for name, cost in self.others.items() if cost.peak_bytes <= self.budget.memory_gib * GIB]
+        return min(fitting, key=lambda name: self.others[name].step_s, default=None)
+
+    @property
+    def is_faster(self) -> bool:
+        """Whether the plan is, or nothing else fits."""
+        fastest = self.fastest()
+        return fastest is None or self.own.step_s < self.others[fastest].step_s
 
     def __str__(self) -> str:
-        budget, own, way = self.budget, self.own, self.fastest()
+        budget, own, fastest = self.budget, self.own, self.fastest()
         words = (
             f"{budget.card}, {budget.memory_gib:g} GiB: fused plan {own.step_s:.2f} s at {own.peak_bytes / GIB:.1f} GiB"
         )
-        if way is None:
+        if fastest is None:
             return f"{words}; no placement fits"
-        other = self.others[way]
-        verdict = "faster" if own.step_s < other.step_s else "NOT FASTER"
+        other = self.others[fastest]
+        verdict = "faster" if self.is_faster else "NOT FASTER"
         return (
-            f"{words}; fastest placement that fits: {way}, {other.step_s:.2f} s at {other.peak_bytes / GIB:.1f} GiB: "
-            f"the plan is {verdict}, {other.step_s / own.step_s:.2f}x"
+            f"{words}; fastest placement that fits: {fastest}, {other.step_s:.2f} s at "
+            f"{other.peak_bytes / GIB:.1f} GiB: the plan is {verdict}, {other.step_s / own.step_s:.2f}x"
         )
 
 
@@ -98,8 +104,8 @@ def compare(budget: Budget) -> Comparison:
     workload, target = svd_workload(budget.kind, has_guide=True), card(budget.card)
     plan = make_plan(workload, target, budget.plan_gib, kind=budget.kind)
     own = model_step(plan, workload, target, plan.optimizer)
-    ways: list[Way] = [way for way in MODELLED if way not in (*TOO_LARGE, "fused")]
-    others = {way: model_step(way, workload, target, plan.optimizer) for way in ways}
+    placements: list[UnetProvider] = [name for name in MODELLED if name not in (*TOO_LARGE, "fused")]
+    others = {name: model_step(name, workload, target, plan.optimizer) for name in placements}
     return Comparison(budget=budget, plan=plan, own=own, others=others)
 
 
@@ -108,22 +114,16 @@ def main(settings: Settings) -> int:
     console, rows, found = report.make_console(), [], []
     for budget in (BUDGETS[name] for name in settings.budgets):
         comparison = compare(budget)
-        ways = {PLAN: comparison.own, **comparison.others}
+        costs = {PLAN: comparison.own, **comparison.others}
         title = f"{budget.memory_gib:g} GiB, {budget.card}, {budget.kind}"
-        modelled_step.print_costs(ways, title, console, budget.memory_gib)
-        workload_shape = comparison.plan.made_for
-        rows += modelled_step.rows_of(ways, workload_shape, card(budget.card), budget.kind)
+        modelled_step.print_costs(costs, title, console, budget.memory_gib)
+        rows += modelled_step.rows_of(costs, comparison.plan.made_for, card(budget.card), budget.kind)
         found.append(comparison)
     console.print("\nmodelled:")
     for comparison in found:
         console.print(f"  {comparison}", markup=False, soft_wrap=True)
     report.write(rows, settings.json, console)
-    ways = [comparison.fastest() for comparison in found]
-    is_faster = (
-        way is None or comparison.own.step_s < comparison.others[way].step_s
-        for way, comparison in zip(ways, found, strict=True)
-    )
-    return int(not all(is_faster))
+    return int(not all(comparison.is_faster for comparison in found))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ Each function changes how the blocks of one UNet run, in place, and returns what
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -39,13 +40,10 @@ def place_fine_grained(unet: nn.Module, *, is_one_token: bool) -> Undo:
         BasicTransformerBlock: partial(_spatial_block, is_one_token=is_one_token),
         TemporalBasicTransformerBlock: partial(_temporal_block, is_one_token=is_one_token),
     }
-    undo_blocks, undo_head = place(unet, forwards), _place_around_head(unet)
-
-    def undo() -> None:
-        undo_blocks()
-        undo_head()
-
-    return undo
+    undo = ExitStack()
+    undo.callback(place(unet, forwards))
+    undo.callback(_place_around_head(unet))
+    return undo.close
 
 
 def _place_around_head(unet: Any) -> Undo:
@@ -54,12 +52,7 @@ def _place_around_head(unet: Any) -> Undo:
     norm, act, conv = (part.forward for part in parts)
     parts[0].forward = parts[1].forward = lambda x: x
     parts[2].forward = lambda x: _kept(lambda x: conv(act(norm(x))), x)
-
-    def undo() -> None:
-        for part in parts:
-            del part.forward
-
-    return undo
+    return undo_forward(*parts)
 
 
 def place(unet: nn.Module, forwards: Mapping[type[nn.Module], Callable[..., Any]]) -> Undo:
@@ -67,9 +60,14 @@ def place(unet: nn.Module, forwards: Mapping[type[nn.Module], Callable[..., Any]
     changed: list[Any] = [module for module in unet.modules() if type(module) in forwards]
     for module in changed:
         module.forward = MethodType(forwards[type(module)], module)
+    return undo_forward(*changed)
+
+
+def undo_forward(*modules: Any) -> Undo:
+    """What gives modules their class's forward back."""
 
     def undo() -> None:
-        for module in changed:
+        for module in modules:
             del module.forward
 
     return undo

@@ -25,7 +25,8 @@ from torch._inductor import exc as inductor
 from torch._inductor.compile_fx import compile_fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from bench.checkpoint_places import Undo, place, place_fine_grained, whole
+from bench.checkpoint_places import Undo, place, place_fine_grained, undo_forward, whole
+from mimicmotion.paths import first_line
 
 Compiled = Literal[
     "compiled-checkpoint", "compiled-fine-grained", "compiled-fine-grained-one-token", "budget-0.1", "budget-0.3",
@@ -33,7 +34,7 @@ Compiled = Literal[
 ]  # fmt: skip
 COMPILED: tuple[Compiled, ...] = get_args(Compiled)
 KINDS = (SpatioTemporalResBlock, TransformerSpatioTemporalModel)
-MOST_GRAPHS = 1024  # of one process: a graph for each shape, way and size of clip; torch's own limit is 8
+MOST_GRAPHS = 1024  # of one process: a graph for each shape, provider and size of clip; torch's own limit is 8
 Compiler = Callable[[Any, Any], Any]  # of a graph and its example inputs
 _FAILURES = (
     TorchDynamoException, FailOnRecompileLimitHit, inductor.InvalidCxxCompiler, inductor.CppCompileError,
@@ -51,40 +52,40 @@ def compiling() -> Iterator[None]:
     try:
         yield
     except _FAILURES as error:
-        message = str(error).strip() or type(error).__name__
-        raise CompileError(f"does not compile here: {message.splitlines()[0]}") from error
+        raise CompileError(f"does not compile here: {first_line(error)}") from error
 
 
-def words_of(way: Compiled) -> str:
+def words_of(provider: Compiled) -> str:
     """What it does."""
-    if way.startswith("budget-"):
-        share = way.removeprefix("budget-")
+    if provider.startswith("budget-"):
+        share = provider.removeprefix("budget-")
         return f"residual blocks and transformers under torch.compile, activation_memory_budget {share}, channels last"
-    return f"the places of {way.removeprefix('compiled-')}; blocks and transformers under torch.compile, channels last"
+    places = provider.removeprefix("compiled-")
+    return f"the places of {places}; blocks and transformers under torch.compile, channels last"
 
 
-def use_compiled(unet: Any, way: Compiled, compiler: Compiler = compile_fx) -> Undo:
-    """Make `unet` run this way; returns what undoes it. A graph is made when its shape first comes, and kept.
+def use_compiled(unet: Any, provider: Compiled, compiler: Compiler = compile_fx) -> Undo:
+    """Make `unet` run by this provider; returns what undoes it. A graph is made when its shape first comes, and kept.
 
     compiler: inductor's; another for tests. Raises ValueError on fake tensors: no trace sees what inductor makes.
     """
     if isinstance(next(unet.parameters()), FakeTensor):
-        raise ValueError(f"{way} cannot be modelled, its kernels are inductor's; measure it or leave it out")
+        raise ValueError(f"{provider} cannot be modelled, its kernels are inductor's; measure it or leave it out")
     undo = ExitStack()
     undo.enter_context(dynamo_config.patch(recompile_limit=MOST_GRAPHS, accumulated_recompile_limit=MOST_GRAPHS))
-    if way.startswith("compiled-fine-grained"):
-        undo.callback(place_fine_grained(unet, is_one_token=way.endswith("one-token")))
-    undo.callback(place(unet, _regions(way, compiler)))
+    if provider.startswith("compiled-fine-grained"):
+        undo.callback(place_fine_grained(unet, is_one_token=provider.endswith("one-token")))
+    undo.callback(place(unet, _regions(provider, compiler)))
     undo.callback(_begin_channels_last(unet.conv_in))
     return undo.close
 
 
 @cache
-def _regions(way: Compiled, compiler: Compiler) -> Mapping[type[nn.Module], Callable[..., Any]]:
+def _regions(provider: Compiled, compiler: Compiler) -> Mapping[type[nn.Module], Callable[..., Any]]:
     """The compiled forward of each kind, the same in every UNet of a process."""
-    if way.startswith("budget-"):
-        compiler = partial(_compile_under_budget, compiler, float(way.removeprefix("budget-")))
-    is_whole = way == "compiled-checkpoint"
+    if provider.startswith("budget-"):
+        compiler = partial(_compile_under_budget, compiler, float(provider.removeprefix("budget-")))
+    is_whole = provider == "compiled-checkpoint"
     return {kind: _region(partial(whole, kind.forward) if is_whole else kind.forward, compiler) for kind in KINDS}
 
 
@@ -112,8 +113,4 @@ def _begin_channels_last(conv: Any) -> Undo:
     """The first convolution reads channels last; what follows takes its input's layout."""
     forward = conv.forward
     conv.forward = lambda x: forward(_channels_last(x))
-
-    def undo() -> None:
-        del conv.forward
-
-    return undo
+    return undo_forward(conv)

@@ -1,4 +1,4 @@
-"""fused-plan, a way of running a step: fused under a memory plan made for the step, the card and the memory at hand."""
+"""fused-plan, a provider of a step: fused under a memory plan made for the step, the card and the memory at hand."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -8,7 +8,7 @@ import torch
 
 import mmkernels
 from bench import placements
-from bench.placements import Undo, Way
+from bench.placements import Undo, UnetProvider
 from mimicmotion.config import Config
 from mimicmotion.planning.memory_plan import plan_step, usable_gib
 from mmkernels.cards import Card
@@ -16,7 +16,7 @@ from mmkernels.choices import Plan
 from mmkernels.memory.transfer import Device
 from mmkernels.planning.device import measured_card
 
-StepWay = Literal[Way, "fused-plan"]
+StepProvider = Literal[UnetProvider, "fused-plan"]
 INCLUDES: Mapping[str, str] = {
     **placements.INCLUDES,
     "fused-plan": "fused, and of each unit what the planner chose for the card: keep, recompute, move",
@@ -26,7 +26,7 @@ INCLUDES: Mapping[str, str] = {
 class Plans:
     """The plan for each number of frames, made when it is first asked for: minutes at full size.
 
-    The optimizer is not the plan's to place: all ways share one, on the device, that updates after backward.
+    The optimizer is not the plan's to place: all providers share one, on the device, that updates after backward.
 
     through: what a plan moves through, None for a CudaDevice of its own, which is there while the UNet follows it.
     """

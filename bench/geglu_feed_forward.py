@@ -1,9 +1,9 @@
-"""The GEGLU feed-forward, norm and residual included: every way to run it, interleaved, with its peak memory.
+"""The GEGLU feed-forward, norm and residual included: every provider, interleaved, with its peak memory.
 
     python bench/geglu_feed_forward.py [--threads 2] [--json FILE] [--picture FILE]
 
-x (B*F, P, C) to y = x + FeedForward(LayerNorm(x)), diffusers' own modules in the torch ways. Gradients go to x and to
-every parameter. On a GPU the same command measures with CUDA events and max_memory_allocated.
+x (B*F, P, C) to y = x + FeedForward(LayerNorm(x)), diffusers' own modules with the torch providers. Gradients go to x
+and to every parameter. On a GPU the same command measures with CUDA events and max_memory_allocated.
 """
 
 import sys
@@ -20,7 +20,7 @@ from diffusers.models.attention import FeedForward
 from torch import nn
 
 from bench import sub_block
-from bench.sub_block import Bar, Pieces, Settings, Subject, Way
+from bench.sub_block import Bar, OpProvider, Pieces, Settings, Subject
 from mmkernels.kernels.geglu_product import default_chunk_tokens
 from mmkernels.ops.geglu_feed_forward import Keep, geglu_feed_forward
 
@@ -42,19 +42,19 @@ def subjects(settings: Settings) -> Sequence[Subject]:
     """The one of this bench."""
     s = settings.shape()
     subject = Subject(
-        bench="geglu_feed_forward", make=lambda: DiffusersFeedForward(s.channels), inputs={"x": s.tokens}, ways=ways,
-        pieces=Pieces(axis=None, size=4096, unit="tokens"),
+        bench="geglu_feed_forward", make=lambda: DiffusersFeedForward(s.channels), inputs={"x": s.tokens},
+        providers=providers, pieces=Pieces(axis=None, size=4096, unit="tokens"),
         bars=(Bar(baseline="checkpoint", least_speed=1.05, most_peak=0.25),),
     )  # fmt: skip
     return (subject,)
 
 
-def ways(module: Any, x: torch.Tensor) -> Mapping[str, Way]:
-    """The op in two ways to save."""
+def providers(module: Any, x: torch.Tensor) -> Mapping[str, OpProvider]:
+    """The op, saving in two ways."""
     chunk = default_chunk_tokens(x, module.ff.net[0].proj.weight)
     return {
-        "fused": Way(partial(fused, module, "input"), f"saves its input only, {chunk} tokens a chunk"),
-        "fused-keep-up": Way(partial(fused, module, "up"), "keeps the up-projection for backward"),
+        "fused": OpProvider(partial(fused, module, "input"), f"saves its input only, {chunk} tokens a chunk"),
+        "fused-keep-up": OpProvider(partial(fused, module, "up"), "keeps the up-projection for backward"),
     }
 
 

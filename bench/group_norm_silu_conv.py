@@ -1,9 +1,9 @@
-"""GroupNorm + SiLU + convolution: every way to run it, with its peak memory.
+"""GroupNorm + SiLU + convolution: every provider, with its peak memory.
 
     python bench/group_norm_silu_conv.py [--kernel 3x1x1] [--threads 2] [--json FILE] [--picture FILE]
 
 x (B*F, P, C) to y, channels last. 3x3: over pixels, statistics for each frame; 3x1x1: over frames, statistics across
-them. The torch ways run diffusers' modules on views of the same layout; over frames, where torch is faster in
+them. The torch providers run diffusers' modules on views of the same layout; over frames, where torch is faster in
 diffusers' own layout, those named -channels-first copy the input into it and the output back. Gradients go to x and to
 every parameter.
 """
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from bench import sub_block
 from bench.shapes import TemporalShape
-from bench.sub_block import Bar, Pieces, Subject, Way, checkpointed
+from bench.sub_block import Bar, OpProvider, Pieces, Subject, checkpointed
 from mmkernels.ops.group_norm_silu_conv import group_norm_silu_conv
 
 Kernel = Literal["3x3", "3x1x1"]
@@ -69,22 +69,22 @@ def subjects(settings: Settings) -> Sequence[Subject]:
     s, kernel = settings.shape(), settings.kernel
     subject = Subject(
         bench=f"group_norm_silu_conv {kernel}", make=lambda: NormActivationConvolution(kernel, s),
-        inputs={"x": s.tokens}, ways=ways, bars=(BARS[kernel],),
+        inputs={"x": s.tokens}, providers=providers, bars=(BARS[kernel],),
         # The statistics over frames are those of all chunks: only a 3x3 may be cut.
         pieces=Pieces(axis=0, size=8, unit="frames") if kernel == "3x3" else None,
     )  # fmt: skip
     return (subject,)
 
 
-def ways(module: Any, x: Tensor) -> Mapping[str, Way]:
-    """The op, and over frames further ways to run torch."""
-    found = {"fused": Way(partial(fused, module), "saves x, mean and rstd; normalises and convolves in chunks")}
+def providers(module: Any, x: Tensor) -> Mapping[str, OpProvider]:
+    """The op, and over frames further ones of torch."""
+    found = {"fused": OpProvider(partial(fused, module), "saves x, mean and rstd; normalises and convolves in chunks")}
     if module.kernel == "3x3":
         return found
     first = partial(module, is_channels_first=True)
     return {
-        "torch-channels-first": Way(first, "diffusers' layout, a copy into it and one back"),
-        "checkpoint-channels-first": Way(checkpointed(first), "the same under checkpoint"),
+        "torch-channels-first": OpProvider(first, "diffusers' layout, a copy into it and one back"),
+        "checkpoint-channels-first": OpProvider(checkpointed(first), "the same under checkpoint"),
         **found,
     }
 

@@ -21,9 +21,10 @@ from typing import cast
 import numpy as np
 import torch
 
+from mimicmotion.paths import first_line
+
 Outputs = Mapping[str, torch.Tensor]
 Step = Callable[[], Outputs]
-Gate = Callable[[Outputs, Outputs, Outputs], str | None]
 
 LOW_QUANTILE, HIGH_QUANTILE = 0.2, 0.8
 ERROR_RATIO, ERROR_FLOOR = 2.0, 1e-6  # budget: this times the error of plain torch, plus this
@@ -31,7 +32,7 @@ ERROR_RATIO, ERROR_FLOOR = 2.0, 1e-6  # budget: this times the error of plain to
 
 @dataclass(frozen=True, kw_only=True)
 class Provider:
-    """One way to do the computation.
+    """One of several that do the computation.
 
     step: what is counted and timed; returns outputs and gradients by name, the same names for every provider.
     includes: in words, what the time covers.
@@ -143,12 +144,10 @@ def measure(
     num_rounds: int,
     num_warm_ups: int = 1,
     resident_bytes: int = 0,
-    gate: Gate = why_wrong,
 ) -> Results:
     """Gate, warm up, count and time `providers`, interleaved; those that fail the gate are refused, not timed.
 
     resident_bytes: bytes alive before each call that belong to the computation; they are added to every peak.
-    gate: why the outputs are wrong, given those of plain torch and of float64; None where they are right.
     """
     results = Results(baseline=baseline)
     accepted = []
@@ -156,7 +155,7 @@ def measure(
     for provider in providers:
         with provider.running():
             check = provider.check or provider.step
-            reason = gate(cast(Outputs, check()), plain, exact)
+            reason = why_wrong(cast(Outputs, check()), plain, exact)
             if reason is not None:
                 results.refused[provider.name] = reason
                 continue
@@ -238,7 +237,7 @@ def compile_time_s(first_call: Callable[[], object], limit_s: float) -> tuple[fl
     except TimeoutError:
         return limit_s, f"not compiled within {limit_s:.0f} s (--compile-limit-s)"
     except RuntimeError as error:  # torch._inductor raises it where no C++ compiler is found
-        return 0.0, f"does not compile here: {str(error).strip().splitlines()[0]}"
+        return 0.0, f"does not compile here: {first_line(error)}"
     return time.perf_counter() - start_s, None
 
 

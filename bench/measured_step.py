@@ -1,7 +1,7 @@
-"""The trainer's step measured in every way: time, interleaved, and peak memory; how bench/train_step.py measures.
+"""The trainer's step measured by every provider: time, interleaved, and peak memory; how bench/train_step.py measures.
 
-A step's time is that of forward, backward, clipping, update and moving average. Not in it: putting a way in place and
-taking it out again. fused-plan is put in place for each step anew, since all ways share one set of weights: its host
+A step's time is that of forward, backward, clipping, update and moving average. Not in it: putting a provider in place
+and taking it out again. fused-plan is put in place for each step anew, since all share one set of weights: its host
 memory is page-locked, and one forward and backward run, from which the offload knows what to prefetch when; both end
 before the clock starts, and the step that is timed moves what every later step of a run would.
 """
@@ -18,11 +18,12 @@ from rich.table import Table
 
 from bench import harness, report
 from bench.compiled import COMPILED, CompileError
-from bench.fused_plan import INCLUDES, Plans, StepWay
+from bench.fused_plan import INCLUDES, Plans, StepProvider
 from bench.harness import Provider, Results, Spread
-from bench.placements import Way
+from bench.placements import UnetProvider
 from bench.training_step import TrainingStep, resident_peak_bytes, why_refused
 from mimicmotion import config as presets
+from mimicmotion.paths import first_line
 from mmkernels import tuning
 from mmkernels.choices import Plan
 from mmkernels.planning.search import BudgetTooSmallError
@@ -31,27 +32,27 @@ BENCH = "train_step"
 GATE_PIXELS = 64  # a side; the UNet halves latents of an eighth of it three times
 MOST_TIMES = 4  # frames that are tried beyond those asked for, when the largest clip is looked for
 # (baseline, least speed over it, most of its peak) for fused, at 72 frames and a 16x16 latent on a CPU in float32
-BARS: tuple[tuple[Way, float, float | None], ...] = (
+BARS: tuple[tuple[UnetProvider, float, float | None], ...] = (
     ("checkpoint", 1.2, None),
     ("fine-grained", 1.1, 1.0),
     ("fine-grained-one-token", 1.0, 1.0),
     ("torch", 1 / 1.15, 0.2),
 )
-UNITS = {"resident_peak_bytes": ("MiB", report.MIB), "reserved_bytes": ("MiB", report.MIB), "largest_frames": ("", 1)}
-TITLES = {
-    "resident_peak_bytes": "peak resident memory of a process",
-    "reserved_bytes": "peak that the allocator reserves",
-    "largest_frames": "most frames that there is room for",
+# Of each further metric: unit, its size, title of its panel.
+METRICS = {
+    "resident_peak_bytes": ("MiB", report.MIB, "peak resident memory of a process"),
+    "reserved_bytes": ("MiB", report.MIB, "peak that the allocator reserves"),
+    "largest_frames": ("", 1, "most frames that there is room for"),
 }
 
 
 @dataclass(kw_only=True)
 class Measured:
-    """results: times and allocated peaks. no_room: why a way cannot run at this size. resident_bytes: before a step.
+    """results: times and allocated peaks. no_room: why one cannot run at this size. resident_bytes: before a step.
 
-    plan: what fused-plan follows, where it is among the ways and a plan fits.
-    others: by metric and way. resident_peak_bytes: of a fresh process (CPU); reserved_bytes: what the caching allocator
-    held at most; largest_frames: the most that there is room for (GPU).
+    plan: what fused-plan follows, where it is among the providers and a plan fits. others: by metric and provider.
+    resident_peak_bytes: of a fresh process (CPU); reserved_bytes: what the caching allocator held at most;
+    largest_frames: the most that there is room for (GPU).
     """
 
     results: Results
@@ -62,60 +63,64 @@ class Measured:
 
 
 def measure(
-    config: presets.Config, device: torch.device, part: str, ways: Sequence[StepWay], num_rounds: int,
+    config: presets.Config, device: torch.device, part: str, providers: Sequence[StepProvider], num_rounds: int,
     plans: Plans | None = None,
 ) -> Measured:  # fmt: skip
-    """Gate every way, find those that have room, time them interleaved, count their memory. plans: of fused-plan."""
+    """Gate every provider, find those that have room, time them interleaved, count their memory.
+
+    plans: of fused-plan.
+    """
     plan, no_room = None, {}
-    if plans is not None and "fused-plan" in ways:
+    if plans is not None and "fused-plan" in providers:
         try:
             plan = plans.of(config.data.num_frames)
         except BudgetTooSmallError as error:
             no_room["fused-plan"] = str(error)
-    refused = refused_ways([way for way in ways if way not in no_room], config, device, part, plans)
-    accepted: list[StepWay] = [way for way in ways if way not in {**refused, **no_room}]
+    refused = refused_providers([name for name in providers if name not in no_room], config, device, part, plans)
+    accepted: list[StepProvider] = [name for name in providers if name not in {**refused, **no_room}]
     if not accepted:
-        raise ValueError(f"no way of {ways} gives the gradients of float64 here: {refused | no_room}")
+        raise ValueError(f"none of {providers} gives the gradients of float64 here: {refused | no_room}")
     training = TrainingStep(config, device, part, plans)
     if device.type == "cpu":
         with training.running(accepted[0]):
             training.step()  # the first step of a process is slower than any other
-    # A compiled way compiles here for this size, on a CPU as well.
-    tried: list[StepWay] = [way for way in accepted if device.type == "cuda" or way in COMPILED]
-    no_room |= {way: why for way in tried if (why := why_no_room(training, way)) is not None}
-    fitting: list[StepWay] = [way for way in accepted if way not in no_room]
-    providers = [
+    # A compiled one compiles here for this size, on a CPU as well.
+    tried: list[StepProvider] = [name for name in accepted if device.type == "cuda" or name in COMPILED]
+    no_room |= {name: why for name in tried if (why := why_no_room(training, name)) is not None}
+    fitting: list[StepProvider] = [name for name in accepted if name not in no_room]
+    timed = [
         Provider(
-            name=way, step=training.step, includes=INCLUDES[way], check=dict, running=partial(training.running, way)
+            name=name, step=training.step, includes=INCLUDES[name], check=dict, running=partial(training.running, name)
         )
-        for way in fitting
+        for name in fitting
     ]
     results, resident_bytes = Results(baseline=""), training.resident_bytes()
     if fitting:
         results = harness.measure(
-            providers, {}, {}, baseline=fitting[0], device=device, num_rounds=num_rounds, num_warm_ups=0,
+            timed, {}, {}, baseline=fitting[0], device=device, num_rounds=num_rounds, num_warm_ups=0,
             resident_bytes=resident_bytes,
         )  # fmt: skip
     results.refused.update(refused)
     if device.type == "cuda":
         most = MOST_TIMES * config.data.num_frames
         others = {
-            "reserved_bytes": {way: reserved_bytes(training, way) for way in fitting},
-            # A compiled way would compile anew for each number of frames.
-            "largest_frames": {way: largest_clip(training, way, most) for way in accepted if way not in COMPILED},
+            "reserved_bytes": {name: reserved_bytes(training, name) for name in fitting},
+            # A compiled one would compile anew for each number of frames.
+            "largest_frames": {name: largest_clip(training, name, most) for name in accepted if name not in COMPILED},
         }
     else:
         threads = torch.get_num_threads()
         # What fused-plan moves through on a CPU only this process was given.
-        alone: list[Way] = [way for way in fitting if way != "fused-plan"]
-        others = {"resident_peak_bytes": {way: resident_peak_bytes(way, config, part, threads) for way in alone}}
+        alone: list[UnetProvider] = [name for name in fitting if name != "fused-plan"]
+        others = {"resident_peak_bytes": {name: resident_peak_bytes(name, config, part, threads) for name in alone}}
     return Measured(results=results, plan=plan, resident_bytes=resident_bytes, no_room=no_room, others=others)
 
 
-def refused_ways(
-    ways: Sequence[StepWay], config: presets.Config, device: torch.device, part: str, plans: Plans | None = None
-) -> dict[str, str]:
-    """Why each way that fails the gate does, or does not compile, on a clip of few pixels.
+def refused_providers(
+    providers: Sequence[StepProvider], config: presets.Config, device: torch.device, part: str,
+    plans: Plans | None = None,
+) -> dict[str, str]:  # fmt: skip
+    """Why each provider that fails the gate does, or does not compile, on a clip of few pixels.
 
     fused-plan follows the plan of the whole size.
     """
@@ -123,14 +128,14 @@ def refused_ways(
     small = dataclasses.replace(data, height=min(data.height, GATE_PIXELS), width=min(data.width, GATE_PIXELS))
     gate = TrainingStep(dataclasses.replace(config, data=small), device, part, plans)
     plain, exact = gate.gradients("torch"), gate.exact()
-    reasons = {way: why_refused(gate, way, plain, exact) for way in ways}
-    return {way: reason for way, reason in reasons.items() if reason is not None}
+    reasons = {name: why_refused(gate, name, plain, exact) for name in providers}
+    return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
-def reserved_bytes(training: TrainingStep, way: StepWay) -> int:
+def reserved_bytes(training: TrainingStep, provider: StepProvider) -> int:
     """Most that CUDA's caching allocator held from the device during a step, everything included."""
     torch.cuda.empty_cache()
-    with training.running(way):
+    with training.running(provider):
         torch.cuda.reset_peak_memory_stats(training.device)
         training.step()
         torch.cuda.synchronize(training.device)
@@ -146,32 +151,32 @@ def largest(fits: Callable[[int], bool], most: int) -> int:
     return low
 
 
-def largest_clip(training: TrainingStep, way: StepWay, most: int) -> int:
-    """The most frames up to `most` that two steps of `training` run with this way on the GPU."""
+def largest_clip(training: TrainingStep, provider: StepProvider, most: int) -> int:
+    """The most frames up to `most` that two steps of `training` run by this provider on the GPU."""
     frames = training.config.data.num_frames
 
     def fits(count: int) -> bool:
         training.take_clip(count)
-        return why_no_room(training, way) is None
+        return why_no_room(training, provider) is None
 
     found = largest(fits, most)
     training.take_clip(frames)
     return found
 
 
-def why_no_room(training: TrainingStep, way: StepWay) -> str | None:
-    """Run two steps this way; in words where the memory of the device or the host ends, None where it does not.
+def why_no_room(training: TrainingStep, provider: StepProvider) -> str | None:
+    """Run two steps by a provider; in words where the memory of the device or the host ends, None where it does not.
 
-    A clip that no plan fits has no room for fused-plan, and what does not compile at this size none for its way. All is
-    freed again.
+    A clip that no plan fits has no room for fused-plan, and what does not compile at this size none for its provider.
+    All is freed again.
     """
     reason = None
     try:
-        with training.running(way):
+        with training.running(provider):
             for _ in range(2):
                 training.step()
     except (torch.OutOfMemoryError, MemoryError, BudgetTooSmallError, CompileError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
     training.model.zero_grad(set_to_none=True)
     if training.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -179,14 +184,14 @@ def why_no_room(training: TrainingStep, way: StepWay) -> str | None:
 
 
 def rows_of(found: Measured, shape: Mapping[str, object], setting: report.Setting) -> list[report.Row]:
-    """One row for each way and metric."""
+    """One row for each provider and metric."""
     results, rows = found.results, []
     if results.measured:
         rows = report.rows_of(results, bench=BENCH, mode="step", shape=shape, setting=setting)
     common = {"bench": BENCH, "mode": "step", "kind": "measured", "shape": shape}
     for metric, values in found.others.items():
-        for way, value in values.items():
-            rows += report.figures({metric: value}, setting, provider=way, includes=INCLUDES[way], **common)
+        for provider, value in values.items():
+            rows += report.figures({metric: value}, setting, provider=provider, includes=INCLUDES[provider], **common)
     return rows
 
 
@@ -197,11 +202,11 @@ def print_measured(found: Measured, words: str, console: Console) -> None:
         print_bars(found.results, console, resident_bytes=found.resident_bytes)
     if found.plan is not None:
         console.print(f"fused-plan follows: {found.plan}", markup=False, soft_wrap=True)
-    for way, reason in found.no_room.items():
-        console.print(f"cannot run at this size: {way}: {reason}", markup=False)
+    for provider, reason in found.no_room.items():
+        console.print(f"cannot run at this size: {provider}: {reason}", markup=False)
     for metric, values in found.others.items():
-        unit, size = UNITS[metric]
-        cells = ", ".join(f"{way} {value / size:,.0f}" for way, value in values.items())
+        unit, size, _ = METRICS[metric]
+        cells = ", ".join(f"{name} {value / size:,.0f}" for name, value in values.items())
         console.print(f"{metric}{', ' if unit else ''}{unit} (measured): {cells}")
 
 
@@ -218,28 +223,28 @@ def print_variants(console: Console) -> None:
 
 
 def print_bars(results: Results, console: Console, *, resident_bytes: int) -> None:
-    """How fused stands against each other way, and what the one-token shortcut alone does for fine-grained.
+    """How fused stands against each other provider, and what the one-token shortcut alone does for fine-grained.
 
     The share of the peak is given of all of it and of what is above the weights, optimizer states and batch.
     """
     measured = results.measured
-    for way, least_speed, most_peak in (*BARS, *((way, None, None) for way in COMPILED)):
-        if "fused" in measured and way in measured:
-            speed = measured["fused"].speed_over(measured[way]).median
-            peak = measured["fused"].peak_share_of(measured[way])
-            above = (measured["fused"].peak_bytes - resident_bytes) / (measured[way].peak_bytes - resident_bytes)
+    for provider, least_speed, most_peak in (*BARS, *((name, None, None) for name in COMPILED)):
+        if "fused" in measured and provider in measured:
+            speed = measured["fused"].speed_over(measured[provider]).median
+            peak = measured["fused"].peak_share_of(measured[provider])
+            above = (measured["fused"].peak_bytes - resident_bytes) / (measured[provider].peak_bytes - resident_bytes)
             bar = "" if least_speed is None else f"   bar: at least {least_speed:.2f}x"
             bar += "" if most_peak is None else f" at most {most_peak} of the peak"
             console.print(
-                f"fused against {way}: {speed:.2f}x at {peak:.3f} of the peak, {above:.3f} of what is above the weights"
-                f"{bar}"
+                f"fused against {provider}: {speed:.2f}x at {peak:.3f} of the peak, {above:.3f} of what is above the "
+                f"weights{bar}"
             )
     if {"fine-grained", "fine-grained-one-token"} <= measured.keys():
         share = measured["fine-grained-one-token"].speed_over(measured["fine-grained"]).median
         console.print(f"share of the one-token shortcut: fine-grained with it {share:.2f}x of fine-grained without")
 
 
-def draw(found: Measured, title: str, path: Path) -> None:
+def plot(found: Measured, title: str, path: Path) -> None:
     """A panel each for time and peak memory of a step, and one for each further figure."""
     time_s, peak_mib, baseline = {}, {}, found.results.baseline
     for name, one in found.results.measured.items():
@@ -253,8 +258,8 @@ def draw(found: Measured, title: str, path: Path) -> None:
         )
     ]  # fmt: skip
     for metric, values in found.others.items():
-        unit, size = UNITS[metric]
-        figures = {way: Spread.of(value / size) for way, value in values.items()}
-        panels.append(report.Panel(title=TITLES[metric], unit=unit, values=figures, baseline=baseline))
+        unit, size, words = METRICS[metric]
+        figures = {name: Spread.of(value / size) for name, value in values.items()}
+        panels.append(report.Panel(title=words, unit=unit, values=figures, baseline=baseline))
     panels = [panel for panel in panels if panel.values]
-    report.draw(panels, title=title, path=path, num_columns=len(panels))
+    report.plot(panels, title=title, path=path, num_columns=len(panels))

@@ -1,9 +1,9 @@
-"""One training step of the released 1.5B UNet on a card, by the way it runs: memory, FLOPs and time. Modelled.
+"""One training step of the released 1.5B UNet on a card, by provider: memory, FLOPs and time. Modelled.
 
-Every way is traced on the step that plans are made for (mmkernels/planning/workload.py): forward, backward and update
-of the weights with fake tensors, on a clock of the card. Everything on the device is counted: weights, moments,
+Every provider is traced on the step that plans are made for (mmkernels/planning/workload.py): forward, backward and
+update of the weights with fake tensors, on a clock of the card. Everything on the device is counted: weights, moments,
 gradients, activations, the batch. Not in it: PoseNet (0.2M parameters), the moving average of the weights (off, or on
-the host), workspaces of libraries. No way trains the parameters that one context token leaves dead.
+the host), workspaces of libraries. None trains the parameters that one context token leaves dead.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import report
-from bench.fused_plan import INCLUDES, StepWay
+from bench.fused_plan import INCLUDES, StepProvider
 from bench.harness import is_ours
-from bench.placements import Way, use
+from bench.placements import UnetProvider, use
 from mmkernels.cards import Card
 from mmkernels.choices import GIB, OptimizerChoice, OptimizerKind, Plan
 from mmkernels.planning.search import Search
@@ -29,7 +29,7 @@ LABEL_PLACES = (
     ((9, 0), "left"), ((-9, 0), "right"), ((0, 13), "center"), ((0, -13), "center"), ((9, 10), "left"),
     ((9, -10), "left"), ((-9, 10), "right"), ((-9, -10), "right"),
 )  # fmt: skip
-WAYS: tuple[StepWay, ...] = (
+PROVIDERS: tuple[StepProvider, ...] = (
     "torch", "diffusers-checkpoint", "checkpoint", "checkpoint-blocks", "checkpoint-nested-blocks",
     "checkpoint-nested-feed-forwards", "fine-grained", "fine-grained-one-token", "checkpoint+save-on-cpu", "fused",
     "fused-plan",
@@ -67,71 +67,69 @@ def usual_optimizer(memory_gib: float) -> OptimizerKind:
     return "adamw" if memory_gib >= LEAST_GIB_OF_ADAMW else "adamw8bit"
 
 
-def model_step(way: Way | Plan, workload: Workload, card: Card, optimizer: OptimizerChoice) -> StepCost:
-    """The step of `workload` run this way on `card`."""
-    if isinstance(way, Plan):
-        return StepCost.of(trace_way(workload, way, card, optimizer))
-    return StepCost.of(trace_way(workload, lambda unet, clock: use(unet, way, clock=clock), card, optimizer))
+def model_step(provider: UnetProvider | Plan, workload: Workload, card: Card, optimizer: OptimizerChoice) -> StepCost:
+    """The step of `workload` run by this provider on `card`."""
+    if isinstance(provider, Plan):
+        return StepCost.of(trace_way(workload, provider, card, optimizer))
+    return StepCost.of(trace_way(workload, lambda unet, clock: use(unet, provider, clock=clock), card, optimizer))
 
 
-def model_ways(
-    ways: Sequence[StepWay], make: Callable[[bool], Workload], card: Card, kind: OptimizerKind
+def model_providers(
+    providers: Sequence[StepProvider], make: Callable[[bool], Workload], card: Card, kind: OptimizerKind
 ) -> tuple[dict[str, StepCost], Plan | None]:
-    """Costs by way, in the order given, and the plan of fused-plan where it is among them.
+    """Costs by provider, in the order given, and the plan of fused-plan where it is among them.
 
     make: the workload, its guide recomputed, as the trainer has it with fused kernels, or not; it is asked for each
-    way. The update comes after backward, unless the plan has it otherwise.
+    provider. The update comes after backward, unless the plan has it otherwise.
     """
     found: dict[str, StepCost] = {}
     plan = None
-    for way in ways:
-        workload = make(way.startswith("fused"))
-        if way == "fused-plan":
+    for provider in providers:
+        workload = make(provider.startswith("fused"))
+        if provider == "fused-plan":
             plain_flops = found["torch"].flops if "torch" in found else None
             chosen = Search(workload, card, kind, plain_flops=plain_flops).best(card.usable_gib)
-            found[way], plan = StepCost.of(chosen.traced), chosen.plan
+            found[provider], plan = StepCost.of(chosen.traced), chosen.plan
         else:
-            found[way] = model_step(way, workload, card, OptimizerChoice(kind=kind))
+            found[provider] = model_step(provider, workload, card, OptimizerChoice(kind=kind))
     return found, plan
 
 
 def rows_of(
     found: Mapping[str, StepCost], shape: Mapping[str, object], card: Card, kind: OptimizerKind
 ) -> list[report.Row]:
-    """One row for each way and metric."""
+    """One row for each provider and metric."""
     setting = report.Setting(dtype=DTYPES[kind], threads=1, device=card.device)
     common = {"bench": "train_step", "mode": "step", "kind": "modelled", "shape": shape}
     return [
         row
-        for way, one in found.items()
-        for row in report.figures(asdict(one), setting, provider=way, includes=INCLUDES[way], **common)
+        for provider, one in found.items()
+        for row in report.figures(asdict(one), setting, provider=provider, includes=INCLUDES[provider], **common)
     ]
 
 
 def print_costs(found: Mapping[str, StepCost], title: str, console: Console, memory_gib: float) -> None:
-    """One line for each way; memory_gib: of the card, to say what fits."""
+    """One line for each provider; memory_gib: of the card, to say what fits."""
     table = Table(title=f"{title} (modelled)", title_justify="left")
-    table.add_column("way", no_wrap=True)
+    table.add_column("provider", no_wrap=True)
     headings = ("saved, GiB", "peak, all in, GiB", "reserved, GiB", "TFLOP", "moved, GiB", "hidden", "step, s")
     for heading in (*headings, f"fits {memory_gib:g} GiB"):
         table.add_column(heading, justify="right")
-    for way, one in found.items():
+    for provider, one in found.items():
         sizes = (one.saved_bytes, one.peak_bytes, one.reserved_bytes)
         table.add_row(
-            way, *(f"{value / GIB:.1f}" for value in sizes), f"{one.flops / 1e12:.0f}",
+            provider, *(f"{value / GIB:.1f}" for value in sizes), f"{one.flops / 1e12:.0f}",
             *((f"{one.moved_bytes / GIB:.1f}", f"{one.hidden_ratio:.0%}") if one.moved_bytes else ("", "")),
             f"{one.step_s:.2f}", "yes" if one.peak_bytes <= memory_gib * GIB else "no",
         )  # fmt: skip
     console.print(table)
 
 
-def draw(found: Mapping[str, StepCost], title: str, card: Card, path: Path) -> None:
-    """Step time against peak memory, a point for each way, hollow where it does not fit the card."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+def plot(found: Mapping[str, StepCost], title: str, card: Card, path: Path) -> None:
+    """Step time against peak memory, a point for each provider, hollow where it does not fit the card."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 5.6), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots()
     peaks_gib, times_s = [one.peak_bytes / GIB for one in found.values()], [one.step_s for one in found.values()]
     axes.set_xscale("log")
@@ -149,8 +147,8 @@ def draw(found: Mapping[str, StepCost], title: str, card: Card, path: Path) -> N
     axes.set_ylabel("time of a step, s (modelled)")
     axes.set_title(title, fontsize=12, pad=20)
     axes.spines[["top", "right"]].set_visible(False)
-    for way, peak_gib, time_s in zip(found, peaks_gib, times_s, strict=True):
-        color = report.PANEL_COLORS["fused" if is_ours(way) else "other"]
+    for provider, peak_gib, time_s in zip(found, peaks_gib, times_s, strict=True):
+        color = report.PANEL_COLORS["fused" if is_ours(provider) else "other"]
         inside = color if peak_gib <= card.memory_gib else "white"
         axes.scatter(peak_gib, time_s, s=60, color=inside, edgecolors=color, linewidths=1.6, zorder=3)
     figure.draw_without_rendering()  # from here on places in the picture are final
@@ -166,11 +164,11 @@ def _label(axes: Any, points: Mapping[str, tuple[float, float]], line_gib: float
     x, frame = axes.transData.transform((line_gib, 0))[0], axes.get_window_extent()
     line = Bbox.from_extents(x - 1, frame.y0, x + 1, frame.y1)
     taken = [Bbox.from_bounds(x - 9, y - 9, 18, 18) for x, y in axes.transData.transform(list(points.values()))]
-    for way, point in points.items():
-        color = report.PANEL_COLORS["fused" if is_ours(way) else "other"]
+    for provider, point in points.items():
+        color = report.PANEL_COLORS["fused" if is_ours(provider) else "other"]
         labels = [
             axes.annotate(
-                way, point, xytext=place, textcoords="offset points", ha=aligned, va="center", fontsize=9.5,
+                provider, point, xytext=place, textcoords="offset points", ha=aligned, va="center", fontsize=9.5,
                 color=color, zorder=2, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
             )
             for place, aligned in LABEL_PLACES

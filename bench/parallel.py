@@ -59,7 +59,7 @@ class Settings:
     frames: tuple[int, ...] = (72, 144, 288)  # of a clip
     size: str = "1024x576"  # pixels as WIDTHxHEIGHT
     workers: int = 1  # processes that model beside each other
-    rounds: int = 5  # measured: each way runs once a round
+    rounds: int = 5  # measured: each provider runs once a round
     out: Path = Path("runs/parallel")  # folder of the rows and the picture
     json: Path | None = None  # rows go here instead of into OUT
     picture: Path | None = None  # the picture goes here instead of into OUT
@@ -79,13 +79,13 @@ def one_clip(count: int) -> list[Sharing]:
 
 
 def model(settings: Settings, console: Console) -> int:
-    """Trace every way, print, write."""
+    """Trace every provider, print, write."""
     width, height = parse_size(settings.size)
     shortest, most = min(settings.frames), max(settings.counts)
-    ways = {shortest: [each for count in settings.counts for each in sharings(count)]}
+    shared = {shortest: [each for count in settings.counts for each in sharings(count)]}
     for frames in settings.frames:
-        ways.setdefault(frames, one_clip(most))
-    wanted = [(name, each, frames) for name in settings.cards for frames in settings.frames for each in ways[frames]]
+        shared.setdefault(frames, one_clip(most))
+    wanted = [(name, each, frames) for name in settings.cards for frames in settings.frames for each in shared[frames]]
     sent = of_the_released_unet(most, shortest, height, width)
     rows = settings.json or settings.out / "parallel-modelled.json"
     picture = settings.picture or settings.out / "parallel-modelled.png"
@@ -100,7 +100,7 @@ def model(settings: Settings, console: Console) -> int:
     print_exchanges(sent, most, shortest, console)
     for line in goals(found):
         console.print(line, markup=False)
-    parallel_picture.draw(found, settings.size, picture)
+    parallel_picture.plot(found, settings.size, picture)
     console.print(f"rows: {rows}\npicture: {picture}", markup=False)
     return 0
 
@@ -143,7 +143,7 @@ def print_table(found: Sequence[Found], size: str, console: Console) -> None:
         table.add_column(heading, justify="right")
     for each in found:
         usable = f"{card(each.card).usable_gib:g}"
-        known = [each.card, str(each.frames), str(each.sharing.cards), str(each.sharing), each.way]
+        known = [each.card, str(each.frames), str(each.sharing.cards), str(each.sharing), each.provider]
         if each.step is None:
             table.add_row(*known, "", "", "", "", "", "no room", usable)
             continue
@@ -198,7 +198,7 @@ def row(each: Found, found: Sequence[Found]) -> dict[str, object]:
     """One way's figures, rounded."""
     known = {
         "card": each.card, "frames": each.frames, "cards": each.sharing.cards, "shared_by": str(each.sharing),
-        "optimizer": each.optimizer, "way": each.way, "fits": each.fits,
+        "optimizer": each.optimizer, "provider": each.provider, "fits": each.fits,
     }  # fmt: skip
     if each.step is None:
         return known

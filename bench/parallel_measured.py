@@ -32,7 +32,7 @@ from bench.result_file import write_rows
 from mmkernels.frames import FrameRanks, counts_of, slice_of
 
 FRAMES, SIDE, CONTEXT = 16, 16, 64  # of latents
-WAYS = ("alone", "data", "frames")
+PROVIDERS = ("alone", "data", "frames")
 CLIPS = {"alone": 1, "data": 2, "frames": 1}
 Step = Callable[[], None]
 
@@ -46,15 +46,15 @@ def small_unet() -> Any:
     )  # fmt: skip
 
 
-def step_of(way: str, rank: int) -> Step:
+def step_of(provider: str, rank: int) -> Step:
     """Forward and backward, gradients summed where several ranks have them."""
     unet = small_unet()
     mine, ranks = slice(None), None
-    if way == "frames":
+    if provider == "frames":
         mine = slice_of(FRAMES, 2, rank)
         ranks = FrameRanks(DeviceMesh("cpu", [0, 1], mesh_dim_names=("frames",)), counts_of(FRAMES, 2))
     mmkernels.replace(unet, frames=ranks)
-    wrapped: Any = unet if way == "alone" else DistributedDataParallel(unet, gradient_as_bucket_view=True)
+    wrapped: Any = unet if provider == "alone" else DistributedDataParallel(unet, gradient_as_bucket_view=True)
     sample, context = torch.randn(1, FRAMES, 8, SIDE, SIDE)[:, mine], torch.randn(1, 1, CONTEXT)
     times, time_ids = torch.rand(1), torch.rand(1, 3)
 
@@ -66,21 +66,21 @@ def step_of(way: str, rank: int) -> Step:
 
 
 def on_rank(rounds: int, path: Path) -> None:
-    """What each of the two processes does; the first writes seconds by way."""
+    """What each of the two processes does; the first writes seconds by provider."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
     rank = torch.distributed.get_rank()
-    steps = {way: step_of(way, rank) for way in WAYS}
-    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    steps = {name: step_of(name, rank) for name in PROVIDERS}
+    seconds: dict[str, list[float]] = {name: [] for name in PROVIDERS}
     for turn in range(rounds + 1):
-        for way in WAYS:
+        for provider in PROVIDERS:
             torch.distributed.barrier()
             begin = time.perf_counter()
-            if way != "alone" or rank == 0:
-                steps[way]()
+            if provider != "alone" or rank == 0:
+                steps[provider]()
             torch.distributed.barrier()
             if turn:  # the first is for caches
-                seconds[way].append(time.perf_counter() - begin)
+                seconds[provider].append(time.perf_counter() - begin)
     if rank == 0:
         path.write_text(json.dumps(seconds))
     torch.distributed.barrier()
@@ -97,20 +97,20 @@ def measure(rounds: int, path: Path, console: Console) -> int:
         seconds: dict[str, list[float]] = json.loads(found.read_text())
     shape = f"{FRAMES} frames of {SIDE}x{SIDE} latents, {len(seconds['alone'])} rounds"
     table = Table(title=f"two processes against one, one thread each (measured): {shape}", title_justify="left")
-    table.add_column("way")
+    table.add_column("provider")
     for heading in ("step, s", "from", "to", "clips a second, times one process'"):
         table.add_column(heading, justify="right")
     rows = []
-    for way in WAYS:
+    for provider in PROVIDERS:
         # of the same round, so that what else runs on the machine weighs on both
-        ratios = [CLIPS[way] * one / own for one, own in zip(seconds["alone"], seconds[way], strict=True)]
-        step, ratio = spread(seconds[way]), statistics.median(ratios)
+        ratios = [CLIPS[provider] * one / own for one, own in zip(seconds["alone"], seconds[provider], strict=True)]
+        step, ratio = spread(seconds[provider]), statistics.median(ratios)
         table.add_row(
-            way, f"{step.median:.3f}", f"{step.low:.3f}", f"{step.high:.3f}",
+            provider, f"{step.median:.3f}", f"{step.low:.3f}", f"{step.high:.3f}",
             f"{ratio:.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
         )  # fmt: skip
         rows.append({
-            "way": way, "step_s": step.median, "low": step.low, "high": step.high, "times_one_process": ratio,
+            "provider": provider, "step_s": step.median, "low": step.low, "high": step.high, "times_one_process": ratio,
             "least": min(ratios), "most": max(ratios),
         })  # fmt: skip
     console.print(table)

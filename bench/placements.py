@@ -1,4 +1,4 @@
-"""The ways to run a Stable Video Diffusion UNet that a bench compares, by name: what the fused blocks must beat.
+"""Providers of a Stable Video Diffusion UNet by name, which benches compare: what the fused blocks must beat.
 
 Each function changes how the blocks of one UNet run, in place, and returns what undoes it.
 """
@@ -27,9 +27,9 @@ OnCpu = Literal[
     "checkpoint-nested-blocks+save-on-cpu", "checkpoint-nested-feed-forwards+save-on-cpu", "fine-grained+save-on-cpu",
     "fine-grained-one-token+save-on-cpu",
 ]  # fmt: skip
-Way = Literal[Placement, OnCpu, Compiled]
+UnetProvider = Literal[Placement, OnCpu, Compiled]
 PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
-MODELLED: tuple[Way, ...] = (*PLACEMENTS, *get_args(OnCpu))  # a trace sees what the others do
+MODELLED: tuple[UnetProvider, ...] = (*PLACEMENTS, *get_args(OnCpu))  # a trace sees what the others do
 ON_CPU = "+save-on-cpu"
 _PLACED: Mapping[str, str] = {
     "torch": "plain diffusers",
@@ -45,10 +45,10 @@ _PLACED: Mapping[str, str] = {
 INCLUDES: Mapping[str, str] = (
     _PLACED
     | {
-        way: f"{_PLACED[way.removesuffix(ON_CPU)]}; what is saved under torch.autograd.graph.save_on_cpu"
-        for way in get_args(OnCpu)
+        name: f"{_PLACED[name.removesuffix(ON_CPU)]}; what is saved under torch.autograd.graph.save_on_cpu"
+        for name in get_args(OnCpu)
     }
-    | {way: words_of(way) for way in COMPILED}
+    | {name: words_of(name) for name in COMPILED}
 )
 _WHOLE = (SpatioTemporalResBlock, TransformerSpatioTemporalModel)
 _BLOCKS = (BasicTransformerBlock, TemporalBasicTransformerBlock)
@@ -59,14 +59,14 @@ _CHECKPOINTED: Mapping[str, tuple[type[nn.Module], ...]] = {
 }
 
 
-def use(unet: Any, way: Way, *, clock: Clock | None = None) -> Undo:
-    """Make `unet` run this way, in milliseconds; returns what undoes it. Raises ValueError as use_compiled does.
+def use(unet: Any, provider: UnetProvider, *, clock: Clock | None = None) -> Undo:
+    """Make `unet` run by a provider, in milliseconds; returns what undoes it. Raises ValueError as use_compiled does.
 
     clock: with it save_on_cpu is modelled: what is saved leaves the trace, its copies take their time there.
     """
-    if way in COMPILED:
-        return use_compiled(unet, way)
-    placement = way.removesuffix(ON_CPU)
+    if provider in COMPILED:
+        return use_compiled(unet, provider)
+    placement = provider.removesuffix(ON_CPU)
     if placement == "torch":
         undo: Undo = lambda: None  # noqa: E731
     elif placement == "diffusers-checkpoint":
@@ -78,7 +78,7 @@ def use(unet: Any, way: Way, *, clock: Clock | None = None) -> Undo:
         undo = place_around(unet, _CHECKPOINTED[placement])
     else:
         undo = place_fine_grained(unet, is_one_token=placement == "fine-grained-one-token")
-    return save_to_host(unet, undo, clock) if way.endswith(ON_CPU) else undo
+    return save_to_host(unet, undo, clock) if provider.endswith(ON_CPU) else undo
 
 
 def save_to_host(unet: Any, undo: Undo, clock: Clock | None) -> Undo:

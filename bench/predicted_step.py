@@ -1,4 +1,4 @@
-"""The fused training step of the released UNet on a card, by operation. Modelled: what the next run is held against.
+"""The fused training step of the released UNet on a card, by operation. Modelled: to hold a measured run against.
 
     python bench/predicted_step.py [--card H200] [--json FILE] [--against bench/results/nvidia-h100-80gb-hbm3.json]
 
@@ -39,7 +39,7 @@ from mmkernels.memory.phases import Direction, is_in_backward
 from mmkernels.planning.svd import svd_workload
 from mmkernels.planning.workload import Workload, trace_way
 
-BENCH, WAY = "predicted_step", "fused"
+BENCH, PROVIDER = "predicted_step", "fused"
 UPDATE = "update of the weights"  # after backward; the model queues it as one pass over them
 
 
@@ -93,7 +93,7 @@ def step_by_operation(workload: Workload, target: Card) -> tuple[Operations, flo
         operations.end_s = clock.record("compute")
 
     watched = Workload(**{**vars(workload), "step": step})
-    trace_way(watched, lambda unet, _: use(unet, WAY), target, OptimizerChoice(kind="adamw"), clock)
+    trace_way(watched, lambda unet, _: use(unet, PROVIDER), target, OptimizerChoice(kind="adamw"), clock)
     found = operations.found
     found[UPDATE, "backward"] = Taken(seconds=clock.seconds - operations.end_s, calls=1)
     longest = sorted(found.items(), key=lambda item: item[1].seconds, reverse=True)
@@ -103,12 +103,12 @@ def step_by_operation(workload: Workload, target: Card) -> tuple[Operations, flo
 def rows_of(found: Operations, step_s: float, shape: Mapping[str, object], target: Card) -> list[report.Row]:
     """The step, its operations in ms, and the card's rates."""
     setting = report.Setting(dtype=DTYPES["adamw"], threads=1, device=target.device)
-    of_way = {"kind": "modelled", "provider": WAY, "includes": INCLUDES[WAY]}
-    rows = report.figures({"step_s": step_s}, setting, bench="step", mode="step", shape=shape, **of_way)
+    of_provider = {"kind": "modelled", "provider": PROVIDER, "includes": INCLUDES[PROVIDER]}
+    rows = report.figures({"step_s": step_s}, setting, bench="step", mode="step", shape=shape, **of_provider)
     for (name, direction), taken in found.items():
         values = {"total_ms": taken.seconds * 1e3, "calls": taken.calls}
-        common = {"bench": f"step/operations of {WAY}", "mode": direction, "shape": {"operation": name}}
-        rows += report.figures(values, setting, **common, **of_way)
+        common = {"bench": f"step/operations of {PROVIDER}", "mode": direction, "shape": {"operation": name}}
+        rows += report.figures(values, setting, **common, **of_provider)
     for kind in get_args(Kind):
         rates = {name: getattr(target.rate(kind), name) for name in ("bytes_per_s", "flops_per_s", "start_s")}
         known = {name: value for name, value in rates.items() if value < math.inf}
@@ -122,7 +122,9 @@ def measured_ms(path: Path) -> dict[str, float]:
     return {
         row["shape"]["operation"]: row["median"]
         for row in read_rows(path)
-        if row["bench"] == f"step/operations of {WAY}" and row["metric"] == "total_ms" and row["kind"] == "measured"
+        if row["bench"] == f"step/operations of {PROVIDER}"
+        and row["metric"] == "total_ms"
+        and row["kind"] == "measured"
     }
 
 

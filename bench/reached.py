@@ -1,4 +1,4 @@
-"""How near a measured time comes to what the card at hand was measured to do: its copy, and its product of 8192^3."""
+"""The least time that the card at hand could take, by its measured copy and matrix product, as a share of a time."""
 
 from collections.abc import Mapping
 from functools import cache

@@ -156,28 +156,26 @@ class Panel:
     baseline: str | None = None
 
 
-def draw_results(found: Mapping[str, Results], title: str, path: Path) -> None:
+def plot_results(found: Mapping[str, Results], title: str, path: Path) -> None:
     """Time and peak memory of each bench's results, by its name."""
     panels = []
     for name, results in found.items():
-        times = {way: one.time_ms for way, one in results.measured.items()}
-        peaks = {way: Spread.of(one.peak_bytes / MIB) for way, one in results.measured.items()}
+        times = {provider: one.time_ms for provider, one in results.measured.items()}
+        peaks = {provider: Spread.of(one.peak_bytes / MIB) for provider, one in results.measured.items()}
         panels += [
             Panel(title=f"{name}, forward + backward", unit=unit, values=values, baseline=results.baseline)
             for unit, values in (("time, ms", times), ("peak memory, MiB", peaks))
         ]
-    draw(panels, title=title, path=path)
+    plot(panels, title=title, path=path)
 
 
-def draw(panels: Sequence[Panel], *, title: str, path: Path, num_columns: int = 2) -> None:
+def plot(panels: Sequence[Panel], *, title: str, path: Path, num_columns: int = 2) -> None:
     """Draw horizontal bars, the first name on top, each with its figure; the error bar is the 0.2 to 0.8 spread."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     num_rows = -(-len(panels) // num_columns)
     most_bars = max(len(panel.values) for panel in panels)
     figure = Figure(figsize=(6.4 * num_columns, (0.42 * most_bars + 1.3) * num_rows + 0.8), layout="constrained")
-    FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=13)
     grid = figure.subplots(num_rows, num_columns, squeeze=False).flatten()
     for axes, panel in zip(grid, panels, strict=False):

@@ -83,7 +83,7 @@ def _rows_of(line: Row) -> list[Row]:
     for metric, value in figures.items():
         known = value if isinstance(value, list) else [value] * 3
         spread = dict(zip(FIGURES, [*known, None, None, None], strict=False))
-        found.append({**UNWRITTEN, **line, "metric": metric, **spread})
+        found.append(line | {**UNWRITTEN, **line, "metric": metric, **spread})
     return found
 
 

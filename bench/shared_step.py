@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 
+from bench.modelled_step import usual_optimizer
 from mmkernels.cards import Card
 from mmkernels.choices import GIB, OptimizerChoice, OptimizerKind, Plan
 from mmkernels.frames import counts_of
@@ -18,8 +19,6 @@ from mmkernels.planning.shared_workload import shared_out
 from mmkernels.planning.sharing import Meshes, Sharing, fake_ranks
 from mmkernels.planning.svd import svd_workload
 from mmkernels.planning.workload import Traced, trace_way
-
-LEAST_GIB_OF_ADAMW = 40  # memory of a card from which float32 weights and moments are the usual choice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,14 +53,14 @@ class SharedStep:
 
 def model_sharing(
     sharing: Sharing, card: Card, kind: OptimizerKind, *, frames: int, height: int = 576, width: int = 1024,
-    way: str | Plan = "fused",
+    provider: str | Plan = "fused",
 ) -> SharedStep:  # fmt: skip
     """The step of clips of so many frames with kernels fused, or under a plan."""
     counts = counts_of(frames, sharing.frames)
     with fake_ranks(sharing.cards) if sharing.cards > 1 else nullcontext():
         workload = svd_workload(kind, frames=counts[0], height=height, width=width, has_guide=True)
         shared = shared_out(workload, sharing, Meshes.of(sharing), counts, has_buckets=True)
-        traced = trace_way(shared, way, card, OptimizerChoice(kind=kind))
+        traced = trace_way(shared, provider, card, OptimizerChoice(kind=kind))
     return SharedStep.of(sharing, traced)
 
 
@@ -73,7 +72,7 @@ class Found:
     frames: int
     sharing: Sharing
     optimizer: OptimizerKind
-    way: str
+    provider: str
     step: SharedStep | None
 
     @property
@@ -93,15 +92,16 @@ class Found:
 
 def fitted(sharing: Sharing, card: Card, *, frames: int, height: int, width: int) -> Found:
     """The step with kernels fused; where that has no room, of one card or by data, under a plan made for the memory."""
-    is_wide = sharing.shard > 1 or card.memory_gib >= LEAST_GIB_OF_ADAMW
-    kind: OptimizerKind = "adamw" if is_wide else "adamw8bit"
+    kind = "adamw" if sharing.shard > 1 else usual_optimizer(card.memory_gib)
     model = partial(model_sharing, sharing, card, kind, frames=frames, height=height, width=width)
-    way, step = "fused", model()
+    provider, step = "fused", model()
     if step.peak_bytes > card.usable_gib * GIB:
-        way, step = "planned", None
+        provider, step = "planned", None
         if sharing.frames == sharing.shard == 1:
             step = _under_a_plan(sharing, card, kind, frames, height, width, model)
-    return Found(card=card.name, frames=frames, sharing=sharing, optimizer=kind, way=way if step else "", step=step)
+    return Found(
+        card=card.name, frames=frames, sharing=sharing, optimizer=kind, provider=provider if step else "", step=step
+    )
 
 
 def _under_a_plan(
@@ -113,7 +113,7 @@ def _under_a_plan(
     if chosen is None:
         return None
     if not is_alone:
-        step = model(way=chosen.plan)
+        step = model(provider=chosen.plan)
         return step if step.peak_bytes <= card.usable_gib * GIB else None
     return SharedStep.of(sharing, chosen.traced)
 

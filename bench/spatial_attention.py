@@ -1,9 +1,9 @@
-"""Attention over pixels with its norm, projections and residual: every way to run it, with its peak memory.
+"""Attention over pixels with its norm, projections and residual: every provider, with its peak memory.
 
     python bench/spatial_attention.py [--threads 2] [--json FILE] [--picture FILE]
 
-x (B*F, P, C) to y = x + attn1(norm1(x)), diffusers' own modules in the torch ways. Gradients go to x and to every
-parameter.
+x (B*F, P, C) to y = x + attn1(norm1(x)), diffusers' own modules with the torch providers. Gradients go to x and to
+every parameter.
 """
 
 import sys
@@ -21,7 +21,7 @@ from torch import nn
 
 from bench import sub_block
 from bench.shapes import TemporalShape
-from bench.sub_block import Bar, Pieces, Settings, Subject, Way
+from bench.sub_block import Bar, OpProvider, Pieces, Settings, Subject
 from mmkernels.ops.spatial_attention import spatial_attention
 
 
@@ -42,15 +42,15 @@ def subjects(settings: Settings) -> Sequence[Subject]:
     """The one of this bench."""
     s = settings.shape()
     subject = Subject(
-        bench="spatial_attention", make=lambda: DiffusersSubBlock(s), inputs={"x": s.tokens}, ways=ways,
+        bench="spatial_attention", make=lambda: DiffusersSubBlock(s), inputs={"x": s.tokens}, providers=providers,
         pieces=Pieces(axis=0, size=8, unit="frames"), bars=(Bar(baseline="checkpoint", least_speed=1.0),),
     )  # fmt: skip
     return (subject,)
 
 
-def ways(module: Any, x: torch.Tensor) -> Mapping[str, Way]:
+def providers(module: Any, x: torch.Tensor) -> Mapping[str, OpProvider]:
     """The op."""
-    return {"fused": Way(partial(fused, module), "saves x, the output of attention and its logsumexp")}
+    return {"fused": OpProvider(partial(fused, module), "saves x, the output of attention and its logsumexp")}
 
 
 def fused(module: Any, x: torch.Tensor) -> torch.Tensor:

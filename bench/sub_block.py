@@ -1,8 +1,8 @@
-"""Measure an op in every way to run it, and report it: what the benches of single ops have in common.
+"""Measure an op by every provider, and report it: what the benches of single ops have in common.
 
-A bench says what its subjects are: the plain way in torch, a module of some inputs, and the ways that are its own. The
-module under torch.utils.checkpoint, whole and in pieces, under torch.compile and with other libraries' attention is
-added here. Gradients go to every input and every live parameter.
+A bench says what its subjects are: the plain one in torch, a module of some inputs, and the providers that are its own.
+The module under torch.utils.checkpoint, whole and in pieces, under torch.compile and with other libraries' attention is
+added here. Gradients go to every input and every trained parameter.
 """
 
 import copy
@@ -63,12 +63,12 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Bar:
-    """What a way of ours is held to against another, forward and backward, in the bench's default conditions."""
+    """What a provider of ours is held to against another, forward and backward, in the bench's default conditions."""
 
     baseline: str
     least_speed: float
     most_peak: float | None = None
-    way: str = "fused"
+    provider: str = "fused"
 
     def __str__(self) -> str:
         words = f"at least {self.least_speed}x"
@@ -97,8 +97,8 @@ class Pieces:
 
 
 @dataclass(frozen=True)
-class Way:
-    """A way to run a subject. includes: in words, what its time covers.
+class OpProvider:
+    """Runs a subject. includes: in words, what its time covers.
 
     to: makes the layout that it starts and ends in, outside of its time, of inputs and dy. back: from there, for the
     gate.
@@ -112,16 +112,16 @@ class Way:
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """What is measured: `make` gives the plain way, a module of inputs of these sizes to y, of the first one's size.
+    """What is measured: `make` gives the plain provider, a module of inputs of these sizes to y, as large as the first.
 
-    words: what the plain way includes. ways: those of the bench, of the module and its first input. pieces: as the
-    eager checkpoint may cut the input; without a checkpoint the plain way is the baseline.
+    words: what the plain one includes. providers: those of the bench, of the module and its first input. pieces: as the
+    eager checkpoint may cut the input; without a checkpoint the plain one is the baseline.
     """
 
     bench: str
     make: Callable[[], nn.Module]
     inputs: Mapping[str, Sequence[int]]
-    ways: Callable[[nn.Module, Tensor], Mapping[str, Way]]
+    providers: Callable[[nn.Module, Tensor], Mapping[str, OpProvider]]
     words: str = "diffusers' modules"
     has_checkpoint: bool = True
     pieces: Pieces | None = None
@@ -129,7 +129,7 @@ class Subject:
 
 
 class Trial:
-    """A subject's tensors on the device at hand, every way that there is here, and why others are left out."""
+    """A subject's tensors on the device at hand, every provider that there is here, and why others are left out."""
 
     def __init__(self, subject: Subject, settings: Settings) -> None:
         torch.manual_seed(0)
@@ -143,45 +143,49 @@ class Trial:
         self.x = next(iter(self.inputs.values()))
         self.dy = torch.randn(self.x.shape).to(self.device, dtype)
         self.skipped: dict[str, str] = {}
-        self.ways = self._ways(dtype)
+        self.providers = self._providers(dtype)
 
-    def _ways(self, dtype: torch.dtype) -> dict[str, Way]:
-        subject, found = self.subject, {"torch": Way(self.module, self.subject.words)}
+    def _providers(self, dtype: torch.dtype) -> dict[str, OpProvider]:
+        subject, found = self.subject, {"torch": OpProvider(self.module, self.subject.words)}
         if subject.has_checkpoint:
-            found["checkpoint"] = Way(checkpointed(self.module), "torch under torch.utils.checkpoint")
+            found["checkpoint"] = OpProvider(checkpointed(self.module), "torch under torch.utils.checkpoint")
         if (pieces := subject.pieces) is not None:
             words = f"a checkpoint per {pieces.size} {pieces.unit}, split and cat"
-            found["checkpoint-chunked"] = Way(in_pieces(checkpointed(self.module), pieces), words)
-        compiled = Way(torch.compile(self.module), "")
+            found["checkpoint-chunked"] = OpProvider(in_pieces(checkpointed(self.module), pieces), words)
+        compiled = OpProvider(torch.compile(self.module), "")
         compile_s, reason = harness.compile_time_s(lambda: self.run(compiled, "both"), self.settings.compile_limit_s)
         if reason is None:
             words = f"torch.compile of torch; compiled in {compile_s:.0f} s"
-            found["compile"] = Way(compiled.function, words)
+            found["compile"] = OpProvider(compiled.function, words)
         else:
             self.skipped["compile"] = reason
         others, left_out = libraries(self.module, self.device, dtype)
         self.skipped |= left_out
-        found |= {name: Way(function, words) for name, (function, words) in others.items()}
-        return found | dict(subject.ways(self.module, self.x))
+        found |= {name: OpProvider(function, words) for name, (function, words) in others.items()}
+        return found | dict(subject.providers(self.module, self.x))
 
-    def run(self, way: Way, mode: str) -> Outputs:
+    def run(self, provider: OpProvider, mode: str) -> Outputs:
         """Run once: y, and in mode `both` every gradient."""
-        return outputs_of(way.function, self.module, self.inputs, self.dy, mode)
+        return outputs_of(provider.function, self.module, self.inputs, self.dy, mode)
 
-    def provider(self, name: str, way: Way, mode: str) -> Provider:
-        """A way as what is timed; one of another layout gets its own inputs, and copies for the gate alone."""
-        if way.to is None or way.back is None:
-            return Provider(name=name, includes=way.includes, step=lambda: self.run(way, mode))
-        inputs, dy, back = {key: leaf(way.to(x)) for key, x in self.inputs.items()}, way.to(self.dy), way.back
+    def as_timed(self, name: str, provider: OpProvider, mode: str) -> Provider:
+        """A provider as what is timed; one of another layout gets its own inputs, and copies for the gate alone."""
+        if provider.to is None or provider.back is None:
+            return Provider(name=name, includes=provider.includes, step=lambda: self.run(provider, mode))
+        inputs, dy, back = (
+            {key: leaf(provider.to(x)) for key, x in self.inputs.items()},
+            provider.to(self.dy),
+            provider.back,
+        )
 
         def step() -> Outputs:
-            return outputs_of(way.function, self.module, inputs, dy, mode)
+            return outputs_of(provider.function, self.module, inputs, dy, mode)
 
         def check() -> Outputs:
             named = {"y", *(f"d {key}" for key in inputs)}
             return {key: back(x) if key in named else x for key, x in step().items()}
 
-        return Provider(name=name, includes=way.includes, step=step, check=check)
+        return Provider(name=name, includes=provider.includes, step=step, check=check)
 
     def exact(self, mode: str) -> Outputs:
         """Plain torch in float64, piece by piece where there are pieces: all at once might not fit."""
@@ -199,15 +203,15 @@ class Trial:
             for name in parts[0]
         }  # fmt: skip
 
-    def providers(self, mode: str) -> list[Provider]:
-        """Every way, the plain one first."""
-        return [self.provider(name, way, mode) for name, way in self.ways.items()]
+    def timed(self, mode: str) -> list[Provider]:
+        """Every provider, the plain one first."""
+        return [self.as_timed(name, provider, mode) for name, provider in self.providers.items()]
 
     def measure(self, mode: str) -> Results:
-        """Gate, count and time every way."""
+        """Gate, count and time every provider."""
         baseline = "checkpoint" if self.subject.has_checkpoint else "torch"
         return harness.measure(
-            self.providers(mode), self.run(self.ways["torch"], mode), self.exact(mode), baseline=baseline,
+            self.timed(mode), self.run(self.providers["torch"], mode), self.exact(mode), baseline=baseline,
             device=self.device, num_rounds=self.settings.rounds, num_warm_ups=self.settings.warm_ups,
         )  # fmt: skip
 
@@ -230,7 +234,7 @@ def in_pieces(function: Function, pieces: Pieces) -> Function:
 def outputs_of(
     function: Function, module: nn.Module, inputs: Mapping[str, Tensor], dy: Tensor, mode: str
 ) -> dict[str, Tensor]:
-    """y, and in mode `both` the gradients of inputs and live parameters, each as `d` and its name."""
+    """y, and in mode `both` the gradients of inputs and trained parameters, each as `d` and its name."""
     y = function(*inputs.values())
     if mode == "forward":
         return {"y": y.detach()}
@@ -253,7 +257,7 @@ def run(
     settings: Settings, default: Settings, subjects: Sequence[Subject],
     beside: Callable[[Console], list[report.Row]],
 ) -> int:  # fmt: skip
-    """Measure, print, write. beside: prints further rows and gives them. Returns 1 where a way of ours was refused."""
+    """Measure, print, write. beside: prints further rows and gives them. Returns 1 where one of ours was refused."""
     torch.set_num_threads(settings.threads)
     shape, console, device = settings.shape(), report.make_console(), chosen_device(settings.device)
     setting = report.Setting.of(device, getattr(torch, settings.dtype))
@@ -269,8 +273,8 @@ def run(
     rows, found = [], []
     for subject in subjects:
         trial = Trial(subject, settings)
-        for way, reason in trial.skipped.items():
-            console.print(f"left out: {subject.bench}, {way}: {reason}", markup=False)
+        for provider, reason in trial.skipped.items():
+            console.print(f"left out: {subject.bench}, {provider}: {reason}", markup=False)
         of_subject = {mode: trial.measure(mode) for mode in MODES}
         found.append((subject, of_subject))
         for mode, results in of_subject.items():
@@ -285,15 +289,15 @@ def run(
     report.write(rows, settings.json, console)
     if settings.picture:
         both = {subject.bench: of_subject["both"] for subject, of_subject in found}
-        report.draw_results(both, f"{title}\n{setting.device}", settings.picture)
+        report.plot_results(both, f"{title}\n{setting.device}", settings.picture)
         console.print(f"picture: {settings.picture}")
     return int(any(results.refused_of_ours for _, of_subject in found for results in of_subject.values()))
 
 
 def print_ratios(subject: Subject, found: Mapping[str, Results], console: Console, *, is_held: bool) -> None:
-    """Every way of ours against the others, and beside it its bar. is_held: in the conditions that bars are for."""
+    """Every provider of ours against the others, and its bar. is_held: in the conditions that bars are for."""
     console.print(f"\n{subject.bench}: ratios, speed is the median of those within a round:")
-    bars = {(bar.way, bar.baseline): bar for bar in subject.bars}
+    bars = {(bar.provider, bar.baseline): bar for bar in subject.bars}
     for mode, results in found.items():
         for name, own in results.measured.items():
             for baseline, reference in results.measured.items():

@@ -1,8 +1,8 @@
 """What bench/attn72.py measures: attention over frames, its core alone and the sub-block around it.
 
-The torch ways of the sub-block, y = x + proj(attention(LN(x))), run diffusers' own modules as its
+The torch providers of the sub-block, y = x + proj(attention(LN(x))), run diffusers' own modules as its
 TemporalBasicTransformerBlock runs them, its permutes to (B*P, F, C) and back included. diffusers permutes once for the
-whole transformer block, which has three more sub-blocks; so the `-no-permute` ways start and end in (B*P, F, C) and pay
+whole transformer block, which has three more sub-blocks; so the `-no-permute` ones start and end in (B*P, F, C) and pay
 for none of it.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from bench.attention_libraries import LIBRARIES, Library, attention, why_no_library
-from bench.sub_block import Bar, Pieces, Settings, Subject, Way, checkpointed
+from bench.sub_block import Bar, OpProvider, Pieces, Settings, Subject, checkpointed
 from mmkernels.ops.temporal_attention import temporal_attention
 from mmkernels.ops.temporal_attention_block import Keep, default_chunk_pixels, temporal_attention_block
 
@@ -25,18 +25,18 @@ def subjects(settings: Settings, eager_chunk_pixels: int = 96) -> Sequence[Subje
     s = settings.shape()
     heads = (s.batch, s.frames, s.pixels, s.heads, s.head_dim)
     core = Subject(
-        bench="attn72/core", make=PermutedCopies, inputs=dict.fromkeys("qkv", heads), ways=core_ways,
+        bench="attn72/core", make=PermutedCopies, inputs=dict.fromkeys("qkv", heads), providers=core_providers,
         words="permute copies of q, k, v + SDPA + permute copy of o", has_checkpoint=False,
         bars=(Bar(baseline="torch", least_speed=1.6),),
     )  # fmt: skip
     block = Subject(
         bench="attn72/sub-block", make=lambda: DiffusersSubBlock(s.channels, s.heads, s.frames),
-        inputs={"x": s.tokens}, ways=block_ways,
+        inputs={"x": s.tokens}, providers=block_providers,
         words="diffusers' modules, its two permute copies",
         pieces=Pieces(axis=1, size=eager_chunk_pixels, unit="pixels"),
         bars=(
             Bar(baseline="checkpoint", least_speed=1.1, most_peak=0.25),
-            Bar(baseline="checkpoint", least_speed=1.35, way="fused-keep-qkv"),
+            Bar(baseline="checkpoint", least_speed=1.35, provider="fused-keep-qkv"),
         ),
     )  # fmt: skip
     return core, block
@@ -69,15 +69,15 @@ def by_library(name: Library, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return o.view(B, P, F, N, D).permute(0, 2, 1, 3, 4).contiguous()
 
 
-def core_ways(module: nn.Module, q: Tensor) -> Mapping[str, Way]:
+def core_providers(module: nn.Module, q: Tensor) -> Mapping[str, OpProvider]:
     """Views in the place of copies, other libraries, and the op."""
-    found = {"torch-strided": Way(permuted_views, "SDPA on permuted views (B=1) + permute copy of o")}
+    found = {"torch-strided": OpProvider(permuted_views, "SDPA on permuted views (B=1) + permute copy of o")}
     for name in LIBRARIES:
         if why_no_library(name, q.device, q.dtype) is None:
             words = f"{name}'s attention on permuted views + permute copy of o"
-            found[name] = Way(partial(by_library, name), words)
+            found[name] = OpProvider(partial(by_library, name), words)
     words = "mmkernels.temporal_attention: frames read by stride, no copies"
-    return found | {"fused": Way(temporal_attention, words)}
+    return found | {"fused": OpProvider(temporal_attention, words)}
 
 
 class DiffusersSubBlock(nn.Module):
@@ -108,17 +108,17 @@ def from_rows(tokens: Tensor, pixels: int) -> Tensor:
     return tokens.unflatten(0, (-1, pixels)).transpose(1, 2).flatten(0, 1)
 
 
-def block_ways(module: Any, x: Tensor) -> Mapping[str, Way]:
-    """The torch ways without permutes, and the op in two ways to save."""
+def block_providers(module: Any, x: Tensor) -> Mapping[str, OpProvider]:
+    """torch without permutes, and the op, saving in two ways."""
     layout = {"to": partial(to_rows, frames=module.frames), "back": partial(from_rows, pixels=x.shape[1])}
     words = f"saves its input only, {default_chunk_pixels(in_clips(x, module.frames))} pixels a chunk"
     return {
-        "torch-no-permute": Way(module.in_rows, "torch from (B*P, F, C), permutes not charged", **layout),
-        "checkpoint-no-permute": Way(
+        "torch-no-permute": OpProvider(module.in_rows, "torch from (B*P, F, C), permutes not charged", **layout),
+        "checkpoint-no-permute": OpProvider(
             checkpointed(module.in_rows), "checkpoint from (B*P, F, C), permutes not charged", **layout
         ),
-        "fused": Way(partial(fused, module, "input"), words),
-        "fused-keep-qkv": Way(partial(fused, module, "qkv"), "keeps q, k, v for backward"),
+        "fused": OpProvider(partial(fused, module, "input"), words),
+        "fused-keep-qkv": OpProvider(partial(fused, module, "qkv"), "keeps q, k, v for backward"),
     }
 
 

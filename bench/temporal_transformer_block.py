@@ -1,10 +1,11 @@
-"""The whole transformer block over frames: every way to run it, with its peak memory.
+"""The whole transformer block over frames: every provider, with its peak memory.
 
     python bench/temporal_transformer_block.py [--threads 2] [--json FILE] [--picture FILE]
 
 x (B*F, P, C) through feed-forward, attention over frames, one-token cross-attention and feed-forward, diffusers' own
-TemporalBasicTransformerBlock in the torch ways. The cross-attention is the broadcast add in all ways but `torch-full`
-and `checkpoint-full`, so that the shortcut is in no ratio to the others. Gradients go to x and to every live parameter.
+TemporalBasicTransformerBlock with the torch providers. The cross-attention is the broadcast add in all but `torch-full`
+and `checkpoint-full`, so that the shortcut is in no ratio to the others. Gradients go to x and to every trained
+parameter.
 """
 
 import sys
@@ -21,7 +22,7 @@ from torch import nn
 
 from bench import sub_block
 from bench.shapes import TemporalShape
-from bench.sub_block import Bar, Pieces, Settings, Subject, Way, checkpointed
+from bench.sub_block import Bar, OpProvider, Pieces, Settings, Subject, checkpointed
 from mmkernels.blocks.segment import segment
 from mmkernels.blocks.transformer import temporal_transformer_block
 
@@ -61,15 +62,15 @@ def subjects(settings: Settings) -> Sequence[Subject]:
     """The one of this bench."""
     s = settings.shape()
     subject = Subject(
-        bench="temporal_transformer_block", make=lambda: DiffusersBlock(s), inputs={"x": s.tokens}, ways=ways,
+        bench="temporal_transformer_block", make=lambda: DiffusersBlock(s), inputs={"x": s.tokens}, providers=providers,
         pieces=Pieces(axis=1, size=96, unit="pixels"),
         bars=(Bar(baseline="checkpoint", least_speed=1.12, most_peak=0.15),),
     )  # fmt: skip
     return (subject,)
 
 
-def ways(module: Any, x: torch.Tensor) -> Mapping[str, Way]:
-    """diffusers' own cross-attention, and the fused block in two ways to save."""
+def providers(module: Any, x: torch.Tensor) -> Mapping[str, OpProvider]:
+    """diffusers' own cross-attention, and the fused block, saving in two ways."""
     shape = module.shape
 
     def fused(x: torch.Tensor) -> torch.Tensor:
@@ -77,10 +78,12 @@ def ways(module: Any, x: torch.Tensor) -> Mapping[str, Way]:
         return temporal_transformer_block(module.block, x, shift, module.context, shape.frames)
 
     return {
-        "torch-full": Way(module.in_full, "diffusers' forward, cross-attention in full"),
-        "checkpoint-full": Way(checkpointed(module.in_full), "the same under torch.utils.checkpoint"),
-        "fused": Way(fused, "keeps its input and the streams after ff_in and after attention"),
-        "fused-input-only": Way(lambda x: segment(fused, x), "keeps its input only: the three operations run again"),
+        "torch-full": OpProvider(module.in_full, "diffusers' forward, cross-attention in full"),
+        "checkpoint-full": OpProvider(checkpointed(module.in_full), "the same under torch.utils.checkpoint"),
+        "fused": OpProvider(fused, "keeps its input and the streams after ff_in and after attention"),
+        "fused-input-only": OpProvider(
+            lambda x: segment(fused, x), "keeps its input only: the three operations run again"
+        ),
     }
 
 

@@ -1,10 +1,10 @@
-"""The trainer's step on one synthetic clip, run in any way on the same weights, and the gate for its gradients.
+"""The trainer's step on one synthetic clip, run by any provider on the same weights, and the gate for its gradients.
 
     python -m bench.training_step fused demo step 72 128 128 1
 
-Run as a command it takes two steps one way and prints the most resident memory of this process: what a machine must
-have, Python, torch's libraries, weights and optimizer included. It is the kernel's own high-water mark (VmHWM of
-/proc/self/status), which starts anew with a process; bench/train_step.py runs this once for each way.
+Run as a command it takes two steps by one provider and prints the most resident memory of this process: what a machine
+must have, Python, torch's libraries, weights and optimizer included. It is the kernel's own high-water mark (VmHWM of
+/proc/self/status), which starts anew with a process; bench/train_step.py runs this once for each provider.
 """
 
 import copy
@@ -21,12 +21,12 @@ import torch
 from bench import harness
 from bench.compiled import CompileError, compiling
 from bench.environment import ROOT
-from bench.fused_plan import Plans, StepWay
+from bench.fused_plan import Plans, StepProvider
 from bench.harness import Outputs
-from bench.placements import Way, use
+from bench.placements import UnetProvider, use
 from mimicmotion import config as presets
 from mimicmotion.data.batch import Batch
-from mimicmotion.model.unet import MimicMotionModel, build_model, image_latents, model_input
+from mimicmotion.model.unet import MimicMotionModel, build_model, model_input, reference_latents
 from mimicmotion.optimization.optimizer import build_optimization
 from mimicmotion.step import batch_loss, draw_samples
 
@@ -35,7 +35,7 @@ MOST_ERROR = 1e-3  # of the scale of any one gradient; a wrong formula is off by
 
 
 class TrainingStep:
-    """Model, optimizer and one synthetic micro-batch; each way runs on the same weights. plans: of fused-plan."""
+    """Model, optimizer and one synthetic micro-batch; each provider runs on the same weights. plans: of fused-plan."""
 
     def __init__(
         self, config: presets.Config, device: torch.device, part: str = "step", plans: Plans | None = None
@@ -66,21 +66,21 @@ class TrainingStep:
         self.draws = draw_samples(drawing, 0, range(size), batch.frame_shape)
 
     @contextmanager
-    def running(self, way: StepWay) -> Iterator[None]:
-        """The model runs this way inside.
+    def running(self, provider: StepProvider) -> Iterator[None]:
+        """The model runs by this provider inside.
 
         Where a plan moves, forward and backward run once before: the offload learns the order in which to prefetch.
         Raises as Plans.of, MemoryError where the host has no room for what moves, and CompileError.
         """
         plan = None
-        if way != "fused-plan":
-            undo = use(self.model.unet, way)
+        if provider != "fused-plan":
+            undo = use(self.model.unet, provider)
         elif self.plans is None:
             raise ValueError("fused-plan is asked for and there are no plans; give TrainingStep some")
         else:
             plan = self.plans.of(self.frames)
             undo = self.plans.follow(self.model.unet, plan)
-        self.model.pose_net.recomputes_activations = way in ("fused", "fused-plan")  # as `--kernels fused` does
+        self.model.pose_net.recomputes_activations = provider in ("fused", "fused-plan")  # as `--kernels fused` does
         try:
             if plan is not None and plan.moves:
                 self._loss(self.model, self.batch).backward()
@@ -109,13 +109,13 @@ class TrainingStep:
         if self.part == "step":
             return batch_loss(model, batch, self.draws, self.config)
         latents, embedding = batch.latents, batch.image_embedding
-        sample = model_input(latents, image_latents(batch.reference_latent, latents.shape[1]))
+        sample = model_input(latents, reference_latents(batch.reference_latent, latents.shape[1]))
         ones = torch.ones(latents.shape[0], 3, dtype=latents.dtype, device=latents.device)
         return model.unet(sample, ones[:, 0], embedding, ones, return_dict=False)[0].square().mean()
 
-    def gradients(self, way: StepWay) -> Outputs:
+    def gradients(self, provider: StepProvider) -> Outputs:
         """The loss and the gradient of each trained parameter, by name."""
-        with self.running(way):
+        with self.running(provider):
             return self._gradients(self.model, self.batch)
 
     def exact(self) -> Outputs:
@@ -125,10 +125,10 @@ class TrainingStep:
 
     def _gradients(self, model: MimicMotionModel, batch: Batch) -> Outputs:
         loss = self._loss(model, batch)
-        trained: torch.nn.Module = model if self.part == "step" else model.unet
-        live = {name: value for name, value in trained.named_parameters() if value.requires_grad}
-        gradients = torch.autograd.grad(loss, list(live.values()))
-        return {"loss": loss.detach(), **dict(zip(live, gradients, strict=True))}
+        part: torch.nn.Module = model if self.part == "step" else model.unet
+        weights = {name: value for name, value in part.named_parameters() if value.requires_grad}
+        gradients = torch.autograd.grad(loss, list(weights.values()))
+        return {"loss": loss.detach(), **dict(zip(weights, gradients, strict=True))}
 
     def resident_bytes(self) -> int:
         """Bytes there before a step: weights, optimizer states, moving average, batch; read after a first step."""
@@ -139,10 +139,10 @@ class TrainingStep:
         return sum(tensor.nbytes for tensor in [*self.model.parameters(), *states, *self.batch.tensors()])
 
 
-def why_refused(training: TrainingStep, way: StepWay, plain: Outputs, exact: Outputs) -> str | None:
-    """Why a way fails the gate or does not compile, or None."""
+def why_refused(training: TrainingStep, provider: StepProvider, plain: Outputs, exact: Outputs) -> str | None:
+    """Why a provider fails the gate or does not compile, or None."""
     try:
-        return why_wrong_step(training.gradients(way), plain, exact)
+        return why_wrong_step(training.gradients(provider), plain, exact)
     except CompileError as error:
         return str(error)
 
@@ -157,7 +157,7 @@ def why_wrong_step(actual: Outputs, plain: Outputs, exact: Outputs) -> str | Non
     """
     if actual.keys() != exact.keys():
         return f"gives {len(actual)} tensors, wanted {len(exact)}; not in both: {sorted(actual.keys() ^ exact.keys())}"
-    errors = {way: _vector_error(found, exact) for way, found in (("own", actual), ("plain", plain))}
+    errors = {name: _vector_error(found, exact) for name, found in (("own", actual), ("plain", plain))}
     budget = harness.ERROR_RATIO * errors["plain"] + harness.ERROR_FLOOR
     if not errors["own"] <= budget:
         return f"the gradients are off by {errors['own']:.2e} of their norm, the budget is {budget:.2e}"
@@ -192,10 +192,10 @@ def _fill_zero_layers(model: MimicMotionModel) -> None:
             torch.nn.init.normal_(parameter, std=0.02)
 
 
-def resident_peak_bytes(way: Way, config: presets.Config, part: str, threads: int) -> int:
-    """Run this file for one way of `config` and return what it prints. Raises RuntimeError where it fails."""
+def resident_peak_bytes(provider: UnetProvider, config: presets.Config, part: str, threads: int) -> int:
+    """Run this file for one provider of `config` and return what it prints. Raises RuntimeError where it fails."""
     data = config.data
-    words = (way, config.preset, part, data.num_frames, data.height, data.width, threads)
+    words = (provider, config.preset, part, data.num_frames, data.height, data.width, threads)
     command = [sys.executable, "-m", "bench.training_step", *map(str, words)]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if ran.returncode:
@@ -211,14 +211,14 @@ def high_water_bytes(status: Path = Path("/proc/self/status")) -> int:
     raise RuntimeError(f"{status} has no line VmHWM; resident memory is measured on Linux only")
 
 
-def main(way: Any, preset: str, part: str, *numbers: str) -> None:
+def main(provider: Any, preset: str, part: str, *numbers: str) -> None:
     """Train two steps and print the bytes. numbers: frames, height and width in pixels, threads."""
     frames, height, width, threads = map(int, numbers)
     torch.set_num_threads(threads)
     config = presets.PRESETS[preset]()
     data = dataclasses.replace(config.data, num_frames=frames, height=height, width=width)
     training = TrainingStep(dataclasses.replace(config, data=data), torch.device("cpu"), part)
-    with training.running(way):
+    with training.running(provider):
         for _ in range(NUM_STEPS):
             training.step()
     print(high_water_bytes())

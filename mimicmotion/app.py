@@ -1,4 +1,4 @@
-"""A web page for who would rather look than type: `python mimicmotion/app.py --run-dir runs/demo`.
+"""A web page for those who would rather click than type: `python mimicmotion/app.py --run-dir runs/demo`.
 
 A picture and a driving video become a video beside its poses, as `sample.py --image --video` makes it: the model is
 loaded once, one job runs at a time and others wait their turn. Needs gradio, the extra `app`.
@@ -174,10 +174,10 @@ class Jobs:
             image=self._upload(given.picture, "a picture of a person"),
             video=self._upload(given.video, "a driving video"),
             fit=given.fit,
-            seed=_whole("seed", given.seed, 0, MOST_SEED),
-            num_steps=_whole("steps", given.steps, 1, MOST_STEPS),
+            seed=_integer("seed", given.seed, 0, MOST_SEED),
+            num_steps=_integer("steps", given.steps, 1, MOST_STEPS),
             guidance=_number("guidance", given.guidance, 0, MOST_GUIDANCE),
-            num_frames=1 + _whole("frames", given.frames, 1, self._arguments.max_frames),
+            num_frames=1 + _integer("frames", given.frames, 1, self._arguments.max_frames),
             sound=given.sound is True,
             beside=True,
         )
@@ -198,7 +198,7 @@ def _number(name: str, value: Any, least: float, most: float) -> float:
     return value
 
 
-def _whole(name: str, value: Any, least: int, most: int) -> int:
+def _integer(name: str, value: Any, least: int, most: int) -> int:
     if _number(name, value, least, most) % 1:
         raise ValueError(f"{name} is {value}, wanted a whole number")
     return int(value)

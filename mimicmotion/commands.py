@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError
 
 from mimicmotion.data.cache import EXHAUSTED, FULL
-from mimicmotion.paths import free_gib
+from mimicmotion.paths import first_line, free_gib
 from mimicmotion.ranks.lost_ranks import RankLostError
 from mimicmotion.run.checkpoint import CheckpointError
 
@@ -38,7 +38,7 @@ def one_sentence(stopped: str, *more: type[Exception], debug: bool) -> Iterator[
 def sentence(error: Exception) -> str:
     """An error in words of its own, or of ours where those do not say what to do."""
     if isinstance(error, torch.OutOfMemoryError):
-        return f"the GPU's memory ran out ({_first_line(error)}); give --memory-budget auto, or smaller clips"
+        return f"the GPU's memory ran out ({first_line(error)}); give --memory-budget auto, or smaller clips"
     if isinstance(error, MemoryError):
         return str(error) or "the memory ran out; give fewer workers or smaller clips"
     if isinstance(error, ImportError):
@@ -54,7 +54,3 @@ def sentence(error: Exception) -> str:
 
 def _name(error: OSError) -> str:
     return "a file" if error.filename is None else str(error.filename)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]

@@ -102,7 +102,7 @@ def draw(
 class Noised:
     """A batch as the model reads it, and what the loss needs to judge the answer."""
 
-    noisy: Tensor  # (B, F, 4, h, w), clean + sigma * noise
+    noisy: Tensor  # (B, F, 4, h, w), latents + sigma * noise
     scaled: Tensor  # (B, F, 4, h, w), c_in * noisy: what the model reads
     c_noise: Tensor  # (B,)
     image_embedding: Tensor  # (B, 1, C), zero where dropped

@@ -21,7 +21,7 @@ if __name__ == "__main__":  # python puts this folder first, where our modules w
 import tyro
 
 from mimicmotion.commands import one_sentence
-from mimicmotion.data.cache import atomic_write
+from mimicmotion.data.cache import write_text
 from mimicmotion.evaluation.compared import Compared, FolderClips, RunClips
 from mimicmotion.evaluation.figures import compared_with, result_of
 from mimicmotion.evaluation.page import moved, write_clip, write_page
@@ -96,8 +96,7 @@ def run(arguments: Arguments) -> None:
     if arguments.against is not None:
         other = _other(arguments, source, tools, page)
         result["against"] = compared_with(result, other, arguments.against.as_posix())
-    with atomic_write(output) as temporary:
-        temporary.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    write_text(output, json.dumps(result, indent=1, allow_nan=False) + "\n")
     write_page(page, result)
     show(result)
     print(f"{output}, {page}")

@@ -1,4 +1,4 @@
-"""How a model runs, whatever it is used for: which kernels are in place, in what precision, with which bits."""
+"""How a model runs, in training and in sampling: with which kernels, in what precision, with the same bits or not."""
 
 import gc
 import os

@@ -1,7 +1,8 @@
 """What our pages share: each is one file that opens from disk, light or dark, wide or on a phone."""
 
 import html
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from mimicmotion.paths import printable
 
@@ -43,6 +44,15 @@ def document(title: str, parts: Iterable[str], style: str = "") -> str:
         f"<title>{text(title)}</title><style>{_STYLE}{style}</style><body><main>"
     )
     return "\n".join([head, *parts, "</main></body></html>"]) + "\n"
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """What nested mappings hold, by dotted names; an empty one is a value."""
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def pairs(cells: Mapping[str, object]) -> str:

@@ -1,4 +1,4 @@
-"""What is said of paths: names that any terminal can show, and what lies near one that does not hold what it should."""
+"""How messages name paths, as any terminal can show them and with what lies near one that is wrong, and errors."""
 
 import shutil
 from collections.abc import Callable
@@ -11,6 +11,11 @@ _MOST_NAMES = 5
 def printable(name: object) -> str:
     """A name without what a terminal cannot show or would obey: bytes that are no UTF-8, line ends, escapes."""
     return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in str(name))
+
+
+def first_line(error: BaseException) -> str:
+    """Of what an error says; its kind where it says nothing."""
+    return str(error).strip().partition("\n")[0].strip() or type(error).__name__
 
 
 def near(path: Path, is_wanted: Callable[[Path], bool] = Path.exists) -> str:

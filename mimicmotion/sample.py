@@ -25,10 +25,11 @@ from torch import Tensor
 
 from mimicmotion.commands import one_sentence
 from mimicmotion.config import Config
-from mimicmotion.data.cache import atomic_write
+from mimicmotion.data.cache import write_text
 from mimicmotion.data.dataset import ClipDataset
 from mimicmotion.evaluation.metrics import psnr
 from mimicmotion.evaluation.person_metrics import person_region
+from mimicmotion.model.encoders import load_encoder
 from mimicmotion.model.unet import MimicMotionModel
 from mimicmotion.ranks.distributed import ALONE, Ranks, join_ranks
 from mimicmotion.run import record
@@ -37,7 +38,6 @@ from mimicmotion.sampling.generation import (
     Decoder,
     generate,
     load_averaged,
-    load_decoder,
     other_order,
     reference_and_truth,
     run_folder_of,
@@ -132,7 +132,7 @@ def run(arguments: Arguments, ranks: Ranks = ALONE) -> bool:
     given = {name: value for name, value in asked.items() if value is not None}
     sampling = dataclasses.replace(config.sampling, **given)
     config = dataclasses.replace(config, sampling=sampling)
-    decoder = load_decoder(config.data.encoder)
+    decoder = load_encoder(config.data.encoder)
     data = config.data
     dataset = ClipDataset(
         arguments.prepared or data.prepared, data.num_frames, config.trainer.seed, lengths=data.lengths
@@ -165,8 +165,7 @@ def run(arguments: Arguments, ranks: Ranks = ALONE) -> bool:
     comment = f"reference | pose | generated | truth; encoder: {decoder.name}; checkpoint: {folder.as_posix()}"
     write_video(output / "sample.mp4", wide, frames_per_second=rate, comment=comment)
     write_stills(output / "sample.png", wide)
-    with atomic_write(output / "sample.json") as temporary:
-        temporary.write_text(json.dumps(figures, indent=1) + "\n")
+    write_text(output / "sample.json", json.dumps(figures, indent=1) + "\n")
     record.draw(output, config, encoder=decoder.name)  # its page shows the video now
     print(f"reference | pose | generated | truth, encoder {decoder.name}: {output / 'sample.mp4'}")
     print(f"PSNR against the truth: {_said(figures, '')} ({output / 'sample.json'})")

@@ -11,7 +11,7 @@ from mimicmotion.data.batch import Batch, Samples
 from mimicmotion.data.cache import NotFiniteError
 from mimicmotion.execution import autocast, input_dtype
 from mimicmotion.loss import Losses, denoising_loss
-from mimicmotion.model.unet import image_latents, model_input
+from mimicmotion.model.unet import model_input, reference_latents
 from mmkernels.planning.sizes import LATENT_STRIDE
 
 Batches = list[tuple[Batch | NotFiniteError, range]]  # micro-batches of a step with their sample ids
@@ -59,15 +59,15 @@ def clip_losses(
     )
     with autocast(latents.device, config.trainer.precision, dtype):
         output = model(
-            model_input(noised.scaled, image_latents(noised.reference, latents.shape[1])).to(dtype),
+            model_input(noised.scaled, reference_latents(noised.reference, latents.shape[1])).to(dtype),
             noised.c_noise,
             noised.image_embedding.to(dtype),
             noised.time_ids,
             batch.pose.to(dtype),
             noised.keep,
         )
-    region, gamma = batch.loss_weight, config.diffusion.min_snr_gamma
-    return denoising_loss(output, noised.noisy, latents, noised.sigma, region, gamma, share)
+    gamma = config.diffusion.min_snr_gamma
+    return denoising_loss(output, noised.noisy, latents, noised.sigma, batch.loss_weight, gamma, share)
 
 
 def draw_samples(config: Config, step: int, sample_ids: range, latent_shape: tuple[int, ...]) -> list[diffusion.Draw]:

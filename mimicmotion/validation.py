@@ -14,10 +14,11 @@ from mimicmotion import diffusion
 from mimicmotion.data.batch import Batch
 from mimicmotion.data.dataset import ClipDataset
 from mimicmotion.execution import free_what_is_left
+from mimicmotion.model.encoders import load_encoder
 from mimicmotion.ranks.frames_group import for_whole_clips
 from mimicmotion.run.history import History, read_history
 from mimicmotion.run.run_page import VALIDATION_ROWS, VALIDATION_VIDEO
-from mimicmotion.sampling.generation import generate, load_decoder, reference_and_truth
+from mimicmotion.sampling.generation import generate, reference_and_truth
 from mimicmotion.sampling.video import side_by_side, write_video
 from mimicmotion.step import clip_losses, log_sigma_mean
 from mimicmotion.trainer import Trainer
@@ -125,7 +126,7 @@ class Validation:
     def _write_video(self) -> None:
         """reference | pose | generated | truth of the first held-out clip."""
         if self._decoder is None:
-            self._decoder = load_decoder(self._config.data.encoder)
+            self._decoder = load_encoder(self._config.data.encoder)
         clip, decoder = self._clips[0], self._decoder
         reference, truth = reference_and_truth(clip, self._config, decoder)
         generated = generate(self._model, self._config, clip, decoder, seed=self._config.trainer.seed)

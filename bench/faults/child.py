@@ -72,16 +72,14 @@ class Child:
         os.close(writing)
         self._reading = reading
 
-    def signal_at_moment(self, *numbers: int, apart_s: float = 1.5) -> bool:
-        """Wait for the moment and send signals; False where the command ended before it came."""
+    def signal_at_moment(self, number: int) -> bool:
+        """Wait for the moment and send a signal; False where the command ended before it came."""
         assert self._moment is not None
         if os.read(self._reading, 1) == b"":
             return False
         time.sleep(self._moment.share * self._moment.call_s)
-        for index, number in enumerate(numbers):
-            time.sleep(apart_s if index else 0)
-            self._since_s = time.monotonic()
-            os.kill(self.pid, number)
+        self._since_s = time.monotonic()
+        os.kill(self.pid, number)
         return True
 
     @property

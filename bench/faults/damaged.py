@@ -1,4 +1,4 @@
-"""A bit flipped, a file cut short or deleted in a checkpoint: the last good one is gone on from, and it is said."""
+"""A bit flipped, a file cut short or deleted in a checkpoint: training goes on from the last intact one and says so."""
 
 import shutil
 from pathlib import Path

@@ -25,12 +25,11 @@ def picture(index: int, height: int = 64, width: int = 48) -> np.ndarray:
 
 
 def write_film(
-    path: Path, num_frames: int, *, codec: str = "libx264", size: tuple[int, int] = (64, 48), rate: int = 30,
-    pix_fmt: str = "yuv420p",
+    path: Path, num_frames: int, *, codec: str = "libx264", size: tuple[int, int] = (64, 48), pix_fmt: str = "yuv420p"
 ) -> Path:  # fmt: skip
     """A video of num_frames pictures of size (height, width)."""
     with av.open(str(path), mode="w") as container:
-        stream: Any = container.add_stream(codec, rate=rate)
+        stream: Any = container.add_stream(codec, rate=30)
         stream.height, stream.width = size
         stream.pix_fmt = pix_fmt
         for index in range(num_frames):

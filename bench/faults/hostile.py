@@ -1,4 +1,4 @@
-"""What is made to harm, or does not fit: code in pickles, paths that lead out, wrong shapes, dtypes, names, models."""
+"""Malicious or unfit input: code in pickles, paths that lead out, wrong shapes, dtypes, names, models."""
 
 import json
 import pickle

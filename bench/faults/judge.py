@@ -1,8 +1,10 @@
-"""The tiny run that faults are put into, and the run that nothing happened to, which is the judge."""
+"""The tiny run that faults are put into, and the same run undisturbed, which its result is compared with."""
 
 import json
 import os
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -13,6 +15,7 @@ from unittest import mock
 
 import yaml
 
+from bench.environment import ROOT
 from bench.faults.child import Child, Moment
 from bench.faults.film import PREPARE, SwayingFigure, write_film
 from mimicmotion import prepare as prepare_command
@@ -150,6 +153,18 @@ class Judge:
             *inside,
         ]
         return Child(train.main, words, self._log(), moment=moment, inside=within, environment=environment)
+
+    def train_by_torchrun(self, run_dir: Path, world_size: int, *words: str, **started: Any) -> subprocess.Popen[str]:
+        """The command that the README has, in a process group of its own, once its second step is done or it ended."""
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
+        command += ["mimicmotion/train.py", "--settings", str(self.settings), "--run-dir", str(run_dir), *words]
+        process = subprocess.Popen(
+            command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+            **started,
+        )  # fmt: skip
+        while steps_done(run_dir) < 2 and process.poll() is None:
+            time.sleep(0.05)
+        return process
 
     def moment(self, place: str, random: Any) -> Moment:
         """A moment in a call of a place, drawn."""

@@ -50,16 +50,10 @@ def _in_cache(judge: Judge, random: Random) -> Outcome:
     moment = Moment(owner=os, attribute=random.choice(("fsync", "replace")), call=call)
     child = judge.prepare(prepared, moment=moment)
     was_met = child.signal_at_moment(signal.SIGKILL)
-    end, made = child.wait(), intact_files(prepared)
-    again = judge.prepare(prepared).wait()
-    kept = {path: times for path, times in made.items() if intact_files(prepared).get(path) == times}
-    why = first_of(
-        (was_met and end.code == -signal.SIGKILL, f"it was not killed but ended with {end.code}: {end.said[-300:]}"),
-        (again.code == 0, f"it did not go on: {again.said[-500:]}"),
-        (kept.keys() == made.keys(), f"of {len(made)} files that were made, {len(kept)} were not made again"),
-        (content(prepared) == content(judge.prepared), "the prepared folder is another one"),
-    )
-    return Outcome(kind=CACHE, why_not=why)
+    end = child.wait()
+    was_killed = was_met and end.code == -signal.SIGKILL
+    why = first_of((was_killed, f"it was not killed but ended with {end.code}: {end.said[-300:]}"))
+    return Outcome(kind=CACHE, why_not=why or prepared_otherwise(judge, prepared, intact_files(prepared)))
 
 
 def intact_files(prepared: Path) -> dict[str, int]:
@@ -67,7 +61,18 @@ def intact_files(prepared: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in prepared.rglob("*.safetensors") if path.name[0] != "."}
 
 
-def content(prepared: Path) -> dict[str, Any]:
+def prepared_otherwise(judge: Judge, prepared: Path, made: dict[str, int]) -> str:
+    """Prepare again, and say in what it is not what it should be, or that files that were `made` were made anew."""
+    again = judge.prepare(prepared).wait()
+    kept = {path for path, time_ns in made.items() if intact_files(prepared).get(path) == time_ns}
+    return first_of(
+        (again.code == 0, f"it did not go on: {again.said[-500:]}"),
+        (kept == made.keys(), f"of {len(made)} files that were made, {len(kept)} were not made again"),
+        (_content(prepared) == _content(judge.prepared), "the prepared folder is another one"),
+    )
+
+
+def _content(prepared: Path) -> dict[str, Any]:
     """The digest of each file that is not hidden, but for reports on the way it was made."""
     paths = [path for path in sorted(prepared.rglob("*")) if path.is_file()]
     kept = [path for path in paths if path.name[0] != "." and path.suffix in (".safetensors", ".json")]

@@ -1,4 +1,4 @@
-"""What a step cannot be made of: a NaN gradient, a loss spike, an infinite latent, a NaN in a cached file."""
+"""Values that must not reach the weights: a NaN gradient, a loss spike, an infinite latent, a NaN in a cached file."""
 
 import dataclasses
 import json

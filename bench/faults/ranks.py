@@ -4,15 +4,12 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
 from random import Random
 from typing import Any
 
-from bench.environment import ROOT
 from bench.faults.child import Child, End
 from bench.faults.judge import STEPS, Judge, losses, steps_done, steps_saved
 from bench.faults.outcome import Outcome, first_of
@@ -102,15 +99,9 @@ def _rank_killed(judge: Judge, run_dir: Path, random: Random) -> list[tuple[bool
 
 def _under_torchrun(judge: Judge, run_dir: Path, random: Random) -> None:
     """Kill one of torchrun's two workers after its second step; torchrun ends the other."""
-    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "mimicmotion/train.py"]
-    words += ["--settings", str(judge.settings), "--run-dir", str(run_dir), *BATCH]
-    process = subprocess.Popen(
-        [sys.executable, *words], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    while steps_done(run_dir) < 2 and process.poll() is None:
-        time.sleep(0.05)
+    process = judge.train_by_torchrun(run_dir, 2, *BATCH)
     os.kill(random.choice(_workers(process.pid)), signal.SIGKILL)
-    process.wait(timeout=120)
+    process.communicate(timeout=120)
 
 
 def _workers(parent: int) -> list[int]:

@@ -2,16 +2,13 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from random import Random
 
-from bench.environment import ROOT
 from bench.faults.child import Moment
 from bench.faults.judge import PLACES, Judge, steps_done, steps_saved
-from bench.faults.killed import content, intact_files
+from bench.faults.killed import intact_files, prepared_otherwise
 from bench.faults.outcome import Outcome, first_of
 
 COUNT = 20
@@ -63,30 +60,19 @@ def _to_preparing(judge: Judge, kind: str, number: int, random: Random) -> Outco
     moment = Moment(owner=os, attribute=random.choice(("fsync", "replace")), call=random.randrange(3, 9))
     child = judge.prepare(prepared, moment=moment)
     was_met = child.signal_at_moment(number)
-    end, made = child.wait(), intact_files(prepared)
-    again = judge.prepare(prepared).wait()
-    kept = {path for path, time_ns in made.items() if intact_files(prepared).get(path) == time_ns}
+    end = child.wait()
     why = first_of(
         (was_met and end.code == 128 + number, f"it ended with {end.code}: {end.said[-500:]}"),
         (end.seconds < LIMIT_S, f"it took {end.seconds:.0f} s"),
         ("the same command goes on" in end.said and "Traceback" not in end.said, end.said[-500:]),
-        (again.code == 0, f"it did not go on: {again.said[-500:]}"),
-        (kept == made.keys(), f"of {len(made)} files that were made, {len(kept)} were not made again"),
-        (content(prepared) == content(judge.prepared), "the prepared folder is another one"),
     )
+    why = why or prepared_otherwise(judge, prepared, intact_files(prepared))
     return Outcome(kind=kind, why_not=why, seconds=end.seconds)
 
 
 def _to_torchrun(judge: Judge, run_dir: Path, number: int) -> tuple[int, str, float]:
-    """The command that the README has, in a process group of its own as a terminal starts it, after its second step."""
-    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", "mimicmotion/train.py"]
-    words += ["--settings", str(judge.settings), "--run-dir", str(run_dir)]
-    process = subprocess.Popen(
-        [sys.executable, *words], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
-    while steps_done(run_dir) < 2 and process.poll() is None:
-        time.sleep(0.05)
+    """As a terminal starts it, after its second step."""
+    process = judge.train_by_torchrun(run_dir, 1, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     began_s = time.monotonic()
     os.killpg(process.pid, number)
     said, _ = process.communicate(timeout=300)

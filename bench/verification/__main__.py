@@ -26,7 +26,7 @@ def main(part: str, file: str, seconds: str, *flags: str) -> int:
         importlib.import_module(f"bench.verification.{part}").run(gpu, record, float(seconds))
     except Exception as error:  # the reason belongs to the results; the trace is for whoever mends it
         traceback.print_exc()
-        record.fail(part, f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}")
+        record.fail(part, error)
         return 1
     return 0
 

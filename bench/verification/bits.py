@@ -1,4 +1,4 @@
-"""Part `bits`: a run of the trainer again, and one that was stopped and resumed, held to the first bit by bit.
+"""Part `bits`: a run of the trainer again, and one that was stopped and resumed, compared with the first bit by bit.
 
 A small UNet of the real blocks with heads of 64 channels, fused, 72 frames of 256x256 under autocast. With
 `--trainer.deterministic` every bit has to be the same; without it nothing is promised on a GPU, and it is written which

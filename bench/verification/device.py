@@ -30,7 +30,7 @@ from mmkernels.choices import GIB, Modelled, Plan
 from mmkernels.planning.device import measured_card
 
 Planner = Callable[[Config, Card, float], Plan]  # of a run's step, for a card and a budget in GiB
-MOST_OPERATIONS = 40  # of the profiler's, those with most time of their own; our ops all
+MOST_OPERATIONS = 24  # of the profiler's, those with most time of their own; our ops all
 
 
 @dataclass(frozen=True, kw_only=True)

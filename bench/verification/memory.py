@@ -1,4 +1,4 @@
-"""Part `memory`: the closed loop under the cap of a smaller card, then plans from a file, and where the bytes are.
+"""Part `memory`: --memory-budget with the allocator capped to a smaller card, plans from a file, and a memory report.
 
 Weights in bfloat16 with 8-bit moments, 72 frames of 1024x576, on clips of noise. `--memory-budget` gets what
 mmkernels/cards.py says that a smaller card offers, and the allocator that and the fragments that a plan leaves room
@@ -31,7 +31,7 @@ from mmkernels.choices import Plan, write_plan
 
 SMALLER = "RTX 4090"  # whose memory is tried where this card has more
 STEPS = 4  # of each run: the offload learns in the first
-MOST_LINES = 30  # of the report of where the bytes are
+MOST_LINES = 16  # of the report of where the bytes are
 LONGEST_REPORT_S = 45.0  # that is waited for it once the first plan is there
 
 
@@ -88,7 +88,7 @@ def measure(
                 report.end()
             write_run(gpu, record, config, name, plan, fitting, {**shape_of(config), "cap_gib": round(cap_gib, 2)})
     except Exception as error:  # out of memory is a result as well
-        record.fail(name, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
+        record.fail(name, error)
     if report is not None:
         report.end()
     gpu.release()

@@ -48,7 +48,7 @@ def run_one(gpu: Gpu, record: Record, name: str, op: RealOp, base: Mapping[str, 
             record.fail(f"{name}, {words}", reason)
         write_times(gpu, record, name, op, inputs, sizes, words)
     except Exception as error:  # whatever a kernel raises is its result
-        record.fail(f"{name}, {words}", f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
+        record.fail(f"{name}, {words}", error)
     finally:
         del os.environ["MMKERNELS_VARIANT"]
         gpu.release()

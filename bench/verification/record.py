@@ -16,6 +16,7 @@ from typing import Any
 from bench import report
 from bench.result_file import read_rows, replace_text, write_rows
 from bench.verification.page import FAILURE, STATE, Rows, page_of
+from mimicmotion.paths import first_line
 
 
 def stem_of(device: str) -> str:
@@ -63,8 +64,10 @@ class Record:
         )  # fmt: skip
         self.add(map(asdict, rows))
 
-    def fail(self, what: str, why: str) -> None:
-        """Write that something went wrong, and print it."""
+    def fail(self, what: str, why: str | Exception) -> None:
+        """Write that something went wrong, and print it; of an error its kind and first line."""
+        if isinstance(why, Exception):
+            why = f"{type(why).__name__}: {first_line(why)}"
         print(f"FAILED: {self.part}: {what}: {why}", flush=True)
         self.figures(FAILURE, what, {"failures": 1}, mode=self.part, includes=why)
 

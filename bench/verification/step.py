@@ -1,9 +1,9 @@
-"""Part `step`: the trainer's whole step in several ways, and where its time goes on the GPU; then in compiled ways.
+"""Part `step`: the trainer's whole step by several providers, where its time goes on the GPU; then compiled ones.
 
-The released model with PoseNet, 72 frames of 1024x576, batch 1, without a moving average. Before it is timed each way's
-gradients are held to float64 on a clip of few pixels; one that fails, or has no room, is named and the others go on.
-The plan of fused-plan and the modelled figures are made meanwhile in another process: they need no GPU. The strongest
-of plain torch come last, since each compiles for minutes: what the part's time cuts off is then theirs.
+The released model with PoseNet, 72 frames of 1024x576, batch 1, without a moving average. Before it is timed each
+provider's gradients are held to float64 on a clip of few pixels; one that fails, or has no room, is named and the
+others go on. The plan of fused-plan and the modelled figures are made meanwhile in another process: they need no GPU.
+The strongest of plain torch come last, since each compiles for minutes: what the part's time cuts off is then theirs.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from contextlib import contextmanager
 from functools import partial
 from typing import get_args
 
-from bench.fused_plan import INCLUDES, Plans, StepWay
+from bench.fused_plan import INCLUDES, Plans, StepProvider
 from bench.measured_step import GATE_PIXELS
 from bench.modelled_step import model_step, usual_optimizer
-from bench.placements import Way
+from bench.placements import UnetProvider
 from bench.training_step import TrainingStep, why_refused
 from bench.verification.device import Gpu
 from bench.verification.record import Record
@@ -30,8 +30,13 @@ from mmkernels.choices import GIB, OptimizerChoice, Plan
 from mmkernels.planning.device import SAMPLES
 from mmkernels.planning.svd import svd_workload
 
-WAYS: tuple[StepWay, ...] = ("fused", "checkpoint", "fine-grained-one-token", "fused-plan")  # most telling first
-PEERS: tuple[StepWay, ...] = ("compiled-fine-grained-one-token", "compiled-checkpoint", "budget-0.3")
+PROVIDERS: tuple[StepProvider, ...] = (
+    "fused",
+    "checkpoint",
+    "fine-grained-one-token",
+    "fused-plan",
+)  # most telling first
+PEERS: tuple[StepProvider, ...] = ("compiled-fine-grained-one-token", "compiled-checkpoint", "budget-0.3")
 STEPS = 3  # timed, after one that compiles and warms up
 SMALL = {"num_frames": 8, "height": 64, "width": 64}  # of a dry pass
 
@@ -62,8 +67,8 @@ def make_plan(config: presets.Config, card: Card, budget_gib: float) -> Plan:
     return Plans(config, card, budget_gib).of(config.data.num_frames)
 
 
-def model(way: Way, config: presets.Config, card: Card) -> dict[str, float]:
-    """For another process: what one way costs, modelled, PoseNet included."""
+def model(provider: UnetProvider, config: presets.Config, card: Card) -> dict[str, float]:
+    """For another process: what one provider costs, modelled, PoseNet included."""
     data, net, kind = config.data, config.model, config.optimizer.kind
     width, height = max(data.width, 64), max(data.height, 64)
     shape = {
@@ -76,10 +81,10 @@ def model(way: Way, config: presets.Config, card: Card) -> dict[str, float]:
         height=height,
         width=width,
         has_guide=True,
-        guide_recomputes=way == "fused",
+        guide_recomputes=provider == "fused",
         **shape,
     )
-    cost = model_step(way, workload, card, OptimizerChoice(kind=kind))
+    cost = model_step(provider, workload, card, OptimizerChoice(kind=kind))
     return {"step_s": cost.step_s, "peak_gib": cost.peak_bytes / GIB}
 
 
@@ -89,38 +94,40 @@ def processes(count: int) -> ProcessPoolExecutor:
 
 
 def run(gpu: Gpu, record: Record, seconds: float) -> None:
-    """Gate, time and profile each way, then write what was modelled beside it."""
+    """Gate, time and profile each provider, then write what was modelled beside it."""
     config, card = step_config(gpu), gpu.card()
-    ways: tuple[StepWay, ...] = WAYS if gpu.is_full_size else ("fused", "fused-plan")
+    providers: tuple[StepProvider, ...] = PROVIDERS if gpu.is_full_size else ("fused", "fused-plan")
     record = record.of_dtype(config.trainer.precision)
     write_rates(card, record)
     with processes(2 if gpu.is_full_size else 1) as pool:
         plan = pool.submit(gpu.planner(make_plan), config, card, gpu.usable_gib())
-        costs: dict[StepWay, Future[dict[str, float]]] = {
-            way: pool.submit(model, way, config, card) for way in ways if way != "fused-plan"
+        costs: dict[StepProvider, Future[dict[str, float]]] = {
+            name: pool.submit(model, name, config, card) for name in providers if name != "fused-plan"
         }
         training = TrainingStep(config, gpu.device, plans=MadePlan(plan))
         gate = Gate(training)
-        measure_ways(gpu, record, training, gate, ways)
+        measure_providers(gpu, record, training, gate, providers)
         shape = shape_of(config)
-        for way, cost in costs.items():
-            record.figures("step", way, cost.result(), kind="modelled", shape=shape, includes=INCLUDES[way])
+        for provider, cost in costs.items():
+            record.figures("step", provider, cost.result(), kind="modelled", shape=shape, includes=INCLUDES[provider])
         if (modelled := plan.result().modelled) is not None:
             figures = {"step_s": modelled.step_s, "peak_gib": modelled.peak_gib}
             record.figures("step", "fused-plan", figures, kind="modelled", shape=shape, includes=INCLUDES["fused-plan"])
-    measure_ways(gpu, record, training, gate, PEERS if gpu.is_full_size else ())
+    measure_providers(gpu, record, training, gate, PEERS if gpu.is_full_size else ())
 
 
-def measure_ways(gpu: Gpu, record: Record, training: TrainingStep, gate: Gate, ways: Sequence[StepWay]) -> None:
+def measure_providers(
+    gpu: Gpu, record: Record, training: TrainingStep, gate: Gate, providers: Sequence[StepProvider]
+) -> None:
     """Gate and measure one after the other; what one ends with does not stop the others."""
-    for way in ways:
+    for provider in providers:
         try:
-            if (reason := gate.why_refused(way)) is None:
-                measure_way(gpu, record, training, way)
+            if (reason := gate.why_refused(provider)) is None:
+                measure_provider(gpu, record, training, provider)
             else:
-                record.fail(way, reason)
-        except Exception as error:  # whatever a way ends with is its result; the others go on
-            record.fail(way, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
+                record.fail(provider, reason)
+        except Exception as error:  # whatever one ends with is its result; the others go on
+            record.fail(provider, error)
         training.model.zero_grad(set_to_none=True)
         gpu.release()
 
@@ -148,25 +155,22 @@ class Gate:
 
     def __init__(self, training: TrainingStep) -> None:
         self._training = training
-        whole, batch, draws = training.config, training.batch, training.draws
-        training.config = dataclasses.replace(
-            whole, data=dataclasses.replace(whole.data, height=GATE_PIXELS, width=GATE_PIXELS)
-        )
-        training.take_clip(whole.data.num_frames)
-        self._small = training.config, training.batch, training.draws
-        training.config, training.batch, training.draws = whole, batch, draws
+        data = dataclasses.replace(training.config.data, height=GATE_PIXELS, width=GATE_PIXELS)
+        self._small = dataclasses.replace(training.config, data=data), training.batch, training.draws
         with self._few_pixels():
+            training.take_clip(data.num_frames)
+            self._small = training.config, training.batch, training.draws
             self._plain, self._exact = training.gradients("torch"), training.exact()
 
-    def why_refused(self, way: StepWay) -> str | None:
-        """Why a way's gradients are wrong, or it does not compile; None of one that passes, and of fused-plan.
+    def why_refused(self, provider: StepProvider) -> str | None:
+        """Why a provider's gradients are wrong, or it does not compile; None of one that passes, and of fused-plan.
 
-        What a plan does not keep is computed again, or moved: its gradients are the fused way's.
+        What a plan does not keep is computed again, or moved: its gradients are those of fused.
         """
-        if way == "fused-plan":
+        if provider == "fused-plan":
             return None
         with self._few_pixels():
-            return why_refused(self._training, way, self._plain, self._exact)
+            return why_refused(self._training, provider, self._plain, self._exact)
 
     @contextmanager
     def _few_pixels(self) -> Iterator[None]:
@@ -179,24 +183,24 @@ class Gate:
             training.config, training.batch, training.draws = whole
 
 
-def measure_way(gpu: Gpu, record: Record, training: TrainingStep, way: StepWay) -> None:
+def measure_provider(gpu: Gpu, record: Record, training: TrainingStep, provider: StepProvider) -> None:
     """The first step, some timed ones, and one under the profiler; each figure is written when it is there."""
-    figures = partial(record.figures, shape=shape_of(training.config), includes=INCLUDES[way])
+    figures = partial(record.figures, shape=shape_of(training.config), includes=INCLUDES[provider])
     num_known = len(gpu.choices())
     gpu.reset_peak()
-    with training.running(way):
+    with training.running(provider):
         first_ms, *_ = one_step(gpu, training)
-        figures("step", way, {"first_step_s": first_ms / 1e3, "choices_known_before": num_known})
+        figures("step", provider, {"first_step_s": first_ms / 1e3, "choices_known_before": num_known})
         gpu.reset_peak()
         steps = [one_step(gpu, training) for _ in range(STEPS)]
         allocated_gib, reserved_gib = gpu.peak_gib()
         whole_s, forward_s, backward_s = (sorted(times)[STEPS // 2] / 1e3 for times in zip(*steps, strict=True))
         times = {"step_s": whole_s, "forward_s": forward_s, "backward_s": backward_s}
-        figures("step", way, {**times, "peak_gib": allocated_gib, "reserved_gib": reserved_gib})
-        print(f"{way}: {whole_s:.2f} s a step, {allocated_gib:.1f} GiB", flush=True)
+        figures("step", provider, {**times, "peak_gib": allocated_gib, "reserved_gib": reserved_gib})
+        print(f"{provider}: {whole_s:.2f} s a step, {allocated_gib:.1f} GiB", flush=True)
         for one in gpu.operations(training.step):
             values = {"own_ms": one.own_ms, "total_ms": one.total_ms, "calls": one.calls}
-            record.figures(f"step/operations of {way}", way, values, shape={"operation": one.name[:110]})
+            record.figures(f"step/operations of {provider}", provider, values, shape={"operation": one.name[:110]})
 
 
 def one_step(gpu: Gpu, training: TrainingStep) -> tuple[float, float, float]:

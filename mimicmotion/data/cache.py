@@ -53,6 +53,12 @@ def atomic_write(path: Path) -> Iterator[Path]:
         raise NotWritableError(_why_not(path, error)) from error
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a file of UTF-8 as `atomic_write` does."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def check_writable(folder: Path) -> None:
     """Make folder where it is missing and write a file there and take it away. Raises NotWritableError."""
     if any("\ud800" <= character <= "\udfff" for character in str(folder.absolute())):
@@ -237,8 +243,7 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write manifest.json into folder, atomically."""
-        with atomic_write(folder / "manifest.json") as temporary:
-            temporary.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        write_text(folder / "manifest.json", json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":

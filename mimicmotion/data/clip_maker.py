@@ -4,6 +4,7 @@ import traceback
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from threading import Event, Lock
 from typing import Any
@@ -34,7 +35,7 @@ from mimicmotion.data.recipe import Recipe
 from mimicmotion.data.variants import Variant, variants
 from mimicmotion.data.watching import keep, kept, watch, watched_file
 from mimicmotion.model.encoders import Encoder
-from mimicmotion.paths import printable
+from mimicmotion.paths import first_line, printable
 from mimicmotion.pixels import as_input
 
 # Bumped where the meaning of a clip's file changes, so that old files are not met.
@@ -97,11 +98,11 @@ class ClipMaker:
             raise
         except torch.OutOfMemoryError as error:
             raise RuntimeError(
-                f"the GPU's memory ran out at {printable(path)} ({_first_line(error)}); give a smaller size, or take"
+                f"the GPU's memory ran out at {printable(path)} ({first_line(error)}); give a smaller size, or take"
                 " this video out"
             ) from error
         except MemoryError as error:
-            why = f" ({_first_line(error)})" if str(error) else ""
+            why = f" ({first_line(error)})" if str(error) else ""
             return [self._drop(path, RAN_OUT, f"takes more memory than there is{why}; cut it, or give a smaller size")]
         except (VideoError, OSError) as error:
             if isinstance(error, OSError) and error.errno in EXHAUSTED:
@@ -113,7 +114,7 @@ class ClipMaker:
         except Exception as error:  # one video must not take the others with it
             place = traceback.extract_tb(error.__traceback__)[-1]
             where = f"{Path(place.filename).name}:{place.lineno}"
-            return [self._drop(path, "unforeseen", f"{type(error).__name__} at {where}: {_first_line(error)}")]
+            return [self._drop(path, "unforeseen", f"{type(error).__name__} at {where}: {first_line(error)}")]
 
     def _make(self, path: Path) -> list[Clip | Drop]:
         properties = read_properties(path)
@@ -321,15 +322,5 @@ def _between(frames: Iterator[tuple[int, np.ndarray]], rows: slice) -> Iterator[
 
 
 def _batches(frames: Iterator[np.ndarray], size: int) -> Iterator[list[np.ndarray]]:
-    batch = []
-    for frame in frames:
-        batch.append(frame)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
+    while batch := list(islice(frames, size)):
         yield batch
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [""])[0]

@@ -23,10 +23,10 @@ from mimicmotion.data.cache import Clip, Manifest, NotFiniteError, check_finite
 from mimicmotion.data.crop import crop_frame
 from mimicmotion.data.footage import decode
 from mimicmotion.data.footage_identity import FootageIdentity
-from mimicmotion.data.hands import HAND_CONFIDENCE, hand_weights
+from mimicmotion.data.hands import hand_weights
 from mimicmotion.data.held_out import split
 from mimicmotion.data.order import Order, Place, number_of
-from mimicmotion.data.poses import draw, drawing_scale
+from mimicmotion.data.poses import skeleton_scale, skeletons
 from mimicmotion.data.poses.keypoints import NUM_KEYPOINTS
 from mimicmotion.data.reference_noise import ReferenceNoise
 from mimicmotion.pixels import as_input
@@ -46,8 +46,8 @@ class ClipDataset:
 
     def __init__(
         self, prepared: Path, num_frames: int, seed: int, *, batch_size: int = 1, lengths: Sequence[int] = (),
-        held_out: float = 0.0, is_held_out: bool = False, hand_confidence: float = HAND_CONFIDENCE,
-        draw_latents: bool = False, max_stride: int = 1, reference_noise: ReferenceNoise | None = None,
+        held_out: float = 0.0, is_held_out: bool = False, draw_latents: bool = False, max_stride: int = 1,
+        reference_noise: ReferenceNoise | None = None,
     ) -> None:  # fmt: skip
         """batch_size: samples a step over all ranks. lengths: below num_frames, for clips that are too short for it.
 
@@ -64,7 +64,6 @@ class ClipDataset:
         self.manifest = replace(self.manifest, clips=[clip for clip in self.manifest.clips if clip.clip_id in chosen])
         self._lengths = (num_frames, *lengths)
         self.seed = seed
-        self._hand_confidence = hand_confidence
         # What is looked at stays the same.
         self._draw_latents, self._max_stride = draw_latents and not is_held_out, 1 if is_held_out else max_stride
         self._has_noised_references = reference_noise is not None and not is_held_out
@@ -200,8 +199,8 @@ class ClipDataset:
             )
         stored = self._read(chosen, reference, range(start, stop, stride))
         latents, keypoints = stored["latents"].float(), stored["keypoints"]
-        short_side, stroke = drawing_scale(chosen.height, chosen.width)
-        pictures = draw(keypoints.numpy(), chosen.height, chosen.width, short_side=short_side, stroke=stroke)
+        short_side, stroke = skeleton_scale(chosen.height, chosen.width)
+        pictures = skeletons(keypoints.numpy(), chosen.height, chosen.width, short_side=short_side, stroke=stroke)
         return {
             "latents": latents * self.manifest.scaling_factor,
             "latents_deviation": stored["latents_deviation"].float() * self.manifest.scaling_factor,
@@ -212,7 +211,7 @@ class ClipDataset:
             "image_embedding": stored["image_embedding"].float(),
             "keypoints": keypoints,
             "pose": as_input(torch.from_numpy(pictures)),
-            "loss_weight": hand_weights(keypoints, *latents.shape[-2:], hand_confidence=self._hand_confidence),
+            "loss_weight": hand_weights(keypoints, *latents.shape[-2:]),
             "fps": CONDITIONED_FRAMES_PER_SECOND,
             "motion_bucket": CONDITIONED_MOTION_BUCKET,
             "sample_id": -1,

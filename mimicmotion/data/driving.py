@@ -11,7 +11,7 @@ from mimicmotion.data.boxes import body_boxes
 from mimicmotion.data.cache import Manifest, file_sha256, load_intact, save_tensors
 from mimicmotion.data.film import VideoError
 from mimicmotion.data.footage import decode, read_properties
-from mimicmotion.data.poses import PoseBackend, PoseTrack, draw, drawing_scale, refit
+from mimicmotion.data.poses import PoseBackend, PoseTrack, refit, skeleton_scale, skeletons
 from mimicmotion.data.poses.keypoints import BODY, VISIBLE_CONFIDENCE
 from mimicmotion.data.progress import VideoProgress
 from mimicmotion.paths import near, printable
@@ -193,6 +193,6 @@ def steering_pictures(
         keypoints = np.where(found, refit(keypoints, reference, **sizes), 0)
     notes = () if seen.all() else (f"no person in {int((~seen).sum())} of {len(seen)} frames: those have no pose",)
     _check_room(len(keypoints) + 1, height, width)
-    short_side, stroke = drawing_scale(height, width)
+    short_side, stroke = skeleton_scale(height, width)
     together = np.concatenate([reference[None], keypoints]).astype(np.float32)
-    return draw(together, height, width, short_side=short_side, stroke=stroke), notes
+    return skeletons(together, height, width, short_side=short_side, stroke=stroke), notes

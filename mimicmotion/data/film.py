@@ -17,6 +17,8 @@ from av.video.codeccontext import VideoCodecContext
 from mimicmotion.data.animated_webp import LIBRARY, Animation, AnimationError, frames, read_animation
 from mimicmotion.data.cache import EXHAUSTED
 
+# 4096 x 4096: a few kilobytes of video can ask for gigabytes of picture.
+MAX_FRAME_PIXELS = 4096 * 4096
 # Messages (SEI) beside the pictures of these codecs, by their unit types: a broken one spoils no picture.
 MESSAGES = {"h264": "6", "hevc": "39-40"}
 # Transparency lies beside the pictures of these codecs, where FFmpeg's own decoders do not look.
@@ -95,7 +97,7 @@ def packet_times(film: Film) -> np.ndarray | None:
     return np.sort(np.array(times, dtype=np.float64)) if len(times) == len(shown) else None
 
 
-def frames_of(film: Film, max_frame_pixels: int) -> Iterator[av.VideoFrame]:
+def frames_of(film: Film) -> Iterator[av.VideoFrame]:
     """The frames that a player presents, in order.
 
     Raises VideoError on the first error the decoder meets (it would otherwise show wrong pixels silently), unless it
@@ -104,7 +106,7 @@ def frames_of(film: Film, max_frame_pixels: int) -> Iterator[av.VideoFrame]:
     num_frames, size = 0, None
     for with_messages in (True, False):
         try:
-            for index, frame in enumerate(_decode(film, with_messages, max_frame_pixels)):
+            for index, frame in enumerate(_decode(film, with_messages)):
                 if index < num_frames:
                     continue  # from before the error, with which decoding began anew
                 size = size or (frame.height, frame.width)
@@ -122,7 +124,7 @@ def frames_of(film: Film, max_frame_pixels: int) -> Iterator[av.VideoFrame]:
                 raise VideoError(f"is damaged at frame {num_frames}: {_reason(error)}") from error
 
 
-def _decode(film: Film, with_messages: bool, max_frame_pixels: int) -> Iterator[av.VideoFrame]:
+def _decode(film: Film, with_messages: bool) -> Iterator[av.VideoFrame]:
     if (animation := _animation(film.path)) is not None:
         try:
             yield from frames(film.path, animation)
@@ -132,7 +134,7 @@ def _decode(film: Film, with_messages: bool, max_frame_pixels: int) -> Iterator[
     with _open(film.path) as container:
         stream = _stream(film, container)
         context = _transparent(film) if film.is_transparent else stream.codec_context
-        context.options = {"err_detect": "explode", "max_pixels": str(max_frame_pixels)}
+        context.options = {"err_detect": "explode", "max_pixels": str(MAX_FRAME_PIXELS)}
         context.thread_count = 1  # clips are decoded side by side instead
         if film.is_transparent:
             for packet in container.demux(stream):

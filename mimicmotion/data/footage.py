@@ -10,7 +10,7 @@ from pathlib import Path
 import av
 import numpy as np
 
-from mimicmotion.data.film import Film, VideoError, frames_of, open_film, packet_times
+from mimicmotion.data.film import MAX_FRAME_PIXELS, Film, VideoError, frames_of, open_film, packet_times
 from mimicmotion.data.picture import HIGH_DYNAMIC_RANGE, Painter, shown_size
 from mimicmotion.data.timeline import at_one_rate, is_even
 from mimicmotion.data.wheels import Wheel, fetch_members
@@ -46,8 +46,6 @@ VIDEO_SUFFIXES = (
 )  # fmt: skip
 LIST_SUFFIXES = (".txt", ".lst", ".list")
 PATTERN = set("*?[")  # what makes a path one
-# 4096 x 4096: a few kilobytes of video can ask for gigabytes of picture.
-MAX_FRAME_PIXELS = 4096 * 4096
 # About 20 minutes of 1920x1080 at 30 frames a second.
 MAX_VIDEO_PIXELS = 75_000_000_000
 # Of the seconds that a video states; one that shows fewer is named as cut short.
@@ -169,9 +167,7 @@ def _entries(folder: Path) -> tuple[list[Path], list[Path]]:
     return folders, files
 
 
-def read_properties(
-    path: Path, *, max_frame_pixels: int = MAX_FRAME_PIXELS, max_video_pixels: int = MAX_VIDEO_PIXELS
-) -> VideoProperties:
+def read_properties(path: Path) -> VideoProperties:
     """What a player shows of a video. Decodes its first frame, and all of them only where its packets are not even.
 
     Raises VideoError where it is no video or too large, and where what was decoded is damaged.
@@ -179,19 +175,19 @@ def read_properties(
     film = open_film(path)
     if film.height < 1 or film.width < 1:
         raise VideoError("states no size of its picture: it is damaged, too large, or of a kind that FFmpeg lacks")
-    _check_size(film.height, film.width, 1, max_frame_pixels, max_video_pixels)
+    _check_size(film.height, film.width, 1)
     times = packet_times(film)
     num_packets = 1 if times is None else len(times)
-    _check_size(film.height, film.width, num_packets, max_frame_pixels, max_video_pixels)
-    first = next(frames_of(film, max_frame_pixels), None)
+    _check_size(film.height, film.width, num_packets)
+    first = next(frames_of(film), None)
     if first is None:
         raise VideoError("holds no frame")
     height, width = shown_size(first, film)
     if times is None or not is_even(times) or not _agree(times, film.frames_per_second):
-        times = _shown_times(film, max_frame_pixels, max_video_pixels)
+        times = _shown_times(film)
     timeline = at_one_rate(times, film.frames_per_second)
     num_frames = len(times) if timeline.frames is None else len(timeline.frames)
-    _check_size(height, width, num_frames, max_frame_pixels, max_video_pixels)
+    _check_size(height, width, num_frames)
     return VideoProperties(
         film=film,
         height=height,
@@ -203,24 +199,17 @@ def read_properties(
     )
 
 
-def decode(
-    path: Path,
-    *,
-    frame_stride: int = 1,
-    properties: VideoProperties | None = None,
-    max_frame_pixels: int = MAX_FRAME_PIXELS,
-    max_video_pixels: int = MAX_VIDEO_PIXELS,
-) -> Iterator[np.ndarray]:
+def decode(path: Path, *, frame_stride: int = 1, properties: VideoProperties | None = None) -> Iterator[np.ndarray]:
     """Every frame_stride-th frame (H, W, 3) uint8 RGB in order, as a player shows it and at one frame rate.
 
     properties are read where none are given. Raises VideoError on the first error the decoder meets (it would otherwise
     show wrong pixels silently) and on a change of size.
     """
-    shown = properties or read_properties(path, max_frame_pixels=max_frame_pixels, max_video_pixels=max_video_pixels)
+    shown = properties or read_properties(path)
     painter = Painter(shown.film)
     wanted = None if shown.frames is None else np.bincount(shown.frames[::frame_stride])
-    for index, frame in enumerate(frames_of(shown.film, max_frame_pixels)):
-        _check_size(shown.height, shown.width, index + 1, max_frame_pixels, max_video_pixels)
+    for index, frame in enumerate(frames_of(shown.film)):
+        _check_size(shown.height, shown.width, index + 1)
         if wanted is None:
             times = index % frame_stride == 0
         elif index == len(wanted):
@@ -238,11 +227,11 @@ def _agree(times: np.ndarray, stated_rate: float) -> bool:
     return abs(rate - stated_rate) < 0.02 * stated_rate
 
 
-def _shown_times(film: Film, max_frame_pixels: int, max_video_pixels: int) -> np.ndarray:
+def _shown_times(film: Film) -> np.ndarray:
     """When each frame is shown, in seconds; decodes all of them."""
     times = []
-    for index, frame in enumerate(frames_of(film, max_frame_pixels)):
-        _check_size(film.height, film.width, index + 1, max_frame_pixels, max_video_pixels)
+    for index, frame in enumerate(frames_of(film)):
+        _check_size(film.height, film.width, index + 1)
         times.append(np.nan if frame.pts is None else frame.time)
     known = np.array(times)
     if np.isnan(known).any():
@@ -263,11 +252,11 @@ def _notes(film: Film, first: av.VideoFrame, times: np.ndarray, rate: float) -> 
         yield f"holds {film.num_other_films + 1} films: the one of {film.width}x{film.height} pixels is shown"
 
 
-def _check_size(height: int, width: int, num_frames: int, max_frame_pixels: int, max_video_pixels: int) -> None:
-    if height * width > max_frame_pixels:
-        raise VideoError(f"is too large: {width}x{height} pixels a frame, the limit is {max_frame_pixels} pixels")
-    if height * width * num_frames > max_video_pixels:
+def _check_size(height: int, width: int, num_frames: int) -> None:
+    if height * width > MAX_FRAME_PIXELS:
+        raise VideoError(f"is too large: {width}x{height} pixels a frame, the limit is {MAX_FRAME_PIXELS} pixels")
+    if height * width * num_frames > MAX_VIDEO_PIXELS:
         raise VideoError(
-            f"is too large: {width}x{height} pixels times {num_frames} frames, the limit is {max_video_pixels} pixels;"
+            f"is too large: {width}x{height} pixels times {num_frames} frames, the limit is {MAX_VIDEO_PIXELS} pixels;"
             " cut it into shorter videos"
         )

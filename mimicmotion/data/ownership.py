@@ -11,7 +11,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from mimicmotion.data.cache import atomic_write
+from mimicmotion.data.cache import write_text
 
 OWNER = "owner.json"
 _LAUNCH, _RESTARTS = "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"  # torchrun tells its processes
@@ -39,8 +39,7 @@ def sign(folder: Path) -> None:
     """Say in an owned folder whose it is."""
     about = {"process": os.getpid(), "host": socket.gethostname(), "since": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}
     about["launch"] = os.environ.get(_LAUNCH)
-    with atomic_write(folder / OWNER) as temporary:
-        temporary.write_text(json.dumps(about) + "\n")
+    write_text(folder / OWNER, json.dumps(about) + "\n")
 
 
 def is_restarted(folder: Path) -> bool:

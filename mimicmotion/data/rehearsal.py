@@ -1,4 +1,4 @@
-"""What preparing would keep and how long it would take, by the beginning of each video. Nothing is written."""
+"""What preparing would keep and how long it would take, from the beginning of each video. It writes nothing."""
 
 import time
 from collections.abc import Iterator, Sequence

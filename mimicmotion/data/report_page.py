@@ -13,7 +13,7 @@ import numpy as np
 
 from mimicmotion import charts
 from mimicmotion.charts import curve, histogram
-from mimicmotion.data.cache import Clip, Drop, Manifest, atomic_write
+from mimicmotion.data.cache import Clip, Drop, Manifest, write_text
 from mimicmotion.data.curate import Watched, joint_moves
 from mimicmotion.data.poses.keypoints import BODY
 from mimicmotion.data.report_pictures import Strip, strips
@@ -69,8 +69,7 @@ def write_report(prepared: Path, *, picture_seconds: float = PICTURE_SECONDS) ->
         *_settings(manifest),
     ]
     path = prepared / REPORT
-    with atomic_write(path) as temporary:
-        temporary.write_text(document(f"{prepared.name}: prepared clips", parts, charts.STYLE + _STYLE), "utf-8")
+    write_text(path, document(f"{prepared.name}: prepared clips", parts, charts.STYLE + _STYLE))
     return path
 
 

@@ -15,9 +15,9 @@ import numpy as np
 from mimicmotion.data.cache import Clip, Crop, Drop
 from mimicmotion.data.curate import Watched
 from mimicmotion.data.film import VideoError, frames_of
-from mimicmotion.data.footage import MAX_FRAME_PIXELS, VideoProperties, read_properties
+from mimicmotion.data.footage import VideoProperties, read_properties
 from mimicmotion.data.picture import Painter
-from mimicmotion.data.poses.drawing import draw, drawing_scale
+from mimicmotion.data.poses.drawing import skeleton_scale, skeletons
 
 NUM_FRAMES = 3  # of a clip: the first, the middle and the last
 MAX_HEIGHT, MAX_WIDTH = 264, 220  # pixels of one frame
@@ -89,7 +89,7 @@ def _decoded(
             return pictures, "the video has another size or length than when it was prepared"
         shown = {index: index if properties.frames is None else properties.frames[index] for index in indices}
         last, painter = max(shown.values()), Painter(properties.film)
-        for number, frame in enumerate(frames_of(properties.film, MAX_FRAME_PIXELS)):
+        for number, frame in enumerate(frames_of(properties.film)):
             for index in [index for index, at in shown.items() if at == number]:
                 pictures[index] = _shrunk(painter.paint(frame))
             if number >= last:
@@ -118,8 +118,8 @@ def _strip(part: Clip | Drop, watched: Watched | None, pictures: dict[int, np.nd
     crop = part.crop if isinstance(part, Clip) else None
     keypoints = watched.track.keypoints[[index // part.frame_stride for index in frames]]
     height, width = _tile_size(watched.height, watched.width)
-    short_side, stroke = drawing_scale(height, width)
-    drawn = draw(keypoints, height, width, short_side=short_side, stroke=stroke).transpose(0, 2, 3, 1)
+    short_side, stroke = skeleton_scale(height, width)
+    drawn = skeletons(keypoints, height, width, short_side=short_side, stroke=stroke).transpose(0, 2, 3, 1)
     dark = np.full((height, width, 3), 24, dtype=np.uint8)
     tiles = [
         _over(_marked(pictures.get(index, dark), crop, watched), pose)

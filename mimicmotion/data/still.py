@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
-from mimicmotion.data.footage import MAX_FRAME_PIXELS
+from mimicmotion.data.film import MAX_FRAME_PIXELS
 from mimicmotion.paths import near, printable
 
 Fit = Literal["crop", "pad"]
@@ -31,7 +31,7 @@ class Still:
     notes: tuple[str, ...] = ()
 
 
-def read_still(path: Path, *, max_pixels: int = MAX_FRAME_PIXELS) -> Still:
+def read_still(path: Path) -> Still:
     """The picture of a file. Raises ValueError where it is missing, no picture, cut short, or too large or small."""
     name = printable(path)
     if not path.is_file():
@@ -41,8 +41,9 @@ def read_still(path: Path, *, max_pixels: int = MAX_FRAME_PIXELS) -> Still:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is our own
             opened = Image.open(path)
         width, height = opened.size
-        if width * height > max_pixels:
-            raise ValueError(f"picture {name} is {width}x{height}, more than {max_pixels:,} pixels; shrink it first")
+        if width * height > MAX_FRAME_PIXELS:
+            most = f"{MAX_FRAME_PIXELS:,}"
+            raise ValueError(f"picture {name} is {width}x{height}, more than {most} pixels; shrink it first")
         if min(width, height) < MIN_SIDE:
             raise ValueError(f"picture {name} is {width}x{height}; give one of at least {MIN_SIDE} pixels a side")
         with opened:

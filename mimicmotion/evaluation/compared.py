@@ -15,10 +15,11 @@ from torch import Tensor
 
 from mimicmotion.data.dataset import ClipDataset
 from mimicmotion.data.footage import VIDEO_SUFFIXES, decode, read_properties
+from mimicmotion.model.encoders import load_encoder
 from mimicmotion.paths import near, printable
 from mimicmotion.pixels import as_input
 from mimicmotion.run.resumption import of_other_clips
-from mimicmotion.sampling.generation import generate, load_averaged, load_decoder, other_order, reference_and_truth
+from mimicmotion.sampling.generation import generate, load_averaged, other_order, reference_and_truth
 
 PICTURE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 RESAMPLING = "cv2.INTER_AREA where smaller, cv2.INTER_CUBIC where larger"
@@ -52,7 +53,7 @@ class RunClips:
         like: the clips of that one instead.
         """
         self.config, self._model, self.checkpoint = load_averaged(run_dir)
-        self.encoder = load_decoder(self.config.data.encoder)
+        self.encoder = load_encoder(self.config.data.encoder)
         self.dataset, self.chosen = (like.dataset, like.chosen) if like else self._choose(prepared)
         for note in of_other_clips(self.checkpoint, self.config, self.dataset.manifest):
             print(note, flush=True)

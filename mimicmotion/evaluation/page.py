@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mimicmotion.data.cache import atomic_write
+from mimicmotion.data.cache import write_text
 from mimicmotion.evaluation.compared import OWN_OUTPUT, Compared
 from mimicmotion.evaluation.figures import BESIDE, FIGURES
 from mimicmotion.evaluation.words import GENERATED, OTHER_RUN, columns, lines, of_all_clips, summary
-from mimicmotion.page import document, pairs, text
+from mimicmotion.page import document, flat, pairs, text
 from mimicmotion.sampling.video import side_by_side, write_stills, write_video
 
 _STYLE = ".scroll{overflow-x:auto;overflow-wrap:normal}.clip{margin:1rem 0}.clip video,.clip img{width:100%}"
@@ -37,9 +37,8 @@ def write_page(path: Path, result: Mapping[str, Any]) -> None:
     parts.append("<h2>Clips</h2>")
     others = {row["clip"]: row for row in against["result"]["clips"]} if against else {}
     parts += [_card(row, others.get(row["clip"])) for row in result["clips"]]
-    parts += ["<h2>What these figures follow from</h2>", pairs(_flat(result))]
-    with atomic_write(path) as temporary:
-        temporary.write_text(document(_title(result), parts, _STYLE), encoding="utf-8")
+    parts += ["<h2>What these figures follow from</h2>", pairs(_settings(result))]
+    write_text(path, document(_title(result), parts, _STYLE))
 
 
 def write_clip(page: Path, folder: Path, clip: Compared, number: int, comment: str) -> dict[str, str]:
@@ -111,13 +110,6 @@ def moved(rows: Sequence[Mapping[str, Any]], source: Path, target: Path) -> list
     return found
 
 
-def _flat(result: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    found: dict[str, str] = {}
-    for name, value in result.items():
-        if not prefix and name in _NOT_SHOWN:
-            continue
-        if isinstance(value, Mapping) and value:
-            found |= _flat(value, f"{prefix}{name}.")
-        else:
-            found[prefix + name] = value if isinstance(value, str) else json.dumps(value)
-    return found
+def _settings(result: Mapping[str, Any]) -> dict[str, str]:
+    shown = {name: value for name, value in result.items() if name not in _NOT_SHOWN}
+    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in flat(shown)}

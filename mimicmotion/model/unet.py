@@ -109,11 +109,11 @@ def num_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def image_latents(reference: Tensor, num_frames: int) -> Tensor:
+def reference_latents(reference: Tensor, num_frames: int) -> Tensor:
     """Reference latent (B, 4, h, w), the VAE's unscaled mode, repeated for each frame -> (B, F, 4, h, w)."""
     return reference.unsqueeze(1).expand(-1, num_frames, -1, -1, -1)
 
 
-def model_input(noisy: Tensor, image: Tensor) -> Tensor:
+def model_input(noisy: Tensor, reference: Tensor) -> Tensor:
     """Noise latents first, then the reference's, on the channel axis: 2 x (B, F, 4, h, w) -> (B, F, 8, h, w)."""
-    return torch.cat([noisy, image], dim=2)
+    return torch.cat([noisy, reference], dim=2)

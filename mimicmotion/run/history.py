@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from mimicmotion.data.cache import atomic_write
+from mimicmotion.data.cache import write_text
 
 _KERNELS_LOG = logging.getLogger("mmkernels")
 
@@ -23,8 +23,7 @@ class History:
     def __init__(self, path: Path, *, resumed_step: int) -> None:
         self.path = path
         kept = [row for row in read_history(path) if row["step"] <= resumed_step] if path.exists() else []
-        with atomic_write(path) as temporary:
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def append(self, row: dict[str, Any]) -> None:
         """Add one step's row; it is in the file when this returns."""
@@ -38,7 +37,7 @@ def read_history(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[:-1]]
 
 
-def draw_loss(rows: list[dict[str, Any]], path: Path, title: str) -> None:
+def plot_loss(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     """Loss of every step and its running mean, as a picture; skipped steps have no point."""
     import matplotlib.figure  # slow to import, wanted once at the end
 

@@ -1,4 +1,4 @@
-"""What a run begins with: weights from anywhere, a run of our own among them."""
+"""What a run begins with: weights from anywhere, another run of this trainer included."""
 
 from pathlib import Path
 

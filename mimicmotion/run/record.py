@@ -7,7 +7,7 @@ from typing import Any
 from mimicmotion.config import Config
 from mimicmotion.json_values import to_json
 from mimicmotion.run import checkpoint
-from mimicmotion.run.history import History, draw_loss, read_history
+from mimicmotion.run.history import History, plot_loss, read_history
 from mimicmotion.run.run_page import write_page
 from mimicmotion.run.trackers import Trackers
 
@@ -22,7 +22,7 @@ def draw(run_dir: Path, config: Config, *, encoder: str) -> None:
     rows = rows_of(run_dir)
     if rows:
         title = f"{config.preset}, kernels {config.kernels}, encoder {encoder}"
-        draw_loss(rows, run_dir / "loss.png", title)
+        plot_loss(rows, run_dir / "loss.png", title)
         write_page(run_dir, rows, to_json(config), title)
 
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mimicmotion.data.cache import atomic_write
-from mimicmotion.page import document, pairs, text
+from mimicmotion.data.cache import write_text
+from mimicmotion.page import document, flat, pairs, text
 from mimicmotion.run import checkpoint
 from mimicmotion.run.history import read_history
 from mimicmotion.run.trackers import by_sigma
@@ -35,10 +35,9 @@ def write_page(run_dir: Path, rows: Sequence[Mapping[str, Any]], settings: Mappi
         parts.append("<h2>Last sample: reference | pose | generated | truth</h2>")
         parts.append(f'<video src="{_SAMPLE}" controls loop muted></video>')
     parts += _held_out(run_dir)
-    parts += ["<h2>Settings</h2>", pairs(_flat(settings))]
+    parts += ["<h2>Settings</h2>", pairs({name: json.dumps(value) for name, value in flat(settings)})]
     path = run_dir / "index.html"
-    with atomic_write(path) as temporary:
-        temporary.write_text(document(run_dir.name, parts, _STYLE), encoding="utf-8")
+    write_text(path, document(run_dir.name, parts, _STYLE))
     return path
 
 
@@ -91,14 +90,3 @@ def _curves(rows: Sequence[Mapping[str, Any]]) -> str:
     # What is black in it is ink, which a dark page has light.
     svg = drawn.getvalue()[drawn.getvalue().index("<svg") :].replace("#000000", "currentColor")
     return svg.replace("<svg", '<svg class="plot" role="img" aria-label="Curves over the steps"', 1)
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Settings by their dotted names, as JSON."""
-    found: dict[str, str] = {}
-    for name, value in settings.items():
-        if isinstance(value, Mapping) and value:
-            found |= _flat(value, f"{prefix}{name}.")
-        else:
-            found[prefix + name] = json.dumps(value)
-    return found

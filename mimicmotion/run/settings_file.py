@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 
 from mimicmotion.config import Config
-from mimicmotion.data.cache import atomic_write
+from mimicmotion.data.cache import write_text
 from mimicmotion.json_values import to_json
 from mimicmotion.paths import check_there
 
@@ -53,8 +53,7 @@ def read(path: Path) -> tuple[list[str], list[list[str]]]:
 
 def write(config: Config, folder: Path) -> None:
     """Write all settings into the folder, so that --settings reads the same again."""
-    with atomic_write(folder / FILE) as temporary:
-        temporary.write_text(yaml.safe_dump(to_json(config), sort_keys=False), encoding="utf-8")
+    write_text(folder / FILE, yaml.safe_dump(to_json(config), sort_keys=False))
 
 
 def _words(settings: Mapping[str, Any], kind: type, where: str, prefix: str = "") -> list[str]:

@@ -105,9 +105,9 @@ def check_reference_noise(deviation: float) -> None:
 
 def frames_of(latents: Tensor, config: Config, decoder: Decoder, *, ranks: Ranks = ALONE) -> Iterator[Tensor]:
     """Frames (F', 3, H, W) in [-1, 1] of one clip's latents (F, 4, h, w), a part at a time; frame 0 is decoded in its
-    part and left out, as released. ranks: as of `sampler.decode_parts`.
+    part and left out, as released. ranks: as of `sampler.decode`.
     """
-    parts = sampler.decode_parts(
+    parts = sampler.decode(
         latents,
         decoder.decode,
         scaling_factor=decoder.scaling_factor,

@@ -11,7 +11,6 @@ from mimicmotion.config import Config, Kernels
 from mimicmotion.execution import autocast, use_kernels
 from mimicmotion.json_values import from_json
 from mimicmotion.model.adapters import check_base, load_own
-from mimicmotion.model.encoders import load_encoder
 from mimicmotion.model.unet import MimicMotionModel, build_model
 from mimicmotion.paths import near
 from mimicmotion.ranks.distributed import ALONE, Ranks
@@ -62,11 +61,6 @@ def own_device() -> torch.device:
 def run_folder_of(asked: Path) -> Path:
     """The folder of the run that was asked for, by itself or by one of its checkpoints, wherever it was trained."""
     return asked.parent if (asked / checkpoint.MANIFEST).is_file() else asked
-
-
-def load_decoder(name_or_path: str) -> Decoder:
-    """The encoder of a run for its decoder, where and how precisely `load_encoder` has it by itself."""
-    return load_encoder(name_or_path)
 
 
 def generate(
@@ -124,7 +118,8 @@ def drawn_frames(config: Config, num_frames: int) -> int:
 def decode_clip(latents: Tensor, config: Config, decoder: Decoder, ranks: Ranks = ALONE) -> Tensor:
     """Frames (F, 3, H, W) in [-1, 1] of scaled latents (F, 4, h, w), of a whole clip: its parts begin at frame 0."""
     scale, frames_at_once = decoder.scaling_factor, config.sampling.decode_frames
-    return sampler.decode(latents, decoder.decode, scaling_factor=scale, frames_at_once=frames_at_once, ranks=ranks)
+    parts = sampler.decode(latents, decoder.decode, scaling_factor=scale, frames_at_once=frames_at_once, ranks=ranks)
+    return torch.cat([*parts])
 
 
 def reference_and_truth(

@@ -14,7 +14,7 @@ from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteSchedule
 from torch import Tensor
 
 from mimicmotion.diffusion import time_ids
-from mimicmotion.model.unet import MimicMotionModel, image_latents, model_input
+from mimicmotion.model.unet import MimicMotionModel, model_input, reference_latents
 from mimicmotion.pixels import as_input
 from mimicmotion.ranks.distributed import ALONE, Ranks
 from mmkernels.planning.sizes import LATENT_STRIDE
@@ -185,7 +185,7 @@ def network_output(
     reference = conditions.reference_latent[clips].to(embedding.dtype) * kept.unsqueeze(-1)
     pose = torch.stack([conditions.poses(row.clip, row.frames) for row in rows]) if any(keep) else None
     return model(
-        model_input(noisy, image_latents(reference, noisy.shape[1])),
+        model_input(noisy, reference_latents(reference, noisy.shape[1])),
         timestep.expand(len(rows)),
         embedding * kept,
         ids[clips],
@@ -215,7 +215,7 @@ class Fusion:
 
 
 @torch.no_grad()
-def decode_parts(
+def decode(
     latents: Tensor,
     decoder: Callable[[Tensor], Tensor],
     *,
@@ -236,16 +236,3 @@ def decode_parts(
         lambda part: (len(part), 3, h * LATENT_STRIDE, w * LATENT_STRIDE),
     )
     yield from (part.to(latents.device) for part in frames)
-
-
-def decode(
-    latents: Tensor,
-    decoder: Callable[[Tensor], Tensor],
-    *,
-    scaling_factor: float,
-    frames_at_once: int,
-    ranks: Ranks = ALONE,
-) -> Tensor:
-    """All of `decode_parts`: frames (F, 3, H, W) in [-1, 1]."""
-    parts = decode_parts(latents, decoder, scaling_factor=scaling_factor, frames_at_once=frames_at_once, ranks=ranks)
-    return torch.cat([*parts])

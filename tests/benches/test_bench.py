@@ -153,7 +153,7 @@ def test_a_row_is_measured_or_modelled():
 def test_the_picture_is_drawn(tmp_path):
     bars = {"torch": harness.Spread(median=2.0, low=1.0, high=3.0), "fused": harness.Spread(median=1, low=1, high=1)}
     panel = report.Panel(title="time", unit="ms", values=bars, baseline="torch")
-    report.draw([panel, panel, panel], title="measured", path=tmp_path / "bars.png")
+    report.plot([panel, panel, panel], title="measured", path=tmp_path / "bars.png")
     assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -193,7 +193,10 @@ def _check_the_real_shape(figures: dict[tuple[str, str, str], float]) -> None:
     assert figures[block, "fused", "flops"] == 15 * projection + 8 * product
     assert figures[block, "fused-keep-qkv", "flops"] == 12 * projection + 8 * product
     # Beside the output, which is alive when backward begins: x is not counted, it was there before.
-    saved = {way: figures[block, way, "saved_bytes"] / one for way in ("checkpoint", "fused", "fused-keep-qkv")}
+    saved = {
+        provider: figures[block, provider, "saved_bytes"] / one
+        for provider in ("checkpoint", "fused", "fused-keep-qkv")
+    }
     assert saved == pytest.approx({"checkpoint": 1, "fused": 1, "fused-keep-qkv": 4}, rel=0.03)
     assert figures[block, "fused", "peak_bytes"] < 0.4 * figures[block, "checkpoint", "peak_bytes"]
 
@@ -249,7 +252,7 @@ def test_the_training_step_gate_under_autocast_asks_no_luck_of_one_number():
 
 @pytest.mark.pictures
 @pytest.mark.parametrize(
-    ("bench", "way", "bar"),
+    ("bench", "provider", "bar"),
     [
         ("geglu_feed_forward", "fused-keep-up", "at least 1.05x and at most 0.25 of the peak"),
         ("spatial_attention", "fused", "at least 1.0x"),
@@ -259,7 +262,7 @@ def test_the_training_step_gate_under_autocast_asks_no_luck_of_one_number():
     ],
 )
 def test_an_op_s_bench_measures_every_way_and_prints_its_bar(
-    bench: str, way: str, bar: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    bench: str, provider: str, bar: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     name, _, kernel = bench.partition(" ")
     module = importlib.import_module(f"bench.{name}")
@@ -271,7 +274,7 @@ def test_an_op_s_bench_measures_every_way_and_prints_its_bar(
     assert f"bar: {bar}: for the default shape and conditions, which these are not\n" in capsys.readouterr().out
     rows = read_rows(tmp_path / "rows.json")
     providers = {row["provider"] for row in rows}
-    assert providers >= {"torch", "checkpoint", "fused", way}
+    assert providers >= {"torch", "checkpoint", "fused", provider}
     assert {(row["bench"], row["mode"], row["provider"], row["metric"]) for row in rows} == {
         (bench, *each) for each in product(("forward", "both"), providers, ("time_ms", "peak_bytes"))
     }
@@ -280,7 +283,7 @@ def test_an_op_s_bench_measures_every_way_and_prints_its_bar(
 
 
 def test_a_trial_gives_float64_in_pieces_and_refuses_a_way_whose_layout_is_not_brought_back() -> None:
-    """The exact outputs of pieces are those of the whole, and a way's check is of the plain layout."""
+    """The exact outputs of pieces are those of the whole, and a provider's check is of the plain layout."""
     settings = sub_block.Settings(frames=4, height=2, width=3, channels=32, heads=2, device="cpu", compile_limit_s=0.0)
     _, subject = temporal_attention.subjects(settings, eager_chunk_pixels=4)
     trial = sub_block.Trial(subject, settings)
@@ -289,11 +292,11 @@ def test_a_trial_gives_float64_in_pieces_and_refuses_a_way_whose_layout_is_not_b
     assert exact.keys() == wanted.keys()
     for name, value in wanted.items():
         torch.testing.assert_close(exact[name], value, rtol=1e-12, atol=1e-12)
-    way = trial.ways["torch-no-permute"]
-    check, plain = trial.provider("x", way, "both").check, trial.run(trial.ways["torch"], "both")
+    provider = trial.providers["torch-no-permute"]
+    check, plain = trial.as_timed("x", provider, "both").check, trial.run(trial.providers["torch"], "both")
     assert check is not None and harness.why_wrong(check(), plain, exact) is None
-    forgotten = dataclasses.replace(way, back=lambda x: x)
-    check = trial.provider("x", forgotten, "both").check
+    forgotten = dataclasses.replace(provider, back=lambda x: x)
+    check = trial.as_timed("x", forgotten, "both").check
     assert check is not None and "has shape (6, 4, 32)" in str(harness.why_wrong(check(), plain, exact))
 
 

@@ -88,9 +88,9 @@ def test_the_documents_table_of_placements_has_the_times_of_the_rows() -> None:
     for found in read_rows(ROOT / "bench/results/budgets.json"):
         figures[found["shape"]["card"]][found["provider"]][found["metric"]] = found["median"]
     wanted = []
-    for name, ways in figures.items():
-        plan_s, memory_bytes = ways.pop("fused-plan")["step_s"], card(name).memory_gib * GIB
-        fitting = [way["step_s"] for way in ways.values() if way["peak_bytes"] <= memory_bytes]
+    for name, providers in figures.items():
+        plan_s, memory_bytes = providers.pop("fused-plan")["step_s"], card(name).memory_gib * GIB
+        fitting = [provider["step_s"] for provider in providers.values() if provider["peak_bytes"] <= memory_bytes]
         fastest = [f"{min(fitting):.1f} s", f"{min(fitting) / plan_s:.2f}x"] if fitting else ["none", ""]
         wanted.append([name, f"{plan_s:.1f} s", *fastest])
     said = [

@@ -82,9 +82,9 @@ def test_dry_pass(part: str, dry: Record, monkeypatch: pytest.MonkeyPatch, tmp_p
 def test_dry_pass_of_the_step_has_what_is_wanted_of_each_way(dry: Record) -> None:
     rows = [row for row in dry.rows() if row["bench"] == "step"]
     wanted = {"first_step_s", "choices_known_before", "step_s", "forward_s", "backward_s", "peak_gib", "reserved_gib"}
-    for way in ("fused", "fused-plan"):
-        assert {row["metric"] for row in rows if row["provider"] == way and row["kind"] == "dry"} == wanted
-        modelled = {row["metric"] for row in rows if row["provider"] == way and row["kind"] == "modelled"}
+    for provider in ("fused", "fused-plan"):
+        assert {row["metric"] for row in rows if row["provider"] == provider and row["kind"] == "dry"} == wanted
+        modelled = {row["metric"] for row in rows if row["provider"] == provider and row["kind"] == "modelled"}
         assert modelled == {"step_s", "peak_gib"}
     steps = [row for row in dry.rows() if row["bench"] == "memory" and row["kind"] == "dry"]
     assert {row["mode"] for row in steps} == {"step 1", "step 2"}

@@ -1,4 +1,4 @@
-"""Regional torch.compile as a way of the benches: right, shared, channels last, within its budget, and undone."""
+"""Regional torch.compile as a provider of the benches: right, shared, channels last, within its budget, and undone."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ def saved_bytes(unet: nn.Module) -> int:
     return sum(x.untyped_storage().nbytes() for x in held.values())
 
 
-@pytest.mark.parametrize("way", COMPILED[2:3])
-def test_regions_of_one_shape_share_a_graph_and_change_no_number(way: Compiled) -> None:
+@pytest.mark.parametrize("provider", COMPILED[2:3])
+def test_regions_of_one_shape_share_a_graph_and_change_no_number(provider: Compiled) -> None:
     unet, counting, layouts = small_unet(), Counting(), list[bool]()
     blocks = [module for module in unet.modules() if isinstance(module, KINDS)]
     before = {id(module): module.__dict__.get("forward") for module in unet.modules()}
-    undo = use_compiled(unet, way, counting)
+    undo = use_compiled(unet, provider, counting)
     for block in blocks:
         block.register_forward_pre_hook(
             lambda _, inputs: layouts.append(inputs[0].is_contiguous(memory_format=torch.channels_last))
@@ -67,25 +67,25 @@ def test_regions_of_one_shape_share_a_graph_and_change_no_number(way: Compiled) 
     assert counting.num_graphs == SHAPES < len(blocks) == len(layouts) and all(layouts)
     assert {id(module): module.__dict__.get("forward") for module in unet.modules()} == before
     dead = mmkernels.dead_parameters(unet)
-    assert set(plain()) - set(found) == (dead if way.endswith("one-token") else set())
+    assert set(plain()) - set(found) == (dead if provider.endswith("one-token") else set())
     for name in found.keys() - dead:
         value, scale = plain()[name], float(plain()[name].abs().max())
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4 * scale + 1e-9)
 
 
 @pytest.mark.deep
-@pytest.mark.parametrize("way", [*COMPILED[:2], *COMPILED[3:]])
-def test_every_other_way_likewise(way: Compiled) -> None:
-    test_regions_of_one_shape_share_a_graph_and_change_no_number(way)
+@pytest.mark.parametrize("provider", [*COMPILED[:2], *COMPILED[3:]])
+def test_every_other_way_likewise(provider: Compiled) -> None:
+    test_regions_of_one_shape_share_a_graph_and_change_no_number(provider)
 
 
 @pytest.mark.deep
 def test_a_budget_is_kept() -> None:
     """From what selective checkpointing keeps upwards, the more the larger the budget."""
     kept, counting = [], Counting()
-    for way in ("compiled-checkpoint", "budget-0.1", "budget-0.3", "budget-0.5"):
+    for provider in ("compiled-checkpoint", "budget-0.1", "budget-0.3", "budget-0.5"):
         unet = small_unet()
-        use_compiled(unet, way, counting)
+        use_compiled(unet, provider, counting)
         kept.append(saved_bytes(unet))
     assert kept == sorted(set(kept))
 
@@ -126,7 +126,9 @@ def _without_a_compiler(graph: Any, inputs: Any) -> Any:
 def test_what_does_not_compile_is_named_in_one_line_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = StandIn()
     training = TrainingStep(step_config(gpu), gpu.device)
-    monkeypatch.setattr(placements, "use_compiled", lambda unet, way: use_compiled(unet, way, _without_a_compiler))
+    monkeypatch.setattr(
+        placements, "use_compiled", lambda unet, provider: use_compiled(unet, provider, _without_a_compiler)
+    )
     reason = why_refused(training, "compiled-checkpoint", {}, {})
     assert reason is not None and reason.startswith("does not compile here: ") and "\n" not in reason
     assert why_no_room(training, "compiled-checkpoint") == reason
@@ -138,7 +140,7 @@ def test_a_compiled_way_is_not_modelled() -> None:
     with FakeTensorMode(), pytest.raises(ValueError, match="cannot be modelled"):
         use_compiled(Block(), "budget-0.1")
     with pytest.raises(SystemExit, match=r"budget-0\.1 can only be measured"):
-        train_step.main(train_step.Settings(ways=("torch", "budget-0.1")))
+        train_step.main(train_step.Settings(providers=("torch", "budget-0.1")))
 
 
 def test_other_errors_stay_what_they_are() -> None:

@@ -12,7 +12,7 @@ from mimicmotion.data.cache import Manifest, load_intact
 from mimicmotion.data.curate import Bounds
 from mimicmotion.data.dataset import ClipDataset
 from mimicmotion.data.hands import hand_weights
-from mimicmotion.data.poses import draw, drawing_scale
+from mimicmotion.data.poses import skeleton_scale, skeletons
 from mimicmotion.data.poses.keypoints import LEFT_HAND, NUM_KEYPOINTS, RIGHT_HAND
 from mimicmotion.data.preparation import Recipe, prepare
 from mimicmotion.model.encoders import PatchCodec
@@ -66,8 +66,8 @@ def test_sample_is_the_reference_then_a_window(dataset: ClipDataset) -> None:
     torch.testing.assert_close(
         sample["image_embedding"], codec.embed(pictures[:1].float() / 127.5 - 1), atol=2e-3, rtol=2e-3
     )
-    short_side, stroke = drawing_scale(64, 64)
-    drawn = draw(sample["keypoints"].numpy(), 64, 64, short_side=short_side, stroke=stroke)
+    short_side, stroke = skeleton_scale(64, 64)
+    drawn = skeletons(sample["keypoints"].numpy(), 64, 64, short_side=short_side, stroke=stroke)
     assert torch.equal(sample["pose"], torch.from_numpy(drawn).float() / 127.5 - 1)
 
 

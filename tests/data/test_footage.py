@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import videos
 
-from mimicmotion.data import wheels
+from mimicmotion.data import footage, wheels
 from mimicmotion.data.footage import (
     EMBEDDED,
     VideoError,
@@ -71,11 +71,13 @@ def test_truncated_raises(clip: Path, tmp_path: Path, share: float) -> None:
         list(decode(videos.cut_short(clip, tmp_path / "short.mp4", share)))
 
 
-def test_size_is_capped_before_decoding(clip: Path) -> None:
-    with pytest.raises(VideoError, match="48x64 pixels a frame, the limit is 3000"):
-        read_properties(clip, max_frame_pixels=3000)
+def test_size_is_capped_before_decoding(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(footage, "MAX_VIDEO_PIXELS", 100_000)
     with pytest.raises(VideoError, match="48x64 pixels times 40 frames, the limit is 100000"):
-        next(decode(clip, max_video_pixels=100_000))
+        next(decode(clip))
+    monkeypatch.setattr(footage, "MAX_FRAME_PIXELS", 3000)
+    with pytest.raises(VideoError, match="48x64 pixels a frame, the limit is 3000"):
+        read_properties(clip)
 
 
 def test_finds_videos(clip: Path, tmp_path: Path) -> None:

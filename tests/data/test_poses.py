@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mimicmotion.data.footage import decode, embedded_footage
-from mimicmotion.data.poses import draw, drawing_scale, load_backend, refit
+from mimicmotion.data.poses import load_backend, refit, skeleton_scale, skeletons
 from mimicmotion.data.poses.detection import anchor_centers, detect
 from mimicmotion.data.poses.holistic import BODY_FROM_33, FACE_FROM_468, MIRROR, _refined
 from mimicmotion.data.poses.keypoints import BODY, FACE, LEFT_HAND, NUM_KEYPOINTS, RIGHT_HAND
@@ -46,7 +46,7 @@ def test_limb_colour_is_the_product_of_confidences_dimmed() -> None:
     person = empty()
     person[0, 2] = (0.25, 0.5, 0.8)  # right shoulder
     person[0, 3] = (0.75, 0.5, 0.5)  # right elbow
-    picture = draw(person, 2160, 2160)[0]
+    picture = skeletons(person, 2160, 2160)[0]
     # Limb 2 (shoulder to elbow) is (255, 170, 0) blue-green-red: times 0.8 * 0.5 in whole numbers, then times 0.6.
     expected = [int(int(channel * 0.4) * 0.6) for channel in (0, 170, 255)]
     assert picture[:, 1080, 1080].tolist() == expected
@@ -60,7 +60,7 @@ def test_limbs_and_joints_start_at_confidence_0_3() -> None:
     person = empty()
     person[0, 2] = (0.25, 0.5, 0.29)
     person[0, 3] = (0.75, 0.5, 0.9)
-    picture = draw(person, 540, 540)[0]
+    picture = skeletons(person, 540, 540)[0]
     assert picture[:, 270, 270].max() == 0, "a limb with an unsure end was drawn"
     assert picture[:, 270, 135].max() == 0, "an unsure joint was drawn"
     assert picture[:, 270, 405].max() > 0
@@ -71,7 +71,7 @@ def test_hands_and_face_scale_with_confidence() -> None:
     person[0, 18] = (0.2, 0.2, 1.0)  # left wrist
     person[0, 19] = (0.2, 0.6, 0.5)  # first thumb joint
     person[0, 60] = (0.8, 0.8, 0.4)
-    picture = draw(person, 2160, 2160)[0]
+    picture = skeletons(person, 2160, 2160)[0]
     assert picture[:, 864, 432].tolist() == [0, 0, 127], "the thumb's first bone is hue 0 times 127, swapped to blue"
     assert picture[:, 432, 432].tolist() == [255, 0, 0] and picture[:, 1296, 432].tolist() == [127, 0, 0]
     assert picture[:, 1728, 1728].tolist() == [102, 102, 102]
@@ -80,27 +80,27 @@ def test_hands_and_face_scale_with_confidence() -> None:
 
 def test_smaller_canvas_agrees_with_upstreams() -> None:
     person = standing()
-    full = draw(person, 1024, 576).astype(float)
+    full = skeletons(person, 1024, 576).astype(float)
     for short_side in (1080, 720):  # half and a third of upstream's canvas
-        small = draw(person, 1024, 576, short_side=short_side).astype(float)
+        small = skeletons(person, 1024, 576, short_side=short_side).astype(float)
         assert 10 * math.log10(255**2 / np.mean((small - full) ** 2)) > 35
         assert np.corrcoef(small.ravel(), full.ravel())[0, 1] > 0.85, "strokes lie elsewhere or have other widths"
 
 
 def test_strokes_keep_their_pixels_on_small_pictures() -> None:
-    assert drawing_scale(1024, 576) == (2160, 1.0) and drawing_scale(1080, 1920) == (2160, 1.0)
-    assert drawing_scale(192, 128) == (480, 4.5)
+    assert skeleton_scale(1024, 576) == (2160, 1.0) and skeleton_scale(1080, 1920) == (2160, 1.0)
+    assert skeleton_scale(192, 128) == (480, 4.5)
     person = empty()
     person[0, 2], person[0, 3] = (0.2, 0.5, 1), (0.8, 0.5, 1)
     for height, width in ((1024, 576), (192, 128), (192, 192)):
-        short_side, stroke = drawing_scale(height, width)
-        column = draw(person, height, width, short_side=short_side, stroke=stroke)[0, :, :, width // 2].max(axis=0)
+        short_side, stroke = skeleton_scale(height, width)
+        column = skeletons(person, height, width, short_side=short_side, stroke=stroke)[0, :, :, width // 2].max(axis=0)
         assert 2 <= (column > 40).sum() <= 4, "a limb is two or three pixels wide at every size"
 
 
 def test_draw_refuses_another_layout() -> None:
     with pytest.raises(ValueError, match=r"\(1, 18, 3\)"):
-        draw(np.zeros((1, 18, 3)), 64, 64)
+        skeletons(np.zeros((1, 18, 3)), 64, 64)
 
 
 def test_refit_recovers_a_known_fit() -> None:

@@ -21,7 +21,7 @@ BIN = Path(sys.executable).parent
 
 # How each command is run here: "as typed", with words added that make it short, or only read where it would set up a
 # virtual environment of its own or needs eight GPUs.
-SHORT_STEP = "--preset demo --frames 8 --size 64x64 --rounds 1 --threads 1 --ways checkpoint fused --out {tmp}"
+SHORT_STEP = "--preset demo --frames 8 --size 64x64 --rounds 1 --threads 1 --providers checkpoint fused --out {tmp}"
 BENCH = "--help"  # tests/benches/test_bench.py runs each of them small
 PLAN = 'python -m mmkernels.plan --frames 72 --size 1024x576 --card "RTX 4090" --optimizer adamw8bit'
 HOW = {
@@ -45,15 +45,15 @@ HOW = {
     "python bench/geglu_feed_forward.py": BENCH,
     "python bench/spatial_attention.py": BENCH,
     "python bench/temporal_transformer_block.py": BENCH,
-    "python bench/unet_cost.py": "--ways fused --frames 2 --height 64 --width 64",
+    "python bench/unet_cost.py": "--providers fused --frames 2 --height 64 --width 64",
     PLAN: "--help",
     'pip install -e ".[small]"': "--dry-run --no-deps --no-build-isolation",
     "python mimicmotion/sample.py --run-dir runs/mimicmotion-72": "--help",
     "make modelled": "dry run of make",
     "python bench/budgets.py": "--help",
-    "python bench/train_step.py": "--ways checkpoint fused --frames 2 --size 64x64 --out {tmp}",
+    "python bench/train_step.py": "--providers checkpoint fused --frames 2 --size 64x64 --out {tmp}",
     "python bench/train_step.py --measure": SHORT_STEP,
-    "python bench/train_step.py --measure --ways checkpoint fused compiled-fine-grained-one-token": "--help",
+    "python bench/train_step.py --measure --providers checkpoint fused compiled-fine-grained-one-token": "--help",
     "python bench/predicted_step.py": "as typed",
     "python bench/parallel.py": "--counts 1 --cards H100 --frames 2 --size 64x64 --out {tmp}",
     "python bench/parallel.py --measure": "--rounds 1 --out {tmp}",

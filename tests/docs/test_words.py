@@ -14,10 +14,16 @@ def retired() -> dict[str, set[str]]:
     section = (ROOT / "CONTRIBUTING.md").read_text().split("## Words")[1].split("##")[0]
     rows = [row.strip("|").split("|") for row in section.splitlines() if row.startswith("|")][2:]
     assert len(rows) >= 15 and all(len(row) == 3 for row in rows)
-    everywhere = {name for *_, last in rows for name in re.findall(r"`(\w+)`(?! in)", last)}
-    of_the_trainer = {name for *_, last in rows for name in re.findall(r"`(\w+)` in the trainer", last)}
-    assert {"card_of", "dinner"} <= everywhere and of_the_trainer == {"Placement"}
-    return {"mmkernels": everywhere, "bench": everywhere, "mimicmotion": everywhere | of_the_trainer}
+    found = {"mmkernels": set(), "bench": set(), "mimicmotion": set()}
+    for *_, last in rows:
+        names = re.findall(r"`(\w+)`", last)
+        for package, where in (("mmkernels", None), ("bench", " in benches"), ("mimicmotion", " in the trainer")):
+            if " in " not in last or (where is not None and last.rstrip().endswith(where)):
+                found[package] |= set(names)
+    assert {"card_of", "dinner"} <= found["mmkernels"] == found["bench"] & found["mimicmotion"]
+    assert found["bench"] - found["mmkernels"] == {"way", "ways"}
+    assert found["mimicmotion"] - found["mmkernels"] == {"Placement", "clean"}
+    return found
 
 
 def names_of(text: str) -> set[str]:

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import register_flop_formula
 
 from bench import harness
-from bench.placements import Placement, Way, use
+from bench.placements import Placement, UnetProvider, use
 from bench.unet_cost import Precision, Settings, cost
 from mmkernels.memory.trace import Trace, allocated_bytes, trace
 
@@ -149,10 +149,10 @@ def test_the_figures_are_labelled_modelled():
     assert str(trace(lambda: torch.ones(3))).startswith("modelled: peak ")
 
 
-def _training_step(way: Way) -> tuple[Callable[[], None], list[torch.Tensor]]:
+def _training_step(provider: UnetProvider) -> tuple[Callable[[], None], list[torch.Tensor]]:
     """A small UNet run this way, with AdamW, as (step, tensors there before it)."""
     unet, inputs = small_unet(), unet_inputs() | {"sample": torch.ones(2, 6, 8, 16, 16)}
-    use(unet, way)
+    use(unet, provider)
     optimizer = torch.optim.AdamW(unet.parameters())
 
     def step() -> None:
@@ -165,24 +165,24 @@ def _training_step(way: Way) -> tuple[Callable[[], None], list[torch.Tensor]]:
     return step, [*unet.parameters(), *states, *inputs.values()]
 
 
-@pytest.mark.parametrize("way", ["torch", "checkpoint", "fused"])
-def test_within_5_percent_of_real_allocation(way: Way):
-    step, resident = _training_step(way)
+@pytest.mark.parametrize("provider", ["torch", "checkpoint", "fused"])
+def test_within_5_percent_of_real_allocation(provider: UnetProvider):
+    step, resident = _training_step(provider)
     step_bytes = harness.allocator_peak_bytes(step, torch.device("cpu"))
     with FakeTensorMode():
-        found = trace(*_training_step(way))
+        found = trace(*_training_step(provider))
     assert found.resident_bytes == sum(allocated_bytes(tensor.nbytes) for tensor in resident)
     assert found.peak_bytes - found.resident_bytes == pytest.approx(step_bytes, rel=0.05)
 
 
 @functools.cache
-def _cost(way: Placement, precision: Precision, num_frames: int) -> Trace:
+def _cost(provider: Placement, precision: Precision, num_frames: int) -> Trace:
     """Of the released UNet at 1024x576, batch 1, every parameter trained."""
-    return cost(way, Settings(precision=precision, frames=num_frames, trains_dead=True))
+    return cost(provider, Settings(precision=precision, frames=num_frames, trains_dead=True))
 
 
 @pytest.mark.parametrize(
-    ("way", "precision", "num_frames", "saved_gib"),
+    ("provider", "precision", "num_frames", "saved_gib"),
     [
         ("torch", "bf16", 16, 75),
         ("torch", "autocast", 16, 96),
@@ -193,10 +193,10 @@ def _cost(way: Placement, precision: Precision, num_frames: int) -> Trace:
     ],
 )
 def test_what_the_released_unet_keeps_is_as_published(
-    way: Placement, precision: Precision, num_frames: int, saved_gib: float
+    provider: Placement, precision: Precision, num_frames: int, saved_gib: float
 ):
     """Checkpoints around whole blocks, and 422 GiB, stand in tests/planning/test_placements.py."""
-    found = _cost(way, precision, num_frames)
+    found = _cost(provider, precision, num_frames)
     assert found.saved_bytes / GIB == pytest.approx(saved_gib, rel=0.005)
 
 

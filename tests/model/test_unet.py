@@ -5,7 +5,7 @@ from tiny import MODEL
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mimicmotion.config import mimicmotion_72
-from mimicmotion.model.unet import build_model, image_latents, model_input, num_parameters
+from mimicmotion.model.unet import build_model, model_input, num_parameters, reference_latents
 
 
 def _inputs(B=1, F=3):
@@ -98,7 +98,7 @@ def test_pose_of_another_length_is_refused():
 
 def test_reference_follows_the_noise_on_the_channels():
     noisy, reference = torch.zeros(2, 3, 4, 5, 6), torch.arange(2 * 4 * 5 * 6.0).view(2, 4, 5, 6) + 1
-    joined = model_input(noisy, image_latents(reference, 3))
+    joined = model_input(noisy, reference_latents(reference, 3))
     assert joined.shape == (2, 3, 8, 5, 6)
     assert not joined[:, :, :4].any()
     for frame in range(3):

@@ -1,4 +1,4 @@
-"""fused-plan as a measured way, on a device that copies through host memory as a GPU's offload would."""
+"""fused-plan as a measured provider, on a device that copies through host memory as a GPU's offload would."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_gradients_are_those_of_fused_and_nothing_stays_behind(part: str, moved)
     config = small_config()
     training = TrainingStep(config, CPU, part, MovingPlans(config))
     modules = list(training.model.unet.named_modules())
-    fused, actual, plain = (training.gradients(way) for way in ("fused", "fused-plan", "torch"))
+    fused, actual, plain = (training.gradients(provider) for provider in ("fused", "fused-plan", "torch"))
     assert moved()[1] > 0
     assert actual.keys() == plain.keys()
     assert [name for name, value in fused.items() if not torch.equal(actual[name], value)] == []
@@ -209,9 +209,9 @@ def test_it_is_measured_on_a_gpu_and_refused_on_a_cpu(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     assert "fused-plan" in MEASURED_ON_A_GPU
     on_gpu = Settings(measure=True, device="cuda", preset="demo")
-    assert on_gpu.measured_ways() == MEASURED_ON_A_GPU
+    assert on_gpu.measured_providers() == MEASURED_ON_A_GPU
     with pytest.raises(ValueError, match="here the host is the device; measure it on a GPU, or fused here"):
-        dataclasses.replace(on_gpu, device="cpu", ways=("torch", "fused-plan")).measured_ways()
+        dataclasses.replace(on_gpu, device="cpu", providers=("torch", "fused-plan")).measured_providers()
     config = small_config()
     training = TrainingStep(config, CPU)
     with pytest.raises(ValueError, match="there are no plans"):

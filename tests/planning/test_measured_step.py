@@ -3,7 +3,7 @@
 The real UNet and PoseNet, 72 frames of 1024x576, batch 1, bf16 autocast, AdamW in float32, no moving average. Nothing
 in the model of memory was fitted to these peaks: each term comes from a source named in mmkernels/memory/workspace.py.
 Of the times, rates of kinds were measured on kernels alone, those of passes over memory by a profile of selective
-checkpointing on the H200; the other ways, and any on an H100, were not used.
+checkpointing on the H200; the other providers, and any on an H100, were not used.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Step(NamedTuple):
     """
 
     card: str
-    way: Placement
+    provider: Placement
     seconds: float
     peak_gib: float
     is_contiguous: bool = False
@@ -76,7 +76,7 @@ def _contiguous_pose_net(module: Any, pose: Tensor) -> Tensor:
 
 
 def fake_step_of(step: Step) -> FakeStep:
-    config, is_fused = mimicmotion_72(), step.way == "fused"
+    config, is_fused = mimicmotion_72(), step.provider == "fused"
     optimizer = dataclasses.replace(config.optimizer, ema="off")
     kernels = "fused" if is_fused and not step.is_contiguous else "torch"
     fake = fake_step(dataclasses.replace(config, optimizer=optimizer, kernels=kernels))
@@ -93,7 +93,7 @@ def traced(measured: Step) -> tuple[Trace, Clock]:
     clock = Clock(card(measured.card))
     with FakeTensorMode(allow_non_fake_inputs=True), norms_in_float32():
         fake = fake_step_of(measured)
-        use(fake.model.unet, measured.way)
+        use(fake.model.unet, measured.provider)
 
         def step() -> None:
             fake.loss().backward()
@@ -108,7 +108,7 @@ def traced(measured: Step) -> tuple[Trace, Clock]:
     "step",
     [
         # An H200 ran the first commit; what an H100 ran is nearer to what is traced now.
-        pytest.param(step, id=f"{step.card}-{step.way}", marks=pytest.mark.deep if step.card == "H200" else ())
+        pytest.param(step, id=f"{step.card}-{step.provider}", marks=pytest.mark.deep if step.card == "H200" else ())
         for step in MEASURED
     ],
 )

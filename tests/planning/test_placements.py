@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import mmkernels
-from bench.placements import PLACEMENTS, Placement, Way, use
+from bench.placements import PLACEMENTS, Placement, UnetProvider, use
 from bench.unet_cost import Settings, cost
 from mmkernels.cards import card
 from mmkernels.memory.clock import Clock
@@ -20,21 +20,23 @@ from mmkernels.memory.cuda_autocast import norms_in_float32
 from mmkernels.memory.trace import trace
 
 GIB, TERA = 2**30, 1e12
-TO_HOST: tuple[Way, ...] = (
+TO_HOST: tuple[UnetProvider, ...] = (
     "torch+save-on-cpu", "diffusers-checkpoint+save-on-cpu", "checkpoint-nested-blocks+save-on-cpu"
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("way", [way for way in (*PLACEMENTS, *TO_HOST) if way not in ("torch", "fused")])
-def test_a_placement_of_checkpoints_changes_no_number_and_is_undone(way):
+@pytest.mark.parametrize(
+    "provider", [provider for provider in (*PLACEMENTS, *TO_HOST) if provider not in ("torch", "fused")]
+)
+def test_a_placement_of_checkpoints_changes_no_number_and_is_undone(provider):
     unet, inputs = small_unet(), unet_inputs()
     before = {id(module): module.__dict__.get("forward") for module in unet.modules()}
     plain = run(unet, inputs)
-    undo = use(unet, way)
+    undo = use(unet, provider)
     placed = run(unet, inputs)
     undo()
     assert {id(module): module.__dict__.get("forward") for module in unet.modules()} == before
-    dead = mmkernels.dead_parameters(unet) if way.endswith("one-token") else set()
+    dead = mmkernels.dead_parameters(unet) if provider.endswith("one-token") else set()
     assert set(plain) - set(placed) == dead
     for name, value in placed.items():
         torch.testing.assert_close(value, plain[name], rtol=1e-3, atol=1e-4 * float(plain[name].abs().max()) + 1e-9)
@@ -46,11 +48,13 @@ def test_fine_grained_keeps_and_computes_less_than_plain():
         unet = small_unet()
         inputs = unet_inputs() | {"sample": torch.empty(sizes), "timestep": torch.empty(1)}
         inputs |= {name: inputs[name][:1] for name in ("encoder_hidden_states", "added_time_ids")}
-        for way in ("torch", "fine-grained", "fine-grained-one-token", "checkpoint"):
-            undo = use(unet, way)
-            traces[way] = trace(lambda: unet(**inputs).sample.square().mean().backward())
+        for provider in ("torch", "fine-grained", "fine-grained-one-token", "checkpoint"):
+            undo = use(unet, provider)
+            traces[provider] = trace(lambda: unet(**inputs).sample.square().mean().backward())
             undo()
-    saved = [traces[way].saved_bytes for way in ("torch", "fine-grained", "fine-grained-one-token", "checkpoint")]
+    saved = [
+        traces[provider].saved_bytes for provider in ("torch", "fine-grained", "fine-grained-one-token", "checkpoint")
+    ]
     assert saved == sorted(saved, reverse=True)
     assert traces["torch"].flops < traces["fine-grained"].flops < traces["checkpoint"].flops
     assert traces["fine-grained-one-token"].flops < traces["fine-grained"].flops
@@ -113,19 +117,19 @@ PUBLISHED: dict[Placement, tuple[float, float, float]] = {  # saved and peak ove
 
 
 @pytest.mark.deep
-@pytest.mark.parametrize("way", PUBLISHED)
-def test_the_placements_are_as_published(way: Placement) -> None:
+@pytest.mark.parametrize("provider", PUBLISHED)
+def test_the_placements_are_as_published(provider: Placement) -> None:
     """The facts give no FLOPs for two of them: those are of this trace."""
-    found = cost(way, Settings(trains_dead=True))
+    found = cost(provider, Settings(trains_dead=True))
     over_weights = found.peak_bytes - found.resident_bytes
     figures = (found.saved_bytes / GIB, over_weights / GIB, found.flops / TERA)
-    assert figures == pytest.approx(PUBLISHED[way], rel=0.005)
+    assert figures == pytest.approx(PUBLISHED[provider], rel=0.005)
 
 
 @pytest.mark.deep
-@pytest.mark.parametrize(("way", "saved_gib", "peak_gib"), [("torch", 422, 424), ("checkpoint", 13.7, 51)])
-def test_autocast_costs_as_published(way: Placement, saved_gib: float, peak_gib: float) -> None:
-    found = cost(way, Settings(trains_dead=True, precision="autocast"))
+@pytest.mark.parametrize(("provider", "saved_gib", "peak_gib"), [("torch", 422, 424), ("checkpoint", 13.7, 51)])
+def test_autocast_costs_as_published(provider: Placement, saved_gib: float, peak_gib: float) -> None:
+    found = cost(provider, Settings(trains_dead=True, precision="autocast"))
     figures = (found.saved_bytes / GIB, (found.peak_bytes - found.resident_bytes) / GIB)
     assert figures == pytest.approx((saved_gib, peak_gib), rel=0.005)
 

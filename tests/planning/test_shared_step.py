@@ -81,7 +81,7 @@ def test_the_clock_is_told_of_all_that_a_rank_sends() -> None:
 def test_goals_are_said_as_they_are() -> None:
     def found(sharing: Sharing, step_s: float) -> Found:
         step = SharedStep(sharing=sharing, step_s=step_s, peak_bytes=1, waited_s=0, network_s=0, sent_bytes=0)
-        return Found(card="H100", frames=72, sharing=sharing, optimizer="adamw", way="fused", step=step)
+        return Found(card="H100", frames=72, sharing=sharing, optimizer="adamw", provider="fused", step=step)
 
     data, frames = Sharing(cards=8), Sharing(cards=8, frames=8)
     said = goals([found(Sharing(cards=1), 2.0), found(data, 2.5), found(frames, 0.4)])

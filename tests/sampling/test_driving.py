@@ -17,7 +17,7 @@ from mimicmotion.data.driving import (
     steering_pictures,
     watch_driving,
 )
-from mimicmotion.data.poses import PoseTrack, draw, drawing_scale
+from mimicmotion.data.poses import PoseTrack, skeleton_scale, skeletons
 from mimicmotion.data.preparation import Recipe, prepare
 from mimicmotion.data.progress import VideoProgress
 from mimicmotion.model.encoders import PatchCodec
@@ -30,8 +30,8 @@ def driving(keypoints: np.ndarray, rate: float = 30.0, height: int = 96, width: 
 
 
 def drawn(keypoints: np.ndarray, height: int, width: int) -> np.ndarray:
-    short_side, stroke = drawing_scale(height, width)
-    return draw(keypoints, height, width, short_side=short_side, stroke=stroke)
+    short_side, stroke = skeleton_scale(height, width)
+    return skeletons(keypoints, height, width, short_side=short_side, stroke=stroke)
 
 
 def test_a_smaller_body_elsewhere_is_drawn_as_the_references():

@@ -179,6 +179,6 @@ def test_decode_unscales_and_takes_a_few_frames_at_a_time():
         return part[:, :3] * 2
 
     latents = torch.linspace(-0.3, 0.3, 19).view(-1, 1, 1, 1).expand(-1, 4, 2, 2)
-    got = decode(latents, decoder, scaling_factor=0.5, frames_at_once=8)
+    got = torch.cat([*decode(latents, decoder, scaling_factor=0.5, frames_at_once=8)])
     assert sizes == [8, 8, 3]
     torch.testing.assert_close(got, (latents[:, :3] * 4).clamp(-1, 1))

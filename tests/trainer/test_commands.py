@@ -24,7 +24,7 @@ from mimicmotion.data.preparation import Recipe, prepare
 from mimicmotion.diffusion import preconditioning
 from mimicmotion.evaluation.compared import RunClips
 from mimicmotion.evaluation.person_metrics import person_region
-from mimicmotion.model.encoders import PatchCodec
+from mimicmotion.model.encoders import PatchCodec, load_encoder
 from mimicmotion.ranks.distributed import join_ranks
 from mimicmotion.run.checkpoint import folders
 from mimicmotion.run.history import read_history
@@ -86,7 +86,7 @@ def test_sample_writes_the_video_and_names_the_stand_in(run_dir, tmp_path, capsy
     assert f"in another order: {figures['psnr_other_pose_order_db']:.3f} dB, of the person " in printed
     with torch.no_grad():  # the same by hand, over the pixels of the person alone
         config, model, _ = generation.load_averaged(run_dir)
-        decoder = generation.load_decoder(config.data.encoder)
+        decoder = load_encoder(config.data.encoder)
         dataset = ClipDataset(config.data.prepared, config.data.num_frames, 0)
         clip = dataset.clip(figures["clip"], 0, 1)
         _, truth = generation.reference_and_truth(clip, config, decoder)

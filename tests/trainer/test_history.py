@@ -5,7 +5,7 @@ import pytest
 from rich.console import Console
 
 from mimicmotion.run import history
-from mimicmotion.run.history import History, Reporter, draw_loss, read_history
+from mimicmotion.run.history import History, Reporter, plot_loss, read_history
 
 
 def _row(step, loss=0.5, is_skipped=False):
@@ -62,7 +62,7 @@ def test_a_bar_on_a_terminal(capsys, monkeypatch):
 
 @pytest.mark.pictures
 def test_loss_picture_leaves_out_skipped_steps(tmp_path):
-    draw_loss([_row(step, 1 / step, is_skipped=step == 3) for step in range(1, 30)], tmp_path / "loss.png", "title")
+    plot_loss([_row(step, 1 / step, is_skipped=step == 3) for step in range(1, 30)], tmp_path / "loss.png", "title")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(FileNotFoundError):
         read_history(tmp_path / "gone.jsonl")

@@ -7,6 +7,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import tiny_config
 
+from mimicmotion.page import flat
 from mimicmotion.run.record import Record
 from mimicmotion.run.trackers import Trackers, by_sigma, scalars
 
@@ -103,3 +104,7 @@ def test_another_tracker_is_told_the_same_and_a_missing_one_is_named(tmp_path, m
     missing = dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, tracker="trackio"))
     with pytest.raises(ModuleNotFoundError, match=r"trainer.tracker trackio is not installed: pip install trackio"):
         Trackers(missing, resumed_step=0)
+
+
+def test_nested_settings_have_dotted_names() -> None:
+    assert dict(flat({"a": {"b": {"c": 1}, "d": {}}, "e": "f"})) == {"a.b.c": 1, "a.d": {}, "e": "f"}

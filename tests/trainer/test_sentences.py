@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mimicmotion.commands import one_sentence, sentence
+from mimicmotion.paths import first_line
 
 
 def _os_error(number, path):
@@ -65,3 +66,7 @@ def test_a_checkpoint_that_cannot_be_written_keeps_those_before_it_and_says_what
     assert said.startswith(f"step 2 could not be saved in {tmp_path} (") and "File too large" in said
     assert f"{tmp_path / 'step-00000001'} is the newest that is complete. Make room there and" in said
     assert state == "step-00000001 1 ['step-00000001']"
+
+
+def test_the_first_line_of_an_error_is_its_kind_where_it_says_nothing() -> None:
+    assert [first_line(error) for error in (MemoryError(), ValueError("\n a \nb"))] == ["MemoryError", "a"]

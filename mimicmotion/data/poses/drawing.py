@@ -34,7 +34,7 @@ FINGERS = tuple(
 FINGER_COLORS = tuple(colorsys.hsv_to_rgb(index / len(FINGERS), 1.0, 1.0) for index in range(len(FINGERS)))
 
 
-def drawing_scale(height: int, width: int) -> tuple[int, float]:
+def skeleton_scale(height: int, width: int) -> tuple[int, float]:
     """(short_side, stroke) for a picture size: upstream's own from 576 pixels on, below it the same strokes in pixels.
 
     Upstream's strokes are a fixed share of the picture: at 128 pixels they would be a quarter of a pixel wide.
@@ -44,7 +44,7 @@ def drawing_scale(height: int, width: int) -> tuple[int, float]:
     return round(UPSTREAM_SHORT_SIDE / stroke), stroke
 
 
-def draw(
+def skeletons(
     keypoints: np.ndarray, height: int, width: int, *, short_side: int = UPSTREAM_SHORT_SIDE, stroke: float = 1.0
 ) -> np.ndarray:
     """Skeleton pictures (F, 3, height, width) uint8 RGB of keypoints (F, 128, 3).

@@ -125,9 +125,9 @@ class Holistic:
         self._weights = weights
 
     @classmethod
-    def load(cls, cache_dir: Path | None = None) -> "Holistic":
+    def load(cls) -> "Holistic":
         """The backend with its weights fetched and verified."""
-        return cls({path.stem: path for path in fetch_members(MEDIAPIPE, cache_dir)})
+        return cls({path.stem: path for path in fetch_members(MEDIAPIPE)})
 
     def track(self, frames: Iterable[np.ndarray]) -> PoseTrack:
         """One person's keypoints in frames (H, W, 3) uint8 RGB; rows of frames without a person are zero."""

@@ -9,14 +9,13 @@ from mimicmotion.data.poses.holistic import Holistic
 BACKENDS = ("dwpose", "holistic")
 
 
-def load_backend(name: str, *, dwpose_dir: Path | None = None, cache_dir: Path | None = None) -> PoseBackend:
+def load_backend(name: str, *, dwpose_dir: Path | None = None) -> PoseBackend:
     """The backend called name. dwpose_dir holds DWPose's two ONNX files; without it they are downloaded.
 
-    cache_dir is where holistic's weights are kept (default: the user's cache folder). Raises ValueError for an unknown
-    name.
+    Raises ValueError for an unknown name.
     """
     if name == "dwpose":
         return DWPose.load(dwpose_dir)
     if name == "holistic":
-        return Holistic.load(cache_dir)
+        return Holistic.load()
     raise ValueError(f"got pose backend {name!r}, wanted one of {', '.join(BACKENDS)}")

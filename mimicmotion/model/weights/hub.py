@@ -5,6 +5,7 @@ from pathlib import Path
 
 from mimicmotion.model.weights.files import WeightsError
 from mimicmotion.model.weights.reading import choose
+from mimicmotion.paths import first_line
 
 _ID = re.compile(r"(?P<owner>[\w.-]+)/(?P<name>[\w.-]+)(@(?P<revision>[\w./-]+))?")
 _FILES = (".pth", ".safetensors", ".pt", ".bin", ".ckpt")
@@ -50,7 +51,7 @@ def _cached(name: str, revision: str | None, error: Exception) -> Path:
 
 
 def _unreachable(path: Path, error: Exception) -> WeightsError:
-    why = (str(error) or type(error).__name__).splitlines()[0][:200]
+    why = first_line(error)[:200]
     return WeightsError(
         f"{path.as_posix()} is no path here and could not be had from the hub ({type(error).__name__}: {why}). Give a "
         "path, an id that is there (`hf auth login` where it asks for consent), or fetch it where there is a network: "

@@ -1,4 +1,4 @@
-"""Weights held against the model, all of them or nothing, and copied into it."""
+"""Weights are checked against the model, and all of them or none copied into it."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
