@@ -166,7 +166,7 @@ def run(arguments: Arguments, ranks: Ranks = ALONE) -> bool:
     write_video(output / "sample.mp4", wide, frames_per_second=rate, comment=comment)
     write_stills(output / "sample.png", wide)
     write_text(output / "sample.json", json.dumps(figures, indent=1) + "\n")
-    record.draw(output, config, encoder=decoder.name)  # its page shows the video now
+    record.plot(output, config, encoder=decoder.name)  # its page shows the video now
     print(f"reference | pose | generated | truth, encoder {decoder.name}: {output / 'sample.mp4'}")
     print(f"PSNR against the truth: {_said(figures, '')} ({output / 'sample.json'})")
     print(f"PSNR of repeating the reference: {_said(figures, '_of_repeating_the_reference')}")

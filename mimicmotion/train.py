@@ -230,7 +230,7 @@ def train_stage(
     is_finished = trainer.run()
     if ranks.is_first:
         if config.run_dir != arguments.config.run_dir:  # a stage: the page of the whole run
-            record.draw(arguments.config.run_dir, config, encoder=dataset.identity.encoder)
+            record.plot(arguments.config.run_dir, config, encoder=dataset.identity.encoder)
         where, page = checkpoint.newest_in(config.run_dir), arguments.config.run_dir / "index.html"
         saved = "nothing was trained" if where is None else f"checkpoint {where}, {page}"
         how = "finished" if is_finished else f"stopped by {stop}, --resume goes on,"

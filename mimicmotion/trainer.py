@@ -120,7 +120,7 @@ class Trainer:
         if self.step > first and self.step % settings.save_every != 0:
             self.save()
         if self.record is not None:
-            self.record.draw()
+            self.record.plot()
             self.record.close()
         return self.step >= settings.num_steps
 
@@ -177,7 +177,7 @@ class Trainer:
         keep = self.config.trainer.keep_checkpoints
         folder = checkpoint.save(self.config.run_dir, saved, keep=keep, ranks=self.ranks)
         if self.record is not None:
-            self.record.draw()
+            self.record.plot()
         self.ranks.wait()
         return folder
 

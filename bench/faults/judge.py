@@ -148,7 +148,7 @@ class Judge:
         resume = ["--resume"] if checkpoint.is_run(run_dir) else []
         words = ("train.py", "--settings", str(settings or self.settings), "--run-dir", str(run_dir), *resume, *words)
         within = [
-            lambda: mock.patch.object(Record, "draw", lambda _: None),
+            lambda: mock.patch.object(Record, "plot", lambda _: None),
             lambda: noted_samples(self.noted(run_dir)),
             *inside,
         ]

@@ -14,7 +14,7 @@ from mimicmotion.run.trackers import Trackers
 HISTORY = "loss.jsonl"
 
 
-def draw(run_dir: Path, config: Config, *, encoder: str) -> None:
+def plot(run_dir: Path, config: Config, *, encoder: str) -> None:
     """Write loss.png and index.html of a run's folder, where it holds a step; a sample that lies there is shown.
 
     Of a run in stages, the earlier of which lie in folders of their own, the steps of all are counted through.
@@ -37,7 +37,7 @@ def rows_of(run_dir: Path) -> list[dict[str, Any]]:
 
 
 class Record:
-    """The figures of a run: `add` each step's row, `draw` now and then, `close` at the end."""
+    """The figures of a run: `add` each step's row, `plot` now and then, `close` at the end."""
 
     def __init__(self, config: Config, *, encoder: str, resumed_step: int) -> None:
         self._config = config
@@ -54,9 +54,9 @@ class Record:
         """Tell a row of what held-out clips said."""
         self._trackers.log_validation(row)
 
-    def draw(self) -> None:
+    def plot(self) -> None:
         """Write the pictures anew."""
-        draw(self._config.run_dir, self._config, encoder=self._encoder)
+        plot(self._config.run_dir, self._config, encoder=self._encoder)
 
     def close(self) -> None:
         """Write what trackers hold back."""

@@ -36,7 +36,7 @@ def run_page_in(folder: Path) -> Path:
     record = Record(tiny_config(folder), encoder="patch <codec>", resumed_step=0)
     for step in (1, 2, 3):
         record.add(_row(step, is_skipped=step == 2))
-    record.draw()
+    record.plot()
     record.close()
     return folder / "index.html"
 

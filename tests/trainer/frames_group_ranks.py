@@ -243,7 +243,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
     planned_blocks.describe = lambda *_, **__: ""  # takes as long as a step
-    record.draw = lambda *_, **__: None
+    record.plot = lambda *_, **__: None
     for world_size in (1, 2, 4):
         launch(folder, world_size, gradients)
     launch(folder, 1, alone)

@@ -133,7 +133,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
             mock.patch.object(dry_run, "build_model", two_levels),
             mock.patch.object(replacement, "LEAST_BYTES", 1 << 14),
             mock.patch.object(planned_blocks, "describe", lambda *_, **__: ""),  # takes as long as a step
-            mock.patch.object(record, "draw", lambda *_, **__: None),
+            mock.patch.object(record, "plot", lambda *_, **__: None),
             join_ranks() as ranks,
         ):
             (folder / f"{rank}.json").write_text(json.dumps(cases(folder, ranks)))

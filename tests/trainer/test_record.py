@@ -60,11 +60,11 @@ def test_a_resumed_run_goes_on_in_the_same_curves(tmp_path):
 def test_the_page_opens_by_itself_and_shows_what_the_run_did(tmp_path):
     config = tiny_config(tmp_path)
     record = Record(config, encoder="patch <codec>", resumed_step=0)
-    record.draw()  # nothing yet: no page of nothing
+    record.plot()  # nothing yet: no page of nothing
     assert not (tmp_path / "index.html").exists()
     for step in (1, 2, 3):
         record.add(_row(step, is_skipped=step == 2))
-    record.draw()
+    record.plot()
     record.close()
     page = (tmp_path / "index.html").read_text()
     assert "3 steps in 0.2 minutes, 25% waiting for data; skipped: 2" in page
@@ -78,12 +78,12 @@ def test_the_page_opens_by_itself_and_shows_what_the_run_did(tmp_path):
     assert "<video" not in page and "<!-- loss in hands -->" in page and "PoseNet's share" not in page
     for step in (4, 5):
         record.add(_row(step))
-    record.draw()
+    record.plot()
     assert "<!-- PoseNet's share -->" in (tmp_path / "index.html").read_text()
     drawn = ElementTree.fromstring(page[page.index("<svg") : page.index("</svg>") + len("</svg>")])
     assert len(list(drawn.iter("{http://www.w3.org/2000/svg}path"))) > 10
     (tmp_path / "sample.mp4").write_bytes(b"")
-    record.draw()
+    record.plot()
     assert '<video src="sample.mp4"' in (tmp_path / "index.html").read_text()
 
 
