@@ -24,7 +24,7 @@ from mmkernels import tuning
 from mmkernels.kernels.call import Call, describe
 from mmkernels.kernels.convolution.chunked import default_chunk_rows
 from mmkernels.kernels.convolution.inputs import Added, Inputs, Wants
-from mmkernels.kernels.dispatch import dispatch
+from mmkernels.kernels.dispatch import asked_once, dispatch
 from mmkernels.kernels.group_norm.norm import Rows, at
 
 __all__ = ["OP", "Added", "Inputs", "Wants", "backward", "call_of", "default_chunk_rows", "forward"]
@@ -49,7 +49,9 @@ def forward(inputs: Inputs, added: Added, y: Tensor, chunk_rows: int) -> None:
         rows = _sample(inputs)
         way.forward(inputs.of(rows), added.of(rows), torch.empty_like(at(y, rows)), chunk_rows)
 
-    dispatch(call_of("forward", inputs, y.dtype), inputs.x, trial).forward(inputs, added, y, chunk_rows)
+    way = dispatch(call_of("forward", inputs, y.dtype), inputs.x, trial)
+    with asked_once():
+        way.forward(inputs, added, y, chunk_rows)
 
 
 def backward(
@@ -63,7 +65,8 @@ def backward(
         way.backward(inputs.of(rows), at(dy, rows), *targets, chunk_rows, wants)
 
     way = dispatch(call_of("backward", inputs, dy.dtype), inputs.x, trial)
-    return way.backward(inputs, dy, dx, dx2, chunk_rows, wants)
+    with asked_once():
+        return way.backward(inputs, dy, dx, dx2, chunk_rows, wants)
 
 
 def _sample(inputs: Inputs) -> Rows:

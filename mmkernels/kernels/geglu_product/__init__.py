@@ -21,7 +21,7 @@ from torch import Tensor
 from mmkernels import tuning
 from mmkernels.costs import device_kind
 from mmkernels.kernels.call import Call, describe
-from mmkernels.kernels.dispatch import dispatch
+from mmkernels.kernels.dispatch import chosen
 from mmkernels.rows import num_sharing
 from mmkernels.scratch import scratch_rows
 
@@ -79,5 +79,5 @@ def call_of(x: Tensor, dtype: torch.dtype, channels: int, hidden: int, rows: int
 
 
 def _way(direction: str, x: Tensor, g: Tensor, trial: Callable[[Any], None]) -> Any:
-    call = call_of(x, x.dtype, x.shape[1], g.shape[1], g[_sample(g)].shape[0], direction)
-    return dispatch(call, x, trial)
+    rows = g[_sample(g)].shape[0]
+    return chosen(call_of, x, x.dtype, x.shape[1], g.shape[1], rows, direction, trial=trial)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mmkernels.costs import is_modelled
 from mmkernels.kernels.call import Call, describe
-from mmkernels.kernels.dispatch import dispatch, why_nobody
+from mmkernels.kernels.dispatch import chosen, why_nobody
 from mmkernels.kernels.group_norm.norm import Norm
 
 OP = "group_norm"
@@ -58,4 +58,4 @@ def norm_backward(
 
 
 def _backend(x: Tensor, x2: Tensor | None, *others: Tensor | None) -> Any:
-    return dispatch(call_of(x, x2, *others), x)
+    return chosen(call_of, x, x2, *others)
