@@ -111,7 +111,7 @@ def _backward(
                 dbias += column_sums(dy_rows[None])[0]
             h = None
             if needs[3] or needs[5]:
-                h, kept = kernels.normalised_again(x[chunk], norm, weight.dtype)
+                h, kept = kernels.normalised_and_kept(x[chunk], norm, weight.dtype)
                 matrix.collect(dy_rows, rows_of(h))
             else:
                 kept = kernels.kept(x[chunk], norm)

@@ -7,7 +7,7 @@ A backend has
     statistics(x, num_groups, eps, chunk_frames)      mean and rstd
     normalised(x, norm, dtype)                        h
     kept(x, norm)                                     what backward reads instead of x
-    normalised_again(x, norm, dtype)                  h and that
+    normalised_and_kept(x, norm, dtype)               h and that
     backward_into(kept, dh, norm, dx)                 writes dx; returns dgamma and dbeta (C)
 """
 

@@ -37,7 +37,7 @@ def kept(x: Tensor, norm: Norm) -> Tensor:
     return x
 
 
-def normalised_again(x: Tensor, norm: Norm, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def normalised_and_kept(x: Tensor, norm: Norm, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """h in `dtype`, and x."""
     return normalised(x, norm, dtype), x
 
