@@ -122,7 +122,7 @@ def _backward(
     Those of parameters are at least float32; autograd rounds them to the dtype of the parameter.
     """
     C, H = down_weight.shape
-    dx, dshift, _, _, _, vector_sums, _ = _gradients(x, shift, up_weight, up_bias, down_weight, adapters, needs)
+    dx, dshift, _, _, _, vector_sums, _ = _gradients(x, up_weight, up_bias, down_weight, adapters, needs)
     norm_weight, norm_bias, up_bias = (wide_vector(vector, x) for vector in (norm_weight, norm_bias, up_bias))
     (up, down), sums = matrices((up_weight, down_weight), (needs[4], needs[6]), adapters, places, needs[8])
     up_bias_sum, _, shifts = torch.zeros_like(up_bias), vector_sums.zero_(), _flat_shift(x, shift)
@@ -161,14 +161,14 @@ def _is_through(needs: Sequence[bool]) -> bool:
 
 
 @_backward.register_fake
-def _backward_fake(dy: Tensor, x: Tensor, shift: Tensor | None, *rest: Any) -> tuple[Any, ...]:
-    _, _, _, up_weight, up_bias, down_weight, adapters, *_, needs = rest
-    return _gradients(x, shift, up_weight, up_bias, down_weight, adapters, needs)
+def _backward_fake(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Any, ...]:
+    _, _, _, _, up_weight, up_bias, down_weight, adapters, *_, needs = rest
+    return _gradients(x, up_weight, up_bias, down_weight, adapters, needs)
 
 
 def _gradients(
-    x: Tensor, shift: Tensor | None, up_weight: Tensor, up_bias: Tensor, down_weight: Tensor,
-    adapters: Sequence[Tensor], needs: Sequence[bool],
+    x: Tensor, up_weight: Tensor, up_bias: Tensor, down_weight: Tensor, adapters: Sequence[Tensor],
+    needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, List[Tensor]]:  # fmt: skip
     """What `_backward` returns, uninitialised: empty where it is not wanted, but for vectors, which come in passing."""
     wide, (R, _, C) = wide_dtype(x.dtype), x.shape

@@ -170,7 +170,7 @@ def test_without_the_native_module_the_formula_says_so(monkeypatch: pytest.Monke
     assert dispatch(group_norm.call_of(x, None), x) is native
     monkeypatch.setattr(extension, "available", lambda: False)
     monkeypatch.setattr(extension, "why_not", lambda: "not built")
-    assert group_norm.why_unsupported(x) == "no native CPU kernels: not built"
+    assert why_nobody(group_norm.call_of(x, None)) == "no native CPU kernels: not built"
     assert dispatch(group_norm.call_of(x, None), x) is formula
 
 

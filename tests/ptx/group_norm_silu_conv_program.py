@@ -7,12 +7,12 @@ accesses out of bounds and races. Fails where a result is past the budget.
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from numerics import assert_within_budget
+from programs import dtypes_asked, launch_directly
 from torch import Tensor
 
 from mmkernels.kernels.convolution import triton as convolution
@@ -126,17 +126,9 @@ def _gradients(
     return dict(zip(("a", "dx", "dgamma", "dbeta"), (a.detach(), *gradients), strict=True))
 
 
-def launch_directly(kernel: Any, num_programs: int, arguments: list[Any], constants: dict[str, Any]) -> None:
-    """What mmkernels does on a GPU, without asking for the device."""
-    kernel[(num_programs,)](*arguments, **constants)
-
-
 def main() -> None:
     """Run every shape in the dtypes named on the command line."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--dtypes", required=True, nargs="+", choices=("float32", "float16", "bfloat16"))
-    # ttsem adds options of its own.
-    for name in parser.parse_known_args()[0].dtypes:
+    for name in dtypes_asked(main.__doc__):
         for check, shapes in ((check_norm, NORMS), (check_convolution, CONVOLUTIONS)):
             for shape in shapes:
                 check(shape, getattr(torch, name), launch_directly)
