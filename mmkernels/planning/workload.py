@@ -31,7 +31,7 @@ BASELINES = ("torch", "diffusers-checkpoint", "checkpoint")  # what plain torch 
 class Workload:
     """A step to plan for: weights in the dtypes that the kind of optimizer has.
 
-    mode: a FakeTensorMode, whose the tensors are; a null context where they are real, for measure_way alone.
+    mode: a FakeTensorMode, whose the tensors are; a null context where they are real, for measure_step alone.
 
     unet: what mmkernels.replace() takes, not replaced but by `replaced`, where it goes by one plan after another in
     place (mmkernels/planning/shared_workload.py). trained: the parameters that the optimizer updates.
