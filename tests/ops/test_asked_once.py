@@ -15,7 +15,7 @@ from kernel_formulas import call_formula, launch_formula
 from stand_in_gpu import stand_in_gpu
 
 import mmkernels
-from mmkernels.kernels import dispatch
+from mmkernels.kernels import column_sums, dispatch
 
 R, P, C = 8, 6, 64  # rows, or frames; pixels, or tokens; channels
 
@@ -96,3 +96,15 @@ def test_asked_once(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     per_chunk = pair - whole
     assert per_chunk > 0 and all_ == whole + per_chunk * (length - 1), "asked for each chunk, where none is remembered"
     print(f"{op}: asked {of_all} times for {length} chunks, once for each chunk it would be {all_}")
+
+
+def test_what_lies_otherwise_is_asked_about_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "dispatch", lambda call, *_: call)
+    memory = torch.zeros(200)
+    x, alike = (memory[begin : begin + 64].view(1, 8, 8) for begin in (0, 64))
+    others = x.transpose(1, 2), memory[1:65].view(1, 8, 8), x.half(), x[:, :4]
+    with dispatch.asked_once():
+        call = dispatch.chosen(column_sums.call_of, x)
+        assert dispatch.chosen(column_sums.call_of, alike) is call
+        assert [dispatch.chosen(column_sums.call_of, y) for y in others] == [column_sums.call_of(y) for y in others]
+    assert dispatch.chosen(column_sums.call_of, x) is not call, "remembered past its walk"
