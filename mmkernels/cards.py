@@ -203,56 +203,32 @@ def _usable(reported_gib: float) -> float:
 # 16 GB 15.61 (DengKaiCQ/VGGT-Long #6); H200 and H100 (79.18) measured. RTX 5090, 3090: assumed, by cards of the same
 # size.
 CARDS = (
-    Card(
-        name="A100", device="NVIDIA A100-SXM4-80GB", memory_gib=80, usable_gib=_usable(79.2),
-        bytes_per_s=2.04e12, flops_per_s=312e12, link_bytes_per_s=PCIE_4, capability=(8, 0), peers=NVLINK_3,
-    ),
-    Card(
-        name="A100 40GB", device="NVIDIA A100-SXM4-40GB", memory_gib=40, usable_gib=_usable(39.5),
-        bytes_per_s=1.555e12, flops_per_s=312e12, link_bytes_per_s=PCIE_4, capability=(8, 0), peers=NVLINK_3,
-    ),
-    Card(
-        name="H100", device="NVIDIA H100 80GB HBM3", memory_gib=80, usable_gib=_usable(79.1), capability=HOPPER,
-        bytes_per_s=3.35e12, flops_per_s=989e12, link_bytes_per_s=PCIE_5, rates=H100_RATES, peers=NVLINK_4,
-    ),
-    Card(
-        name="H200", device="NVIDIA H200", memory_gib=141, usable_gib=_usable(139.8), capability=HOPPER,
-        bytes_per_s=4.8e12, flops_per_s=989e12, link_bytes_per_s=PCIE_5, rates=H200_RATES, peers=NVLINK_4,
-    ),
-    Card(
-        name="L40S", device="NVIDIA L40S", memory_gib=48, usable_gib=_usable(44.4),
-        bytes_per_s=0.864e12, flops_per_s=362e12, link_bytes_per_s=PCIE_4, capability=(8, 9),
-    ),
-    Card(
-        name="RTX A6000", device="NVIDIA RTX A6000", memory_gib=48, usable_gib=_usable(47.5 - DISPLAY_GIB),
-        bytes_per_s=0.768e12, flops_per_s=154.8e12, link_bytes_per_s=PCIE_4, capability=(8, 6),
-    ),
-    Card(
-        name="RTX 6000 Ada", device="NVIDIA RTX 6000 Ada Generation", memory_gib=48,
-        usable_gib=_usable(44.4 - DISPLAY_GIB),
-        bytes_per_s=0.96e12, flops_per_s=364e12, link_bytes_per_s=PCIE_4, capability=(8, 9),
-    ),
-    Card(
-        name="RTX 5090", device="NVIDIA GeForce RTX 5090", memory_gib=32, usable_gib=_usable(31.3 - DISPLAY_GIB),
-        bytes_per_s=1.792e12, flops_per_s=209.5e12, link_bytes_per_s=PCIE_5, capability=(12, 0),
-    ),
-    Card(
-        name="RTX 4090", device="NVIDIA GeForce RTX 4090", memory_gib=24, usable_gib=_usable(23.5 - DISPLAY_GIB),
-        bytes_per_s=1.008e12, flops_per_s=165.2e12, link_bytes_per_s=PCIE_4, capability=(8, 9), peers=PCIE_4_HOST,
-    ),
-    Card(
-        name="RTX 3090", device="NVIDIA GeForce RTX 3090", memory_gib=24, usable_gib=_usable(23.5 - DISPLAY_GIB),
-        bytes_per_s=0.936e12, flops_per_s=71e12, link_bytes_per_s=PCIE_4, capability=(8, 6),
-    ),
-    Card(
-        name="RTX 4080", device="NVIDIA GeForce RTX 4080", memory_gib=16, usable_gib=_usable(15.6 - DISPLAY_GIB),
-        bytes_per_s=0.7168e12, flops_per_s=97.5e12, link_bytes_per_s=PCIE_4, capability=(8, 9),
-    ),
-    Card(
-        name="RTX 4060 Ti 16GB", device="NVIDIA GeForce RTX 4060 Ti", memory_gib=16,
-        usable_gib=_usable(15.6 - DISPLAY_GIB),
-        bytes_per_s=0.288e12, flops_per_s=44e12, link_bytes_per_s=PCIE_4 / 2, capability=(8, 9),
-    ),
+    Card(name="A100", device="NVIDIA A100-SXM4-80GB", memory_gib=80, usable_gib=_usable(79.2),
+         bytes_per_s=2.04e12, flops_per_s=312e12, link_bytes_per_s=PCIE_4, capability=(8, 0), peers=NVLINK_3),
+    Card(name="A100 40GB", device="NVIDIA A100-SXM4-40GB", memory_gib=40, usable_gib=_usable(39.5),
+         bytes_per_s=1.555e12, flops_per_s=312e12, link_bytes_per_s=PCIE_4, capability=(8, 0), peers=NVLINK_3),
+    Card(name="H100", device="NVIDIA H100 80GB HBM3", memory_gib=80, usable_gib=_usable(79.1), capability=HOPPER,
+         bytes_per_s=3.35e12, flops_per_s=989e12, link_bytes_per_s=PCIE_5, rates=H100_RATES, peers=NVLINK_4),
+    Card(name="H200", device="NVIDIA H200", memory_gib=141, usable_gib=_usable(139.8), capability=HOPPER,
+         bytes_per_s=4.8e12, flops_per_s=989e12, link_bytes_per_s=PCIE_5, rates=H200_RATES, peers=NVLINK_4),
+    Card(name="L40S", device="NVIDIA L40S", memory_gib=48, usable_gib=_usable(44.4),
+         bytes_per_s=0.864e12, flops_per_s=362e12, link_bytes_per_s=PCIE_4, capability=(8, 9)),
+    Card(name="RTX A6000", device="NVIDIA RTX A6000", memory_gib=48, usable_gib=_usable(47.5 - DISPLAY_GIB),
+         bytes_per_s=0.768e12, flops_per_s=154.8e12, link_bytes_per_s=PCIE_4, capability=(8, 6)),
+    Card(name="RTX 6000 Ada", device="NVIDIA RTX 6000 Ada Generation", memory_gib=48,
+         usable_gib=_usable(44.4 - DISPLAY_GIB),
+         bytes_per_s=0.96e12, flops_per_s=364e12, link_bytes_per_s=PCIE_4, capability=(8, 9)),
+    Card(name="RTX 5090", device="NVIDIA GeForce RTX 5090", memory_gib=32, usable_gib=_usable(31.3 - DISPLAY_GIB),
+         bytes_per_s=1.792e12, flops_per_s=209.5e12, link_bytes_per_s=PCIE_5, capability=(12, 0)),
+    Card(name="RTX 4090", device="NVIDIA GeForce RTX 4090", memory_gib=24, usable_gib=_usable(23.5 - DISPLAY_GIB),
+         bytes_per_s=1.008e12, flops_per_s=165.2e12, link_bytes_per_s=PCIE_4, capability=(8, 9), peers=PCIE_4_HOST),
+    Card(name="RTX 3090", device="NVIDIA GeForce RTX 3090", memory_gib=24, usable_gib=_usable(23.5 - DISPLAY_GIB),
+         bytes_per_s=0.936e12, flops_per_s=71e12, link_bytes_per_s=PCIE_4, capability=(8, 6)),
+    Card(name="RTX 4080", device="NVIDIA GeForce RTX 4080", memory_gib=16, usable_gib=_usable(15.6 - DISPLAY_GIB),
+         bytes_per_s=0.7168e12, flops_per_s=97.5e12, link_bytes_per_s=PCIE_4, capability=(8, 9)),
+    Card(name="RTX 4060 Ti 16GB", device="NVIDIA GeForce RTX 4060 Ti", memory_gib=16,
+         usable_gib=_usable(15.6 - DISPLAY_GIB),
+         bytes_per_s=0.288e12, flops_per_s=44e12, link_bytes_per_s=PCIE_4 / 2, capability=(8, 9)),
 )  # fmt: skip
 
 
