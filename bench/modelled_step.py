@@ -21,7 +21,7 @@ from bench.placements import UnetProvider, use
 from mmkernels.cards import Card
 from mmkernels.choices import GIB, OptimizerChoice, OptimizerKind, Plan
 from mmkernels.planning.search import Search
-from mmkernels.planning.workload import Traced, Workload, trace_way
+from mmkernels.planning.workload import Traced, Workload, trace_step
 
 MEMORIES_GIB = (16, 24, 48, 80)  # that cards have
 # Of a name beside its point, in points, and how it is aligned there; the nearest first.
@@ -70,8 +70,8 @@ def usual_optimizer(memory_gib: float) -> OptimizerKind:
 def model_step(provider: UnetProvider | Plan, workload: Workload, card: Card, optimizer: OptimizerChoice) -> StepCost:
     """The step of `workload` run by this provider on `card`."""
     if isinstance(provider, Plan):
-        return StepCost.of(trace_way(workload, provider, card, optimizer))
-    return StepCost.of(trace_way(workload, lambda unet, clock: use(unet, provider, clock=clock), card, optimizer))
+        return StepCost.of(trace_step(workload, provider, card, optimizer))
+    return StepCost.of(trace_step(workload, lambda unet, clock: use(unet, provider, clock=clock), card, optimizer))
 
 
 def model_providers(

@@ -37,7 +37,7 @@ from mmkernels.memory.attribution import operation_name
 from mmkernels.memory.clock import Clock
 from mmkernels.memory.phases import Direction, is_in_backward
 from mmkernels.planning.svd import svd_workload
-from mmkernels.planning.workload import Workload, trace_way
+from mmkernels.planning.workload import Workload, trace_step
 
 BENCH, PROVIDER = "predicted_step", "fused"
 UPDATE = "update of the weights"  # after backward; the model queues it as one pass over them
@@ -93,7 +93,7 @@ def step_by_operation(workload: Workload, target: Card) -> tuple[Operations, flo
         operations.end_s = clock.record("compute")
 
     watched = Workload(**{**vars(workload), "step": step})
-    trace_way(watched, lambda unet, _: use(unet, PROVIDER), target, OptimizerChoice(kind="adamw"), clock)
+    trace_step(watched, lambda unet, _: use(unet, PROVIDER), target, OptimizerChoice(kind="adamw"), clock)
     found = operations.found
     found[UPDATE, "backward"] = Taken(seconds=clock.seconds - operations.end_s, calls=1)
     longest = sorted(found.items(), key=lambda item: item[1].seconds, reverse=True)

@@ -18,7 +18,7 @@ from mmkernels.planning.search import BudgetTooSmallError, Chosen, Search
 from mmkernels.planning.shared_workload import shared_out
 from mmkernels.planning.sharing import Meshes, Sharing, fake_ranks
 from mmkernels.planning.svd import svd_workload
-from mmkernels.planning.workload import Traced, trace_way
+from mmkernels.planning.workload import Traced, trace_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ def model_sharing(
     with fake_ranks(sharing.cards) if sharing.cards > 1 else nullcontext():
         workload = svd_workload(kind, frames=counts[0], height=height, width=width, has_guide=True)
         shared = shared_out(workload, sharing, Meshes.of(sharing), counts, has_buckets=True)
-        traced = trace_way(shared, provider, card, OptimizerChoice(kind=kind))
+        traced = trace_step(shared, provider, card, OptimizerChoice(kind=kind))
     return SharedStep.of(sharing, traced)
 
 

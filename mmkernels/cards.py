@@ -192,18 +192,9 @@ def without_fragments(gib: float) -> float:
     return gib * (1 - FRAGMENTS)
 
 
-def _card(
-    name: str, device: str, memory_gib: float, reported_gib: float, terabytes_per_s: float, teraflops: float,
-    link: float, capability: tuple[int, int] = (8, 9), *, has_display: bool = False,
-    rates: Mapping[Kind, Rate] | None = None, peers: Link | None = None,
-) -> Card:  # fmt: skip
-    """reported_gib: what CUDA says there is, as in the last line of a message that memory ran out."""
-    display_gib = DISPLAY_GIB if has_display else 0.0
-    return Card(
-        name=name, device=device, memory_gib=memory_gib, bytes_per_s=terabytes_per_s * 1e12,
-        flops_per_s=teraflops * 1e12, link_bytes_per_s=link, capability=capability, rates=rates or {}, peers=peers,
-        usable_gib=round(without_fragments(reported_gib - CONTEXT_GIB - display_gib), 1),
-    )  # fmt: skip
+def _usable(reported_gib: float) -> float:
+    """What a step may allocate, in GiB, of what CUDA says there is, as in a message that memory ran out."""
+    return round(without_fragments(reported_gib - CONTEXT_GIB), 1)
 
 
 # Reported memory is from users' messages: A100 79.25 (levihsu/OOTDiffusion #235), its 40 GB 39.50 (TianheWu/CoSeR
@@ -212,23 +203,37 @@ def _card(
 # 16 GB 15.61 (DengKaiCQ/VGGT-Long #6); H200 and H100 (79.18) measured. RTX 5090, 3090: assumed, by cards of the same
 # size.
 CARDS = (
-    _card("A100", "NVIDIA A100-SXM4-80GB", 80, 79.2, 2.04, 312, PCIE_4, (8, 0), peers=NVLINK_3),
-    _card("A100 40GB", "NVIDIA A100-SXM4-40GB", 40, 39.5, 1.555, 312, PCIE_4, (8, 0), peers=NVLINK_3),
-    _card("H100", "NVIDIA H100 80GB HBM3", 80, 79.1, 3.35, 989, PCIE_5, HOPPER, rates=H100_RATES, peers=NVLINK_4),
-    _card("H200", "NVIDIA H200", 141, 139.8, 4.8, 989, PCIE_5, HOPPER, rates=H200_RATES, peers=NVLINK_4),
-    _card("L40S", "NVIDIA L40S", 48, 44.4, 0.864, 362, PCIE_4),
-    _card("RTX A6000", "NVIDIA RTX A6000", 48, 47.5, 0.768, 154.8, PCIE_4, (8, 6), has_display=True),
-    _card("RTX 6000 Ada", "NVIDIA RTX 6000 Ada Generation", 48, 44.4, 0.96, 364, PCIE_4, has_display=True),
-    _card("RTX 5090", "NVIDIA GeForce RTX 5090", 32, 31.3, 1.792, 209.5, PCIE_5, (12, 0), has_display=True),
-    _card("RTX 4090", "NVIDIA GeForce RTX 4090", 24, 23.5, 1.008, 165.2, PCIE_4, has_display=True, peers=PCIE_4_HOST),
-    _card("RTX 3090", "NVIDIA GeForce RTX 3090", 24, 23.5, 0.936, 71, PCIE_4, (8, 6), has_display=True),
-    _card("RTX 4080", "NVIDIA GeForce RTX 4080", 16, 15.6, 0.7168, 97.5, PCIE_4, has_display=True),
-    _card("RTX 4060 Ti 16GB", "NVIDIA GeForce RTX 4060 Ti", 16, 15.6, 0.288, 44, PCIE_4 / 2, has_display=True),
-)
+    Card(name="A100", device="NVIDIA A100-SXM4-80GB", memory_gib=80, usable_gib=_usable(79.2),
+         bytes_per_s=2.04e12, flops_per_s=312e12, link_bytes_per_s=PCIE_4, capability=(8, 0), peers=NVLINK_3),
+    Card(name="A100 40GB", device="NVIDIA A100-SXM4-40GB", memory_gib=40, usable_gib=_usable(39.5),
+         bytes_per_s=1.555e12, flops_per_s=312e12, link_bytes_per_s=PCIE_4, capability=(8, 0), peers=NVLINK_3),
+    Card(name="H100", device="NVIDIA H100 80GB HBM3", memory_gib=80, usable_gib=_usable(79.1), capability=HOPPER,
+         bytes_per_s=3.35e12, flops_per_s=989e12, link_bytes_per_s=PCIE_5, rates=H100_RATES, peers=NVLINK_4),
+    Card(name="H200", device="NVIDIA H200", memory_gib=141, usable_gib=_usable(139.8), capability=HOPPER,
+         bytes_per_s=4.8e12, flops_per_s=989e12, link_bytes_per_s=PCIE_5, rates=H200_RATES, peers=NVLINK_4),
+    Card(name="L40S", device="NVIDIA L40S", memory_gib=48, usable_gib=_usable(44.4),
+         bytes_per_s=0.864e12, flops_per_s=362e12, link_bytes_per_s=PCIE_4, capability=(8, 9)),
+    Card(name="RTX A6000", device="NVIDIA RTX A6000", memory_gib=48, usable_gib=_usable(47.5 - DISPLAY_GIB),
+         bytes_per_s=0.768e12, flops_per_s=154.8e12, link_bytes_per_s=PCIE_4, capability=(8, 6)),
+    Card(name="RTX 6000 Ada", device="NVIDIA RTX 6000 Ada Generation", memory_gib=48,
+         usable_gib=_usable(44.4 - DISPLAY_GIB),
+         bytes_per_s=0.96e12, flops_per_s=364e12, link_bytes_per_s=PCIE_4, capability=(8, 9)),
+    Card(name="RTX 5090", device="NVIDIA GeForce RTX 5090", memory_gib=32, usable_gib=_usable(31.3 - DISPLAY_GIB),
+         bytes_per_s=1.792e12, flops_per_s=209.5e12, link_bytes_per_s=PCIE_5, capability=(12, 0)),
+    Card(name="RTX 4090", device="NVIDIA GeForce RTX 4090", memory_gib=24, usable_gib=_usable(23.5 - DISPLAY_GIB),
+         bytes_per_s=1.008e12, flops_per_s=165.2e12, link_bytes_per_s=PCIE_4, capability=(8, 9), peers=PCIE_4_HOST),
+    Card(name="RTX 3090", device="NVIDIA GeForce RTX 3090", memory_gib=24, usable_gib=_usable(23.5 - DISPLAY_GIB),
+         bytes_per_s=0.936e12, flops_per_s=71e12, link_bytes_per_s=PCIE_4, capability=(8, 6)),
+    Card(name="RTX 4080", device="NVIDIA GeForce RTX 4080", memory_gib=16, usable_gib=_usable(15.6 - DISPLAY_GIB),
+         bytes_per_s=0.7168e12, flops_per_s=97.5e12, link_bytes_per_s=PCIE_4, capability=(8, 9)),
+    Card(name="RTX 4060 Ti 16GB", device="NVIDIA GeForce RTX 4060 Ti", memory_gib=16,
+         usable_gib=_usable(15.6 - DISPLAY_GIB),
+         bytes_per_s=0.288e12, flops_per_s=44e12, link_bytes_per_s=PCIE_4 / 2, capability=(8, 9)),
+)  # fmt: skip
 
 
 def card(name: str) -> Card:
-    """The card of that name, as `card_of` finds it. Raises ValueError with the names that are known."""
+    """The card of that name, as `find_card` finds it. Raises ValueError with the names that are known."""
     if (known := find_card(name)) is not None:
         return known
     raise ValueError(f"no card {name!r} is known; give one of {', '.join(known.name for known in CARDS)}")

@@ -1,4 +1,4 @@
-"""A plan: for every unit of every block whether what it saves is kept, computed again or moved. JSON in and out.
+"""A plan: for every unit of every block whether what it saves is kept, recomputed or moved. JSON in and out.
 
 A unit is one operation of a fused block, named "<block>/<operation>" (mmkernels.memory.units). Its choices:
 
@@ -6,7 +6,7 @@ A unit is one operation of a fused block, named "<block>/<operation>" (mmkernels
 - "keep": besides its input, the results of its matrix products inside are saved and none of them is computed again;
 - "move": as "recompute", and what is saved goes to the host and comes back for backward.
 
-A block in `recomputed_blocks` saves only its input and runs whole a second time in backward.
+A block in `recomputed_blocks` saves only its input and is recomputed whole in backward.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Plan:
     units: Mapping[str, Choice] = field(default_factory=dict)
     recomputed_blocks: tuple[str, ...] = ()
     window_bytes: int = 1 << 30  # bytes that may be in flight between device and host, each way
-    slab_bytes: int = 0  # of host memory that moving takes
+    pinned_bytes: int = 0  # of pinned host memory that moving takes
     scratch_bytes: int = DEFAULT_BYTES  # that one chunk inside a fused operation may take of the device
     optimizer: OptimizerChoice = field(default_factory=OptimizerChoice)
     made_for: Mapping[str, Any] = field(default_factory=dict)  # frames, height, width, batch, card, budget_gib, ...
@@ -98,8 +98,8 @@ class Plan:
         window = f" in a window of {self.window_bytes / GIB:.2f} GiB" if self.moves else ""
         return (
             f"plan for {self.made_for.get('card', 'a card')}{'' if budget_gib is None else f', {budget_gib:.4g} GiB'}: "
-            f"keeps the inside of {choices.count('keep')} units, moves {choices.count('move')}{window}, runs "
-            f"{len(self.recomputed_blocks)} blocks whole again; {self.optimizer}"
+            f"keeps the inside of {choices.count('keep')} units, moves {choices.count('move')}{window}, "
+            f"recomputes {len(self.recomputed_blocks)} blocks whole; {self.optimizer}"
             f"{'' if self.modelled is None else f'; {self.modelled}'}"
         )
 
@@ -146,7 +146,7 @@ def document(plan: Plan) -> dict[str, Any]:
     blocks = {name: {"is_recomputed": name in plan.recomputed_blocks, "units": plan.choices_of(name)} for name in names}
     figures = {} if plan.modelled is None else asdict(plan.modelled)
     rest = {
-        "blocks": blocks, "window_bytes": plan.window_bytes, "slab_bytes": plan.slab_bytes,
+        "blocks": blocks, "window_bytes": plan.window_bytes, "pinned_bytes": plan.pinned_bytes,
         "scratch_bytes": plan.scratch_bytes, "optimizer": asdict(plan.optimizer), "made_for": dict(plan.made_for),
         "kind": "modelled",
     }  # fmt: skip
@@ -176,7 +176,8 @@ def read_plan(path: Path) -> Plan:
         return Plan(
             units={f"{block}/{unit}": choice for block, one in blocks.items() for unit, choice in one["units"].items()},
             recomputed_blocks=tuple(block for block, one in blocks.items() if one["is_recomputed"]),
-            window_bytes=values["window_bytes"], slab_bytes=values["slab_bytes"],
+            window_bytes=values["window_bytes"],
+            pinned_bytes=values["slab_bytes" if "slab_bytes" in values else "pinned_bytes"],  # its name in older plans
             scratch_bytes=values.get("scratch_bytes", DEFAULT_BYTES),  # plans before it have none
             optimizer=OptimizerChoice(**values["optimizer"]), made_for=values["made_for"],
             modelled=Modelled(**figures) if figures else None,

@@ -39,8 +39,8 @@ def gradients_of_attention(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     """What the backward of norm + attention returns, uninitialised: of x, both weights, the (3, C) vectors, adapters.
 
-    Empty where it is not wanted, but for the vectors. needs: of x, the norm's weight and bias, both weights, the
-    output's bias, and the adapters together.
+    Empty where it is not wanted, but for the vectors; of parameters at least float32, which autograd rounds. needs: of
+    x, the norm's weight and bias, both weights, the output's bias, and the adapters together.
     """
     dx = torch.empty(x.shape if through_norm(needs) else 0, dtype=x.dtype, device=x.device)
     vectors = x.new_empty((3, x.shape[-1]), dtype=wide_dtype(x.dtype))

@@ -4,7 +4,7 @@
         [--budget GIB] [--optimizer adamw|adamw8bit] [--no-guide] [--json FILE] [--out FOLDER]
         [--ranks N] [--shard N] [--frame-ranks K]
 
-Prints what each block keeps, computes again or moves and what the step costs, and writes the plan, a picture of memory
+Prints what each block keeps, recomputes or moves and what the step costs, and writes the plan, a picture of memory
 over one step, and one of peak memory against step time with plain ways of running the same step beside it. On several
 ranks, as the trainer's --parallel.shard and --parallel.frames have them, the plan is for what the first one holds.
 """
@@ -38,7 +38,7 @@ from mmkernels.planning.shared_workload import shared_out, with_average
 from mmkernels.planning.sharing import Meshes, Sharing, fake_ranks
 from mmkernels.planning.sizes import parse_size
 from mmkernels.planning.svd import svd_workload
-from mmkernels.planning.workload import Traced, Workload, trace_way
+from mmkernels.planning.workload import Traced, Workload, trace_step
 
 __all__ = ["Workload", "main", "make_plan"]
 
@@ -80,9 +80,9 @@ def main(settings: Settings) -> int:
         if budget_gib > chosen_card.usable_gib:
             console.print(why_too_much(budget_gib, chosen_card), markup=False, soft_wrap=True)
         make = partial(svd_workload, kind, height=height, width=width, batch=settings.batch, has_guide=settings.guide)
-        ways = BASELINES if settings.ranks == 1 else ("torch",)
+        baselines = BASELINES if settings.ranks == 1 else ("torch",)
         workload = make(frames=settings.frames)
-        plain = {way: trace_way(workload, way, chosen_card, OptimizerChoice(kind=kind)) for way in ways}
+        plain = {name: trace_step(workload, name, chosen_card, OptimizerChoice(kind=kind)) for name in baselines}
         flops = plain["torch"].trace.flops
         with fake_ranks(settings.ranks) if settings.ranks > 1 else nullcontext():
             if settings.ranks > 1:
@@ -140,21 +140,21 @@ def print_plan(chosen: Chosen, search: Search, title: str, console: Console) -> 
     table.add_column("choice")
     for block in search.profile.blocks:
         choices = chosen.plan.choices_of(block.name)
-        is_again = block.name in chosen.plan.recomputed_blocks
-        saved = block.input_bytes or 0 if is_again else block.saved_bytes
+        is_recomputed = block.name in chosen.plan.recomputed_blocks
+        saved = block.input_bytes or 0 if is_recomputed else block.saved_bytes
         moved = sum(unit.saved_bytes for unit in block.units if chosen.plan.units.get(unit.name) == "move")
-        moved += saved if is_again and "move" in choices.values() else 0
+        moved += saved if is_recomputed and "move" in choices.values() else 0
         kept = sum(unit.keep_bytes for unit in block.units if chosen.plan.units.get(unit.name) == "keep")
-        says = _says(len(block.units), choices, is_again)
+        says = _says(len(block.units), choices, is_recomputed)
         table.add_row(block.name, *(f"{x / GIB:.2f}" for x in (saved, moved, kept)), says)
     console.print(table)
     console.print(str(chosen.plan), markup=False)
 
 
-def _says(num_units: int, choices: Mapping[str, str], is_again: bool) -> str:
+def _says(num_units: int, choices: Mapping[str, str], is_recomputed: bool) -> str:
     counts = Counter(choices.values())
-    if is_again:
-        return "run whole again" + (", its input moved" if counts["move"] else "")
+    if is_recomputed:
+        return "recomputed whole" + (", its input moved" if counts["move"] else "")
     counts["recompute"] = num_units - sum(counts.values())
     return ", ".join(f"{name} {count}" for name, count in counts.items() if count)
 
@@ -171,8 +171,8 @@ def draw(chosen: Chosen, search: Search, plain: Mapping[str, Traced], title: str
 def front(chosen: Chosen, search: Search, plain: Mapping[str, Traced]) -> list[Point]:
     """Plain ways by their traces; fused plans at several budgets by the profile's sums, the chosen one by its trace."""
     points = []
-    for way, traced in plain.items():
-        points.append(Point(label=BASELINES[way], peak_gib=traced.trace.peak_bytes / GIB, step_s=traced.clock.seconds))
+    for name, traced in plain.items():
+        points.append(Point(label=BASELINES[name], peak_gib=traced.trace.peak_bytes / GIB, step_s=traced.clock.seconds))
     for budget_gib in FRONT_GIB:
         solution = search.solve(budget_gib * GIB)
         if solution is not None:

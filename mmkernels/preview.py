@@ -44,7 +44,7 @@ from mmkernels.planning.sizes import LATENT_STRIDE, parse_size
 from mmkernels.replacement import replace, report
 
 WANTED = "its forward and give --inputs MODULE:FUNCTION"
-WAYS = {"plain": "plain", "checkpoint": "diffusers' checkpointing", "fused": "replaced"}
+KERNELS = {"plain": "plain", "checkpoint": "diffusers' checkpointing", "fused": "replaced"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,20 +119,20 @@ class Preview:
             return str(report(self.module))
 
     def costs(self) -> dict[str, Trace | str]:
-        """Of each way, or why it cannot be run; plain and replaced have to."""
+        """Of each kind of kernels, or why it cannot be run; plain and replaced have to."""
         found: dict[str, Trace | str] = {}
-        for way in WAYS:
+        for kernels in KERNELS:
             try:
-                found[way] = self._cost(way)
+                found[kernels] = self._cost(kernels)
             except PreviewError as error:
-                if way != "checkpoint":
+                if kernels != "checkpoint":
                     raise
-                found[way] = str(error)
+                found[kernels] = str(error)
         return found
 
-    def _cost(self, way: str) -> Trace:
+    def _cost(self, kernels: str) -> Trace:
         trained = [x for x in self.module.parameters() if x.requires_grad]
-        with self.mode, norms_in_float32(), self._as(way):
+        with self.mode, norms_in_float32(), self._as(kernels):
             moments = [torch.empty(8 * sum(x.numel() for x in trained), dtype=torch.uint8)]
             resident = [
                 *self.module.parameters(),
@@ -140,7 +140,9 @@ class Preview:
                 *tree_leaves((self.positional, self.named)),
                 *moments,
             ]
-            with _said_as(f"a step of the module ({WAYS[way]}) raised", f"look at {self.settings.inputs or WANTED}"):
+            with _said_as(
+                f"a step of the module ({KERNELS[kernels]}) raised", f"look at {self.settings.inputs or WANTED}"
+            ):
                 found = trace(self._step, [x for x in resident if isinstance(x, Tensor)], device_kind="cuda")
             self.module.zero_grad(set_to_none=True)
         return found
@@ -158,12 +160,12 @@ class Preview:
         return torch.autocast("cpu", torch.bfloat16, enabled=self.settings.dtype == "mixed")
 
     @contextmanager
-    def _as(self, way: str) -> Iterator[None]:
+    def _as(self, kernels: str) -> Iterator[None]:
         module: Any = self.module
-        if way == "plain":
+        if kernels == "plain":
             yield
             return
-        if way == "fused":
+        if kernels == "fused":
             undo = replace(module)
         else:
             with _said_as("diffusers' checkpointing cannot be enabled", "the other rows stand without it"):
@@ -221,18 +223,18 @@ def _table(settings: Settings, costs: dict[str, Trace | str]) -> Table:
     step = f"a step of {settings.frames} frames of {settings.size}, context of {settings.tokens}, {settings.dtype}"
     title = f"{step} (modelled)"
     table = Table(title=title, title_justify="left", title_style="bold")
-    table.add_column("way", no_wrap=True)
+    table.add_column("kernels", no_wrap=True)
     for heading in ("kept for backward, GiB", "peak, GiB", "TFLOP"):
         table.add_column(heading, justify="right", no_wrap=True)
     plain = costs["plain"]
     assert isinstance(plain, Trace)
-    for way, cost in costs.items():
+    for kernels, cost in costs.items():
         if isinstance(cost, str):
-            table.add_row(WAYS[way], "", "", "")
+            table.add_row(KERNELS[kernels], "", "", "")
             continue
         pairs = ((cost.saved_bytes, plain.saved_bytes), (cost.peak_bytes, plain.peak_bytes))
         cells = [f"{x / GIB:.2f} ({x / whole:.2f}x)" for x, whole in pairs]
-        table.add_row(WAYS[way], *cells, f"{cost.flops / 1e12:.2f} ({cost.flops / plain.flops:.2f}x)")
+        table.add_row(KERNELS[kernels], *cells, f"{cost.flops / 1e12:.2f} ({cost.flops / plain.flops:.2f}x)")
     return table
 
 

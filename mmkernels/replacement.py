@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 
+import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -51,7 +52,7 @@ def replace(
     and TransformerSpatioTemporalModel runs whole under torch.utils.checkpoint. A Plan: as "fused", with each unit as
     the plan has it.
 
-    device: what a plan moves through; by default a CudaDevice of plan.slab_bytes for the UNet's GPU, which undo()
+    device: what a plan moves through; by default a CudaDevice of plan.pinned_bytes for the UNet's GPU, which undo()
         closes. On a CPU moving is of no use, and one has to be given.
 
     frames: ranks that share out the frames of every clip, a mesh of one axis. Each calls the UNet with its own frames,
@@ -137,7 +138,7 @@ def _check_frames(unet: nn.Module, sites: list[Site], fused: Mapping[str, FusedB
 def plan_units(unet: nn.Module) -> dict[str, dict[str, tuple[Choice, ...]]]:
     """The choices that a plan has for each unit of each block of a replaced UNet, in the order they run.
 
-    "input" is the unit of a block that is run whole again, and stands instead of its others. What is saved outside of
+    "input" is the unit of a block that is recomputed whole, and stands instead of its others. What is saved outside of
     fused blocks is "rest" of the block "unet"; its "recompute" means that it is kept.
     """
     return _units({site.name: site.block for site in sites_of(unet) if isinstance(site.block, FusedBlock)})
@@ -149,21 +150,21 @@ def _units(fused: Mapping[str, FusedBlock]) -> dict[str, dict[str, tuple[Choice,
     return {name: choices for name, choices in units.items() if choices} | {rest_block: {rest_unit: PLAIN}}
 
 
-def _check_moves(unet: nn.Module, plan: Plan, device: Device | None) -> None:
+def _check_moves(plan: Plan, on: torch.device, device: Device | None) -> None:
     """Raise ValueError where what the plan moves has no place to go to."""
-    if plan.slab_bytes <= 0:
-        raise ValueError(f"the plan moves units and has slab_bytes {plan.slab_bytes}; give the bytes that a step moves")
-    on = next(unet.parameters()).device
+    if plan.pinned_bytes <= 0:
+        raise ValueError(
+            f"the plan moves units and has pinned_bytes {plan.pinned_bytes}; give the bytes that a step moves"
+        )
     if device is None and on.type != "cuda":
         raise ValueError(f"the plan moves units to the host and the UNet is on {on}; move it to a GPU or give a device")
 
 
-def _move(unet: nn.Module, plan: Plan, device: Device | None) -> Callable[[], None]:
+def _move(unet: nn.Module, plan: Plan, on: torch.device, device: Device | None) -> Callable[[], None]:
     """Let what forward saves in units that move go to the host; returns what stops it."""
-    on = next(unet.parameters()).device
-    through = CudaDevice(on, plan.slab_bytes) if device is None else device
+    through = CudaDevice(on, plan.pinned_bytes) if device is None else device
     offload = Offload(
-        through, on, slab_bytes=plan.slab_bytes, window_bytes=plan.window_bytes,
+        through, on, pinned_bytes=plan.pinned_bytes, window_bytes=plan.window_bytes,
         moves=lambda name: plan.units.get(name) == "move", least_bytes=LEAST_BYTES,
     )  # fmt: skip
     detach = offload.attach(unet)
@@ -207,12 +208,13 @@ class Replacement:
         chosen = Plan() if isinstance(plan, str) else plan
         plain = {site.name: why_not(site) or "" for site in sites_of(self._unet) if site.name not in self._fused}
         chosen.check(_units(self._fused), plain)
+        on = next(self._unet.parameters()).device
         if chosen.moves:
-            _check_moves(self._unet, chosen, device)
+            _check_moves(chosen, on, device)
         self._stop_moving()  # first, for its memory on the host
         self._stop_moving = _nothing
         if chosen.moves:
-            self._stop_moving = _move(self._unet, chosen, device)
+            self._stop_moving = _move(self._unet, chosen, on, device)
         for name, block in self._fused.items():
             # what a plan does not name is decided too
             unnamed: dict[str, Choice] = {} if isinstance(plan, str) else dict.fromkeys(block.units(), "recompute")

@@ -1,11 +1,10 @@
-// Walks rows of channels of (M, H, W, C) tensors by stride: blocks of rows, and vectors of channels with the last one
-// short.
+// Walks rows of channels of (M, H, W, C) tensors by stride, in blocks of rows.
 #pragma once
 
 #include <new>
 
 #include "group_norm_silu.h"
-#include "simd.h"
+#include "vector_loop.h"
 
 namespace mm::MM_ISA {
 namespace {
@@ -25,40 +24,6 @@ struct Buffer {
   Buffer(const Buffer&) = delete;
   ~Buffer() { ::operator delete(data); }
 };
-
-// A whole vector of channels, or the last `count` of them.
-struct Whole {
-  template <class T>
-  MM_INLINE Vec load_from(const T* p) const {
-    return load(p);
-  }
-  template <class T>
-  MM_INLINE void store_to(T* p, Vec x) const {
-    store(p, x);
-  }
-};
-struct Part {
-  int64_t count;
-  template <class T>
-  MM_INLINE Vec load_from(const T* p) const {
-    T some[kLanes] = {};
-    std::memcpy(some, p, count * sizeof(T));
-    return load(some);
-  }
-  template <class T>
-  MM_INLINE void store_to(T* p, Vec x) const {
-    T some[kLanes];
-    store(some, x);
-    std::memcpy(p, some, count * sizeof(T));
-  }
-};
-
-template <class Function>
-MM_INLINE void for_each_vector(int64_t channels, Function function) {
-  int64_t c = 0;
-  for (; c + kLanes <= channels; c += kLanes) function(c, Whole{});
-  if (c < channels) function(c, Part{channels - c});
-}
 
 // A block of rows of one sample, walked in tiles whose row addresses are known.
 struct Block {

@@ -20,25 +20,24 @@ constexpr int kTileRows = 16;  // summed in registers before they are added to t
 template <class T>
 void block_moments(const Block& block, const Rows& x, float* pivot, float* mean, float* squares) {
   const T* first_row = block.row<T>(x, block.begin);
-  for_each_vector(x.channels,
-                  [&](int64_t c, auto lanes) { lanes.store_to(pivot + c, lanes.load_from(first_row + c)); });
+  over_vectors(x.channels, [&](int64_t c, auto lanes) { lanes.store(pivot + c, lanes.load(first_row + c)); });
   for (int64_t first = block.begin; first < block.end; first += kTileRows) {
     const int count = static_cast<int>(smaller(kTileRows, block.end - first));
     const T* row[kTileRows];
     block.find_rows(x, first, count, row);
     const float before = static_cast<float>(first - block.begin), n = static_cast<float>(count);
     const float share = n / (before + n), inverse = 1.0f / n;
-    for_each_vector(x.channels, [&](int64_t c, auto lanes) {
-      Vec sum = {}, tile_squares = {}, origin = lanes.load_from(pivot + c);
-      for (int i = 0; i < count; i++) sum += lanes.load_from(row[i] + c) - origin;
+    over_vectors(x.channels, [&](int64_t c, auto lanes) {
+      Vec sum = {}, tile_squares = {}, origin = lanes.load(pivot + c);
+      for (int i = 0; i < count; i++) sum += lanes.load(row[i] + c) - origin;
       Vec tile_mean = sum * inverse;
       for (int i = 0; i < count; i++) {
-        Vec distance = lanes.load_from(row[i] + c) - origin - tile_mean;
+        Vec distance = lanes.load(row[i] + c) - origin - tile_mean;
         tile_squares += distance * distance;
       }
-      Vec delta = tile_mean - lanes.load_from(mean + c);
-      lanes.store_to(mean + c, lanes.load_from(mean + c) + delta * share);
-      lanes.store_to(squares + c, lanes.load_from(squares + c) + tile_squares + delta * delta * (before * share));
+      Vec delta = tile_mean - lanes.load(mean + c);
+      lanes.store(mean + c, lanes.load(mean + c) + delta * share);
+      lanes.store(squares + c, lanes.load(squares + c) + tile_squares + delta * delta * (before * share));
     });
   }
 }
@@ -147,10 +146,10 @@ void run_activate(const GroupNormSilu& op, Rows x, Rows x2, const NormParameters
             A* out = block.row<A>(activation, r) + side.offset;
             const float *mean = channels.mean + side.offset, *rstd = channels.rstd + side.offset;
             const float *gamma = channels.gamma + side.offset, *beta = channels.beta + side.offset;
-            for_each_vector(side.x.channels, [&](int64_t c, auto lanes) {
-              Vec u = (lanes.load_from(in + c) - lanes.load_from(mean + c)) * lanes.load_from(rstd + c);
-              Vec z = u * lanes.load_from(gamma + c) + lanes.load_from(beta + c);
-              lanes.store_to(out + c, z * sigmoid(z));
+            over_vectors(side.x.channels, [&](int64_t c, auto lanes) {
+              Vec u = (lanes.load(in + c) - lanes.load(mean + c)) * lanes.load(rstd + c);
+              Vec z = u * lanes.load(gamma + c) + lanes.load(beta + c);
+              lanes.store(out + c, z * sigmoid(z));
             });
           }
       });
@@ -161,10 +160,10 @@ void run_activate(const GroupNormSilu& op, Rows x, Rows x2, const NormParameters
 // For one vector of channels: the normalised u and the gradient dz of z = u * gamma + beta.
 template <class T, class A, class Lanes>
 MM_INLINE Vec normalised_gradient(const T* x, const A* grad, const Channels& s, int64_t c, Lanes lanes, Vec& u) {
-  u = (lanes.load_from(x) - lanes.load_from(s.mean + c)) * lanes.load_from(s.rstd + c);
-  Vec z = u * lanes.load_from(s.gamma + c) + lanes.load_from(s.beta + c);
+  u = (lanes.load(x) - lanes.load(s.mean + c)) * lanes.load(s.rstd + c);
+  Vec z = u * lanes.load(s.gamma + c) + lanes.load(s.beta + c);
   Vec weight = sigmoid(z);
-  return lanes.load_from(grad) * (weight + weight * z * (1.0f - weight));
+  return lanes.load(grad) * (weight + weight * z * (1.0f - weight));
 }
 
 // sums[c] += sum of dz, sums[C + c] += sum of dz * u over the rows of a block.
@@ -176,7 +175,7 @@ void block_sums(const Block& block, const Side& side, const Rows& grad, const Ch
     const A* grad_row[kTileRows];
     block.find_rows(side.x, first, count, row);
     block.find_rows(grad, first, count, grad_row);
-    for_each_vector(side.x.channels, [&](int64_t c, auto lanes) {
+    over_vectors(side.x.channels, [&](int64_t c, auto lanes) {
       const int64_t joined = side.offset + c;
       Vec sum = {}, dot = {};
       for (int i = 0; i < count; i++) {
@@ -184,8 +183,8 @@ void block_sums(const Block& block, const Side& side, const Rows& grad, const Ch
         sum += dz;
         dot += dz * u;
       }
-      lanes.store_to(sums + joined, lanes.load_from(sums + joined) + sum);
-      lanes.store_to(sums + s.C + joined, lanes.load_from(sums + s.C + joined) + dot);
+      lanes.store(sums + joined, lanes.load(sums + joined) + sum);
+      lanes.store(sums + s.C + joined, lanes.load(sums + s.C + joined) + dot);
     });
   }
 }
@@ -198,12 +197,12 @@ void block_gradient(const Block& block, const Side& side, const Rows& grad, cons
     const T* x = block.row<T>(side.x, r);
     const A* grad_row = block.row<A>(grad, r) + side.offset;
     T* dx = block.row<T>(side.dx, r);
-    for_each_vector(side.x.channels, [&](int64_t c, auto lanes) {
+    over_vectors(side.x.channels, [&](int64_t c, auto lanes) {
       const int64_t joined = side.offset + c;
       Vec u, dz = normalised_gradient(x + c, grad_row + c, s, joined, lanes, u);
-      Vec inner = lanes.load_from(s.gamma + joined) * dz - lanes.load_from(shift + joined);
-      inner -= u * lanes.load_from(slope + joined);
-      lanes.store_to(dx + c, inner * lanes.load_from(s.rstd + joined));
+      Vec inner = lanes.load(s.gamma + joined) * dz - lanes.load(shift + joined);
+      inner -= u * lanes.load(slope + joined);
+      lanes.store(dx + c, inner * lanes.load(s.rstd + joined));
     });
   }
 }

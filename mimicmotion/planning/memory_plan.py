@@ -28,7 +28,7 @@ from mmkernels.planning.device import measured_card
 from mmkernels.planning.search import Chosen, Search
 from mmkernels.planning.shared_workload import shared_out, with_average
 from mmkernels.planning.sharing import Meshes, Sharing
-from mmkernels.planning.workload import Workload, trace_way
+from mmkernels.planning.workload import Workload, trace_step
 
 
 def choose_plan(config: Config, ranks: Ranks, *, resume: bool = False) -> tuple[Config, Plan | None, Fitting | None]:
@@ -207,7 +207,7 @@ def search_step(
     workload = rank_workload(config, num_ranks, has_budget=True)
     if config.parallel.runs_together:  # what plain diffusers takes of the clip, as far as the rank has its frames
         counts, kind = counts_of(config.data.num_frames, config.parallel.frames), config.optimizer.kind
-        plain = trace_way(_workload(config, num_ranks), "torch", card, OptimizerChoice(kind=kind))
+        plain = trace_step(_workload(config, num_ranks), "torch", card, OptimizerChoice(kind=kind))
         plain_flops = plain.trace.flops * counts[0] // sum(counts)
     return Search(
         workload, card, config.optimizer.kind, plain_flops=plain_flops, can_update_in_backward=can_update_in_backward,

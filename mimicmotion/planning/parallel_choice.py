@@ -26,7 +26,7 @@ from mmkernels.choices import GIB, OptimizerChoice, read_plan
 from mmkernels.planning.device import measured_card
 from mmkernels.planning.search import BudgetTooSmallError
 from mmkernels.planning.sharing import Sharing
-from mmkernels.planning.workload import trace_way
+from mmkernels.planning.workload import trace_step
 
 # Of a rank that is a process of a host without a GPU; assumed. Its rates only rank the ways.
 CPU_LINK = Link(name="gloo within the host", bytes_per_s=1e9, start_s=1e-4, source="assumed")
@@ -158,7 +158,7 @@ def traced_way(config: Config, num_ranks: int, card: Card) -> Way:
         kind=settings.kind, is_in_backward=settings.in_backward, states_on_host=settings.states_on_host
     )
     workload = rank_workload(config, num_ranks, has_budget=config.memory_budget is not None)
-    traced = trace_way(workload, plan or "fused", card, optimizer if plan is None else plan.optimizer)
+    traced = trace_step(workload, plan or "fused", card, optimizer if plan is None else plan.optimizer)
     return Way(
         config=config, sharing=sharing, micro_batch_s=traced.clock.seconds, peak_gib=traced.trace.peak_bytes / GIB
     )

@@ -102,7 +102,7 @@ class FusedBlock(DropIn):
     """A drop-in that computes only for blocks which `why_not` finds to be exactly the known kind.
 
     name: dotted, within the UNet; its units are named below it. choices: for its units, none where nothing is planned.
-    is_recomputed: its only unit is `BLOCK_INPUT`; nothing but its inputs is saved and it runs whole again in backward.
+    is_recomputed: its only unit is `BLOCK_INPUT`; nothing but its inputs is saved and it is recomputed whole.
     scratch_bytes: what a chunk inside its operations may take. plain: the parts that are called as they are.
     frames: the ranks that share out each clip's frames, where they do; a block that takes frames together asks them.
     """

@@ -84,7 +84,7 @@ def of_residual_block(block: Any) -> Calls:
         "norm": group_norm.call_of(x, None),
         **of_convolution("convolution over pixels", spatial.conv2.weight),
         **of_convolution("convolution over frames", temporal.conv2.weight),
-        "additions": epilogue.call_of(None, None, x.to(product_dtype(x))),
+        "additions": epilogue.call_of(x.to(product_dtype(x)), None, None),
         "sums of biases": column_sums.call_of(x[0].to(product_dtype(x))),
         "blend": blend.call_of(x[0], x.dtype),
     }

@@ -2,12 +2,14 @@
 
 A family's backends stand in `mmkernels.kernels.registry`. Among those that take a call, what decides is, in this order:
 MMKERNELS_VARIANT, a reading that `mmkernels.known_choices` knows, the clock of a GPU (`mmkernels.tuning`), the order of
-the registry. What a modelled run asks for is decided without a clock.
+the registry. What a modelled run asks for is decided without a clock. A walk over chunks asks inside of `asked_once`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -18,6 +20,9 @@ from mmkernels.costs import device_of, is_noting
 from mmkernels.kernels.call import Call
 from mmkernels.kernels.registry import FAMILIES, FORMULA, Backend
 from mmkernels.known_choices import worth_timing
+
+# What a walk over chunks has found, by what was asked; of each thread, since backward has threads of its own.
+_asked: ContextVar[dict[Any, Any] | None] = ContextVar("asked", default=None)
 
 
 def reasons(call: Call) -> dict[str, str | None]:
@@ -45,13 +50,12 @@ def takers(call: Call) -> list[str]:
 
 def preferred(call: Call) -> str:
     """The backend that a call is given to where nothing is timed: what readings of timings say, else the first."""
-    able = takers(call)
-    if len(able) == 1:
-        return able[0]
-    return _candidates(call, able)[0]
+    return _candidates(call, takers(call))[0]
 
 
 def _candidates(call: Call, able: list[str]) -> list[str]:
+    if len(able) == 1:
+        return able
     if (name := tuning.forced(call.op)) in able:
         return [str(name)]
     return worth_timing(call.op, call.work, "{}.{}".format(*call.capability), able)
@@ -74,10 +78,39 @@ def dispatch(call: Call, x: Tensor, trial: Callable[[Any], None] | None = None) 
     backends, able = FAMILIES[call.op], takers(call)
     is_forced = tuning.forced(call.op) is not None
     if trial is None or is_noting() or (not is_forced and (call.is_modelled or len(able) == 1)):
-        return backends[preferred(call)].loaded
+        return backends[_candidates(call, able)[0]].loaded
     trials = {name: partial(_try, trial, backends[name]) for name in able}
     return backends[tuning.fastest(call.op, call.key, trials, device_of(x), call.work)].loaded
 
 
 def _try(trial: Callable[[Any], None], backend: Backend) -> None:
     trial(backend.loaded)
+
+
+@contextmanager
+def asked_once() -> Iterator[None]:
+    """Inside, a walk over chunks, those that lie alike are described once: all but the last, which may be shorter."""
+    token = _asked.set({})
+    try:
+        yield
+    finally:
+        _asked.reset(token)
+
+
+def chosen(
+    call_of: Callable[..., Call], x: Tensor, *others: Any, trial: Callable[[Any], None] | None = None, **named: Any
+) -> Any:
+    """`dispatch` for the call that `call_of` makes of x and the rest."""
+    known = _asked.get()
+    if known is None:
+        return dispatch(call_of(x, *others, **named), x, trial)
+    asked = (x, *others, *named.values())
+    key = (call_of, *[_layout(value) if isinstance(value, Tensor) else value for value in asked])
+    if key not in known:
+        known[key] = dispatch(call_of(x, *others, **named), x, trial)
+    return known[key]
+
+
+def _layout(x: Tensor) -> tuple[Any, ...]:
+    """What a description may depend on; of where x begins only whether that is at whole 16 bytes."""
+    return x.shape, x.stride(), x.dtype, x.storage_offset() % 16

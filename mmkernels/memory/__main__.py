@@ -1,6 +1,6 @@
 """Where the bytes at the peak of a training step are, by source line and operation.
 
-    python -m mmkernels.memory report [--frames 72] [--size 1024x576] [--way fused | --plan FILE]
+    python -m mmkernels.memory report [--frames 72] [--size 1024x576] [--kernels fused | --plan FILE]
         [--optimizer adamw|adamw8bit] [--out FOLDER]
 
 On a GPU the step runs there and the allocator's own history is read, beside what the model says; without one there is
@@ -30,7 +30,7 @@ from mmkernels.memory.measured import CudaAllocator
 from mmkernels.planning.peak_report import peak_report, print_report, wide_console, write_report
 from mmkernels.planning.sizes import parse_size
 from mmkernels.planning.svd import svd_workload
-from mmkernels.planning.workload import PeakBytes, measure_way, trace_way
+from mmkernels.planning.workload import PeakBytes, measure_step, trace_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +40,8 @@ class Settings:
     frames: int = 72
     size: str = "1024x576"  # width x height, pixels
     batch: int = 1  # clips
-    way: Literal["torch", "diffusers-checkpoint", "checkpoint", "fused"] = "fused"
-    plan: Path | None = None  # a file of python -m mmkernels.plan, in the place of a way
+    kernels: Literal["torch", "diffusers-checkpoint", "checkpoint", "fused"] = "fused"
+    plan: Path | None = None  # a file of python -m mmkernels.plan, in the place of kernels
     optimizer: OptimizerKind = "adamw"  # adamw: float32 weights under autocast; adamw8bit: bfloat16; a plan's own
     card: str = "H200"  # what the modelled half is for where there is no GPU, a name as in mmkernels/cards.py
     out: Path = Path("runs/memory")  # folder for the rows and the picture
@@ -62,26 +62,26 @@ def main(settings: Settings) -> int:
 
 
 def _title(settings: Settings) -> str:
-    way = settings.way if settings.plan is None else str(settings.plan)
+    plan = settings.kernels if settings.plan is None else str(settings.plan)
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    return f"one step of {settings.frames} frames of {settings.size}, {way}, {settings.optimizer}, {where}"
+    return f"one step of {settings.frames} frames of {settings.size}, {plan}, {settings.optimizer}, {where}"
 
 
 def _halves(settings: Settings) -> tuple[PeakBytes, PeakBytes | None]:
     """Modelled and measured."""
     width, height = parse_size(settings.size)
-    way: str | Plan = settings.way if settings.plan is None else read_plan(settings.plan)
-    optimizer = way.optimizer if isinstance(way, Plan) else OptimizerChoice(kind=settings.optimizer)
+    plan: str | Plan = settings.kernels if settings.plan is None else read_plan(settings.plan)
+    optimizer = plan.optimizer if isinstance(plan, Plan) else OptimizerChoice(kind=settings.optimizer)
     workload = partial(
         svd_workload, optimizer.kind, frames=settings.frames, height=height, width=width, batch=settings.batch
     )
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
     known = find_card(torch.cuda.get_device_name()) if device is not None else None
     history = History()
-    trace_way(workload(), way, known or card(settings.card), optimizer, history=history)
+    trace_step(workload(), plan, known or card(settings.card), optimizer, history=history)
     if device is None:
         return at_peak(history.events), None
-    measured = measure_way(workload(device=device), way, optimizer, CudaAllocator(device))
+    measured = measure_step(workload(device=device), plan, optimizer, CudaAllocator(device))
     return at_peak(history.events), measured
 
 

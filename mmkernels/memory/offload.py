@@ -1,6 +1,6 @@
 """Activation offload: what autograd saves goes to host memory during forward and comes back during backward.
 
-    offload = Offload(CudaDevice(device, slab_bytes), device, slab_bytes=..., window_bytes=...)
+    offload = Offload(CudaDevice(device, pinned_bytes), device, pinned_bytes=..., window_bytes=...)
     detach = offload.attach(model)
     for batch in batches:
         model(batch).backward()
@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from mmkernels.memory.slab import Place, Slab
+from mmkernels.memory.pinned_memory import PinnedMemory, Place
 from mmkernels.memory.transfer import Device
 from mmkernels.memory.units import current_unit
 
@@ -71,9 +71,9 @@ class Mover:
     window_bytes bounds what is leaving, what stays, and what has come back early, each.
     """
 
-    def __init__(self, device: Device, slab_bytes: int, window_bytes: int) -> None:
+    def __init__(self, device: Device, pinned_bytes: int, window_bytes: int) -> None:
         self.device, self.window_bytes = device, window_bytes
-        self.slab = Slab(slab_bytes)
+        self.pinned = PinnedMemory(pinned_bytes)
         self.moved_out_bytes = self.moved_in_bytes = 0
         self._leaving: dict[int, Leaving] = {}  # by the ticket's id, oldest first
         self._leaving_bytes = 0
@@ -112,7 +112,7 @@ class Mover:
         self._saved.append(index)
         if self._stays.get(index) == num_bytes:
             return ticket
-        ticket.place = place = self.slab.take(num_bytes)
+        ticket.place = place = self.pinned.take(num_bytes)
         # The compute stream has written the source, and has waited for whatever was read back from this place.
         self.device.wait("copy-out", self.device.record("compute"))
         self.device.copy_out(place.begin, num_bytes, source)
@@ -225,7 +225,7 @@ class Mover:
         if (ref := self._tickets.get(ticket.index)) is not None and ref() in (None, ticket):
             self._early.pop(ticket.index, None)
         if ticket.place is not None:
-            self.slab.give_back(ticket.place)
+            self.pinned.give_back(ticket.place)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,15 +243,15 @@ class Offload:
     """Hooks of autograd that give saved tensors on `torch_device` to a Mover.
 
     moves: whether what a unit saves moves, by its name (mmkernels.memory.units); a storage goes by the first unit that
-        saves it. Raises MemoryError from forward where a step saves more than the slab holds; the device raises it
-        before the first step where the host has no room for the slab.
+        saves it. Raises MemoryError from forward where a step saves more than pinned_bytes; the device raises it before
+        the first step where the host has no room for them.
     """
 
     def __init__(
-        self, device: Device, torch_device: torch.device, *, slab_bytes: int, window_bytes: int,
+        self, device: Device, torch_device: torch.device, *, pinned_bytes: int, window_bytes: int,
         moves: Callable[[str], bool] = lambda unit: True, least_bytes: int = 1 << 20,
     ) -> None:  # fmt: skip
-        self.mover = Mover(device, slab_bytes, window_bytes)
+        self.mover = Mover(device, pinned_bytes, window_bytes)
         self._torch_device, self._moves, self._least_bytes = torch_device, moves, least_bytes
         # By the storage's address; None for the ticket where it stays.
         self._decided: dict[int, tuple[StorageWeakRef, weakref.ref[Ticket] | None]] = {}

@@ -45,32 +45,32 @@ class Device(Protocol):
 
 
 class CudaDevice:
-    """torch.cuda with two copy streams and one slab of host memory, registered (page-locked) whole.
+    """torch.cuda with two copy streams and one piece of pinned host memory, registered (page-locked) whole.
 
     A pinned allocation by torch would be rounded up to a power of two and may be handed out again before a copy that
-    reads it is done. Blocks are uint8 tensors. The slab is unlocked and given back by `close`, or when the device goes.
-    Raises MemoryError where the host has no room for the slab.
+    reads it is done. Blocks are uint8 tensors. All is unlocked and given back by `close`, or when the device goes.
+    Raises MemoryError where the host has no room for it.
     """
 
-    def __init__(self, device: torch.device, slab_bytes: int) -> None:
-        check_host_memory(slab_bytes)
+    def __init__(self, device: torch.device, pinned_bytes: int) -> None:
+        check_host_memory(pinned_bytes)
         self.device = device
         self._copies = {name: torch.cuda.Stream(device) for name in ("copy-out", "copy-in")}
-        slab = torch.empty(slab_bytes, dtype=torch.uint8)
-        slab.zero_()  # by all threads: page-locking alone would have one of them fetch page after page
-        if error := int(_runtime().cudaHostRegister(slab.data_ptr(), slab_bytes, 0)):
+        pinned = torch.empty(pinned_bytes, dtype=torch.uint8)
+        pinned.zero_()  # by all threads: page-locking alone would have one of them fetch page after page
+        if error := int(_runtime().cudaHostRegister(pinned.data_ptr(), pinned_bytes, 0)):
             raise MemoryError(
-                f"CUDA refused to page-lock {slab_bytes:,} bytes of host memory (error {error}); "
+                f"CUDA refused to page-lock {pinned_bytes:,} bytes of host memory (error {error}); "
                 "raise the limit on locked memory (ulimit -l) or move less"
             )
-        self._slab = slab
+        self._pinned = pinned
         # Memory that is given back while it is locked cannot be locked again by whoever gets it next.
-        self._unlock = weakref.finalize(self, _unlock, device, slab)
+        self._unlock = weakref.finalize(self, _unlock, device, pinned)
         self._unlock.atexit = False  # the driver unlocks it then
 
     def close(self) -> None:
-        """Wait for the copies and give the slab back; the device is of no use afterwards."""
-        self._slab = torch.empty(0, dtype=torch.uint8)
+        """Wait for the copies and give the memory back; the device is of no use afterwards."""
+        self._pinned = torch.empty(0, dtype=torch.uint8)
         self._unlock()
 
     def _stream(self, name: StreamName) -> torch.cuda.Stream:
@@ -91,22 +91,22 @@ class CudaDevice:
     def copy_out(self, begin: int, num_bytes: int, source: Tensor) -> None:
         """An asynchronous copy to the host."""
         with torch.cuda.stream(self._copies["copy-out"]):
-            self._slab[begin : begin + num_bytes].copy_(source, non_blocking=True)
+            self._pinned[begin : begin + num_bytes].copy_(source, non_blocking=True)
 
     def copy_in(self, target: Tensor, begin: int, num_bytes: int) -> None:
         """An asynchronous copy from the host."""
         with torch.cuda.stream(self._copies["copy-in"]):
-            target.copy_(self._slab[begin : begin + num_bytes], non_blocking=True)
+            target.copy_(self._pinned[begin : begin + num_bytes], non_blocking=True)
 
 
 def _runtime() -> Any:
     return torch.cuda.cudart()
 
 
-def _unlock(device: torch.device, slab: Tensor) -> None:
+def _unlock(device: torch.device, pinned: Tensor) -> None:
     torch.cuda.synchronize(device)
-    if error := int(_runtime().cudaHostUnregister(slab.data_ptr())):
-        raise RuntimeError(f"CUDA refused to unlock {slab.numel():,} bytes of host memory (error {error})")
+    if error := int(_runtime().cudaHostUnregister(pinned.data_ptr())):
+        raise RuntimeError(f"CUDA refused to unlock {pinned.numel():,} bytes of host memory (error {error})")
 
 
 def available_host_bytes(meminfo: Path = Path("/proc/meminfo")) -> int:

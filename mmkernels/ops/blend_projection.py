@@ -22,6 +22,7 @@ from mmkernels.costs import device_kind
 from mmkernels.kernels import blend
 from mmkernels.kernels.blend.formula import mix
 from mmkernels.kernels.column_sums import column_sums
+from mmkernels.kernels.dispatch import asked_once
 from mmkernels.kernels.layer_norm import add_residual_into
 from mmkernels.matrices import adapter_flops, check_adapters, matrices, of_lists, wanted, wide_like
 from mmkernels.rows import check_shapes, chunk_size, chunks, even_chunk, rows_of, wide_dtype
@@ -47,18 +48,19 @@ def _forward(
 ) -> Tensor:  # fmt: skip
     y, wide_bias = _output(residual, spatial, weight), bias.to(wide_dtype(bias.dtype)).contiguous()
     (matrix,), _ = matrices((weight,), (False,), adapters, places)
-    for chunk in chunks(spatial, chunk_frames):
-        mixed = blend.mixed(spatial[chunk], temporal[chunk], alpha[chunk], weight.dtype)
-        if residual is None:
-            projected = matrix.times(rows_of(mixed), bias=bias)
-            y[chunk] = projected.view(y[chunk].shape)
-        elif device_kind(residual) == "cuda":
-            projected = matrix.times(rows_of(mixed))
-            add_residual_into(residual[chunk], None, projected, wide_bias, y[chunk])
-        else:
-            projected = matrix.times(rows_of(mixed), bias=bias)
-            torch.add(residual[chunk], projected.view(residual[chunk].shape), out=y[chunk])
-        del mixed, projected  # before the next ones are there
+    with asked_once():
+        for chunk in chunks(spatial, chunk_frames):
+            mixed = blend.mixed(spatial[chunk], temporal[chunk], alpha[chunk], weight.dtype)
+            if residual is None:
+                projected = matrix.times(rows_of(mixed), bias=bias)
+                y[chunk] = projected.view(y[chunk].shape)
+            elif device_kind(residual) == "cuda":
+                projected = matrix.times(rows_of(mixed))
+                add_residual_into(residual[chunk], None, projected, wide_bias, y[chunk])
+            else:
+                projected = matrix.times(rows_of(mixed), bias=bias)
+                torch.add(residual[chunk], projected.view(residual[chunk].shape), out=y[chunk])
+            del mixed, projected  # before the next ones are there
     return y
 
 
@@ -105,21 +107,22 @@ def _backward(
     dspatial, dtemporal, dalpha, _, dbias, _ = _gradients(dy, alpha, weight, adapters, dtype, needs)
     dbias.zero_()
     (matrix,), sums = matrices((weight,), (needs[4],), adapters, places, needs[6])
-    for chunk in chunks(dy, chunk_frames):
-        dy_rows = rows_of(dy[chunk]).to(weight.dtype)
-        dbias += column_sums(dy_rows[None])[0]
-        mixed = None
-        if _reads_mixed(needs):
-            assert spatial is not None and temporal is not None
-            mixed = rows_of(blend.mixed(spatial[chunk], temporal[chunk], alpha[chunk], weight.dtype))
-            matrix.collect(dy_rows, mixed)
-        if any(needs[1:4]):
-            dmixed = matrix.back(dy_rows, mixed).view(*dy[chunk].shape[:2], -1)
-            # Where alpha wants no gradient, nothing reads the streams: any two of their shape will do.
-            s, t = (dmixed, dmixed) if spatial is None or temporal is None else (spatial[chunk], temporal[chunk])
-            blend.backward_into(dmixed, s, t, alpha[chunk], dspatial[chunk], dtemporal[chunk], dalpha[chunk])
-            del dmixed
-        del mixed  # before the next one is there
+    with asked_once():
+        for chunk in chunks(dy, chunk_frames):
+            dy_rows = rows_of(dy[chunk]).to(weight.dtype)
+            dbias += column_sums(dy_rows[None])[0]
+            mixed = None
+            if _reads_mixed(needs):
+                assert spatial is not None and temporal is not None
+                mixed = rows_of(blend.mixed(spatial[chunk], temporal[chunk], alpha[chunk], weight.dtype))
+                matrix.collect(dy_rows, mixed)
+            if any(needs[1:4]):
+                dmixed = matrix.back(dy_rows, mixed).view(*dy[chunk].shape[:2], -1)
+                # Where alpha wants no gradient, nothing reads the streams: any two of their shape will do.
+                s, t = (dmixed, dmixed) if spatial is None or temporal is None else (spatial[chunk], temporal[chunk])
+                blend.backward_into(dmixed, s, t, alpha[chunk], dspatial[chunk], dtemporal[chunk], dalpha[chunk])
+                del dmixed
+            del mixed  # before the next one is there
     return dspatial, dtemporal, dalpha, matrix.sum, dbias, sums
 
 

@@ -22,6 +22,7 @@ from torch.nn.functional import layer_norm, linear
 from torch.utils.flop_counter import register_flop_formula
 
 from mmkernels.kernels.column_sums import column_sums
+from mmkernels.kernels.dispatch import asked_once
 from mmkernels.kernels.few_tokens import Scores, default_chunk_tokens, heads_of, rows_of_heads
 from mmkernels.kernels.layer_norm import add_residual_into, layer_norm_backward_into, layer_norm_of
 from mmkernels.matrices import (
@@ -78,7 +79,7 @@ def _forward(
     k, v = (heads_of(x.to(wide), num_heads) for x in (keys, values))
     chunks, largest = chunks_of_tokens(x, chunk_tokens)
     buffers = Buffers(x, dtype, largest)
-    with torch.autocast(x.device.type, enabled=False):  # which would narrow the scores
+    with torch.autocast(x.device.type, enabled=False), asked_once():  # which would narrow the scores
         for rows, tokens, _ in chunks:
             part = x[rows, tokens]
             h, _, _ = layer_norm_of(part, None, norm_weight, norm_bias, eps, buffers)
@@ -115,7 +116,7 @@ def _backward(
     dk, dv = (heads_of(gradient.zero_(), num_heads) if gradient.numel() else gradient for gradient in (dkeys, dvalues))
     chunks, largest = chunks_of_tokens(x, chunk_tokens)
     buffers = Buffers(x, dtype, largest)
-    with torch.autocast(x.device.type, enabled=False):  # which would narrow the scores
+    with torch.autocast(x.device.type, enabled=False), asked_once():  # which would narrow the scores
         for rows, tokens, _ in chunks if needs[4] or _is_inside(needs) else ():
             part, dpart = x[rows, tokens], dy[rows, tokens]
             h, mean, rstd = layer_norm_of(part, None, norm_weight, norm_bias, eps, buffers)
@@ -135,12 +136,11 @@ def _backward(
             if needs[6]:
                 dk[rows] += dscores.transpose(2, 3) @ q
             if _is_before_q(needs):
-                dq = rows_of_heads(dscores @ k[rows], dtype)
+                dq, target = rows_of_heads(dscores @ k[rows], dtype), dx[rows, tokens]
                 to_q.collect(dq, h)
                 if through_norm(needs):
-                    vector_sums += layer_norm_backward_into(
-                        to_q.back(dq, h), part, None, norm_weight, mean, rstd, dpart, dx[rows, tokens]
-                    )
+                    dh = to_q.back(dq, h)
+                    vector_sums += layer_norm_backward_into(dh, part, None, norm_weight, mean, rstd, dpart, target)
     if needs[5] and not through_norm(needs):
         vector_sums[2] = column_sums(dy).sum(0)
     return dx, to_q.sum, out.sum, vector_sums, dkeys, dvalues, sums

@@ -27,6 +27,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from mmkernels.kernels import geglu_product as up_geglu
 from mmkernels.kernels.column_sums import column_sums
+from mmkernels.kernels.dispatch import asked_once
 from mmkernels.kernels.geglu import geglu_backward_into, geglu_into
 from mmkernels.kernels.layer_norm import add_residual_into, layer_norm_backward_into, layer_norm_of
 from mmkernels.matrices import adapter_flops, check_adapters, matrices, of_lists, wanted, wide_like
@@ -59,31 +60,31 @@ def _forward(
     down_weight: Tensor, down_bias: Tensor, adapters: Sequence[Tensor], places: Sequence[int], eps: float,
     chunk_tokens: int, keep_up: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    C, H = down_weight.shape
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    saved = torch.empty(_saved_shape(x, up_weight, keep_up), dtype=up_weight.dtype, device=x.device)
+    H, (y, saved) = down_weight.shape[1], _outputs(x, up_weight, keep_up)
     vectors = [wide_vector(vector, x) for vector in (norm_weight, norm_bias, up_bias, down_bias)]
     shifts = _flat_shift(x, shift)
     (up, down), _ = matrices((up_weight, down_weight), (False, False), adapters, places)
     chunks, largest = chunks_of_tokens(x, chunk_tokens)
     buffers = Buffers(x, up_weight.dtype, largest)
-    for rows, tokens, flat in chunks:
-        count, part = flat.stop - flat.start, x[rows, tokens]
-        chunk_shift = None if shifts is None else shifts[rows]
-        place = up_geglu.place_in(y[rows, tokens], up_weight.dtype)
-        normal, _, _ = layer_norm_of(part, chunk_shift, vectors[0], vectors[1], eps, buffers, place)
-        g = buffers.take("g", count, H)
-        if keep_up or up.adapters:
-            u = saved[flat] if keep_up else buffers.take("u", count, 2 * H)
-            geglu_into(up.times(normal, u), vectors[2], g)
-        else:
-            up_geglu.forward_into(normal, up_weight, vectors[2], g, partial(buffers.take, "u", count, 2 * H))
-        add_residual_into(part, chunk_shift, down.times(g, normal), vectors[3], y[rows, tokens])
+    with asked_once():
+        for rows, tokens, flat in chunks:
+            count, part = flat.stop - flat.start, x[rows, tokens]
+            chunk_shift = None if shifts is None else shifts[rows]
+            place = up_geglu.place_in(y[rows, tokens], up_weight.dtype)
+            normal, _, _ = layer_norm_of(part, chunk_shift, vectors[0], vectors[1], eps, buffers, place)
+            g = buffers.take("g", count, H)
+            if keep_up or up.adapters:
+                u = saved[flat] if keep_up else buffers.take("u", count, 2 * H)
+                geglu_into(up.times(normal, u), vectors[2], g)
+            else:
+                up_geglu.forward_into(normal, up_weight, vectors[2], g, partial(buffers.take, "u", count, 2 * H))
+            add_residual_into(part, chunk_shift, down.times(g, normal), vectors[3], y[rows, tokens])
     return y, saved
 
 
-def _saved_shape(x: Tensor, up_weight: Tensor, keep_up: bool) -> tuple[int, ...]:
-    return (x.shape[0] * x.shape[1], up_weight.shape[0]) if keep_up else (0, up_weight.shape[0])
+def _outputs(x: Tensor, up_weight: Tensor, keep_up: bool) -> tuple[Tensor, Tensor]:
+    y, rows = torch.empty(x.shape, dtype=x.dtype, device=x.device), x.shape[0] * x.shape[1] if keep_up else 0
+    return y, torch.empty((rows, up_weight.shape[0]), dtype=up_weight.dtype, device=x.device)
 
 
 def _flat_shift(x: Tensor, shift: Tensor | None) -> Tensor | None:
@@ -93,8 +94,7 @@ def _flat_shift(x: Tensor, shift: Tensor | None) -> Tensor | None:
 @_forward.register_fake
 def _forward_fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     _, _, _, up_weight, *_, keep_up = rest
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    return y, torch.empty(_saved_shape(x, up_weight, keep_up), dtype=up_weight.dtype, device=x.device)
+    return _outputs(x, up_weight, keep_up)
 
 
 def _product_flops(x: Sequence[int], up: Sequence[int], products: int) -> int:
@@ -122,31 +122,32 @@ def _backward(
     Those of parameters are at least float32; autograd rounds them to the dtype of the parameter.
     """
     C, H = down_weight.shape
-    dx, dshift, _, _, _, vector_sums, _ = _gradients(x, shift, up_weight, up_bias, down_weight, adapters, needs)
+    dx, dshift, _, _, _, vector_sums, _ = _gradients(x, up_weight, up_bias, down_weight, adapters, needs)
     norm_weight, norm_bias, up_bias = (wide_vector(vector, x) for vector in (norm_weight, norm_bias, up_bias))
     (up, down), sums = matrices((up_weight, down_weight), (needs[4], needs[6]), adapters, places, needs[8])
     up_bias_sum, _, shifts = torch.zeros_like(up_bias), vector_sums.zero_(), _flat_shift(x, shift)
     chunks, largest = chunks_of_tokens(x, chunk_tokens)
     buffers = Buffers(x, up_weight.dtype, largest)
-    for rows, tokens, flat in chunks if any((*needs[:7], needs[8])) else ():
-        count, part = flat.stop - flat.start, x[rows, tokens]
-        chunk_shift = None if shifts is None else shifts[rows]
-        place = up_geglu.place_in(dx[rows, tokens], up_weight.dtype) if _is_through(needs) else None
-        normal, mean, rstd = layer_norm_of(part, chunk_shift, norm_weight, norm_bias, eps, buffers, place)
-        du = buffers.take("u", count, 2 * H)
-        d_product = dy[rows, tokens].reshape(count, C).to(up_weight.dtype)
-        g = down.back(d_product, buffers.take("g", count, H))  # dg first
-        if saved.numel() or up.adapters:
-            u = saved[flat] if saved.numel() else up.times(normal, du)
-            up_bias_sum += geglu_backward_into(u, up_bias, g, du, g)
-        else:
-            up_bias_sum += up_geglu.backward_into(normal, up_weight, up_bias, du, g)
-        down.collect(d_product, g)
-        up.collect(du, normal)
-        if _is_through(needs):
-            vector_sums += layer_norm_backward_into(
-                up.back(du, normal), part, chunk_shift, norm_weight, mean, rstd, dy[rows, tokens], dx[rows, tokens]
-            )
+    with asked_once():
+        for rows, tokens, flat in chunks if any((*needs[:7], needs[8])) else ():
+            count, part = flat.stop - flat.start, x[rows, tokens]
+            chunk_shift = None if shifts is None else shifts[rows]
+            place = up_geglu.place_in(dx[rows, tokens], up_weight.dtype) if _is_through(needs) else None
+            normal, mean, rstd = layer_norm_of(part, chunk_shift, norm_weight, norm_bias, eps, buffers, place)
+            du = buffers.take("u", count, 2 * H)
+            d_product = dy[rows, tokens].reshape(count, C).to(up_weight.dtype)
+            g = down.back(d_product, buffers.take("g", count, H))  # dg first
+            if saved.numel() or up.adapters:
+                u = saved[flat] if saved.numel() else up.times(normal, du)
+                up_bias_sum += geglu_backward_into(u, up_bias, g, du, g)
+            else:
+                up_bias_sum += up_geglu.backward_into(normal, up_weight, up_bias, du, g)
+            down.collect(d_product, g)
+            up.collect(du, normal)
+            if _is_through(needs):
+                vector_sums += layer_norm_backward_into(
+                    up.back(du, normal), part, chunk_shift, norm_weight, mean, rstd, dy[rows, tokens], dx[rows, tokens]
+                )
     if needs[7] and not _is_through(needs):
         vector_sums[2] = column_sums(dy).sum(0)
     if dshift.numel():
@@ -160,14 +161,14 @@ def _is_through(needs: Sequence[bool]) -> bool:
 
 
 @_backward.register_fake
-def _backward_fake(dy: Tensor, x: Tensor, shift: Tensor | None, *rest: Any) -> tuple[Any, ...]:
-    _, _, _, up_weight, up_bias, down_weight, adapters, *_, needs = rest
-    return _gradients(x, shift, up_weight, up_bias, down_weight, adapters, needs)
+def _backward_fake(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Any, ...]:
+    _, _, _, _, up_weight, up_bias, down_weight, adapters, *_, needs = rest
+    return _gradients(x, up_weight, up_bias, down_weight, adapters, needs)
 
 
 def _gradients(
-    x: Tensor, shift: Tensor | None, up_weight: Tensor, up_bias: Tensor, down_weight: Tensor,
-    adapters: Sequence[Tensor], needs: Sequence[bool],
+    x: Tensor, up_weight: Tensor, up_bias: Tensor, down_weight: Tensor, adapters: Sequence[Tensor],
+    needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, List[Tensor]]:  # fmt: skip
     """What `_backward` returns, uninitialised: empty where it is not wanted, but for vectors, which come in passing."""
     wide, (R, _, C) = wide_dtype(x.dtype), x.shape
@@ -193,8 +194,7 @@ def _backward_flops(_: Any, x: Sequence[int], *shapes: Any, **__: Any) -> int:
 
 
 def _save(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor]) -> None:
-    x, shift, *parameters, _, adapters, ctx.places, eps, chunk_tokens, _ = inputs
-    ctx.settings = (eps, chunk_tokens)
+    (x, shift, *parameters, _), (adapters, ctx.places, *ctx.settings, _) = inputs[:8], inputs[8:]
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # otherwise backward begins by zeroing a gradient as large as the kept one
     ctx.save_for_backward(x, shift, output[1], *parameters, *adapters)

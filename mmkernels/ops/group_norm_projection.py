@@ -20,6 +20,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from mmkernels.kernels import group_norm_tokens
 from mmkernels.kernels.column_sums import column_sums
+from mmkernels.kernels.dispatch import asked_once
 from mmkernels.kernels.group_norm.norm import Norm
 from mmkernels.matrices import adapter_flops, check_adapters, matrices, of_lists, wanted, wide_like
 from mmkernels.rows import check_shapes, chunk_size, chunks, even_chunk, rows_of, wide_dtype
@@ -103,22 +104,23 @@ def _backward(
     gamma, beta = gamma.contiguous(), beta.contiguous()
     (matrix,), sums = matrices((weight,), (needs[3],), adapters, places, needs[5])
     kernels = group_norm_tokens.choose(x, weight.dtype)
-    for chunk in chunks(x, chunk_frames):
-        dy_rows, norm = rows_of(dy[chunk]).to(weight.dtype), Norm(mean[chunk], rstd[chunk], gamma, beta)
-        if needs[4]:
-            dbias += column_sums(dy_rows[None])[0]
-        h = None
-        if needs[3] or needs[5]:
-            h, kept = kernels.normalised_again(x[chunk], norm, weight.dtype)
-            matrix.collect(dy_rows, rows_of(h))
-        else:
-            kept = kernels.kept(x[chunk], norm)
-        if _is_through(needs):
-            dh = matrix.back(dy_rows, None if h is None else rows_of(h)).view(x[chunk].shape)
-            for total, value in zip(vector_sums, kernels.backward_into(kept, dh, norm, dx[chunk]), strict=True):
-                total += value
-            del dh
-        del h, kept  # before the next ones are there
+    with asked_once():
+        for chunk in chunks(x, chunk_frames):
+            dy_rows, norm = rows_of(dy[chunk]).to(weight.dtype), Norm(mean[chunk], rstd[chunk], gamma, beta)
+            if needs[4]:
+                dbias += column_sums(dy_rows[None])[0]
+            h = None
+            if needs[3] or needs[5]:
+                h, kept = kernels.normalised_and_kept(x[chunk], norm, weight.dtype)
+                matrix.collect(dy_rows, rows_of(h))
+            else:
+                kept = kernels.kept(x[chunk], norm)
+            if _is_through(needs):
+                dh = matrix.back(dy_rows, None if h is None else rows_of(h)).view(x[chunk].shape)
+                for total, value in zip(vector_sums, kernels.backward_into(kept, dh, norm, dx[chunk]), strict=True):
+                    total += value
+                del dh
+            del h, kept  # before the next ones are there
     return dx, matrix.sum, dbias, vector_sums, sums
 
 

@@ -23,6 +23,7 @@ from torch.utils.flop_counter import register_flop_formula, sdpa_backward_flop_c
 
 from mmkernels.kernels import attention
 from mmkernels.kernels.column_sums import column_sums
+from mmkernels.kernels.dispatch import asked_once
 from mmkernels.kernels.launch import MOST_GRID_YZ
 from mmkernels.kernels.layer_norm import add_residual_into, layer_norm_backward_into, layer_norm_of
 from mmkernels.matrices import (
@@ -49,8 +50,7 @@ from mmkernels.rows import (
 from mmkernels.scratch import Buffers
 
 Backend = Literal["torch", "xformers", "flash-attn"]
-# Of a chunk's shape, in backward: h, q, k, v and their gradients, that of o, and one in float32 inside the attention.
-_NUM_TENSORS = 10
+_NUM_TENSORS = 10  # of a chunk's shape, in backward: h, q, k, v, their gradients, o's, and one in float32 inside
 
 
 # --- reference
@@ -86,13 +86,14 @@ def _forward(
     (qkv, out), _ = matrices((qkv_weight, out_weight), (False, False), adapters, places)
     attend = _attention(x, qkv_weight, num_heads, backend)
     buffers = Buffers(x, qkv_weight.dtype, min(chunk_frames, x.shape[0]) * x.shape[1])
-    for chunk in chunks(x, chunk_frames):
-        part = x[chunk]
-        h, _, _ = layer_norm_of(part, None, norm_weight, norm_bias, eps, buffers)
-        q, k, v = _heads(qkv.times(h).view(*part.shape[:2], -1), 3, num_heads)
-        attended, logsumexp[chunk] = attend.forward(q, k, v)
-        o[chunk] = attended.flatten(2)
-        add_residual_into(part, None, out.times(rows_of(o[chunk]), h), out_bias, y[chunk])
+    with asked_once():
+        for chunk in chunks(x, chunk_frames):
+            part = x[chunk]
+            h, _, _ = layer_norm_of(part, None, norm_weight, norm_bias, eps, buffers)
+            q, k, v = _heads(qkv.times(h).view(*part.shape[:2], -1), 3, num_heads)
+            attended, logsumexp[chunk] = attend.forward(q, k, v)
+            o[chunk] = attended.flatten(2)
+            add_residual_into(part, None, out.times(rows_of(o[chunk]), h), out_bias, y[chunk])
     return y, o, logsumexp
 
 
@@ -148,7 +149,6 @@ def _backward(
     """Gradients of x, qkv_weight, out_weight, the (3, C) of norm_weight, norm_bias and out_bias, and of the adapters.
 
     needs: which of the forward's tensors want theirs, the adapters last and together; see `gradients_of_attention`.
-    Those of parameters are at least float32; autograd rounds them to the dtype of the parameter.
     """
     dx, _, _, vector_sums, _ = gradients_of_attention(x, qkv_weight, out_weight, adapters, needs)
     vector_sums.zero_()
@@ -156,17 +156,18 @@ def _backward(
     (qkv, out), sums = matrices((qkv_weight, out_weight), (needs[3], needs[4]), adapters, places, needs[6])
     attend = _attention(x, qkv_weight, num_heads, backend)
     buffers = Buffers(x, qkv_weight.dtype, min(chunk_frames, x.shape[0]) * x.shape[1])
-    for chunk in chunks(x, chunk_frames):
-        part, o_part, dout = x[chunk], o[chunk], rows_of(dy[chunk]).to(out_weight.dtype)
-        out.collect(dout, rows_of(o_part))
-        if not _is_inside(needs):
-            continue
-        h, mean, rstd = layer_norm_of(part, None, norm_weight, norm_bias, eps, buffers)
-        packed = _packed_gradient(h, dout, o_part, logsumexp[chunk], qkv, out, num_heads, attend)
-        qkv.collect(packed, h)
-        if through_norm(needs):
-            dh = qkv.back(packed, h)
-            vector_sums += layer_norm_backward_into(dh, part, None, norm_weight, mean, rstd, dy[chunk], dx[chunk])
+    with asked_once():
+        for chunk in chunks(x, chunk_frames):
+            part, o_part, dout = x[chunk], o[chunk], rows_of(dy[chunk]).to(out_weight.dtype)
+            out.collect(dout, rows_of(o_part))
+            if not _is_inside(needs):
+                continue
+            h, mean, rstd = layer_norm_of(part, None, norm_weight, norm_bias, eps, buffers)
+            packed = _packed_gradient(h, dout, o_part, logsumexp[chunk], qkv, out, num_heads, attend)
+            qkv.collect(packed, h)
+            if through_norm(needs):
+                dh = qkv.back(packed, h)
+                vector_sums += layer_norm_backward_into(dh, part, None, norm_weight, mean, rstd, dy[chunk], dx[chunk])
     if needs[5] and not through_norm(needs):
         vector_sums[2] = column_sums(dy).sum(0)
     return dx, qkv.sum, out.sum, vector_sums, sums
@@ -199,10 +200,9 @@ def _backward_flops(_: Sequence[int], x_shape: Sequence[int], *rest: Any, **__: 
 
 def _save(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor, Tensor]) -> None:
     x, norm_weight, norm_bias, qkv_weight, out_weight, _, adapters, ctx.places, *ctx.settings = inputs
-    _, o, logsumexp = output
-    ctx.mark_non_differentiable(o, logsumexp)
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # otherwise backward begins by zeroing a gradient as large as o
-    ctx.save_for_backward(x, o, logsumexp, norm_weight, norm_bias, qkv_weight, out_weight, *adapters)
+    ctx.save_for_backward(x, *output[1:], norm_weight, norm_bias, qkv_weight, out_weight, *adapters)
 
 
 def _differentiate(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Any, ...]:

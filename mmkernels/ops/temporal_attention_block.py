@@ -24,6 +24,7 @@ from torch.utils.flop_counter import register_flop_formula
 from mmkernels.costs import device_kind
 from mmkernels.kernels import temporal_attention as attention
 from mmkernels.kernels.column_sums import column_sums
+from mmkernels.kernels.dispatch import asked_once
 from mmkernels.kernels.layer_norm import add_residual_into, layer_norm_backward_into, layer_norm_of
 from mmkernels.matrices import (
     adapter_flops,
@@ -94,15 +95,16 @@ def _forward(
     norm_weight, norm_bias, out_bias = (wide_vector(vector, x) for vector in (norm_weight, norm_bias, out_bias))
     (to_qkv, out), _ = matrices((qkv_weight, out_weight), (False, False), adapters, places)
     chunk = _Chunk(x, qkv_weight.dtype, num_heads, chunk_pixels)
-    for b, pixels in chunk:
-        h, _, _ = layer_norm_of(x[b, :, pixels], None, norm_weight, norm_bias, eps, chunk.buffers)
-        target = chunk.saved(saved, b, pixels) if keep_qkv else chunk.buffer("qkv", pixels, 3 * C)
-        qkv = to_qkv.times(h, target)
-        o = chunk.buffer("o", pixels, C)
-        (q, k, v), (o_heads,) = chunk.heads(qkv, 3), chunk.heads(o, 1)
-        attention.temporal_attention_into(q, k, v, o_heads)
-        inner = out.times(o, h)
-        add_residual_into(x[b, :, pixels], None, inner, out_bias, y[b, :, pixels])
+    with asked_once():
+        for b, pixels in chunk:
+            h, _, _ = layer_norm_of(x[b, :, pixels], None, norm_weight, norm_bias, eps, chunk.buffers)
+            target = chunk.saved(saved, b, pixels) if keep_qkv else chunk.buffer("qkv", pixels, 3 * C)
+            qkv = to_qkv.times(h, target)
+            o = chunk.buffer("o", pixels, C)
+            (q, k, v), (o_heads,) = chunk.heads(qkv, 3), chunk.heads(o, 1)
+            attention.temporal_attention_into(q, k, v, o_heads)
+            inner = out.times(o, h)
+            add_residual_into(x[b, :, pixels], None, inner, out_bias, y[b, :, pixels])
     return y, saved
 
 
@@ -126,7 +128,6 @@ def _backward(
     """Gradients of x, qkv_weight, out_weight, the (3, C) of norm_weight, norm_bias and out_bias, and of the adapters.
 
     needs: which of the forward's tensors want theirs, the adapters last and together; see `gradients_of_attention`.
-    Those of parameters are at least float32; autograd rounds them to the dtype of the parameter.
     """
     C = x.shape[3]
     dx, _, _, vector_sums, _ = gradients_of_attention(x, qkv_weight, out_weight, adapters, needs)
@@ -134,23 +135,25 @@ def _backward(
     norm_weight, norm_bias = wide_vector(norm_weight, x), wide_vector(norm_bias, x)
     (to_qkv, out), sums = matrices((qkv_weight, out_weight), (needs[3], needs[4]), adapters, places, needs[6])
     chunk = _Chunk(x, qkv_weight.dtype, num_heads, chunk_pixels)
-    for b, pixels in chunk if _is_inside(needs) else ():
-        h, mean, rstd = layer_norm_of(x[b, :, pixels], None, norm_weight, norm_bias, eps, chunk.buffers)
-        qkv = chunk.saved(saved, b, pixels) if saved.numel() else to_qkv.times(h, chunk.buffer("qkv", pixels, 3 * C))
-        d_product = chunk.buffer("dinner", pixels, C)
-        d_product.view(dy[b, :, pixels].shape).copy_(dy[b, :, pixels])
-        do = out.back(d_product, chunk.buffer("do", pixels, C))
-        o, dqkv = chunk.buffer("o", pixels, C), chunk.buffer("dqkv", pixels, 3 * C)
-        (do_heads,), (o_heads,) = chunk.heads(do, 1), chunk.heads(o, 1)
-        q, k, v, dq, dk, dv = *chunk.heads(qkv, 3), *chunk.heads(dqkv, 3)
-        attention.temporal_attention_backward_into(q, k, v, do_heads, (dq, dk, dv), o=o_heads)
-        out.collect(d_product, o)
-        to_qkv.collect(dqkv, h)
-        if through_norm(needs):
-            vector_sums += layer_norm_backward_into(
-                to_qkv.back(dqkv, do), x[b, :, pixels], None, norm_weight, mean, rstd, dy[b, :, pixels],
-                dx[b, :, pixels],
-            )  # fmt: skip
+    with asked_once():
+        for b, pixels in chunk if _is_inside(needs) else ():
+            h, mean, rstd = layer_norm_of(x[b, :, pixels], None, norm_weight, norm_bias, eps, chunk.buffers)
+            target = chunk.saved(saved, b, pixels) if saved.numel() else chunk.buffer("qkv", pixels, 3 * C)
+            qkv = target if saved.numel() else to_qkv.times(h, target)
+            d_product = chunk.buffer("dinner", pixels, C)
+            d_product.view(dy[b, :, pixels].shape).copy_(dy[b, :, pixels])
+            do = out.back(d_product, chunk.buffer("do", pixels, C))
+            o, dqkv = chunk.buffer("o", pixels, C), chunk.buffer("dqkv", pixels, 3 * C)
+            (do_heads,), (o_heads,) = chunk.heads(do, 1), chunk.heads(o, 1)
+            q, k, v, dq, dk, dv = *chunk.heads(qkv, 3), *chunk.heads(dqkv, 3)
+            attention.temporal_attention_backward_into(q, k, v, do_heads, (dq, dk, dv), o=o_heads)
+            out.collect(d_product, o)
+            to_qkv.collect(dqkv, h)
+            if through_norm(needs):
+                vector_sums += layer_norm_backward_into(
+                    to_qkv.back(dqkv, do), x[b, :, pixels], None, norm_weight, mean, rstd, dy[b, :, pixels],
+                    dx[b, :, pixels],
+                )  # fmt: skip
     if needs[5] and not through_norm(needs):
         vector_sums[2] = column_sums(dy.flatten(1, 2)).sum(0)
     return dx, to_qkv.sum, out.sum, vector_sums, sums

@@ -23,7 +23,7 @@ PARTS = {  # what memory is used for, from the bottom of the picture, and its co
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """A way of running the step on the front."""
+    """A plan, or a plain step, on the front."""
 
     label: str
     peak_gib: float

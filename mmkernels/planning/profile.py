@@ -29,7 +29,7 @@ class UnitCost:
 
 @dataclass(frozen=True, kw_only=True)
 class BlockCost:
-    """The units of a block, and what it costs to run it whole again. input_bytes: None where that is not possible."""
+    """The units of a block, and what it costs to recompute it whole. input_bytes: None where that is not possible."""
 
     name: str
     units: tuple[UnitCost, ...]
@@ -53,7 +53,7 @@ class PhaseCost:
     away_share: of the bytes that earlier blocks move, the part that is off the device; the rest is in use, as skips.
     own_keep_share, own_move_share: of what the phase's own block keeps more, or moves, the part that is there, or is
         not there, at its peak.
-    own_again_bytes: what the peak grows by where the phase's own block is run whole again.
+    own_recompute_bytes: what the peak grows by where the phase's own block is recomputed whole.
     """
 
     name: str

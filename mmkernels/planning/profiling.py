@@ -16,12 +16,12 @@ from mmkernels.planning.workload import (
     Traced,
     Workload,
     moments_bytes,
-    trace_way,
+    trace_step,
 )
 from mmkernels.replacement import plan_units, replace
 from mmkernels.weight_parts import part
 
-SLAB_BYTES = 1 << 50  # of a profile's traces: no limit
+PINNED_BYTES = 1 << 50  # of a profile's traces: no limit
 Units = Mapping[str, Mapping[str, tuple[Choice, ...]]]
 
 
@@ -40,12 +40,12 @@ def take_profile(workload: Workload, card: Card, optimizer: OptimizerChoice, scr
     units = units_of(workload)
     names = [f"{block}/{unit}" for block, each in units.items() for unit in each if unit != BLOCK_INPUT]
     keepable = [f"{block}/{unit}" for block, each in units.items() for unit, can in each.items() if "keep" in can]
-    base = trace_way(workload, plan(), card, optimizer)
-    kept = trace_way(workload, plan(units=dict.fromkeys(keepable, "keep")), card, optimizer)
-    recomputed = trace_way(workload, plan(recomputed_blocks=_runnable(units)), card, optimizer)
-    away_plan = plan(units=dict.fromkeys(names, "move"), window_bytes=0, slab_bytes=SLAB_BYTES)
+    base = trace_step(workload, plan(), card, optimizer)
+    kept = trace_step(workload, plan(units=dict.fromkeys(keepable, "keep")), card, optimizer)
+    recomputed = trace_step(workload, plan(recomputed_blocks=_runnable(units)), card, optimizer)
+    away_plan = plan(units=dict.fromkeys(names, "move"), window_bytes=0, pinned_bytes=PINNED_BYTES)
     watch = WatchingClock(card)
-    away = trace_way(workload, away_plan, card, optimizer, watch) if card.link_bytes_per_s else None
+    away = trace_step(workload, away_plan, card, optimizer, watch) if card.link_bytes_per_s else None
     for other in (kept, recomputed, away):
         _check_phases(base, other)
     blocks = tuple(_block(name, units[name], base, kept, recomputed, watch) for name in units)

@@ -10,7 +10,7 @@ from mmkernels.choices import GIB, Modelled, OptimizerChoice, OptimizerKind, Pla
 from mmkernels.planning.profile import Profile
 from mmkernels.planning.profiling import take_profile
 from mmkernels.planning.solver import Limits, Solution, solve
-from mmkernels.planning.workload import Traced, Workload, trace_way
+from mmkernels.planning.workload import Traced, Workload, trace_step
 from mmkernels.scratch import DEFAULT_BYTES
 
 HOST_GIB = 40.0  # of the host's memory that a plan may take where nothing is said: what a host of 64 GB can spare
@@ -56,7 +56,7 @@ class Search:
         placed = replace(profile.optimizer, can_be_in_backward=can_update_in_backward, host_s=host_s)
         self.profile: Profile = replace(profile, optimizer=placed)
         if plain_flops is None:
-            plain_flops = trace_way(workload, "torch", card, OptimizerChoice(kind=kind)).trace.flops
+            plain_flops = trace_step(workload, "torch", card, OptimizerChoice(kind=kind)).trace.flops
         self.plain_flops = plain_flops
 
     def best(self, budget_gib: float, like: Chosen | None = None) -> Chosen:
@@ -116,10 +116,10 @@ class Search:
         )
         plan = Plan(
             units=solution.units, recomputed_blocks=solution.recomputed_blocks, window_bytes=solution.window_bytes,
-            slab_bytes=_slab_bytes(solution), scratch_bytes=self.scratch_bytes, optimizer=optimizer,
+            pinned_bytes=_pinned_bytes(solution), scratch_bytes=self.scratch_bytes, optimizer=optimizer,
             made_for={**self.workload.made_for, "card": self.card.name, "budget_gib": budget_gib},
         )  # fmt: skip
-        traced = trace_way(self.workload, plan, self.card, optimizer)
+        traced = trace_step(self.workload, plan, self.card, optimizer)
         return Chosen(replace(plan, modelled=self.figures(traced)), traced, solution)
 
     def figures(self, traced: Traced) -> Modelled:
@@ -194,7 +194,7 @@ def _step_s(chosen: Chosen) -> float:
     return chosen.traced.clock.seconds
 
 
-def _slab_bytes(solution: Solution) -> int:
+def _pinned_bytes(solution: Solution) -> int:
     """All that moves in the first step, each place rounded up."""
     if not solution.moved_bytes:
         return 0

@@ -1,6 +1,6 @@
 """The fastest choices within a memory budget, as a mixed-integer linear program solved by HiGHS (scipy.optimize.milp).
 
-Whole numbers: keep and move of each unit, running a block whole again and moving its input, updating weights inside
+Whole numbers: keep and move of each unit, recomputing a block whole and moving its input, updating weights inside
 backward, moments on the host. With b_k what the first k blocks hold beyond "recompute" and m_k what they move:
 
     peak of a phase:  peak + b_k - away_share m_k + its own block's terms + window <= budget

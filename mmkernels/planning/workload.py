@@ -1,4 +1,4 @@
-"""A training step with fake tensors, traced in any way of running it: every modelled figure of a plan is from here."""
+"""A training step with fake tensors, traced under any plan: every modelled figure of a plan is from here."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from mmkernels.replacement import Replacement, dead_parameters, replace, report
 from mmkernels.weight_parts import part
 
 PeakBytes = dict[Origin, int]
-Way = str | Plan | Callable[[nn.Module, Clock], Callable[[], None]]
+StepPlan = str | Plan | Callable[[nn.Module, Clock], Callable[[], None]]
 BASELINES = ("torch", "diffusers-checkpoint", "checkpoint")  # what plain torch has
 
 
@@ -31,7 +31,7 @@ BASELINES = ("torch", "diffusers-checkpoint", "checkpoint")  # what plain torch 
 class Workload:
     """A step to plan for: weights in the dtypes that the kind of optimizer has.
 
-    mode: a FakeTensorMode, whose the tensors are; a null context where they are real, for measure_way alone.
+    mode: a FakeTensorMode, whose the tensors are; a null context where they are real, for measure_step alone.
 
     unet: what mmkernels.replace() takes, not replaced but by `replaced`, where it goes by one plan after another in
     place (mmkernels/planning/shared_workload.py). trained: the parameters that the optimizer updates.
@@ -64,7 +64,7 @@ class Workload:
 
 @dataclass(frozen=True, kw_only=True)
 class Traced:
-    """What a way of running the step costs on a card, modelled."""
+    """What a step costs on a card, modelled."""
 
     trace: Trace
     clock: Clock
@@ -94,27 +94,27 @@ def temporary_bytes(parameter: Tensor, optimizer: OptimizerChoice) -> int:
     return visiting + is_8bit * TEMPORARY_BYTES * min(parameter.numel(), PIECE_ELEMENTS)
 
 
-def trace_way(
-    workload: Workload, way: Way, card: Card, optimizer: OptimizerChoice, clock: Clock | None = None,
+def trace_step(
+    workload: Workload, plan: StepPlan, card: Card, optimizer: OptimizerChoice, clock: Clock | None = None,
     history: History | None = None,
 ) -> Traced:  # fmt: skip
-    """Trace the step in a way: "torch", "diffusers-checkpoint", "checkpoint", "fused" or a Plan; undone afterwards.
+    """Trace the step under a plan: "torch", "diffusers-checkpoint", "checkpoint", "fused" or a Plan; undone afterwards.
 
-    Or a function that makes the UNet run another way on the clock, and returns what undoes it.
+    Or a function that makes the UNet run otherwise on the clock, and returns what undoes it.
 
     The first three train dead parameters too, as anyone does who does not know of them. A plan that moves runs one step
     before, in which the offload learns the order of backward. history: told who made what.
     """
-    clock, dead = clock or Clock(card), _dead(workload) if way in BASELINES else ()
+    clock, dead = clock or Clock(card), _dead(workload) if plan in BASELINES else ()
     trained = (*workload.trained, *dead)
     state_bytes = 0 if optimizer.states_on_host else moments_bytes(trained, optimizer)
     with (
-        workload.mode, norms_in_float32(), _requiring_gradients(dead), _running(workload, way, clock),
+        workload.mode, norms_in_float32(), _requiring_gradients(dead), _running(workload, plan, clock),
         _updating(trained, clock, optimizer) as update,
     ):  # fmt: skip
         averaging: Averaging = (Buckets if workload.has_buckets else Averaging)(trained, workload.ranks, clock)
         states = torch.empty(state_bytes, dtype=torch.uint8)
-        if isinstance(way, Plan) and way.moves:
+        if isinstance(plan, Plan) and plan.moves:
             workload.step()
             _drop_gradients(trained)
             clock.restart()
@@ -140,16 +140,16 @@ def trace_way(
     return Traced(trace=traced, clock=clock)
 
 
-def measure_way(workload: Workload, way: str | Plan, optimizer: OptimizerChoice, allocator: Allocator) -> PeakBytes:
-    """What the step's peak is made of on the device that the workload's tensors lie on, as trace_way models it.
+def measure_step(workload: Workload, plan: str | Plan, optimizer: OptimizerChoice, allocator: Allocator) -> PeakBytes:
+    """What the step's peak is made of on the device that the workload's tensors lie on, as trace_step models it.
 
     As there the optimizer's states lie on the device and nothing is updated. Two steps run before: the first times
     kernels and the offload learns in it.
     """
-    trained, clock = (*workload.trained, *(_dead(workload) if way in BASELINES else ())), Clock(CARDS[0])
+    trained, clock = (*workload.trained, *(_dead(workload) if plan in BASELINES else ())), Clock(CARDS[0])
     state_bytes = 0 if optimizer.states_on_host else moments_bytes(trained, optimizer)
     with (
-        workload.mode, _requiring_gradients(trained), _running(workload, way, None),
+        workload.mode, _requiring_gradients(trained), _running(workload, plan, None),
         _updating(trained, clock, optimizer),
     ):  # fmt: skip
         states = torch.empty(state_bytes, dtype=torch.uint8, device=trained[0].device)
@@ -190,24 +190,24 @@ def _requiring_gradients(parameters: Sequence[Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def _running(workload: Workload, way: Way, clock: Clock | None) -> Iterator[None]:
+def _running(workload: Workload, plan: StepPlan, clock: Clock | None) -> Iterator[None]:
     unet: Any = workload.unet
-    if way == "torch":
+    if plan == "torch":
         yield
         return
     if workload.replaced is not None:
-        assert not callable(way) and way not in BASELINES, "its blocks are fused for good"
-        workload.replaced.follow(way, clock)
+        assert not callable(plan) and plan not in BASELINES, "its blocks are fused for good"
+        workload.replaced.follow(plan, clock)
         yield
         return
-    if callable(way):
+    if callable(plan):
         assert clock is not None, "it is written for a clock"
-        undo = way(unet, clock)
-    elif way == "diffusers-checkpoint":
+        undo = plan(unet, clock)
+    elif plan == "diffusers-checkpoint":
         unet.enable_gradient_checkpointing()
         undo = unet.disable_gradient_checkpointing
     else:
-        undo = replace(unet, way, device=clock)
+        undo = replace(unet, plan, device=clock)
     try:
         yield
     finally:

@@ -14,16 +14,16 @@ def retired() -> dict[str, set[str]]:
     section = (ROOT / "CONTRIBUTING.md").read_text().split("## Words")[1].split("##")[0]
     rows = [row.strip("|").split("|") for row in section.splitlines() if row.startswith("|")][2:]
     assert len(rows) >= 15 and all(len(row) == 3 for row in rows)
-    found = {"mmkernels": set(), "bench": set(), "mimicmotion": set()}
+    places = {"the trainer": "mimicmotion", "benches": "bench", "mmkernels": "mmkernels", "": ""}
+    found: dict[str, set[str]] = {package: set() for package in ("mmkernels", "bench", "mimicmotion", "")}
     for *_, last in rows:
-        names = re.findall(r"`(\w+)`", last)
-        for package, where in (("mmkernels", None), ("bench", " in benches"), ("mimicmotion", " in the trainer")):
-            if " in " not in last or (where is not None and last.rstrip().endswith(where)):
-                found[package] |= set(names)
-    assert {"card_of", "dinner"} <= found["mmkernels"] == found["bench"] & found["mimicmotion"]
-    assert found["bench"] - found["mmkernels"] == {"way", "ways"}
-    assert found["mimicmotion"] - found["mmkernels"] == {"Placement", "clean"}
-    return found
+        for group in last.split(";"):
+            names, _, place = group.strip().partition(" in ")
+            found[places[place]] |= set(re.findall(r"`(\w+)`", names))
+    everywhere = found.pop("")
+    assert {"card_of", "dinner"} <= everywhere and {"way", "trace_way"} <= found["mmkernels"]
+    assert found["bench"] == {"way", "ways"} and found["mimicmotion"] == {"Placement", "clean"}
+    return {package: names | everywhere for package, names in found.items()}
 
 
 def names_of(text: str) -> set[str]:

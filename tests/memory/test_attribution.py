@@ -20,7 +20,7 @@ from mmkernels.memory.attribution import GRADIENT, Event, History, Origin, Origi
 from mmkernels.memory.measured import OTHER, ROUNDED, events_of, measure
 from mmkernels.memory.trace import Trace, trace
 from mmkernels.planning.svd import svd_workload
-from mmkernels.planning.workload import measure_way, trace_way
+from mmkernels.planning.workload import measure_step, trace_step
 
 KIB = 1024
 
@@ -129,10 +129,10 @@ def test_both_halves_say_the_same_of_a_unet(monkeypatch):
     }  # fmt: skip
     optimizer, history = OptimizerChoice(kind="adamw8bit"), History()
     workload = svd_workload("adamw8bit", frames=2, height=64, width=64, **config)
-    traced = trace_way(workload, "checkpoint", card("H200"), optimizer, history=history)
+    traced = trace_step(workload, "checkpoint", card("H200"), optimizer, history=history)
     real = svd_workload("adamw8bit", frames=2, height=64, width=64, **config, device=torch.device("cpu"))
     allocator = StandInAllocator(list(real.resident))
-    found, expected = measure_way(real, "checkpoint", optimizer, allocator), at_peak(history.events)
+    found, expected = measure_step(real, "checkpoint", optimizer, allocator), at_peak(history.events)
     assert sum(expected.values()) == traced.trace.peak_bytes
     assert expected.pop(Origin(operation="moments")) > 0, "made where the stand-in does not look"
     assert expected.pop(Origin(operation="cuBLAS workspaces")) == 2 * card("H200").workspace_bytes

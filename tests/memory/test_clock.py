@@ -174,7 +174,7 @@ def _moved(num_layers: int, window_mib: int) -> tuple[Trace, Clock]:
     """The second step of a chain that saves 1 MiB a layer, all of it moved, its result held until the end."""
     with FakeTensorMode():
         x = torch.empty(MIB // 4, requires_grad=True)
-        offload = Offload(Clock(CARD), CPU, slab_bytes=16 * MIB, window_bytes=window_mib * MIB)
+        offload = Offload(Clock(CARD), CPU, pinned_bytes=16 * MIB, window_bytes=window_mib * MIB)
 
         def step() -> None:
             offload.begin_step()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mmkernels.memory import offload as offload_module
 from mmkernels.memory.offload import Mover, Offload, Ticket
-from mmkernels.memory.slab import Slab
+from mmkernels.memory.pinned_memory import PinnedMemory
 from mmkernels.memory.transfer import HOST_MARGIN_BYTES, check_host_memory
 from mmkernels.memory.units import unit
 
@@ -116,7 +116,7 @@ def test_nothing_is_leaked() -> None:
         rng = random.Random(seed)
         device = SimulatedDevice(adversary(rng))
         mover = schedule(device, rng)
-        assert mover.slab.free_bytes == mover.slab.num_bytes, f"seed {seed}: a place on the host is still taken"
+        assert mover.pinned.free_bytes == mover.pinned.num_bytes, f"seed {seed}: a place on the host is still taken"
         assert device.live_units == 0, f"seed {seed}: a block of the device is still held"
         assert not mover._early
         assert not mover._leaving
@@ -155,16 +155,16 @@ def test_the_first_step_teaches_the_second() -> None:
     assert not device.violations()
 
 
-def test_slab_merges_what_is_given_back_and_names_what_does_not_fit() -> None:
-    slab = Slab(4 * 512)
-    places = [slab.take(400) for _ in range(4)]
-    with pytest.raises(MemoryError, match=r"2,048 bytes has 0 free, 0 in one piece, and 1,024 are wanted"):
-        slab.take(513)
+def test_pinned_memory_merges_what_is_given_back_and_names_what_does_not_fit() -> None:
+    pinned = PinnedMemory(4 * 512)
+    places = [pinned.take(400) for _ in range(4)]
+    with pytest.raises(MemoryError, match=r"2,048 bytes of .* 0 are free, 0 in one piece, and 1,024 are wanted"):
+        pinned.take(513)
     for index in (0, 2, 1):
-        slab.give_back(places[index])
-    assert slab.take(3 * 512).begin == 0
-    with pytest.raises(MemoryError, match="make the slab as large as a step moves"):
-        slab.take(1)
+        pinned.give_back(places[index])
+    assert pinned.take(3 * 512).begin == 0
+    with pytest.raises(MemoryError, match="make pinned_bytes as large as what a step moves"):
+        pinned.take(1)
 
 
 def test_host_memory_is_checked_before_anything_is_taken(tmp_path: Path) -> None:
@@ -179,7 +179,7 @@ class ImmediateDevice:
     """Real tensors on the CPU, each copy done when it is queued; source and target never share memory."""
 
     def __init__(self, num_bytes: int) -> None:
-        self.slab = torch.full((num_bytes,), 255, dtype=torch.uint8)
+        self.pinned = torch.full((num_bytes,), 255, dtype=torch.uint8)
 
     def allocate(self, num_bytes: int) -> Tensor:
         return torch.full((num_bytes,), 255, dtype=torch.uint8)
@@ -191,16 +191,16 @@ class ImmediateDevice:
         pass
 
     def copy_out(self, begin: int, num_bytes: int, source: Tensor) -> None:
-        self.slab[begin : begin + num_bytes] = source
+        self.pinned[begin : begin + num_bytes] = source
 
     def copy_in(self, target: Tensor, begin: int, num_bytes: int) -> None:
-        target.copy_(self.slab[begin : begin + num_bytes])
+        target.copy_(self.pinned[begin : begin + num_bytes])
 
 
 def build_offload(window_bytes: int = 0, moves: Callable[[str], bool] = lambda name: True) -> Offload:
     device = ImmediateDevice(1 << 20)
     return Offload(
-        device, torch.device("cpu"), slab_bytes=1 << 20, window_bytes=window_bytes, moves=moves, least_bytes=512
+        device, torch.device("cpu"), pinned_bytes=1 << 20, window_bytes=window_bytes, moves=moves, least_bytes=512
     )
 
 
@@ -221,7 +221,7 @@ def test_gradients_are_bit_equal_over_several_steps(window_bytes: int) -> None:
         assert offload.mover.moved_out_bytes > 0
         del loss
         offload.begin_step()
-        assert offload.mover.slab.free_bytes == 1 << 20
+        assert offload.mover.pinned.free_bytes == 1 << 20
 
 
 def test_a_storage_saved_twice_moves_once_and_keeps_its_strides() -> None:
@@ -267,7 +267,7 @@ def test_second_backward_and_broken_backward_leave_nothing() -> None:
             assert torch.equal(once, torch.autograd.grad(loss, x)[0])
         del loss
         offload.begin_step()
-        assert offload.mover.slab.free_bytes == 1 << 20
+        assert offload.mover.pinned.free_bytes == 1 << 20
 
 
 def test_a_skip_connection_comes_back_for_each_of_its_users() -> None:

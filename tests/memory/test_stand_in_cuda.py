@@ -130,7 +130,7 @@ def test_locked_memory_is_unlocked_before_it_is_given_back(cuda: Cuda) -> None:
         assert list(cuda.locked.values()) == [1 << 20]
         if is_closed:
             device.close()
-            assert cuda.locked == {} and device._slab.numel() == 0
+            assert cuda.locked == {} and device._pinned.numel() == 0
         del device
         gc.collect()
         assert cuda.locked == {}
@@ -149,7 +149,7 @@ def test_an_offload_moves_through_the_gpus_own_device(cuda: Cuda) -> None:
 
     expected = gradients()
     device = CudaDevice(GPU, 1 << 20)
-    offload = Offload(device, torch.device("cpu"), slab_bytes=1 << 20, window_bytes=0, least_bytes=1)
+    offload = Offload(device, torch.device("cpu"), pinned_bytes=1 << 20, window_bytes=0, least_bytes=1)
     allocate = mock.patch.object(CudaDevice, "allocate", lambda _, size: torch.empty(size, dtype=torch.uint8))
     with allocate, offload.saving([x, weight]):  # backward runs its hooks outside of the stand-in
         found = gradients()

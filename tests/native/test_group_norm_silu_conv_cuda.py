@@ -17,7 +17,9 @@ from torch import Tensor
 
 from mmkernels import extension
 from mmkernels.kernels.convolution import cuda as kernels
+from mmkernels.kernels.convolution.inputs import Added
 from mmkernels.kernels.group_norm import formula
+from mmkernels.kernels.group_norm.norm import Norm
 
 pytest.importorskip("triton", reason="Triton's wheel brings the cuobjdump to look into cubins with")
 import ptxrun
@@ -91,14 +93,14 @@ class Case:
     def fused(self) -> dict[str, Tensor]:
         """By the kernels, outputs poisoned with NaN."""
         x, x2 = self.x, self.x2
-        norm = (*formula.statistics(x, x2, self.G, 1e-5), self.gamma, self.beta)
+        norm = Norm(*formula.statistics(x, x2, self.G, 1e-5), self.gamma, self.beta)
         y, da, dx = (poisoned(self.dy, n) for n in (self.dy.shape[-1], self.weight.shape[1], x.shape[-1]))
         dx2 = poisoned(self.dy, 0 if x2 is None else x2.shape[-1])
-        kernels.convolve(x, x2, *norm, self.weight, self.bias, self.shift, self.residual, y)
+        kernels.convolve(x, x2, norm, self.weight, Added(self.bias, self.shift, self.residual), y)
         kernels.data_gradient(self.dy, self.weight, da)
-        dweight = kernels.weight_gradient(x, x2, *norm, self.dy, self.taps)
+        dweight = kernels.weight_gradient(x, x2, norm, self.dy, self.taps)
         given = None if x2 is None else dx2
-        dgamma, dbeta = kernels.group_norm_silu_backward(x, x2, da, *norm, dx, given)
+        dgamma, dbeta = kernels.norm_backward(x, x2, da, norm, dx, given)
         return {"y": y, "dx": dx, "dx2": dx2, "dgamma": dgamma, "dbeta": dbeta, "dweight": dweight}
 
 

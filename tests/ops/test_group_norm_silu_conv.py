@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mmkernels import extension
 from mmkernels.kernels import group_norm
+from mmkernels.kernels.dispatch import why_nobody
 from mmkernels.kernels.group_norm import formula
 from mmkernels.kernels.group_norm.norm import Norm
 from mmkernels.ops.group_norm_silu_conv import group_norm_silu_conv, reference
@@ -243,10 +244,10 @@ def test_mixed_dtypes_as_under_autocast() -> None:
 
 def test_says_why_plain_torch_computes_it() -> None:
     x = torch.empty(1, 2, 3, 8)
-    assert group_norm.why_unsupported(x) is None
-    assert "float64" in str(group_norm.why_unsupported(x.double()))
-    assert "not contiguous" in str(group_norm.why_unsupported(x, x.transpose(2, 3)))
-    assert "device meta" in str(group_norm.why_unsupported(x.to("meta")))
+    assert why_nobody(group_norm.call_of(x, None)) is None
+    assert "float64" in str(why_nobody(group_norm.call_of(x.double(), None)))
+    assert "not contiguous" in str(why_nobody(group_norm.call_of(x, x.transpose(2, 3))))
+    assert "device meta" in str(why_nobody(group_norm.call_of(x.to("meta"), None)))
 
 
 def test_rejects_tensors_that_do_not_fit() -> None:

@@ -170,7 +170,7 @@ def test_without_the_native_module_the_formula_says_so(monkeypatch: pytest.Monke
     assert dispatch(group_norm.call_of(x, None), x) is native
     monkeypatch.setattr(extension, "available", lambda: False)
     monkeypatch.setattr(extension, "why_not", lambda: "not built")
-    assert group_norm.why_unsupported(x) == "no native CPU kernels: not built"
+    assert why_nobody(group_norm.call_of(x, None)) == "no native CPU kernels: not built"
     assert dispatch(group_norm.call_of(x, None), x) is formula
 
 
@@ -206,9 +206,10 @@ class PlainKernels:
         kw = 3 if weight_tck.shape[0] == 9 else 1
         return weight_tck.permute(2, 1, 0).unflatten(2, (3, kw))
 
-    def convolve(self, x, x2, mean, rstd, gamma, beta, weight_tck, bias, shift, residual, out) -> None:
+    def convolve(self, x, x2, norm, weight_tck, added, out) -> None:
+        bias, shift, residual = added
         a = torch.empty((*x.shape[:3], weight_tck.shape[1]))
-        formula.activate(x, x2, Norm(mean, rstd, gamma, beta), a)
+        formula.activate(x, x2, norm, a)
         weight = self._weight(weight_tck)
         y = functional.conv2d(a.permute(0, 3, 1, 2), weight, bias, padding=(1, weight.shape[3] // 2))
         y = y.permute(0, 2, 3, 1) + (0 if shift is None else shift[:, :, None]) + (0 if residual is None else residual)
@@ -224,14 +225,14 @@ class PlainKernels:
     def data_gradient(self, dy: Tensor, weight_tck: Tensor, da: Tensor) -> None:
         da.copy_(self._differentiate(dy, torch.zeros_like(da), self._weight(weight_tck))[0])
 
-    def weight_gradient(self, x, x2, mean, rstd, gamma, beta, dy, num_taps: int) -> Tensor:
-        a = torch.empty((*x.shape[:3], gamma.shape[0]))
-        formula.activate(x, x2, Norm(mean, rstd, gamma, beta), a)
+    def weight_gradient(self, x, x2, norm, dy, num_taps: int) -> Tensor:
+        a = torch.empty((*x.shape[:3], norm.gamma.shape[0]))
+        formula.activate(x, x2, norm, a)
         weight = torch.zeros(dy.shape[3], a.shape[3], 3, num_taps // 3)
         return self._differentiate(dy, a, weight)[1].permute(2, 3, 1, 0).flatten(0, 1).contiguous()
 
-    def norm_backward(self, x, x2, da, mean, rstd, gamma, beta, dx, dx2) -> tuple[Tensor, Tensor]:
-        return formula.norm_backward(x, x2, da, Norm(mean, rstd, gamma, beta), dx, dx2)
+    def norm_backward(self, x, x2, da, norm, dx, dx2) -> tuple[Tensor, Tensor]:
+        return formula.norm_backward(x, x2, da, norm, dx, dx2)
 
 
 @contextmanager

@@ -23,8 +23,10 @@ from torch import Tensor
 from bench.result_file import read_rows
 from mmkernels.kernels.call import Call
 from mmkernels.kernels.convolution import triton as convolution
+from mmkernels.kernels.convolution.inputs import Added
 from mmkernels.kernels.geglu import triton as geglu_triton
 from mmkernels.kernels.group_norm import triton as norm_kernels
+from mmkernels.kernels.group_norm.norm import Norm
 from mmkernels.kernels.launch import carried_out_by
 from mmkernels.kernels.layer_norm import triton as layer_norm_triton
 from mmkernels.kernels.registry import FAMILIES
@@ -188,18 +190,19 @@ def convolve(direction: str, M: int, H: int, W: int, C: int, C2: int, K: int, ki
     x, a, dy = meta(M, H, W, C, dtype=BF16), meta(samples, H, W, C + C2, dtype=BF16), meta(M, H, W, K, dtype=BF16)
     x2 = meta(M, H, W, C2, dtype=BF16) if C2 else None
     part, part2 = x[:samples], None if x2 is None else x2[:samples]
-    norm = (meta(M, 32), meta(M, 32), meta(C + C2), meta(C + C2))
+    norm = Norm(meta(M, 32), meta(M, 32), meta(C + C2), meta(C + C2))
     if direction == "forward":
         norm_kernels.statistics(x, x2, 32, 1e-5)
         if kind == "3x3 to few channels":
-            convolution.convolve(x, x2, *norm, meta(9, C, K, dtype=BF16), meta(K, dtype=BF16), None, None, dy)
+            added = Added(meta(K, dtype=BF16), None, None)
+            convolution.convolve(x, x2, norm, meta(9, C, K, dtype=BF16), added, dy)
         else:
-            norm_kernels.normalise(part, part2, *norm, a, has_silu=True)
+            norm_kernels.normalise(part, part2, norm, a, has_silu=True)
         return
     if kind == "3x3 to few channels":
         convolution.data_gradient(dy, meta(9, C, K, dtype=BF16), x)
-        convolution.weight_gradient(x, x2, *norm, dy, 9)
-    norm_kernels.backward(part, part2, a, *norm, part, part2, has_silu=True)
+        convolution.weight_gradient(x, x2, norm, dy, 9)
+    norm_kernels.backward(part, part2, a, norm, part, part2, has_silu=True)
 
 
 def normalise(C: int, shift: Tensor | None, dtype: torch.dtype) -> None:

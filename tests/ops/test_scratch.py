@@ -22,7 +22,7 @@ from mmkernels.ops.geglu_feed_forward import geglu_feed_forward
 from mmkernels.ops.group_norm_silu_conv import group_norm_silu_conv
 from mmkernels.ops.temporal_attention_block import temporal_attention_block
 from mmkernels.planning.search import scratch_of
-from mmkernels.planning.workload import trace_way
+from mmkernels.planning.workload import trace_step
 from mmkernels.replacement import plan_units, replace
 from mmkernels.scratch import DEFAULT_BYTES, scratch_within
 
@@ -125,5 +125,5 @@ def test_a_small_card_takes_less_scratch() -> None:
 
 def test_less_scratch_is_a_lower_peak() -> None:
     workload, optimizer = small_workload(), OptimizerChoice(kind="adamw8bit")
-    peaks = [trace_way(workload, Plan(scratch_bytes=x), CARD, optimizer).trace.peak_bytes for x in (1 << 29, 1 << 22)]
+    peaks = [trace_step(workload, Plan(scratch_bytes=x), CARD, optimizer).trace.peak_bytes for x in (1 << 29, 1 << 22)]
     assert peaks[1] < peaks[0]

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from spatio_temporal import small_unet, unet_inputs
-from test_plan_runtime import SLAB_BYTES, CountingDevice, every_unit_moves
+from test_plan_runtime import PINNED_BYTES, CountingDevice, every_unit_moves
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 
@@ -18,7 +18,7 @@ from mmkernels.memory.units import Choice
 
 def step(unet: Any, inputs: dict[str, Any], plan: Plan | None, *, is_sharded: bool) -> tuple[dict[str, Tensor], int]:
     """Gradients of the second of two steps, and the bytes that left the device in it."""
-    device = CountingDevice(SLAB_BYTES)
+    device = CountingDevice(PINNED_BYTES)
     mmkernels.replace(unet, plan or "fused", device if plan else None)
     if is_sharded:
         for name, module in unet.named_modules():
@@ -44,7 +44,7 @@ def main() -> None:
     kept: dict[str, Choice] = {name: choice for name, choice in units.items() if not name.startswith(again)}
     for name in again:
         kept[f"{name}/input"] = "move"
-    plan = Plan(units=kept, recomputed_blocks=again, slab_bytes=SLAB_BYTES, window_bytes=0)
+    plan = Plan(units=kept, recomputed_blocks=again, pinned_bytes=PINNED_BYTES, window_bytes=0)
     _, left_alone = step(small_unet(), inputs, plan, is_sharded=False)
     found, left = step(small_unet(), inputs, plan, is_sharded=True)
     scale = max(float(x.abs().max()) for x in wanted.values())

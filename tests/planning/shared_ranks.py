@@ -26,7 +26,7 @@ from mmkernels.memory.workspace import BLAS_THREADS
 from mmkernels.planning.shared_workload import shared_out
 from mmkernels.planning.sharing import Buckets, Meshes, Sharing, fake_ranks
 from mmkernels.planning.svd import svd_workload
-from mmkernels.planning.workload import Workload, moments_bytes, trace_way
+from mmkernels.planning.workload import Workload, moments_bytes, trace_step
 
 FRAMES, SIDE = 8, 64
 SHARINGS = {
@@ -104,7 +104,7 @@ def modelled(sharing: Sharing, way: str = "fused") -> tuple[int, Counter[str]]:
             with sent:
                 workload.step()
 
-        traced = trace_way(dataclasses.replace(workload, step=step), PLAN if way == PLANNED else way, h100, ADAMW)
+        traced = trace_step(dataclasses.replace(workload, step=step), PLAN if way == PLANNED else way, h100, ADAMW)
     return traced.trace.peak_bytes - BLAS_THREADS * h100.workspace_bytes, sent.bytes
 
 

@@ -30,7 +30,7 @@ from mmkernels.planning.search import BudgetTooSmallError
 from mmkernels.replacement import plan_units
 
 CPU, CARD = torch.device("cpu"), card("RTX 4090")
-SLAB_BYTES, WINDOW_BYTES = 1 << 26, 300_000
+PINNED_BYTES, WINDOW_BYTES = 1 << 26, 300_000
 
 
 def small_config() -> Config:
@@ -73,14 +73,14 @@ def moving_plan() -> Plan:
     unet = TrainingStep(small_config(), CPU).model.unet
     mmkernels.replace(unet)
     names = [f"{block}/{unit}" for block, units in plan_units(unet).items() for unit in units if unit != BLOCK_INPUT]
-    return Plan(units=dict.fromkeys(names, "move"), slab_bytes=SLAB_BYTES, window_bytes=WINDOW_BYTES)
+    return Plan(units=dict.fromkeys(names, "move"), pinned_bytes=PINNED_BYTES, window_bytes=WINDOW_BYTES)
 
 
 class MovingPlans(Plans):
     """That plan for every clip; no clip of more than `most_frames` has a plan."""
 
     def __init__(self, config: Config, most_frames: int = 100) -> None:
-        super().__init__(config, CARD, 1.0, through=lambda plan: CopyingDevice(plan.slab_bytes))
+        super().__init__(config, CARD, 1.0, through=lambda plan: CopyingDevice(plan.pinned_bytes))
         self.most_frames, self.asked = most_frames, []
 
     def of(self, frames: int) -> Plan:

@@ -16,7 +16,7 @@ from mmkernels.planning import search
 from mmkernels.planning import workload as modelled
 from mmkernels.planning.search import GIB, HOST_GIB, Search, make_plan
 from mmkernels.planning.svd import svd_workload
-from mmkernels.planning.workload import Workload, moments_bytes, trace_way, update_bytes
+from mmkernels.planning.workload import Workload, moments_bytes, trace_step, update_bytes
 
 CARD = card("RTX 4090")
 QUANTIZED = OptimizerChoice(kind="adamw8bit")
@@ -56,7 +56,7 @@ def test_the_profile_adds_up_to_the_trace(small: Search, way: str) -> None:
         units={unit.name: "keep" for unit in kept}, recomputed_blocks=tuple(block.name for block in again),
         scratch_bytes=small.scratch_bytes,
     )  # fmt: skip
-    traced = trace_way(small.workload, plan, CARD, QUANTIZED)
+    traced = trace_step(small.workload, plan, CARD, QUANTIZED)
     flops = small.profile.flops - sum(x.keep_spares_flops for x in kept) + sum(x.recomputed_flops for x in again)
     assert traced.trace.flops == pytest.approx(flops, rel=1e-3) and (kept or again)
     seconds = sum(x.seconds for x in small.profile.phases) - sum(x.keep_spares_s for x in kept)
@@ -81,9 +81,9 @@ def test_room_keeps_and_want_of_room_moves(small: Search) -> None:
     assert roomy.plan.modelled.step_s < tight.plan.modelled.step_s < 1.3 * roomy.plan.modelled.step_s
     assert roomy.plan.modelled.recompute_flops_ratio < 0 < tight.plan.modelled.moved_gib
     assert tight.traced.trace.peak_bytes <= 0.6 * plain_bytes < 0.9 * roomy.traced.trace.peak_bytes
-    assert tight.plan.made_for["card"] == "RTX 4090" and tight.plan.slab_bytes > tight.solution.moved_bytes
+    assert tight.plan.made_for["card"] == "RTX 4090" and tight.plan.pinned_bytes > tight.solution.moved_bytes
     # The plan is what was traced: traced again it costs the same, and the UNet is as it was.
-    again = trace_way(small.workload, tight.plan, CARD, tight.plan.optimizer)
+    again = trace_step(small.workload, tight.plan, CARD, tight.plan.optimizer)
     assert small.figures(again) == tight.plan.modelled
     assert not any(isinstance(module, DropIn) for module in small.workload.unet.modules())
 
@@ -106,7 +106,7 @@ def test_states_of_the_optimizer() -> None:
 @pytest.mark.parametrize("choice", [OptimizerChoice(is_in_backward=True), OptimizerChoice(states_on_host=True)])
 def test_the_optimizer_elsewhere_takes_its_bytes_off(choice: OptimizerChoice) -> None:
     workload = small_workload("adamw")
-    usual, other = (trace_way(workload, Plan(), CARD, x) for x in (OptimizerChoice(), choice))
+    usual, other = (trace_step(workload, Plan(), CARD, x) for x in (OptimizerChoice(), choice))
     moments = moments_bytes(workload.trained, OptimizerChoice())
     if choice.states_on_host:
         assert usual.trace.resident_bytes - other.trace.resident_bytes == pytest.approx(moments, rel=1e-3)
@@ -126,7 +126,7 @@ def test_an_update_inside_backward_takes_what_one_weight_needs(monkeypatch: pyte
 
     def peak_bytes(*, on_host: bool = False) -> int:
         choice = OptimizerChoice(kind="adamw8bit", is_in_backward=True, states_on_host=on_host)
-        return trace_way(work, Plan(), CARD, choice).trace.peak_bytes
+        return trace_step(work, Plan(), CARD, choice).trace.peak_bytes
 
     usual, largest = peak_bytes(), max(work.trained, key=torch.numel)
     monkeypatch.setattr(modelled, "TEMPORARY_BYTES", many)

@@ -28,7 +28,7 @@ from mmkernels.memory.trace import trace
 from mmkernels.memory.units import BLOCK_INPUT, REST, Choice
 from mmkernels.replacement import plan_units
 
-SLAB_BYTES = 1 << 26
+PINNED_BYTES = 1 << 26
 DOWN, MID = "down_blocks.0.attentions.0", "mid_block.attentions.0"
 
 
@@ -160,7 +160,7 @@ class CountingDevice(ImmediateDevice):
 
 
 def moving(units: Mapping[str, Choice], window_bytes: int = 0) -> Plan:
-    return Plan(units=units, slab_bytes=SLAB_BYTES, window_bytes=window_bytes)
+    return Plan(units=units, pinned_bytes=PINNED_BYTES, window_bytes=window_bytes)
 
 
 @pytest.fixture(autouse=True)
@@ -174,8 +174,8 @@ def test_moving_and_recomputing_gives_the_bits_of_fused(seed: int, num_tokens: i
     expected = run_fused(unet, inputs)
     plan = random_plan(unet, seed, ("recompute", "move"))
     window_bytes = (0, 20_000, 400_000, 1 << 30)[seed]
-    device = CountingDevice(SLAB_BYTES)
-    mmkernels.replace(unet, replace(plan, slab_bytes=SLAB_BYTES, window_bytes=window_bytes), device)
+    device = CountingDevice(PINNED_BYTES)
+    mmkernels.replace(unet, replace(plan, pinned_bytes=PINNED_BYTES, window_bytes=window_bytes), device)
     for _ in range(3):  # the second step knows the order of the first
         device.left_bytes = 0
         assert_same_bits(run(unet, inputs), expected)
@@ -194,7 +194,7 @@ def test_what_moves_is_what_was_counted_by_hand() -> None:
         ({"conv_out/output": "move"}, token_bytes),
     ]
     for units, wanted_bytes in cases:
-        device = CountingDevice(SLAB_BYTES)
+        device = CountingDevice(PINNED_BYTES)
         undo = mmkernels.replace(unet, moving(units), device)
         run(unet, inputs)
         undo()
@@ -208,7 +208,7 @@ def every_unit_moves(unet: nn.Module) -> dict[str, Choice]:
 
 def test_undo_stops_the_moving_and_a_copy_goes_on() -> None:
     unet, inputs = small_unet(), unet_inputs()
-    modules, device = list(unet.named_modules()), CountingDevice(SLAB_BYTES)
+    modules, device = list(unet.named_modules()), CountingDevice(PINNED_BYTES)
     undo = mmkernels.replace(unet, moving(every_unit_moves(unet)), device)
     expected, twin = run(unet, inputs), copy.deepcopy(unet)
     undo()
@@ -226,7 +226,7 @@ def test_undo_stops_the_moving_and_a_copy_goes_on() -> None:
 def test_accumulation_evaluation_errors_and_second_backwards_leave_nothing() -> None:
     unet, inputs = small_unet(), unet_inputs()
     expected = run_fused(unet, inputs)
-    device = CountingDevice(SLAB_BYTES)
+    device = CountingDevice(PINNED_BYTES)
     mmkernels.replace(unet, moving(every_unit_moves(unet)), device)
     weights = torch.randn(expected["output"].shape, generator=torch.Generator().manual_seed(2))
     run_broken(unet, inputs)
@@ -263,13 +263,13 @@ def test_moving_is_refused_where_it_cannot_be() -> None:
     units: dict[str, Choice] = {f"{DOWN}/norm_projection": "move", f"{DOWN}/feed_forward_in": "keep"}
     with pytest.raises(ValueError, match="the UNet is on cpu; move it to a GPU or give a device"):
         mmkernels.replace(unet, moving(units))
-    with pytest.raises(ValueError, match="has slab_bytes 0; give the bytes that a step moves"):
+    with pytest.raises(ValueError, match="has pinned_bytes 0; give the bytes that a step moves"):
         mmkernels.replace(unet, Plan(units=units), CountingDevice(0))
-    undo = mmkernels.replace(unet, replace(moving(units), recomputed_blocks=(MID,)), CountingDevice(SLAB_BYTES))
+    undo = mmkernels.replace(unet, replace(moving(units), recomputed_blocks=(MID,)), CountingDevice(PINNED_BYTES))
     why = {row.name: row.why for row in mmkernels.report(unet).rows if row.why}
     assert why == {DOWN: "keeps 1 of 7 units, moves 1 of 7 units", MID: "recomputed whole"}
     undo()
-    undo = mmkernels.replace(unet, replace(moving(every_unit_moves(unet)), slab_bytes=4096), CountingDevice(4096))
-    with pytest.raises(MemoryError, match="make the slab as large as a step moves"):
+    undo = mmkernels.replace(unet, replace(moving(every_unit_moves(unet)), pinned_bytes=4096), CountingDevice(4096))
+    with pytest.raises(MemoryError, match="make pinned_bytes as large as what a step moves"):
         unet(**unet_inputs())
     undo()

@@ -17,7 +17,7 @@ from bench.shared_step import Found, SharedStep
 from mmkernels.cards import card
 from mmkernels.memory.clock import Clock
 from mmkernels.planning.sharing import Sharing, fake_ranks
-from mmkernels.planning.workload import trace_way
+from mmkernels.planning.workload import trace_step
 
 BLOCKS = 2 + 2 + 2 * 2  # residual ones: down, in the middle, up
 Ranks = list[dict[str, tuple[int, dict[str, int]]]]
@@ -71,7 +71,7 @@ def test_the_clock_is_told_of_all_that_a_rank_sends() -> None:
     sharing, clock = SHARINGS["frames"], Clock(card("H100"))
     with fake_ranks(2):
         workload = tiny(sharing, None)
-        trace_way(workload, "fused", clock.card, ADAMW, clock)
+        trace_step(workload, "fused", clock.card, ADAMW, clock)
     gradients = sum(x.numel() * x.element_size() for x in workload.trained)
     norms = BLOCKS * 2 * 2 * 3 * 32 * 4
     assert clock.sent_bytes == (tokens_exchanged() + small_ones_exchanged()) // 2 + gradients + norms

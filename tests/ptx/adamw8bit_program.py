@@ -7,7 +7,7 @@ bits, so it cannot. Fails where a result is past the budget.
 from __future__ import annotations
 
 import torch
-from blend_program import launch_directly
+from programs import launch_directly
 from torch import Tensor
 
 from mmkernels.kernels.adamw8bit import triton as kernels

@@ -7,11 +7,9 @@ PYTHONPATH runs the compiler's IR and reports accesses out of bounds and races. 
 
 from __future__ import annotations
 
-import argparse
-from typing import Any
-
 import torch
 from numerics import assert_within_budget
+from programs import dtypes_asked, launch_directly
 from torch import Tensor
 
 from mmkernels.kernels.blend import triton as kernels
@@ -68,17 +66,9 @@ def level_0_launches(dtype: torch.dtype) -> dict[tuple[str, str], Launch]:
     return {(op, launch.kernel.__name__): launch for op, launch in zip(ops, made, strict=True)}
 
 
-def launch_directly(kernel: Any, num_programs: int, arguments: list[Any], constants: dict[str, Any]) -> None:
-    """What mmkernels does on a GPU, without asking for the device."""
-    kernel[(num_programs,)](*arguments, **constants)
-
-
 def main() -> None:
     """Run every shape in the dtypes named on the command line."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--dtypes", required=True, nargs="+", choices=("float32", "float16", "bfloat16"))
-    # ttsem adds options of its own.
-    for name in parser.parse_known_args()[0].dtypes:
+    for name in dtypes_asked(main.__doc__):
         for shape in BLENDS:
             check_blend(shape, getattr(torch, name), launch_directly)
             print(f"ok {shape} {name}")

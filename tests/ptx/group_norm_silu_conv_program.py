@@ -7,16 +7,18 @@ accesses out of bounds and races. Fails where a result is past the budget.
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from numerics import assert_within_budget
+from programs import dtypes_asked, launch_directly
 from torch import Tensor
 
 from mmkernels.kernels.convolution import triton as convolution
+from mmkernels.kernels.convolution.inputs import Added
 from mmkernels.kernels.group_norm import triton as norm_kernels
+from mmkernels.kernels.group_norm.norm import Norm
 from mmkernels.kernels.launch import carried_out_by
 
 # (M, H, W, C, C2, G): C/G = 10, 30 and 20, a group across two inputs, several splits of rows, one pixel.
@@ -43,8 +45,9 @@ def check_norm(
     dx, dx2 = djoined[..., :C], djoined[..., C:] if C2 else None
     with carried_out_by(launch=launch):
         mean, rstd = kernels.statistics(x, x2, G, 1e-5)
-        kernels.normalise(x, x2, mean, rstd, gamma, beta, out, has_silu=has_silu)
-        dgamma, dbeta = kernels.backward(x, x2, da, mean, rstd, gamma, beta, dx, dx2, has_silu=has_silu)
+        norm = Norm(mean, rstd, gamma, beta)
+        kernels.normalise(x, x2, norm, out, has_silu=has_silu)
+        dgamma, dbeta = kernels.backward(x, x2, da, norm, dx, dx2, has_silu=has_silu)
     names = ("mean", "rstd", "a", "dx", "dgamma", "dbeta")
     actual: dict[str, Tensor] = dict(zip(names, (mean, rstd, out, djoined, dgamma, dbeta), strict=True))
     fp64, plain = ({**_moments(joined.to(narrow), G), **_gradients(joined.to(wide), da, gamma, beta, G, has_silu)}
@@ -72,12 +75,12 @@ def check_convolution(
     weight_tck = weight.permute(2, 3, 1, 0).reshape(3 * KW, C + C2, K).contiguous()
     y, da = torch.full_like(dy, float("nan")), torch.full_like(joined, float("nan"))
     kernels = convolution
-    norm = (mean, rstd, gamma, beta)
-    added = (None, None, None) if is_plain else (bias, shift, residual)
+    norm = Norm(mean, rstd, gamma, beta)
+    added = Added(None, None, None) if is_plain else Added(bias, shift, residual)
     with carried_out_by(launch=launch):
-        kernels.convolve(x, x2, *norm, weight_tck, *added, y)
+        kernels.convolve(x, x2, norm, weight_tck, added, y)
         kernels.data_gradient(dy, weight_tck, da)
-        dweight = kernels.weight_gradient(x, x2, *norm, dy, 3 * KW)
+        dweight = kernels.weight_gradient(x, x2, norm, dy, 3 * KW)
 
     def by_torch(wide: torch.dtype) -> dict[str, Tensor]:
         normal = F.group_norm(joined.to(wide).permute(0, 3, 1, 2), G, gamma.to(wide), beta.to(wide), 1e-5)
@@ -123,17 +126,9 @@ def _gradients(
     return dict(zip(("a", "dx", "dgamma", "dbeta"), (a.detach(), *gradients), strict=True))
 
 
-def launch_directly(kernel: Any, num_programs: int, arguments: list[Any], constants: dict[str, Any]) -> None:
-    """What mmkernels does on a GPU, without asking for the device."""
-    kernel[(num_programs,)](*arguments, **constants)
-
-
 def main() -> None:
     """Run every shape in the dtypes named on the command line."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--dtypes", required=True, nargs="+", choices=("float32", "float16", "bfloat16"))
-    # ttsem adds options of its own.
-    for name in parser.parse_known_args()[0].dtypes:
+    for name in dtypes_asked(main.__doc__):
         for check, shapes in ((check_norm, NORMS), (check_convolution, CONVOLUTIONS)):
             for shape in shapes:
                 check(shape, getattr(torch, name), launch_directly)

@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 import torch
 
 from mmkernels.kernels.convolution import triton as convolution
+from mmkernels.kernels.convolution.inputs import Added
 from mmkernels.kernels.epilogue import triton as epilogue_triton
 from mmkernels.kernels.group_norm import triton as norm_kernels
+from mmkernels.kernels.group_norm.norm import Norm
 from mmkernels.kernels.launch import carried_out_by
 
 C, K, GROUPS = 320, 320, 32
@@ -42,27 +44,28 @@ def launches(dtype: torch.dtype) -> list[Recorded]:
         return carried_out_by(launch=launch)
 
     x, gamma = torch.zeros(SHAPE, dtype=dtype), torch.zeros(C, dtype=dtype)
-    norm = (torch.zeros(1, GROUPS), torch.ones(1, GROUPS), gamma, gamma)
+    norm, added = Norm(torch.zeros(1, GROUPS), torch.ones(1, GROUPS), gamma, gamma), Added(gamma, x[:, :, 0], x)
     with recording():
         norm_kernels.statistics(x, None, GROUPS, 1e-5)
-        norm_kernels.normalise(x, None, *norm, x, has_silu=True)
-        norm_kernels.backward(x, None, x, *norm, x, None, has_silu=True)
+        norm_kernels.normalise(x, None, norm, x, has_silu=True)
+        norm_kernels.backward(x, None, x, norm, x, None, has_silu=True)
         rows = x.flatten(1, 2)
         epilogue_triton.add(rows, gamma, gamma[None], rows, rows)
     with recording(suffix=" without silu"):
-        norm_kernels.normalise(x, None, *norm, x, has_silu=False)
-        norm_kernels.backward(x, None, x, *norm, x, None, has_silu=False)
+        norm_kernels.normalise(x, None, norm, x, has_silu=False)
+        norm_kernels.backward(x, None, x, norm, x, None, has_silu=False)
     kernels = convolution
     for num_taps, name in ((9, "3x3"), (3, "3x1x1")):
         weight = torch.zeros(num_taps, C, K, dtype=dtype)
         with recording(f"forward_{name}", "forward"):
-            kernels.convolve(x, None, *norm, weight, gamma, x[:, :, 0], x, x)
+            kernels.convolve(x, None, norm, weight, added, x)
         if num_taps == 9:  # the up blocks' first convolution; none over frames has a second input
             joined = torch.zeros(2 * C, dtype=dtype)
             with recording(f"forward_{name}_two_inputs", "forward"):
-                kernels.convolve(x, x, *norm[:2], joined, joined, weight.repeat(1, 2, 1), gamma, x[:, :, 0], x, x)
+                of_two = norm._replace(gamma=joined, beta=joined)
+                kernels.convolve(x, x, of_two, weight.repeat(1, 2, 1), added, x)
         with recording(f"data_gradient_{name}", "backward"):
             kernels.data_gradient(x, weight, x)
         with recording(f"weight_gradient_{name}", "backward"):
-            kernels.weight_gradient(x, None, *norm, x, num_taps)
+            kernels.weight_gradient(x, None, norm, x, num_taps)
     return recorded

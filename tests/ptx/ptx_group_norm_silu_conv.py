@@ -26,6 +26,8 @@ from resources_group_norm_silu_conv_cuda import (
 from torch import Tensor
 
 from mmkernels.kernels.convolution import cuda as kernels
+from mmkernels.kernels.convolution.inputs import Added
+from mmkernels.kernels.group_norm.norm import Norm
 
 THREADS, WARP = 256, 32
 MMA_PRODUCTS = 16 * 8 * 16
@@ -129,11 +131,11 @@ def count() -> list[dict[str, Any]]:
     rows, taken = [], torch.bfloat16
     for taps, (H, W, C, K) in ((9, (72, 128, 32, 160)), (3, (72, 32, 32, 160))):
         x, y = torch.zeros(1, H, W, C, dtype=taken), torch.zeros(1, H, W, K, dtype=taken)
-        weight, moment, affine = torch.zeros(taps, C, K, dtype=taken), torch.ones(1, 4), torch.ones(C)
+        weight, norm = torch.zeros(taps, C, K, dtype=taken), Norm(*[torch.ones(1, 4)] * 2, *[torch.ones(C)] * 2)
         emulator = Emulator()
         with emulated(emulator):
-            kernels.convolve(x, None, moment, moment, affine, affine, weight, None, None, None, y)
-            kernels.weight_gradient(x, None, moment, moment, affine, affine, y, taps)
+            kernels.convolve(x, None, norm, weight, Added(None, None, None), y)
+            kernels.weight_gradient(x, None, norm, y, taps)
         # The convolution's blocks read the weights of all taps; those of the weight gradient read dy once.
         tiles = -(-H // kernels.TILE_ROWS) * -(-W // kernels.TILE_COLUMNS)
         others = {"convolve": tiles * _sectors(weight), "weight_gradient": _sectors(y)}
@@ -150,8 +152,8 @@ def count() -> list[dict[str, Any]]:
     x = torch.ones(1, 72, 64, 320, dtype=taken)
     emulator = Emulator()
     with emulated(emulator):
-        moment, gamma, dx = torch.ones(1, 32), torch.ones(320), torch.empty_like(x)
-        kernels.group_norm_silu_backward(x, None, x, moment, moment, gamma, gamma, dx, None)
+        norm = Norm(*[torch.ones(1, 32)] * 2, *[torch.ones(320)] * 2)
+        kernels.norm_backward(x, None, x, norm, torch.empty_like(x), None)
     for name, tensors in (("norm_backward_sums", 2), ("norm_backward_inputs", 3)):
         rows.append(_row(name, x, None, emulator.counts[name], tensors * _sectors(x)))
     return rows

@@ -11,7 +11,9 @@ from ptxrun.launching import Mutation
 from torch import Tensor
 
 from mmkernels.kernels.convolution import triton as convolution
+from mmkernels.kernels.convolution.inputs import Added
 from mmkernels.kernels.group_norm import triton as norm_kernels
+from mmkernels.kernels.group_norm.norm import Norm
 from mmkernels.kernels.group_norm.segments import segments
 from mmkernels.kernels.launch import CarryOut, carried_out_by
 
@@ -55,10 +57,9 @@ def _count_norm() -> list[dict[str, Any]]:
     kernels = norm_kernels
     with carried_out_by(launch=launcher(counts=counts)):
         mean, rstd = kernels.statistics(x, None, GROUPS, 1e-5)
-        kernels.normalise(x, None, mean, rstd, gamma, gamma, torch.empty_like(x), has_silu=True)
-        kernels.backward(
-            x, None, torch.randn_like(x), mean, rstd, gamma, gamma, torch.empty_like(x), None, has_silu=True
-        )
+        norm = Norm(mean, rstd, gamma, gamma)
+        kernels.normalise(x, None, norm, torch.empty_like(x), has_silu=True)
+        kernels.backward(x, None, torch.randn_like(x), norm, torch.empty_like(x), None, has_silu=True)
     bytes_of = x.nbytes
     parts = segments(CHANNELS, x).parts
     partial, moments = (4 * parts * count * CHANNELS for count in (2, 3))  # float32
@@ -81,14 +82,14 @@ def _count_convolution(num_taps: int) -> list[dict[str, Any]]:
     H, W = (HEIGHT, WIDTH) if num_taps == 9 else (FRAMES, 32)
     x, weight, dy = _random(1, H, W, CHANNELS), _random(num_taps, CHANNELS, OUTPUTS), _random(1, H, W, OUTPUTS)
     mean, rstd, gamma = torch.zeros(1, GROUPS), torch.ones(1, GROUPS), _random(CHANNELS)
-    norm = (mean, rstd, gamma, gamma)
+    norm = Norm(mean, rstd, gamma, gamma)
     y, da, kernels = torch.empty_like(dy), torch.empty_like(x), convolution
     tiles = kernels.tiles(num_taps // 3, x.dtype, is_activated=True)
     assert tiles["TILE_K"] == OUTPUTS, "more than one tile of output channels"
     runs: dict[str, Callable[[], Any]] = {
-        "forward": lambda: kernels.convolve(x, None, *norm, weight, None, None, None, y),
+        "forward": lambda: kernels.convolve(x, None, norm, weight, Added(None, None, None), y),
         "data_gradient": lambda: kernels.data_gradient(dy, weight, da),
-        "weight_gradient": lambda: kernels.weight_gradient(x, None, *norm, dy, num_taps),
+        "weight_gradient": lambda: kernels.weight_gradient(x, None, norm, dy, num_taps),
     }
     useful = x.numel() * OUTPUTS * num_taps / MMA_PRODUCTS
     rows = []

@@ -15,10 +15,10 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install trito
 
 import ptxrun
 from blend_program import check_blend, check_column_sums
+from programs import run
 from ptx_group_norm_silu_conv_triton import launcher
 from ptxrun import mutations
 from ptxrun.launching import Mutation
-from test_group_norm_silu_conv_triton import run
 from torch import Tensor
 
 from mmkernels.kernels.launch import CarryOut

@@ -5,15 +5,12 @@ Rungs 3 and 4's budgets are in test_resources.py and test_ptx_counts.py.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from places import python_path
+from programs import run
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
@@ -40,13 +37,6 @@ PROGRAMS: dict[str, tuple[Program, tuple[str, ...]]] = {
 }
 KERNELS = [(name, kernel) for name, (_, kernels) in PROGRAMS.items() for kernel in kernels]
 every_kernel = pytest.mark.parametrize(("program", "kernel"), KERNELS)
-
-
-def run(*command: str, **environment: str) -> str:
-    variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": python_path()} | environment
-    done = subprocess.run([sys.executable, *command], env=variables, capture_output=True, text=True, timeout=170)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout
 
 
 def test_interpreter() -> None:

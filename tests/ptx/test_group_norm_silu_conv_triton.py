@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from places import python_path
+from programs import run
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
@@ -26,13 +23,6 @@ from mmkernels.kernels.launch import CarryOut
 
 HERE = Path(__file__).parent
 PROGRAM = str(HERE / "group_norm_silu_conv_program.py")
-
-
-def run(*command: str, **environment: str) -> str:
-    variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": python_path()} | environment
-    done = subprocess.run([sys.executable, *command], env=variables, capture_output=True, text=True, timeout=170)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout
 
 
 def test_interpreter() -> None:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from places import python_path
+from programs import run
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
@@ -18,13 +15,6 @@ import resources
 from mmkernels.kernels.temporal_attention import triton as temporal_attention_triton
 
 HERE = Path(__file__).parent
-
-
-def run(*command: str, **environment: str) -> str:
-    variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": python_path()} | environment
-    done = subprocess.run([sys.executable, *command], env=variables, capture_output=True, text=True, timeout=170)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout
 
 
 def test_interpreter() -> None:

@@ -8,11 +8,11 @@ a bfloat16 inside. Fails where a result is past the budget.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 
 import torch
 from numerics import assert_within_budget
+from programs import dtypes_asked
 from torch import Tensor
 from torch.nn.functional import gelu, layer_norm
 
@@ -171,10 +171,7 @@ def level_0_launches(dtype: torch.dtype) -> dict[tuple[str, str], Launch]:
 
 def main() -> None:
     """Run every shape in the dtypes named on the command line."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--dtypes", required=True, nargs="+", choices=DTYPES)
-    # ttsem adds options of its own.
-    for name in parser.parse_known_args()[0].dtypes:
+    for name in dtypes_asked(main.__doc__):
         for norm_shape in NORM_SHAPES:
             run_norm(norm_shape, DTYPES[name], launch)
             print(f"ok norm {norm_shape} {name}")

@@ -7,11 +7,11 @@ PYTHONPATH runs the compiler's IR and reports accesses out of bounds and races. 
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 import torch
 from numerics import assert_within_budget
+from programs import dtypes_asked
 from temporal_attention_gradients import gradients
 
 from mmkernels.kernels.temporal_attention import triton as kernels
@@ -48,10 +48,7 @@ def launch(kernel: Any, tensors: tuple[torch.Tensor, ...], scale: float) -> None
 
 def main() -> None:
     """Run every shape in the dtypes named on the command line."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--dtypes", required=True, nargs="+", choices=("float32", "float16", "bfloat16"))
-    # ttsem adds options of its own.
-    for name in parser.parse_known_args()[0].dtypes:
+    for name in dtypes_asked(main.__doc__):
         for shape in SHAPES:
             run(shape, getattr(torch, name))
 

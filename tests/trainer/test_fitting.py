@@ -38,7 +38,7 @@ from mmkernels.choices import GIB, Modelled, OptimizerChoice, Plan
 from mmkernels.planning.search import BudgetTooSmallError, Search
 from mmkernels.planning.solver import Solution, solve
 
-SLAB_BYTES = 1 << 28
+PINNED_BYTES = 1 << 28
 Weights = dict[str, Tensor]
 Hidden = Callable[[int, int], float]  # bytes by the steps done and the bytes that live
 
@@ -97,7 +97,6 @@ class Planner:
 
     @property
     def least(self) -> Plan:
-        """The smallest plan."""
         assert self._least is not None
         return self._plan(self._least)
 
@@ -107,8 +106,9 @@ class Planner:
             step_s=solution.step_s,
         )  # fmt: skip
         return Plan(
-            units=solution.units, recomputed_blocks=solution.recomputed_blocks, window_bytes=solution.window_bytes,
-            slab_bytes=SLAB_BYTES, optimizer=OptimizerChoice(is_in_backward=solution.is_in_backward), modelled=figures,
+            units=solution.units, recomputed_blocks=solution.recomputed_blocks, modelled=figures,
+            window_bytes=solution.window_bytes, pinned_bytes=PINNED_BYTES,
+            optimizer=OptimizerChoice(is_in_backward=solution.is_in_backward),
         )  # fmt: skip
 
 
@@ -122,7 +122,7 @@ def fitted(
 ) -> tuple[Trainer, StandIn]:
     """A trainer that was run on a stand-in device, and the device."""
     device = StandIn(limit_gib * GIB)
-    fitting = Fitting(planner(budget_gib), budget_gib, planner, device, ALONE, ImmediateDevice(SLAB_BYTES))
+    fitting = Fitting(planner(budget_gib), budget_gib, planner, device, ALONE, ImmediateDevice(PINNED_BYTES))
     run = Trainer(config, NoiseClips(config=config), ALONE, fitting=fitting)
     hidden = hides(run)
     device.hidden = lambda live_bytes: hidden(run.step, live_bytes)

@@ -63,7 +63,7 @@ def test_a_planned_run_trains_as_fused_and_keeps_its_plan(tmp_path: Path, capsys
     plain = losses(dataclasses.replace(config, plan=None, run_dir=tmp_path / "plain"), None)
     assert planned == pytest.approx(plain, rel=1e-5)
     printed = " ".join(capsys.readouterr().out.split())
-    assert "plan for RTX 4090: keeps the inside of 1 units, moves 0, runs 1 blocks whole again" in printed
+    assert "plan for RTX 4090: keeps the inside of 1 units, moves 0, recomputes 1 blocks whole" in printed
     assert "not in the plan's time: the moving average on the host" in printed
     folder = checkpoint.newest(config.run_dir)
     assert folder is not None
@@ -128,7 +128,7 @@ def test_what_does_not_fit_is_refused_with_what_would(tmp_path: Path, monkeypatc
         choose_plan(config, ON_GPU)
     with pytest.raises(ValueError, match="memory_budget is 'auto' and there is no GPU"):
         choose_plan(dataclasses.replace(config, plan=None, memory_budget="auto"), ONE)
-    plan = build_plan(units={f"{BLOCK}/feed_forward_in": "move"}, slab_bytes=1 << 30)
+    plan = build_plan(units={f"{BLOCK}/feed_forward_in": "move"}, pinned_bytes=1 << 30)
     config = planned_config(tmp_path, plan)
     with pytest.raises(ValueError, match="the UNet is on cpu"):
         losses(config, plan)

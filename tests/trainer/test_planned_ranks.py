@@ -12,7 +12,7 @@ from unittest import mock
 import forked
 import pytest
 import torch
-from test_fitting import SLAB_BYTES, modelled, peak_gib, two_levels
+from test_fitting import PINNED_BYTES, modelled, peak_gib, two_levels
 from test_offload import ImmediateDevice
 from tiny import NoiseClips, tiny_config
 from torch.distributed.device_mesh import DeviceMesh
@@ -43,7 +43,7 @@ MORE_SHARE = 0.1  # of the modelled peak: what the second rank's allocator has b
 AGAIN = ("mid_block.attentions.0", "up_blocks.0.resnets.0")
 LARGE = dataclasses.replace(modelled(10, 1.0), units={"mid_block.attentions.0/feed_forward_in": "keep"})
 SMALL = dataclasses.replace(
-    modelled(8, 2.0), recomputed_blocks=AGAIN, slab_bytes=SLAB_BYTES, window_bytes=0,
+    modelled(8, 2.0), recomputed_blocks=AGAIN, pinned_bytes=PINNED_BYTES, window_bytes=0,
     units={f"{AGAIN[0]}/input": "move", "down_blocks.0.resnets.0/spatial_first": "move"},
 )  # fmt: skip
 
@@ -96,7 +96,7 @@ def trained(config: Config, ranks: Ranks, fitting: Fitting | None = None) -> dic
 
 def fitted(config: Config, ranks: Ranks, plan: Plan, plan_within: Any) -> dict[str, Any]:
     allocator = Allocator(ranks)
-    fitting = Fitting(plan, peak_gib(plan), plan_within, allocator, ranks, ImmediateDevice(SLAB_BYTES))
+    fitting = Fitting(plan, peak_gib(plan), plan_within, allocator, ranks, ImmediateDevice(PINNED_BYTES))
     allocator.fitting = fitting
     return trained(config, ranks, fitting)
 

@@ -30,7 +30,6 @@ _BOUNDING = (
     "masked_fill", "masked_fill_", "hardtanh", "threshold", "floor", "ceil", "round",
 )  # fmt: skip
 _ASKS_NO_TENSOR = ("isinstance", "hasattr", "getattr", "is_grad_enabled", "is_torch_version", "is_torch_npu_available")
-Check = Callable[[nn.Module], str | None]
 _results: dict[tuple[Any, ...], str | None] = {}
 
 

@@ -73,8 +73,8 @@ def why_not_up_block(module: Any) -> str | None:
     for i, upsampler in enumerate(module.upsamplers or ()):
         if (reason := why_not_known(upsampler, "upsampler")) is not None:
             return f"upsamplers.{i} {reason}"
-        ways = upsampler.use_conv, upsampler.name, getattr(upsampler, "norm", None), upsampler.use_conv_transpose
-        if ways != (True, "conv", None, False) or not getattr(upsampler, "interpolate", True):
+        settings = upsampler.use_conv, upsampler.name, getattr(upsampler, "norm", None), upsampler.use_conv_transpose
+        if settings != (True, "conv", None, False) or not getattr(upsampler, "interpolate", True):
             return f"upsamplers.{i} does not enlarge by nearest pixels and then convolve"
         if is_hooked(upsampler):
             return f"upsamplers.{i} has hooks or a replaced method"

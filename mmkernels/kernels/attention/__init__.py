@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mmkernels import tuning
 from mmkernels.kernels.call import Call, describe
-from mmkernels.kernels.dispatch import dispatch, why_nobody
+from mmkernels.kernels.dispatch import chosen, why_nobody
 from mmkernels.kernels.launch import MOST_GRID_YZ
 
 OP = "attention"
@@ -69,4 +69,4 @@ def choose(x: Tensor, dtype: torch.dtype, pixels: int, num_heads: int, head_dim:
         o, logsumexp = backend.forward(q, k, v)
         backend.backward(o, q, k, v, o, logsumexp)
 
-    return dispatch(call_of(x, dtype, pixels, num_heads, head_dim), x, trial)
+    return chosen(call_of, x, dtype, pixels, num_heads, head_dim, trial=trial)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mmkernels.kernels.call import Call, describe
-from mmkernels.kernels.dispatch import dispatch
+from mmkernels.kernels.dispatch import chosen
 
 OP = "blend"
 
@@ -42,4 +42,4 @@ def backward_into(dm: Tensor, s: Tensor, t: Tensor, alpha: Tensor, ds: Tensor, d
 
 
 def _kernels(s: Tensor, dtype: torch.dtype, *tensors: Tensor) -> Any:
-    return dispatch(call_of(s, dtype, *tensors), s)
+    return chosen(call_of, s, dtype, *tensors)

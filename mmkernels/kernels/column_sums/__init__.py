@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from mmkernels.kernels.call import Call, describe
-from mmkernels.kernels.dispatch import dispatch
+from mmkernels.kernels.dispatch import chosen
 
 OP = "column_sums"
 
@@ -17,4 +17,4 @@ def call_of(x: Tensor) -> Call:
 
 def column_sums(x: Tensor) -> Tensor:
     """The sums over T of x (R, T, C)."""
-    return dispatch(call_of(x), x).sums(x)
+    return chosen(call_of, x).sums(x)

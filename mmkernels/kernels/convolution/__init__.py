@@ -7,7 +7,7 @@ Shapes are those of `Inputs` and `Added`; the statistics of the norm are given. 
     forward(inputs, added, y, chunk_rows)                 writes y (M, H, W, K)
     backward(inputs, dy, dx, dx2, chunk_rows, wants)      writes dx, dx2; returns dgamma, dbeta, dweight
 
-wants: which ways back are taken, `data` to dx, dx2, dgamma and dbeta, `weight` to dweight; the others' are not written.
+wants: which gradients are taken, `data` to dx, dx2, dgamma and dbeta, `weight` to dweight; the others' are not written.
 chunk_rows: pixels that one which walks over chunks takes at a time. The chunked one is torch's convolution and takes
 everything; the others normalise and activate what they load, and are Triton's and CUDA C++. On a GPU those that take a
 call are timed, on some of its pixels and scratch outputs.
@@ -24,7 +24,7 @@ from mmkernels import tuning
 from mmkernels.kernels.call import Call, describe
 from mmkernels.kernels.convolution.chunked import default_chunk_rows
 from mmkernels.kernels.convolution.inputs import Added, Inputs, Wants
-from mmkernels.kernels.dispatch import dispatch
+from mmkernels.kernels.dispatch import asked_once, dispatch
 from mmkernels.kernels.group_norm.norm import Rows, at
 
 __all__ = ["OP", "Added", "Inputs", "Wants", "backward", "call_of", "default_chunk_rows", "forward"]
@@ -45,11 +45,13 @@ def call_of(direction: str, inputs: Inputs, *others: torch.dtype) -> Call:
 def forward(inputs: Inputs, added: Added, y: Tensor, chunk_rows: int) -> None:
     """Write y."""
 
-    def trial(way: Any) -> None:
+    def trial(backend: Any) -> None:
         rows = _sample(inputs)
-        way.forward(inputs.of(rows), added.of(rows), torch.empty_like(at(y, rows)), chunk_rows)
+        backend.forward(inputs.of(rows), added.of(rows), torch.empty_like(at(y, rows)), chunk_rows)
 
-    dispatch(call_of("forward", inputs, y.dtype), inputs.x, trial).forward(inputs, added, y, chunk_rows)
+    backend = dispatch(call_of("forward", inputs, y.dtype), inputs.x, trial)
+    with asked_once():
+        backend.forward(inputs, added, y, chunk_rows)
 
 
 def backward(
@@ -57,13 +59,14 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Write dx and dx2; returns dgamma, dbeta, dweight, at least float32; what is not wanted is left or zero."""
 
-    def trial(way: Any) -> None:
+    def trial(backend: Any) -> None:
         rows = _sample(inputs)
         targets = (None if target is None else torch.empty_like(at(target, rows)) for target in (inputs.x, inputs.x2))
-        way.backward(inputs.of(rows), at(dy, rows), *targets, chunk_rows, wants)
+        backend.backward(inputs.of(rows), at(dy, rows), *targets, chunk_rows, wants)
 
-    way = dispatch(call_of("backward", inputs, dy.dtype), inputs.x, trial)
-    return way.backward(inputs, dy, dx, dx2, chunk_rows, wants)
+    backend = dispatch(call_of("backward", inputs, dy.dtype), inputs.x, trial)
+    with asked_once():
+        return backend.backward(inputs, dy, dx, dx2, chunk_rows, wants)
 
 
 def _sample(inputs: Inputs) -> Rows:

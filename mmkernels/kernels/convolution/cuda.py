@@ -17,6 +17,8 @@ from mmkernels.kernels import launch
 from mmkernels.kernels.call import Call
 from mmkernels.kernels.convolution import implicit
 from mmkernels.kernels.convolution.implicit import Kernels
+from mmkernels.kernels.convolution.inputs import Added
+from mmkernels.kernels.group_norm.norm import Norm
 
 # The kernels' tiles (csrc/cuda/group_norm_silu_conv.h).
 TILE_ROWS, TILE_COLUMNS, STEP_CHANNELS, TILE_OUTPUTS = 8, 16, 32, 160
@@ -37,24 +39,18 @@ def why_unsupported(call: Call) -> str | None:
     return implicit.why_unsupported(call)
 
 
-def convolve(
-    x: Tensor, x2: Tensor | None, mean: Tensor, rstd: Tensor, gamma: Tensor, beta: Tensor, weight_tck: Tensor,
-    bias: Tensor | None, shift: Tensor | None, residual: Tensor | None, out: Tensor,
-) -> None:  # fmt: skip
-    """out = conv(silu(group_norm(x))) + bias + shift + residual; shift (M, H or 1, K), residual, out (M, H, W, K)."""
-    affine = (mean, rstd, gamma.float().contiguous(), beta.float().contiguous())
-    _convolve(x, x2, affine, weight_tck, bias, shift, residual, out)
+def convolve(x: Tensor, x2: Tensor | None, norm: Norm, weight_tck: Tensor, added: Added, out: Tensor) -> None:
+    """out (M, H, W, K) = conv(silu(group_norm(x, x2))) + bias + shift + residual."""
+    _convolve(x, x2, Norm.of_parameters(*norm), weight_tck, added, out)
 
 
 def data_gradient(dy: Tensor, weight_tck: Tensor, da: Tensor) -> None:
     """da (M, H, W, C + C2), the gradient by the activation: dy convolved with the flipped, transposed weights."""
     flipped = weight_tck.flip(0).transpose(1, 2).contiguous()
-    _convolve(dy, None, (None,) * 4, flipped, None, None, None, da)
+    _convolve(dy, None, None, flipped, Added(None, None, None), da)
 
 
-def weight_gradient(
-    x: Tensor, x2: Tensor | None, mean: Tensor, rstd: Tensor, gamma: Tensor, beta: Tensor, dy: Tensor, num_taps: int
-) -> Tensor:  # fmt: skip
+def weight_gradient(x: Tensor, x2: Tensor | None, norm: Norm, dy: Tensor, num_taps: int) -> Tensor:
     """dweight (taps, C + C2, K) in float32, the activation recomputed; summed in two stages in fixed order."""
     C, K = _channels(x, x2), dy.shape[-1]
     splits = pixel_splits(x, x2, K)
@@ -62,26 +58,24 @@ def weight_gradient(
     if x.numel() == 0:
         return dweight.zero_()
     partial = x.new_empty((splits, *dweight.shape), dtype=torch.float32) if splits > 1 else dweight
-    tensors = (x, x2, mean, rstd, gamma.float().contiguous(), beta.float().contiguous(), dy, partial, dweight)
-    shape = [*_shape(x, x2, mean.shape[1]), K, num_taps]
+    tensors = (x, x2, *Norm.of_parameters(*norm), dy, partial, dweight)
+    shape = [*_shape(x, x2, norm.mean.shape[1]), K, num_taps]
     _call("weight_gradient", tensors, shape, (x, x2, dy), splits, x=x)
     return dweight
 
 
-def group_norm_silu_backward(
-    x: Tensor, x2: Tensor | None, da: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor, beta: Tensor,
-    dx: Tensor, dx2: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def norm_backward(
+    x: Tensor, x2: Tensor | None, da: Tensor, norm: Norm, dx: Tensor, dx2: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Write dx and dx2 from da, the gradient by silu(group_norm(x)), and return dgamma and dbeta in float32."""
-    M, G, C = *mean.shape, _channels(x, x2)
+    M, G, C = *norm.mean.shape, _channels(x, x2)
     splits = slab_splits(x, x2)
     partial = x.new_empty((M, splits, C, 2), dtype=torch.float32)
     group_sums = x.new_empty((M, G, 2), dtype=torch.float32)
     dgamma, dbeta = (x.new_empty(C, dtype=torch.float32) for _ in range(2))
     if x.numel() == 0:
         return dgamma.zero_(), dbeta.zero_()
-    affine = (mean, rstd, gamma.float().contiguous(), beta.float().contiguous())
-    tensors = (x, x2, *affine, da, dx, dx2, partial, group_sums, dgamma, dbeta)
+    tensors = (x, x2, *Norm.of_parameters(*norm), da, dx, dx2, partial, group_sums, dgamma, dbeta)
     _call("norm_backward", tensors, _shape(x, x2, G), (x, x2, da, dx, dx2), splits, x=x)
     return dgamma, dbeta
 
@@ -101,20 +95,16 @@ def pixel_splits(x: Tensor, x2: Tensor | None, num_outputs: int) -> int:
     return max(1, min(-(-264 // blocks), tiles))
 
 
-def _convolve(
-    x: Tensor, x2: Tensor | None, affine: Sequence[Tensor | None], weight: Tensor,
-    bias: Tensor | None, shift: Tensor | None, residual: Tensor | None, out: Tensor,
-) -> None:  # fmt: skip
-    M, H, _, K = out.shape
+def _convolve(x: Tensor, x2: Tensor | None, norm: Norm | None, weight: Tensor, added: Added, out: Tensor) -> None:
+    (bias, shift, residual), K = added, out.shape[3]
     if shift is not None:
         shift = shift.float().contiguous()
         shift_strides = [shift.shape[1] * K, K if shift.shape[1] > 1 else 0]
     else:
         shift_strides = [0, 0]
     bias = None if bias is None else bias.float().contiguous()
-    G = 1 if affine[0] is None else affine[0].shape[1]
-    shape = [*_shape(x, x2, G), K, weight.shape[0]]
-    tensors = (x, x2, *affine, weight, bias, shift, residual, out)
+    shape = [*_shape(x, x2, 1 if norm is None else norm.mean.shape[1]), K, weight.shape[0]]
+    tensors = (x, x2, *(norm or (None,) * 4), weight, bias, shift, residual, out)
     _call("forward", tensors, shape, (x, x2, residual, out), shift_strides, x=x)
 
 
@@ -159,5 +149,5 @@ def _call(operation: str, tensors: Sequence[Tensor | None], shape: list[int], st
 
 # --- the backend
 
-_KERNELS = Kernels(convolve, data_gradient, weight_gradient, group_norm_silu_backward)
+_KERNELS = Kernels(convolve, data_gradient, weight_gradient, norm_backward)
 forward, backward = _KERNELS.forward, _KERNELS.backward

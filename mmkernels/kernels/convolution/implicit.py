@@ -25,12 +25,10 @@ _CHUNK_BYTES = 1 << 28  # of the gradient by the activation where it has no plac
 class Kernels(NamedTuple):
     """What a backend offers, and the op's forward and backward made of it.
 
-    norm: mean, rstd, gamma, beta; every result is written or returned on their device.
-
-    convolve(x, x2, *norm, weight_tck, bias, shift, residual, out)       writes out (M, H, W, K)
-    data_gradient(dy, weight_tck, da)                                    writes da (M, H, W, C + C2)
-    weight_gradient(x, x2, *norm, dy, num_taps)                          returns (taps, C + C2, K) in float32
-    norm_backward(x, x2, da, *norm, dx, dx2)                             writes dx, dx2; returns dgamma, dbeta
+    convolve(x, x2, norm, weight_tck, added, out)        writes out (M, H, W, K)
+    data_gradient(dy, weight_tck, da)                    writes da (M, H, W, C + C2)
+    weight_gradient(x, x2, norm, dy, num_taps)           returns (taps, C + C2, K) in float32
+    norm_backward(x, x2, da, norm, dx, dx2)              writes dx, dx2; returns dgamma, dbeta
     """
 
     convolve: Callable[..., None]
@@ -41,8 +39,8 @@ class Kernels(NamedTuple):
     def forward(self, inputs: Inputs, added: Added, y: Tensor, chunk_rows: int) -> None:
         """Write the op into y (M, H, W, K), all of it at once."""
         x, x2, norm, weight = inputs
-        laid_out = (None if value is None else value.contiguous() for value in added)
-        self.convolve(x, x2, *norm, by_taps(weight), *laid_out, y)
+        laid_out = Added(*(None if value is None else value.contiguous() for value in added))
+        self.convolve(x, x2, norm, by_taps(weight), laid_out, y)
 
     def backward(
         self, inputs: Inputs, dy: Tensor, dx: Tensor, dx2: Tensor | None, chunk_rows: int, wants: Wants
@@ -53,7 +51,7 @@ class Kernels(NamedTuple):
         dy = dy.contiguous()
         by_tap = torch.zeros((), device=x.device).expand(kh * kw, C, K)
         if wants.weight:
-            by_tap = self.weight_gradient(x, x2, *norm, dy, kh * kw)
+            by_tap = self.weight_gradient(x, x2, norm, dy, kh * kw)
         weight_tck = by_taps(weight)
         dgamma, dbeta = (torch.zeros_like(norm.gamma) for _ in range(2))
         for samples in _samples(x, x2) if wants.data else ():
@@ -62,7 +60,7 @@ class Kernels(NamedTuple):
             da = dx[samples] if x2 is None else torch.empty((*part.x.shape[:3], C), dtype=x.dtype, device=x.device)
             self.data_gradient(dy[samples], weight_tck, da)
             part_dx2 = None if dx2 is None else dx2[samples]
-            sums = self.norm_backward(part.x, part.x2, da, *part.norm, dx[samples], part_dx2)
+            sums = self.norm_backward(part.x, part.x2, da, part.norm, dx[samples], part_dx2)
             dgamma += sums[0]
             dbeta += sums[1]
         return dgamma, dbeta, by_tap.view(kh, kw, C, K).permute(3, 2, 0, 1)

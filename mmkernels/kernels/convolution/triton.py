@@ -15,7 +15,6 @@ the picture a is zero, as padding after the activation is.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -26,15 +25,15 @@ from torch import Tensor
 from mmkernels.kernels.call import Call
 from mmkernels.kernels.convolution import implicit
 from mmkernels.kernels.convolution.implicit import Kernels
+from mmkernels.kernels.convolution.inputs import Added
 from mmkernels.kernels.group_norm import triton as group_norm
+from mmkernels.kernels.group_norm.norm import Norm
 from mmkernels.kernels.group_norm.triton import sigmoid
 from mmkernels.kernels.launch import launch
 
 WEIGHT_PROGRAMS = 512  # of a weight gradient, where each still has this many tiles of pixels:
 LEAST_SPLIT_TILES = 16
 MOST_REGISTERS = 248  # said where ptxas would else spill to fit more programs on a processor
-
-group_norm_silu_backward = partial(group_norm.backward, has_silu=True)
 
 
 def why_unsupported(call: Call) -> str | None:
@@ -201,28 +200,23 @@ def weight_gradient_kernel(
 # --- launches
 
 
-def convolve(
-    x: Tensor, x2: Tensor | None, mean: Tensor, rstd: Tensor, gamma: Tensor, beta: Tensor, weight_tck: Tensor,
-    bias: Tensor | None, shift: Tensor | None, residual: Tensor | None, out: Tensor,
-) -> None:  # fmt: skip
+def convolve(x: Tensor, x2: Tensor | None, norm: Norm, weight_tck: Tensor, added: Added, out: Tensor) -> None:
     """Write conv(silu(group_norm(x, x2))) + bias + shift + residual into out (M, H, W, K).
 
-    weight_tck (taps, C + C2, K), contiguous, of 3 taps over H or 9 over H and W; shift (M, H or 1, K).
+    weight_tck (taps, C + C2, K), contiguous, of 3 taps over H or 9 over H and W.
     """
-    _convolve(x, x2, affine(mean, rstd, gamma, beta), weight_tck, bias, shift, residual, out)
+    _convolve(x, x2, affine(norm), weight_tck, added, out)
 
 
 def data_gradient(dy: Tensor, weight_tck: Tensor, da: Tensor) -> None:
     """Write the gradient by the convolution's input into da (M, H, W, C + C2), given dy (M, H, W, K)."""
-    _convolve(dy, None, None, weight_tck.flip(0).transpose(1, 2), None, None, None, da)
+    _convolve(dy, None, None, weight_tck.flip(0).transpose(1, 2), Added(None, None, None), da)
 
 
-def weight_gradient(
-    x: Tensor, x2: Tensor | None, mean: Tensor, rstd: Tensor, gamma: Tensor, beta: Tensor, dy: Tensor, num_taps: int
-) -> Tensor:
+def weight_gradient(x: Tensor, x2: Tensor | None, norm: Norm, dy: Tensor, num_taps: int) -> Tensor:
     """The gradient by weight_tck (num_taps, C + C2, K) in float32, the activation recomputed."""
     M, H, W, K = dy.shape
-    table = affine(mean, rstd, gamma, beta)
+    table = affine(norm)
     channels = table.shape[2]
     tile_p, tile_c, tile_k = 32, 32, 64
     constants = {"KW": num_taps // 3, "TILE_P": tile_p, "TILE_C": tile_c, "TILE_K": tile_k}
@@ -242,19 +236,16 @@ def weight_gradient(
     return partial[0] if num_splits == 1 else partial.sum(0)
 
 
-def affine(mean: Tensor, rstd: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+def affine(norm: Norm) -> Tensor:
     """GroupNorm as scale * x + offset: (M, 2, C + C2) in float32."""
-    G = mean.shape[1]
+    (mean, rstd, gamma, beta), G = norm, norm.mean.shape[1]
     scale = rstd[:, :, None] * gamma.float().view(G, -1)  # (M, G, channels of a group)
     offset = beta.float().view(G, -1) - mean[:, :, None] * scale
     return torch.stack((scale.flatten(1), offset.flatten(1)), 1)
 
 
-def _convolve(
-    x: Tensor, x2: Tensor | None, table: Tensor | None, weight: Tensor, bias: Tensor | None, shift: Tensor | None,
-    residual: Tensor | None, out: Tensor,
-) -> None:  # fmt: skip
-    M, H, W, C = x.shape
+def _convolve(x: Tensor, x2: Tensor | None, table: Tensor | None, weight: Tensor, added: Added, out: Tensor) -> None:
+    (M, H, W, C), (bias, shift, residual) = x.shape, added
     taps, channels, K = weight.shape
     constants = tiles(taps // 3, x.dtype, is_activated=table is not None)
     width, step = constants["TILE_W"], constants["TILE_W"] - taps // 3 + 1
@@ -296,5 +287,5 @@ def _precision(dtype: torch.dtype) -> str:
 
 # --- the backend
 
-_KERNELS = Kernels(convolve, data_gradient, weight_gradient, group_norm_silu_backward)
+_KERNELS = Kernels(convolve, data_gradient, weight_gradient, group_norm.norm_backward)
 forward, backward = _KERNELS.forward, _KERNELS.backward

@@ -10,12 +10,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from mmkernels.kernels.call import Call, describe
-from mmkernels.kernels.dispatch import dispatch
+from mmkernels.kernels.dispatch import chosen
 
 OP = "epilogue"
 
 
-def call_of(inner: Tensor | None, residual: Tensor | None, y: Tensor) -> Call:
+def call_of(y: Tensor, inner: Tensor | None, residual: Tensor | None) -> Call:
     """The sums in y of a convolution's result and a residual."""
     return describe(OP, y, y.dtype, y.shape[-1:], tensors=(inner, residual, y))
 
@@ -25,4 +25,4 @@ def add_into(inner: Tensor, bias: Tensor | None, shift: Tensor | None, residual:
     if bias is None and shift is None and residual is None:
         y.copy_(inner)
     else:
-        dispatch(call_of(inner, residual, y), y).add_into(inner, bias, shift, residual, y)
+        chosen(call_of, y, inner, residual).add_into(inner, bias, shift, residual, y)

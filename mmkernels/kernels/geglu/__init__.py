@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mmkernels.costs import is_modelled
 from mmkernels.kernels.call import Call, describe
-from mmkernels.kernels.dispatch import dispatch
+from mmkernels.kernels.dispatch import chosen
 
 OP = "geglu_pass"
 
@@ -28,7 +28,7 @@ def call_of(u: Tensor) -> Call:
 def geglu_into(u: Tensor, bias: Tensor, g: Tensor) -> None:
     """Write hidden * gelu(gate) of u + bias into `g`; u (rows, 2H), g (rows, H), contiguous; bias at least float32."""
     if u.numel() and not is_modelled(reads=(u, bias), writes=(g,)):
-        dispatch(call_of(u), u).forward(u, bias, g)
+        chosen(call_of, u).forward(u, bias, g)
 
 
 def geglu_backward_into(u: Tensor, bias: Tensor, dg: Tensor, du: Tensor, g: Tensor) -> Tensor:
@@ -40,4 +40,4 @@ def geglu_backward_into(u: Tensor, bias: Tensor, dg: Tensor, du: Tensor, g: Tens
         return torch.zeros_like(bias)
     if is_modelled(reads=(u, bias, dg), writes=(du, g)):
         return torch.empty((-(-u.shape[0] // 32), u.shape[1]), device=u.device).sum(0)  # the sum's second stage
-    return dispatch(call_of(u), u).backward(u, bias, dg, du, g)
+    return chosen(call_of, u).backward(u, bias, dg, du, g)

@@ -1,10 +1,10 @@
-"""The up-projection and GEGLU over rows, in one of two ways: torch's product and a pass over it, or one kernel.
+"""The up-projection and GEGLU over rows, by one of two backends: torch's product and a pass over it, or one kernel.
 
     v = x Wu^T + bias      g = hidden * gelu(gate),  (hidden, gate) = v halved
 
 x (rows, C), Wu (2H, C), g and dg (rows, H), u and du (rows, 2H), contiguous and of one dtype; bias (2H) at least
 float32. The kernel keeps u out of memory; torch's product is the faster of the two products. On a GPU both are timed.
-A way has
+A backend has
 
     forward(x, weight, bias, g, u)      writes g; u() is scratch for the product
     backward(x, weight, bias, du, g)    writes du, and g in the place of dg; returns the gradient of bias
@@ -21,7 +21,7 @@ from torch import Tensor
 from mmkernels import tuning
 from mmkernels.costs import device_kind
 from mmkernels.kernels.call import Call, describe
-from mmkernels.kernels.dispatch import dispatch
+from mmkernels.kernels.dispatch import chosen
 from mmkernels.rows import num_sharing
 from mmkernels.scratch import scratch_rows
 
@@ -51,21 +51,21 @@ def _has_place(x: Tensor, dtype: torch.dtype) -> bool:
 def forward_into(x: Tensor, weight: Tensor, bias: Tensor, g: Tensor, u: Callable[[], Tensor]) -> None:
     """Write g. u: gives the scratch for the product, asked for where one is needed."""
 
-    def trial(way: Any) -> None:
+    def trial(backend: Any) -> None:
         rows = _sample(g)
-        way.forward(x[rows], weight, bias, torch.empty_like(g[rows]), lambda: u()[rows])
+        backend.forward(x[rows], weight, bias, torch.empty_like(g[rows]), lambda: u()[rows])
 
-    _way("forward", x, g, trial).forward(x, weight, bias, g, u)
+    _backend("forward", x, g, trial).forward(x, weight, bias, g, u)
 
 
 def backward_into(x: Tensor, weight: Tensor, bias: Tensor, du: Tensor, g: Tensor) -> Tensor:
     """Write du, and forward's g into the place of its gradient, which g holds; returns the gradient of bias."""
 
-    def trial(way: Any) -> None:
+    def trial(backend: Any) -> None:
         rows = _sample(g)
-        way.backward(x[rows], weight, bias, du[rows], g[rows].clone())
+        backend.backward(x[rows], weight, bias, du[rows], g[rows].clone())
 
-    return _way("backward", x, g, trial).backward(x, weight, bias, du, g)
+    return _backend("backward", x, g, trial).backward(x, weight, bias, du, g)
 
 
 def _sample(g: Tensor) -> slice:
@@ -78,6 +78,6 @@ def call_of(x: Tensor, dtype: torch.dtype, channels: int, hidden: int, rows: int
     return describe("geglu", x, dtype, (channels, hidden, rows.bit_length()), direction=direction)
 
 
-def _way(direction: str, x: Tensor, g: Tensor, trial: Callable[[Any], None]) -> Any:
-    call = call_of(x, x.dtype, x.shape[1], g.shape[1], g[_sample(g)].shape[0], direction)
-    return dispatch(call, x, trial)
+def _backend(direction: str, x: Tensor, g: Tensor, trial: Callable[[Any], None]) -> Any:
+    rows = g[_sample(g)].shape[0]
+    return chosen(call_of, x, x.dtype, x.shape[1], g.shape[1], rows, direction, trial=trial)

@@ -5,7 +5,7 @@
 x (M, H, W, C) and x2 (M, H, W, C2) or None stand beside each other on the channel axis, and a group may straddle the
 two; channels are contiguous where a kernel takes them. mean and rstd (M, G) are over H, W and the channels of a group,
 at least float32, as is all arithmetic. A backend has the functions of this file, which say what they do to a modelled
-run. Native C++ on the CPU, Triton on CUDA, plain torch where `why_unsupported` gives a reason.
+run. Native C++ on the CPU, Triton on CUDA, plain torch where neither takes it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mmkernels.costs import is_modelled
 from mmkernels.kernels.call import Call, describe
-from mmkernels.kernels.dispatch import dispatch, why_nobody
+from mmkernels.kernels.dispatch import chosen
 from mmkernels.kernels.group_norm.norm import Norm
 
 OP = "group_norm"
@@ -26,11 +26,6 @@ OP = "group_norm"
 def call_of(x: Tensor, x2: Tensor | None, *others: Tensor | None) -> Call:
     """GroupNorm of x and x2; others: what is read or written of their pixels beside them."""
     return describe(OP, x, x.dtype, (*x.shape, 0 if x2 is None else x2.shape[3]), tensors=(x, x2, *others))
-
-
-def why_unsupported(x: Tensor, x2: Tensor | None = None) -> str | None:
-    """Why plain torch computes it, or None where a kernel does."""
-    return why_nobody(call_of(x, x2))
 
 
 def statistics(x: Tensor, x2: Tensor | None, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
@@ -58,4 +53,4 @@ def norm_backward(
 
 
 def _backend(x: Tensor, x2: Tensor | None, *others: Tensor | None) -> Any:
-    return dispatch(call_of(x, x2, *others), x)
+    return chosen(call_of, x, x2, *others)

@@ -204,59 +204,54 @@ def statistics(x: Tensor, x2: Tensor | None, num_groups: int, eps: float) -> tup
     return mean, rstd
 
 
-def normalise(
-    x: Tensor, x2: Tensor | None, mean: Tensor, rstd: Tensor, gamma: Tensor, beta: Tensor, out: Tensor, *,
-    has_silu: bool,
-) -> None:  # fmt: skip
+def normalise(x: Tensor, x2: Tensor | None, norm: Norm, out: Tensor, *, has_silu: bool) -> None:
     """Write z = (x - mean) * rstd * gamma + beta, or silu(z), into out (M, H, W, C + C2)."""
     channels = _channels(x, x2)
     split = segments(channels, *(side for side, _ in _sides(x, x2)), out)
-    tail, constants = [channels, mean.shape[1], split.split_rows, split.num_splits], _TILE | {"HAS_SILU": has_silu}
+    tail, constants = [channels, norm.mean.shape[1], split.split_rows, split.num_splits], _TILE | {"HAS_SILU": has_silu}
     for side, channel0 in _sides(x, x2):
         sizes = [*split.strides(side, out), split.per_sample, split.rows, side.shape[3], channel0, *tail]
-        launch(normalise_kernel, split.programs(side), [side, mean, rstd, gamma, beta, out, *sizes], constants)
+        launch(normalise_kernel, split.programs(side), [side, *norm, out, *sizes], constants)
 
 
 def backward(
-    x: Tensor, x2: Tensor | None, da: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor, beta: Tensor,
-    dx: Tensor, dx2: Tensor | None, *, has_silu: bool,
+    x: Tensor, x2: Tensor | None, da: Tensor, norm: Norm, dx: Tensor, dx2: Tensor | None, *, has_silu: bool
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Write the gradient by x (and x2) into dx (and dx2), given da (M, H, W, C + C2) by a; dgamma, dbeta in float32.
 
     Where there is no x2, dx may be da.
     """
     M, H, W, _ = x.shape
-    G, channels = mean.shape[1], _channels(x, x2)
+    G, channels = norm.mean.shape[1], _channels(x, x2)
     targets = _sides(dx, dx2)
     split = segments(channels, *(side for side, _ in _sides(x, x2)), da, *(target for target, _ in targets))
     partial = x.new_empty((M, split.parts, 2, channels), dtype=torch.float32)
     means = x.new_empty((M, G, 2), dtype=torch.float32)
-    normalisation = [mean, rstd, gamma, beta]
     tail, constants = [channels, G, split.split_rows, split.num_splits], _TILE | {"HAS_SILU": has_silu}
     for side, channel0 in _sides(x, x2):
         sizes = [*split.strides(side, da), split.per_sample, split.rows, side.shape[3], channel0, *tail]
-        arguments = [side, da, *normalisation, partial, *sizes]
+        arguments = [side, da, *norm, partial, *sizes]
         launch(partial_backward_kernel, split.programs(side), arguments, constants)
     sizes = [H * W * (channels // G), split.parts, channels, G]
-    launch(merge_backward_kernel, M * G, [partial, gamma, means, *sizes], _group_tile(channels // G, split.parts))
+    launch(merge_backward_kernel, M * G, [partial, norm.gamma, means, *sizes], _group_tile(channels // G, split.parts))
     registers = 128 if has_silu else 96  # said where ptxas would else spill to fit more programs on a processor
     for (side, channel0), (target, _) in zip(_sides(x, x2), targets, strict=True):
         sizes = [*split.strides(side, da, target), split.per_sample, split.rows, side.shape[3], channel0, *tail]
-        arguments = [side, da, *normalisation, means, target, *sizes]
+        arguments = [side, da, *norm, means, target, *sizes]
         launch(input_gradient_kernel, split.programs(side), arguments, constants | {"maxnreg": registers})
     return partial[:, :, 0].sum((0, 1)), partial[:, :, 1].sum((0, 1))
 
 
 def activate(x: Tensor, x2: Tensor | None, norm: Norm, out: Tensor) -> None:
     """`normalise` with silu."""
-    normalise(x, x2, *norm, out, has_silu=True)
+    normalise(x, x2, norm, out, has_silu=True)
 
 
 def norm_backward(
     x: Tensor, x2: Tensor | None, da: Tensor, norm: Norm, dx: Tensor, dx2: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """`backward` with silu."""
-    return backward(x, x2, da, *norm, dx, dx2, has_silu=True)
+    return backward(x, x2, da, norm, dx, dx2, has_silu=True)
 
 
 def _sides(x: Tensor, x2: Tensor | None) -> list[tuple[Tensor, int]]:

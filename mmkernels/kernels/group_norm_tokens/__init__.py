@@ -7,7 +7,7 @@ A backend has
     statistics(x, num_groups, eps, chunk_frames)      mean and rstd
     normalised(x, norm, dtype)                        h
     kept(x, norm)                                     what backward reads instead of x
-    normalised_again(x, norm, dtype)                  h and that
+    normalised_and_kept(x, norm, dtype)               h and that
     backward_into(kept, dh, norm, dx)                 writes dx; returns dgamma and dbeta (C)
 """
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mmkernels.kernels.call import Call, describe
-from mmkernels.kernels.dispatch import dispatch
+from mmkernels.kernels.dispatch import chosen
 
 OP = "group_norm_tokens"
 
@@ -31,4 +31,4 @@ def call_of(x: Tensor, dtype: torch.dtype) -> Call:
 
 def choose(x: Tensor, dtype: torch.dtype) -> Any:
     """The backend for x and an h of `dtype`, the same for forward and backward."""
-    return dispatch(call_of(x, dtype), x)
+    return chosen(call_of, x, dtype)

@@ -31,7 +31,7 @@ def kept(x: Tensor, norm: Norm) -> Tensor:
     return _normalise(x, norm)
 
 
-def normalised_again(x: Tensor, norm: Norm, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def normalised_and_kept(x: Tensor, norm: Norm, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """h in `dtype`, and (x - mean) * rstd."""
     normed = _normalise(x, norm)
     return (normed * norm.gamma).add_(norm.beta).to(dtype), normed

@@ -28,7 +28,7 @@ def normalised(x: Tensor, norm: Norm, dtype: torch.dtype) -> Tensor:
     """h in `dtype`."""
     h = torch.empty(x.shape, dtype=dtype, device=x.device)
     if not is_modelled(reads=(x, *norm), writes=(h,)):
-        triton.normalise(_picture(x), None, *norm, _picture(h), has_silu=False)
+        triton.normalise(_picture(x), None, norm, _picture(h), has_silu=False)
     return h
 
 
@@ -37,7 +37,7 @@ def kept(x: Tensor, norm: Norm) -> Tensor:
     return x
 
 
-def normalised_again(x: Tensor, norm: Norm, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def normalised_and_kept(x: Tensor, norm: Norm, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """h in `dtype`, and x."""
     return normalised(x, norm, dtype), x
 
@@ -47,7 +47,7 @@ def backward_into(x: Tensor, dh: Tensor, norm: Norm, dx: Tensor) -> tuple[Tensor
     # Sums over a group first, then the gradient, which depends on them: both are read twice.
     if is_modelled(reads=(x, dh) * 2, writes=(dx,)):
         return torch.empty_like(norm.gamma, dtype=torch.float32), torch.empty_like(norm.beta, dtype=torch.float32)
-    return triton.backward(_picture(x), None, _picture(dh), *norm, _picture(dx), None, has_silu=False)
+    return triton.backward(_picture(x), None, _picture(dh), norm, _picture(dx), None, has_silu=False)
 
 
 def _picture(tokens: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mmkernels.costs import is_modelled
 from mmkernels.kernels.call import Call, describe
-from mmkernels.kernels.dispatch import dispatch
+from mmkernels.kernels.dispatch import chosen
 from mmkernels.scratch import Buffers
 
 OP = "layer_norm"
@@ -72,7 +72,7 @@ def add_residual_into(x: Tensor, shift: Tensor | None, inner: Tensor, inner_bias
 
 
 def _kernels(x: Tensor, dtype: torch.dtype, *strided: Tensor) -> Any:
-    return dispatch(call_of(x, dtype, *strided), x)
+    return chosen(call_of, x, dtype, *strided)
 
 
 def _modelled_sums(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -28,7 +28,7 @@ from torch import Tensor
 from mmkernels import tuning
 from mmkernels.costs import is_modelled, is_noting
 from mmkernels.kernels.call import Call, describe
-from mmkernels.kernels.dispatch import dispatch, preferred
+from mmkernels.kernels.dispatch import chosen, preferred
 from mmkernels.kernels.temporal_attention import library, row
 
 OP = "temporal_attention"
@@ -102,7 +102,7 @@ def _run(direction: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor], sc
         getattr(backend, direction)(some, [torch.empty_like(x[:1, :, :pixels]) for x in outputs[:3]], scale)
 
     with torch.no_grad():
-        backend = dispatch(call_on(*inputs, *outputs, direction=direction), q, trial)
+        backend = chosen(call_on, *inputs, *outputs, direction=direction, trial=trial)
         if not (is_noting() and backend.IS_TRACED) and is_modelled(reads=inputs, writes=outputs, flops=num_flops):
             return
         if len(outputs) == 4 and not backend.HAS_OUTPUT_IN_BACKWARD:

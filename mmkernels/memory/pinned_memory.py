@@ -1,4 +1,4 @@
-"""Places in one slab of host memory: first fit, and freed places merge."""
+"""Places in one piece of pinned host memory: first fit, and freed places merge."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ ALIGNMENT_BYTES = 512
 
 @dataclass(frozen=True)
 class Place:
-    """Bytes [begin, end) of the slab."""
+    """Bytes [begin, end) of the memory."""
 
     begin: int
     end: int
 
 
-class Slab:
-    """Free places of a slab of `num_bytes`, in order and never touching each other."""
+class PinnedMemory:
+    """Free places of `num_bytes`, in order and never touching each other."""
 
     def __init__(self, num_bytes: int) -> None:
         self.num_bytes = num_bytes
@@ -37,8 +37,8 @@ class Slab:
                 return Place(place.begin, middle)
         largest = max((place.end - place.begin for place in self._free), default=0)
         raise MemoryError(
-            f"the offload slab of {self.num_bytes:,} bytes has {self.free_bytes:,} free, {largest:,} in one piece, and "
-            f"{size:,} are wanted; make the slab as large as a step moves"
+            f"of {self.num_bytes:,} bytes of pinned memory {self.free_bytes:,} are free, {largest:,} in one piece, "
+            f"and {size:,} are wanted; make pinned_bytes as large as what a step moves"
         )
 
     def give_back(self, place: Place) -> None:
