@@ -246,7 +246,7 @@ def check(op: str, level: int, dtype: torch.dtype) -> list[tuple[Any, tuple[Any,
     return watch.calls
 
 
-# Many frames on the first level only: what follows the width is seen without them. Between the ends it is the same code.
+# Many frames on the first level only: what follows the width is seen without them. Those between run the same code.
 PLACES = [(*way, level) for level in range(len(LEVELS)) for way in WAYS if level == 0 or way[0] != BY_LIBRARY[1]]
 PLACES = [pytest.param(*place, marks=pytest.mark.deep if place[2] in (1, 2) else ()) for place in PLACES]
 

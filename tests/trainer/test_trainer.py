@@ -140,14 +140,9 @@ def test_interrupted_and_resumed_ends_bit_equal(case, tmp_path, monkeypatch):
     kernels, options = RESUMED[case]
     settings = {"num_steps": 3, "precision": "bf16"} if "kind" in options else {}
     straight = tiny_config(tmp_path / "straight", size=64, micro_batch_size=2, **settings)
-    straight = dataclasses.replace(
-        straight,
-        kernels=kernels,
-        model=dataclasses.replace(
-            straight.model, block_out_channels=(32, 32, 32, 32), num_attention_heads=(1, 1, 1, 1)
-        ),
-        optimizer=dataclasses.replace(straight.optimizer, **options),
-    )
+    model = dataclasses.replace(straight.model, block_out_channels=(32,) * 4, num_attention_heads=(1,) * 4)
+    optimizer = dataclasses.replace(straight.optimizer, **options)
+    straight = dataclasses.replace(straight, kernels=kernels, model=model, optimizer=optimizer)
     assert _train(straight)[0]
     (steps, losses), _ = lines_of(figures["loss.png"])
     assert list(zip(steps, losses, strict=True)) == [(row["step"], row["loss"]) for row in _rows(straight)]
