@@ -20,6 +20,7 @@ export OMP_WAIT_POLICY ?= passive
 
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc tools tests/native -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+BUILT_FROM := pyproject.toml setup.py CMakeLists.txt $(SOURCES)
 
 .PHONY: help setup demo test budgets faults verify-deep gpu-at-hand verify-gpu modelled docs lint format clean
 
@@ -37,24 +38,24 @@ help:
 	@echo "make verify-gpu   on a GPU: the step, memory, ops, variants, benches, bits; SECONDS=900 for all of it,"
 	@echo "                  PARTS=step,memory,... for some; VENV= PYTHON=python3 installs nothing and wants no network"
 
-$(VENV)/.installed: pyproject.toml setup.py CMakeLists.txt $(SOURCES)
+# One call of pip for each, since each call builds the native module anew. What is imported is compiled when it is.
+PIP_INSTALL := $(BIN)/pip install --quiet --no-compile
+
+$(VENV)/.installed: $(BUILT_FROM)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet "$(TORCH)"
-	$(BIN)/pip install --quiet --editable .
+	$(PIP_INSTALL) "$(TORCH)" --editable .
 	@touch $@
 
-$(VENV)/.installed-test: $(VENV)/.installed
-	$(BIN)/pip install --quiet "$(TRITON)" --editable ".[test]" --editable tools/ptxrun
+# Of those who change the code: what tests and linters take, and with it all that is above.
+$(VENV)/.installed-test: $(BUILT_FROM)
+	$(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) "$(TORCH)" "$(TRITON)" --editable ".[test,lint]" --editable tools/ptxrun
 	# It runs Triton IR on the CPU, on Python 3.11 as well, whatever its metadata says.
-	$(BIN)/pip install --quiet --no-deps --ignore-requires-python ttsem==0.1.0
-	@touch $@
-
-$(VENV)/.installed-lint: $(VENV)/.installed-test
-	$(BIN)/pip install --quiet --editable ".[lint]"
-	@touch $@
+	$(PIP_INSTALL) --no-deps --ignore-requires-python ttsem==0.1.0
+	@touch $(VENV)/.installed $@
 
 $(VENV)/.installed-docs: $(VENV)/.installed
-	$(BIN)/pip install --quiet --editable ".[docs]"
+	$(PIP_INSTALL) --editable ".[docs]"
 	@touch $@
 
 setup: $(VENV)/.installed
@@ -108,13 +109,13 @@ modelled: $(VENV)/.installed
 docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-lint: $(VENV)/.installed-lint
+lint: $(VENV)/.installed-test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-format: $(VENV)/.installed-lint
+format: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(SOURCES)

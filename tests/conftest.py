@@ -32,10 +32,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 # The files that take longest, longest first: the workers of `make test` begin with these and so end together.
 LONGEST = (
-    "test_readme", "test_memory_plan", "test_cuda_route", "test_sharding", "test_faults", "test_native",
-    "test_trainer", "test_app", "test_verification", "test_buckets", "test_frames_group", "test_frames",
-    "test_dry_run", "test_memory_report", "test_wrapped", "test_distributed", "test_precision", "test_lora_training",
-    "test_fitting", "test_verify_gpu", "test_stopping", "test_lost_ranks", "test_replacement",
+    "test_readme", "test_cuda_route", "test_dry_run", "test_trainer", "test_lora_training", "test_sharding",
+    "test_faults", "test_native", "test_frames_group", "test_memory_plan", "test_plan", "test_memory_report",
+    "test_fitting", "test_app", "test_wrapped", "test_frames", "test_buckets", "test_verification", "test_lost_ranks",
+    "test_planned_ranks", "test_distributed", "test_precision", "test_stopping", "test_ray_engine", "test_replacement",
 )  # fmt: skip
 
 

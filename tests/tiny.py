@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import UNetSpatioTemporalConditionModel
 
 from mimicmotion.config import (
     Config,
@@ -16,6 +17,8 @@ from mimicmotion.config import (
     TrainerConfig,
 )
 from mimicmotion.data.footage_identity import FootageIdentity
+from mimicmotion.model.pose_net import PoseNet
+from mimicmotion.model.unet import MimicMotionModel
 from mimicmotion.shapes import Bucket
 
 MODEL = ModelConfig(
@@ -27,17 +30,30 @@ MODEL = ModelConfig(
 )
 
 
-def tiny_config(run_dir: Path, *, num_frames: int = 4, **trainer: Any) -> Config:
+def tiny_config(run_dir: Path, *, num_frames: int = 4, size: int = 128, **trainer: Any) -> Config:
+    """size: height and width; a step at 64 takes half as long as one at 128."""
     settings = {"num_steps": 4, "batch_size": 2, "precision": "fp32", "save_every": 100, "log_every": 1} | trainer
     return Config(
         run_dir=run_dir,
         kernels="torch",
-        data=DataConfig(height=128, width=128, num_frames=num_frames, poses="holistic"),
+        data=DataConfig(height=size, width=size, num_frames=num_frames, poses="holistic"),
         model=MODEL,
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=2, ema_decay=0.5),
         trainer=TrainerConfig(**settings),
         sampling=SamplingConfig(num_steps=2, tile_overlap=1),
     )
+
+
+def two_levels(config: ModelConfig, *_: object, **__: object) -> MimicMotionModel:
+    """Few weights, so that activations are most of the memory, as on a real card."""
+    unet = UNetSpatioTemporalConditionModel(
+        sample_size=16, block_out_channels=(32, 32), num_attention_heads=(1, 1), layers_per_block=1,
+        down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+        up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
+        cross_attention_dim=config.cross_attention_dim, addition_time_embed_dim=config.addition_time_embed_dim,
+        projection_class_embeddings_input_dim=3 * config.addition_time_embed_dim,
+    )  # fmt: skip
+    return MimicMotionModel(unet, PoseNet(32))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -300,7 +300,7 @@ def test_third():
 """
 
 
-@pytest.mark.parametrize("is_full_size", [True, False])  # of several processes, and of one
+@pytest.mark.parametrize("is_full_size", [True, pytest.param(False, marks=pytest.mark.deep)])  # several processes; one
 def test_a_failing_test_is_written_though_pytest_had_to_be_killed(
     is_full_size: bool, record: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

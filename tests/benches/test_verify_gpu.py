@@ -124,6 +124,7 @@ def test_ctrl_c_leaves_what_is_there_and_nothing_running(tmp_path: Path) -> None
     assert f"bench.verification bits {tmp_path}" not in running
 
 
+@pytest.mark.deep
 def test_a_bare_image_runs_what_it_can_and_says_what_it_lacks(tmp_path: Path) -> None:
     """Packages as `pip install --target` lays them, no metadata of ours, no network, nothing installed."""
     packages, out = tmp_path / "packages", tmp_path / "out"

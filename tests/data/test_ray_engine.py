@@ -67,7 +67,7 @@ def test_a_maker_travels(tmp_path: Path) -> None:
     assert again.recipe == RECIPE and again.poses.name == "swaying" and again.encoder.name == maker.encoder.name
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.deep)])
 def test_a_signal_to_the_driver_ends_all_and_keeps_what_is_whole(tmp_path: Path, number: int) -> None:
     """Ray would take SIGTERM for itself."""
     pytest.importorskip("ray", reason="Ray is not installed: pip install ray")

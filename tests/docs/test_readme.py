@@ -51,12 +51,12 @@ HOW = {
     "python mimicmotion/sample.py --run-dir runs/mimicmotion-72": "--help",
     "make modelled": "dry run of make",
     "python bench/budgets.py": "--help",
-    "python bench/train_step.py": "--providers checkpoint fused --frames 2 --size 64x64 --out {tmp}",
+    "python bench/train_step.py": "--help",
     "python bench/train_step.py --measure": SHORT_STEP,
     "python bench/train_step.py --measure --providers checkpoint fused compiled-fine-grained-one-token": "--help",
-    "python bench/predicted_step.py": "as typed",
-    "python bench/parallel.py": "--counts 1 --cards H100 --frames 2 --size 64x64 --out {tmp}",
-    "python bench/parallel.py --measure": "--rounds 1 --out {tmp}",
+    "python bench/predicted_step.py": "--help",
+    "python bench/parallel.py": "--help",
+    "python bench/parallel.py --measure": "--help",
     "python mimicmotion/train.py --preset mimicmotion-72 --dry-run": "--help",  # tests/trainer/test_dry_run.py types it
     # tests/trainer/test_parallel_choice.py has it choose
     "python mimicmotion/train.py --preset mimicmotion-72 --dry-run --card H100 --ranks 8 --parallel auto": "--help",
@@ -77,6 +77,13 @@ for lora in ("", " --lora adapter --layout diffusers"):
     HOW[f"python mimicmotion/export.py --run-dir runs/lora-72{lora}"] = "--help"
 HOW["python mimicmotion/export.py --run-dir runs/mimicmotion-72 --layout comfyui"] = "--help"
 HOW["python mimicmotion/evaluate.py --run-dir runs/mimicmotion-72 --against runs/mimicmotion-16"] = "--help"
+# What `make verify-deep` runs of benches whose parts have tests of their own, instead of --help.
+DEEP = {
+    "python bench/train_step.py": "--providers checkpoint fused --frames 2 --size 64x64 --out {tmp}",
+    "python bench/predicted_step.py": "as typed",
+    "python bench/parallel.py": "--counts 1 --cards H100 --frames 2 --size 64x64 --out {tmp}",
+    "python bench/parallel.py --measure": "--rounds 1 --out {tmp}",
+}
 PARSED = ("torchrun --nproc-per-node 8 mimicmotion/train.py", "torchrun --nproc-per-node 1 mimicmotion/train.py")
 
 
@@ -107,13 +114,16 @@ def test_command_for_many_gpus_parses(command: str) -> None:
     assert parse(words).config.preset == "mimicmotion-72"
 
 
-@pytest.mark.parametrize("command", HOW)
-def test_command(command: str, folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("command", "how"),
+    [*HOW.items(), *(pytest.param(command, how, marks=pytest.mark.deep) for command, how in DEEP.items())],
+)
+def test_command(command: str, how: str, folder: Path) -> None:
     words = shlex.split(command)
-    if HOW[command] == "dry run of make":
+    if how == "dry run of make":
         words.insert(1, "-n")
-    elif HOW[command] != "as typed":
-        words += shlex.split(HOW[command].format(tmp=folder))
+    elif how != "as typed":
+        words += shlex.split(how.format(tmp=folder))
     if words[0] == "python":
         ran = started.python(words[1:], environment=QUIET_PROFILER | os.environ | TUNED_ALLOCATOR)
     else:

@@ -246,9 +246,9 @@ def check(op: str, level: int, dtype: torch.dtype) -> list[tuple[Any, tuple[Any,
     return watch.calls
 
 
-# Many frames on the first level only: what follows the width is seen without them. The third is as wide as the last.
+# Many frames on the first level only: what follows the width is seen without them. Those between run the same code.
 PLACES = [(*way, level) for level in range(len(LEVELS)) for way in WAYS if level == 0 or way[0] != BY_LIBRARY[1]]
-PLACES = [pytest.param(*place, marks=pytest.mark.deep if place[2] == 2 else ()) for place in PLACES]
+PLACES = [pytest.param(*place, marks=pytest.mark.deep if place[2] in (1, 2) else ()) for place in PLACES]
 
 
 @pytest.mark.parametrize(("op", "variant", "level"), PLACES)

@@ -46,7 +46,7 @@ def read(folder: Path, name: str) -> Found:
 @pytest.mark.parametrize("name", [name for name, (ranks, *_) in CASES.items() if ranks > 1])
 def test_gradients_and_figures_are_those_of_one_rank_on_the_joined_batch(folder: Path, name: str) -> None:
     (wanted, row), (found, told) = read(folder, "alone"), read(folder, name)
-    assert found.keys() == wanted.keys() and len(wanted) > 800
+    assert found.keys() == wanted.keys() and len(wanted) > 300
     scale = max(float(x.abs().max()) for x in wanted.values())
     for key, gradient in wanted.items():
         largest = max(float(gradient.abs().max()), 1e-6 * scale)

@@ -58,7 +58,7 @@ def test_the_table_says_what_was_not_measured(tmp_path):
 
 def trained(folder: Path, *, is_reported: bool) -> Trainer:
     """Two steps, the second reported on by a stand-in allocator."""
-    config = dataclasses.replace(tiny_config(folder, num_steps=2, batch_size=1), kernels="checkpoint")
+    config = dataclasses.replace(tiny_config(folder, size=64, num_steps=2, batch_size=1), kernels="checkpoint")
     trainer = Trainer(config, NoiseClips(config=config), Ranks(rank=0, world_size=1, device=CPU))
     if is_reported:
         there = [*trainer.model.parameters(), *trainer.optimization.resident()]

@@ -12,9 +12,9 @@ from unittest import mock
 import forked
 import pytest
 import torch
-from test_fitting import PINNED_BYTES, modelled, peak_gib, two_levels
+from test_fitting import PINNED_BYTES, modelled, peak_gib
 from test_offload import ImmediateDevice
-from tiny import NoiseClips, tiny_config
+from tiny import NoiseClips, tiny_config, two_levels
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 

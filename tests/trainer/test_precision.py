@@ -44,13 +44,13 @@ def test_each_precision_trains_through_the_fused_blocks(tmp_path):
 
 
 def test_fp16_lowers_its_scale_until_gradients_are_finite_and_goes_on_there_after_a_resume(tmp_path):
-    straight = small_run(tmp_path / "straight", "fp16", num_steps=4)
+    straight = small_run(tmp_path / "straight", "fp16", num_steps=4, size=64)
     trainer, rows = trained(straight, scale=2.0**20)
     skipped = [row["step"] for row in rows if row["is_skipped"]]
     assert skipped == list(range(1, len(skipped) + 1)) and 1 <= len(skipped) <= 3
     assert trainer.optimization.scaler.get_scale() == 2.0 ** (20 - len(skipped))
     assert trainer.skips.total == len(skipped) and trainer.optimization.document()["average_steps"] == 4 - len(skipped)
-    broken = small_run(tmp_path / "broken", "fp16", num_steps=2)
+    broken = small_run(tmp_path / "broken", "fp16", num_steps=2, size=64)
     trained(broken, scale=2.0**20)
     trained(dataclasses.replace(broken, trainer=straight.trainer), resume=True)
     wanted, found = (checkpoint.load(config.run_dir / "step-00000004") for config in (straight, broken))

@@ -47,7 +47,7 @@ def test_sharded_weights_train_as_those_of_one_rank(runs: dict[str, Path]) -> No
     """After two steps of AdamW in float32, whose first divides each gradient by its own size."""
     before, wanted, found = saved(runs["alone"], 1), saved(runs["alone"], 2), saved(runs["sharded"], 2)
     for group in GROUPS:
-        assert found[group].keys() == wanted[group].keys() and len(wanted[group]) > 700
+        assert found[group].keys() == wanted[group].keys() and len(wanted[group]) > 300
     moments = {key: x for key, x in wanted["optimizer"].items() if key.endswith("/exp_avg")}
     largest = max(float(x.abs().max()) for x in moments.values())
     for key, moment in moments.items():

@@ -139,10 +139,10 @@ def test_interrupted_and_resumed_ends_bit_equal(case, tmp_path, monkeypatch):
     figures = saved_figures(monkeypatch)
     kernels, options = RESUMED[case]
     settings = {"num_steps": 3, "precision": "bf16"} if "kind" in options else {}
-    straight = tiny_config(tmp_path / "straight", micro_batch_size=2, **settings)
-    straight = dataclasses.replace(
-        straight, kernels=kernels, optimizer=dataclasses.replace(straight.optimizer, **options)
-    )
+    straight = tiny_config(tmp_path / "straight", size=64, micro_batch_size=2, **settings)
+    model = dataclasses.replace(straight.model, block_out_channels=(32,) * 4, num_attention_heads=(1,) * 4)
+    optimizer = dataclasses.replace(straight.optimizer, **options)
+    straight = dataclasses.replace(straight, kernels=kernels, model=model, optimizer=optimizer)
     assert _train(straight)[0]
     (steps, losses), _ = lines_of(figures["loss.png"])
     assert list(zip(steps, losses, strict=True)) == [(row["step"], row["loss"]) for row in _rows(straight)]
@@ -171,7 +171,7 @@ def newest_name(config, trainer):
 
 
 def test_every_step_draws_anew_and_the_moving_average_follows(tmp_path):
-    config = tiny_config(tmp_path, log_every=2)
+    config = tiny_config(tmp_path, size=64, log_every=2)
     is_finished, trainer = _train(config)
     rows = _rows(config)
     assert is_finished and [row["step"] for row in rows] == [1, 2, 3, 4]
@@ -218,7 +218,7 @@ def test_accumulated_micro_batches_give_the_gradients_of_the_batch(tmp_path):
 
 
 def test_bad_step_is_skipped_and_counted_and_weights_stay(tmp_path):
-    config = tiny_config(tmp_path, num_steps=3)
+    config = tiny_config(tmp_path, size=64, num_steps=3)
     is_finished, trainer = _train(config, clips=NoiseClips(config=config, bad_steps=(1,)))
     assert is_finished and trainer.skips.total == 1 and trainer.skips.in_a_row == 0
     rows = _rows(config)
@@ -231,7 +231,7 @@ def test_bad_step_is_skipped_and_counted_and_weights_stay(tmp_path):
 
 
 def test_training_stops_with_the_reason_after_too_many_bad_steps(tmp_path):
-    config = tiny_config(tmp_path, num_steps=9, max_skipped_in_a_row=2)
+    config = tiny_config(tmp_path, size=64, num_steps=9, max_skipped_in_a_row=2)
     trainer = Trainer(config, NoiseClips(config=config, bad_steps=(0, 2, 3)), ONE)
     with pytest.raises(
         TrainingStoppedError,
@@ -254,7 +254,7 @@ class UnreadableClips(NoiseClips):
 @pytest.mark.parametrize("in_backward", [False, True])
 def test_a_clip_that_cannot_be_used_costs_its_step_alone(in_backward, tmp_path):
     """The second of two micro-batches, after the first has left gradients; updates in backward take a single one."""
-    config = tiny_config(tmp_path, num_steps=3, micro_batch_size=2 if in_backward else 1, save_every=1)
+    config = tiny_config(tmp_path, size=64, num_steps=3, micro_batch_size=2 if in_backward else 1, save_every=1)
     config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, in_backward=in_backward))
     clips = UnreadableClips(config=config, bad_steps=(1,), bad_sample_ids=(1,))
     is_finished, trainer = _train(config, clips=clips)
@@ -283,13 +283,13 @@ def test_overflow_of_the_scaled_loss_lowers_the_scale(tmp_path):
 
 
 def test_resume_with_nothing_there_starts_and_says_so(tmp_path):
-    config = tiny_config(tmp_path / "empty", num_steps=1)
+    config = tiny_config(tmp_path / "empty", size=64, num_steps=1)
     is_finished, trainer = _train(config, resume=True)
     assert is_finished and "nothing to resume" in trainer.notes[0]
 
 
 def test_resume_refuses_a_flipped_bit_and_another_model(tmp_path):
-    config = tiny_config(tmp_path, num_steps=2, save_every=1)
+    config = tiny_config(tmp_path, size=64, num_steps=2, save_every=1)
     _train(config)
     for field, value in (("layers_per_block", 2), ("num_attention_heads", (4, 2, 4, 4))):
         other = dataclasses.replace(config, model=dataclasses.replace(config.model, **{field: value}))
@@ -304,7 +304,7 @@ def test_resume_refuses_a_flipped_bit_and_another_model(tmp_path):
 
 
 def test_history_is_cut_back_to_the_checkpoint(tmp_path):
-    config = tiny_config(tmp_path, num_steps=2)
+    config = tiny_config(tmp_path, size=64, num_steps=2)
     _train(config)
     with (tmp_path / "loss.jsonl").open("a") as file:  # a run that went on and was killed in the middle of a line
         file.write(json.dumps({"step": 3, "loss": 1.0}) + '\n{"step": 4, "lo')
@@ -323,7 +323,7 @@ def test_updates_in_backward_refuse_accumulation_and_ranks(tmp_path):
 
 
 def test_without_an_average_a_checkpoint_gives_the_weights(tmp_path):
-    config = tiny_config(tmp_path, num_steps=1, precision="bf16")
+    config = tiny_config(tmp_path, size=64, num_steps=1, precision="bf16")
     optimizer = dataclasses.replace(config.optimizer, kind="adamw8bit", ema="off", warmup_steps=0)
     config = dataclasses.replace(config, optimizer=optimizer)
     _, trainer = _train(config)
