@@ -49,9 +49,9 @@ $(VENV)/.installed: $(BUILT_FROM)
 # Of those who change the code: what tests and linters take, and with it all that is above.
 $(VENV)/.installed-test: $(BUILT_FROM)
 	$(PYTHON) -m venv $(VENV)
-	$(PIP_INSTALL) "$(TORCH)" "$(TRITON)" --editable ".[test,lint]" --editable tools/ptxrun
-	# It runs Triton IR on the CPU, on Python 3.11 as well, whatever its metadata says.
-	$(PIP_INSTALL) --no-deps --ignore-requires-python ttsem==0.1.0
+	$(PIP_INSTALL) "$(TORCH)" --editable ".[test,lint]" --editable tools/ptxrun
+	# Apart: torch's builds for CUDA name a Triton of their own, and ttsem, which runs Triton IR on the CPU, a later Python.
+	$(PIP_INSTALL) --no-deps --ignore-requires-python "$(TRITON)" ttsem==0.1.0
 	@touch $(VENV)/.installed $@
 
 $(VENV)/.installed-docs: $(VENV)/.installed
