@@ -136,10 +136,10 @@ def _backward(
             if needs[6]:
                 dk[rows] += dscores.transpose(2, 3) @ q
             if _is_before_q(needs):
-                dq, target = rows_of_heads(dscores @ k[rows], dtype), dx[rows, tokens]
+                dq = rows_of_heads(dscores @ k[rows], dtype)
                 to_q.collect(dq, h)
                 if through_norm(needs):
-                    dh = to_q.back(dq, h)
+                    dh, target = to_q.back(dq, h), dx[rows, tokens]
                     vector_sums += layer_norm_backward_into(dh, part, None, norm_weight, mean, rstd, dpart, target)
     if needs[5] and not through_norm(needs):
         vector_sums[2] = column_sums(dy).sum(0)
