@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -52,6 +53,8 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # by a shell's background, and so by what tests start
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
         built = "is built without CUDA" if torch.version.cuda is None else "finds no usable GPU"
         raise pytest.UsageError(f"--device cuda: torch {torch.__version__} {built}; see `python -m mmkernels`")

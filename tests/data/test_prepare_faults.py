@@ -172,7 +172,6 @@ def test_one_stop_ends_the_others_soon(clips: list[Path], tmp_path: Path) -> Non
 @pytest.fixture
 def handlers() -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in SIGNALS}
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell ignores it
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

@@ -246,6 +246,7 @@ def test_a_dry_run_counts_frozen_weights(released: Path) -> None:
     assert found.cost.resident_bytes == pytest.approx(2 * frozen + 16 * found.num_trained, rel=2e-3)
 
 
+@pytest.mark.deep
 def test_a_dry_run_counts_quantised_weights(tmp_path: Path, released: Path) -> None:
     """As many bytes, in pieces of 512, as the same weights take that are not fake; nf4 is planned for as int8."""
     resident = {

@@ -29,7 +29,6 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -40,7 +39,6 @@ def start(folder: Path, where: str, *launcher: str, script: Path = SCRIPT) -> su
     return subprocess.Popen(
         [sys.executable, *launcher, str(script), str(folder), where], text=True, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, start_new_session=True, env=env,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell ignores it
     )  # fmt: skip
 
 
