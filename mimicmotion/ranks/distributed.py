@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from mimicmotion.config import Config
-from mimicmotion.ranks.lost_ranks import Watch
+from mimicmotion.ranks.lost_ranks import FirstRankError, Watch
 
 Made = TypeVar("Made")
 Part = TypeVar("Part")
@@ -84,7 +84,7 @@ class Ranks:
 
         The others wait for it as long as it takes, and not a step's timeout.
 
-        What it raises there stops every rank: a ValueError as it is, another error as a RuntimeError on the others.
+        What it raises there stops every rank: a ValueError as it is, another error as a FirstRankError on the others.
         """
         if self.world_size == 1:
             return make()
@@ -102,7 +102,7 @@ class Ranks:
         self.wait()  # none leaves the group before all have heard
         if failure is not None:
             raise failure
-        raise ValueError(words) if is_value_error else RuntimeError(f"the first rank failed: {words}")
+        raise ValueError(words) if is_value_error else FirstRankError(f"the first rank failed: {words}")
 
     def shared_out(
         self, parts: Sequence[Part], make: Callable[[Part], Tensor], shape_of: Callable[[Part], tuple[int, ...]]

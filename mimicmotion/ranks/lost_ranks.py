@@ -24,6 +24,10 @@ class RankLostError(RuntimeError):
     """Another rank has ended or is silent: which, and what to do; no words where another rank says so."""
 
 
+class FirstRankError(RuntimeError):
+    """The first rank could not do what all wait for."""
+
+
 class Watch:
     """Over the rank before this one; one on each rank, from the start to `leave` or an error that `explain` is told."""
 
@@ -42,6 +46,9 @@ class Watch:
 
     def explain(self, error: BaseException) -> None:
         """Of an error that ends this rank: return where it is its own, and else raise RankLostError."""
+        if isinstance(error, FirstRankError):
+            time.sleep(WORD_S)
+            raise RankLostError from error
         may_be_of_another = isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError)
         has_waited = may_be_of_another and any(word in str(error).lower() for word in _OF_THE_NETWORK)
         if has_waited and not self._is_named() and (silent := self._silent()):

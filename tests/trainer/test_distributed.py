@@ -56,7 +56,7 @@ def test_a_plan_is_the_first_ranks_for_the_least_free_memory(two_ranks):
     first, second = (json.loads((two_ranks / f"plans-{rank}.json").read_text()) for rank in range(2))
     assert first.pop("asked") == [[10, False], [1, False], [2, False]] and second.pop("asked") == []
     assert first.pop("fails") == ["KeyError", "'a fault of ours'"]
-    assert second.pop("fails") == ["RuntimeError", "the first rank failed: 'a fault of ours'"]
+    assert second.pop("fails") == ["FirstRankError", "the first rank failed: 'a fault of ours'"]
     assert first == second
     (plan, ema), refused = first["auto"], first["a file"]
     assert plan["made_for"]["budget_gib"] == 10 and ema == "host"

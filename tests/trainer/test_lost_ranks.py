@@ -21,6 +21,7 @@ from mimicmotion.commands import one_sentence
 from mimicmotion.ranks import lost_ranks
 from mimicmotion.ranks.distributed import PATIENCE, Ranks, join_ranks
 from mimicmotion.run import checkpoint
+from mimicmotion.run.checkpoint import CheckpointError
 
 AGAIN = "take them up again"
 
@@ -76,9 +77,19 @@ def test_the_sentence_of_a_rank_is_the_only_one(tmp_path: Path) -> None:
     assert [end.said for end in ends] == ["", "stopped: the disk of this one is full\n", ""]
 
 
-def test_what_stops_all_is_said_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [ValueError, OSError, CheckpointError])
+def test_what_stops_all_is_said_once(tmp_path: Path, kind: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the first rank, also where the others are faster."""
+    name = lost_ranks.Watch._name
+
+    def later(watch: lost_ranks.Watch, *said: Any) -> Any:
+        time.sleep(0.5 * (watch._rank == 0))
+        return name(watch, *said)
+
     def refuse() -> None:
-        raise ValueError("there is no such run")
+        raise kind("there is no such run")
+
+    monkeypatch.setattr(lost_ranks.Watch, "_name", later)
 
     ends = together(tmp_path, lambda ranks: ranks.from_first(refuse))
     assert [end.code for end in ends] == [1, 1, 1]
