@@ -25,7 +25,7 @@ from torch import Tensor
 
 from mimicmotion.commands import one_sentence
 from mimicmotion.config import Config
-from mimicmotion.data.cache import write_text
+from mimicmotion.data.cache import check_writable, write_text
 from mimicmotion.data.dataset import ClipDataset
 from mimicmotion.evaluation.metrics import psnr
 from mimicmotion.evaluation.person_metrics import person_region
@@ -128,6 +128,9 @@ def run(arguments: Arguments, ranks: Ranks = ALONE) -> bool:
         make_videos(arguments, ranks=ranks)
         return True
     config, model, folder = load_averaged(arguments.run_dir, arguments.kernels)
+    output = arguments.output or run_folder_of(arguments.run_dir)
+    if ranks.is_first:
+        check_writable(output)  # before all that takes long
     asked = {"num_steps": arguments.num_steps, "guidance": arguments.guidance}
     given = {name: value for name, value in asked.items() if value is not None}
     sampling = dataclasses.replace(config.sampling, **given)
@@ -161,7 +164,6 @@ def run(arguments: Arguments, ranks: Ranks = ALONE) -> bool:
         "truth": "the clip's own latents, decoded",
         **figures,
     }
-    output = arguments.output or run_folder_of(arguments.run_dir)
     comment = f"reference | pose | generated | truth; encoder: {decoder.name}; checkpoint: {folder.as_posix()}"
     write_video(output / "sample.mp4", wide, frames_per_second=rate, comment=comment)
     write_stills(output / "sample.png", wide)

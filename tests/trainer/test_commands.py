@@ -18,6 +18,7 @@ from torch import nn
 from mimicmotion import evaluate, sample, train
 from mimicmotion import prepare as prepare_command
 from mimicmotion.config import demo
+from mimicmotion.data.cache import NotWritableError
 from mimicmotion.data.curate import Bounds
 from mimicmotion.data.dataset import ClipDataset
 from mimicmotion.data.preparation import Recipe, prepare
@@ -99,6 +100,13 @@ def test_sample_writes_the_video_and_names_the_stand_in(run_dir, tmp_path, capsy
     sample.run(arguments)
     again = json.loads((tmp_path / "sample.json").read_text())
     assert again == figures  # the same seed gives the same figures
+
+
+def test_sample_says_that_it_cannot_write_before_it_samples(run_dir, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(sample, "sample_clip", lambda *_, **__: pytest.fail("it has sampled"))
+    with pytest.raises(NotWritableError, match=r"cannot write .*; give a folder that you may write to"):
+        sample.run(sample.Arguments(run_dir=run_dir, output=tmp_path / "file"))
 
 
 def test_two_ranks_sample_a_prepared_clip_as_one_does(run_dir, tmp_path):
