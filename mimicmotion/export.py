@@ -23,6 +23,7 @@ from torch import Tensor
 
 from mimicmotion.commands import one_sentence
 from mimicmotion.config import Config, WeightsKind
+from mimicmotion.data.cache import FULL
 from mimicmotion.json_values import from_json
 from mimicmotion.model.adapters import weight_of
 from mimicmotion.model.unet import MimicMotionModel, build_model
@@ -119,11 +120,12 @@ def _write(export: Export, output: Path, tensors: dict[str, Tensor], model: Mimi
         partial.rename(output)
         checkpoint.flush(output.parent)
     except (OSError, SafetensorError, RuntimeError) as error:  # torch.save raises the last where a disk is full
+        said = f"{output} could not be written ({error})"
+        if isinstance(error, OSError) and error.errno not in FULL:
+            raise ValueError(f"{said}; give another --output") from error
         size = sum(tensor.nbytes for tensor in tensors.values()) / 2**30
-        raise ValueError(
-            f"{output} could not be written ({error}): it takes {size:.1f} GiB{free_gib(output)}; make room there, or "
-            "give another --output"
-        ) from error
+        advice = f"it takes {size:.1f} GiB{free_gib(output)}; make room there, or give another --output"
+        raise ValueError(f"{said}: {advice}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # there is none where all went well
 

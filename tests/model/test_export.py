@@ -5,6 +5,7 @@ import json
 import os
 import stat
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,9 @@ def test_it_is_there_whole_or_not_at_all(run, tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=r"could not be written \(.*No space left.* GiB are free; make room"):
             export.run(arguments)
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"file/out could not be written \(.*\); give another --output$"):
+        export.run(replace(arguments, output=tmp_path / "file" / "out"))
     export.run(arguments)
     before = _sha256(tmp_path / "out" / "MimicMotion_1-1.pth")
     with pytest.raises(ValueError, match=r"out is there already; move it away, or give another --output"):
