@@ -218,6 +218,12 @@ def load(
     return Checkpoint(step=manifest["step"], tensors=tensors, documents=documents)
 
 
+def holds(folder: Path, group: str) -> bool:
+    """Whether a checkpoint folder has this group of tensors, in whatever form."""
+    is_there = (folder / f"{group}.safetensors").is_file() or (folder / group).is_dir()
+    return is_there and (folder / MANIFEST).is_file()
+
+
 def newest(run_dir: Path) -> Path | None:
     """Newest checkpoint folder of a run, or None; of one in stages, of the last stage that has one."""
     return next((found for place in reversed(places(run_dir)) if (found := newest_in(place))), None)

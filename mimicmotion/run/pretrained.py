@@ -48,8 +48,7 @@ def own_checkpoint(path: Path, kind: WeightsKind) -> tuple[Path, WeightsKind] | 
     """The checkpoint folder that a path means, and which weights of it: of a run, of one checkpoint or of its file."""
     if (group := path.name.removesuffix(".safetensors")) in _KINDS and (path.parent / checkpoint.MANIFEST).is_file():
         return path.parent, _KINDS[group]
-    has_model = (path / "model.safetensors").is_file() or (path / "model").is_dir()
-    if has_model and (path / checkpoint.MANIFEST).is_file():
+    if checkpoint.holds(path, "model"):
         return path, kind
     newest = checkpoint.newest(path)
     return None if newest is None else (newest, kind)
